@@ -1,0 +1,3 @@
+"""offrl: an offline reinforcement learning zoo."""
+
+__version__ = "0.1.0"
