@@ -1,3 +1,50 @@
-"""offrl: an offline reinforcement learning zoo."""
+"""offrl: an offline reinforcement learning zoo.
+
+Train from Python as from the command line, with the same options:
+
+    import offrl
+    result = offrl.fit(agent="td3_bc", dataset="forge/hopper/medium-replay-v0", preset="laptop", lanes=5)
+    agent = offrl.load_agent(result.folder)
+    action = agent.select_action(observations)    # [lanes, n, obs] -> [lanes, n, action]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offrl.agent import Agent
+    from offrl.data.store import Store
+    from offrl.train import Result
 
 __version__ = "0.1.0"
+__all__ = ["fit", "load_agent", "load_data"]
+
+
+def fit(**options: Any) -> Result:
+    """Train, evaluate and save; `offrl train key=value ...` as a function.
+
+    A dotted key goes in a dictionary: `fit(agent="td3_bc", **{"agent.alpha": [1.0, 2.5], "lanes": 2})`.
+
+    Raises:
+        OffrlError: bad input, in one sentence.
+    """
+    from offrl.compose import compose
+    from offrl.train import train
+
+    return train(compose(options))
+
+
+def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
+    """The agent of a run's last checkpoint; `agent.select_action(obs)` maps `[lanes, n, O]` to `[lanes, n, A]`."""
+    from offrl import train
+
+    return train.load_agent(folder, device)
+
+
+def load_data(name: Path | str, device: str = "cpu") -> Store:
+    """A dataset by id, file or folder (see `offrl data list`)."""
+    from offrl import data
+
+    return data.load(name, device=device)

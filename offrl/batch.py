@@ -36,8 +36,9 @@ class Batch:
 
     def map(self, function: Any) -> Batch:
         """Apply `function` to every tensor that is there."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: None if v is None else function(v) for k, v in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped: dict[str, Any] = {k: None if v is None else function(v) for k, v in values.items()}
+        return Batch(**mapped)
 
     def __getitem__(self, item: Any) -> Batch:
         return self.map(lambda tensor: tensor[item])

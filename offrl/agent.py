@@ -1,0 +1,144 @@
+"""What every method shares: the Spec it is built from and the Agent it is.
+
+An agent knows nothing of environments, files, loggers or how many steps are left. Every tensor has a leading lane axis:
+`[lanes, batch, ...]`; one seed is lanes = 1. A loss is one number per lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from offrl.batch import Batch
+from offrl.random import LaneRandom
+
+__all__ = ["Agent", "Batch", "Spec"]
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an agent is built from.
+
+    Attributes:
+        obs_dim, action_dim: sizes; `action_dim` counts the actions when they are discrete.
+        seeds: one per lane; they fix initial weights and every random number of a lane.
+        obs_mean, obs_std: `[O]` statistics of the dataset's observations (population deviation).
+        action_low, action_high: bounds of continuous actions.
+        discrete: whether actions are integers.
+        device: where the parameters live.
+    """
+
+    obs_dim: int
+    action_dim: int
+    seeds: tuple[int, ...] = (0,)
+    obs_mean: Tensor | None = None
+    obs_std: Tensor | None = None
+    action_low: float = -1.0
+    action_high: float = 1.0
+    discrete: bool = False
+    device: torch.device | str = "cpu"
+
+    @property
+    def lanes(self) -> int:
+        return len(self.seeds)
+
+
+class Agent(nn.Module):
+    """Base of every method.
+
+    A subclass has a dataclass `Config`, makes its networks in `build` and implements `update` and `act`.
+    A float in the configuration may be a list with one value per lane: a sweep is then lanes of one process, and the
+    field is a tensor `[lanes]`.
+
+    Attributes:
+        period: updates until the pattern of an update repeats; engines capture whole periods.
+        window: length of the windows the agent learns from; None for transitions.
+        extra: further fields of the batch it needs (see `Store.transitions`).
+    """
+
+    Config: ClassVar[type]
+    period: ClassVar[int] = 1
+    extra: ClassVar[tuple[str, ...]] = ()
+    window: int | None = None
+    obs_mean: Tensor
+    obs_scale: Tensor
+
+    def __init__(self, spec: Spec, config: Any = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.cfg = lane_coefficients(config or self.Config(), spec)
+        self.random = LaneRandom(spec.seeds, spec.device)
+        normalize = getattr(self.cfg, "normalize_obs", True)
+        mean = spec.obs_mean if normalize and spec.obs_mean is not None else torch.zeros(spec.obs_dim)
+        std = spec.obs_std if normalize and spec.obs_std is not None else torch.full((spec.obs_dim,), 1.0 - 1e-3)
+        self.register_buffer("obs_mean", mean.detach().clone())
+        self.register_buffer("obs_scale", 1 / (std.detach() + 1e-3))  # the 1e-3 of TD3+BC and its descendants
+        self.build()
+        self.to(spec.device)
+
+    # ---- what a method implements -----------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Make networks, targets and optimisers."""
+        raise NotImplementedError
+
+    def update(self, batch: Batch, phase: int) -> Metrics:
+        """One update on a batch with normalised observations; metrics are `[lanes]`.
+
+        Args:
+            phase: number of the update within its period, 0 ... period - 1.
+        No copy to the host, no branch on a tensor's value, no shape that depends on data: engines capture this.
+        """
+        raise NotImplementedError
+
+    def act(self, obs: Tensor) -> Tensor:
+        """The policy's action for normalised observations `[lanes, n, O]`, differentiable."""
+        raise NotImplementedError
+
+    # ---- what others use --------------------------------------------------------------------------------------
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """(s - mean) / (std + 1e-3) with the statistics that were saved with the agent."""
+        return (obs - self.obs_mean) * self.obs_scale
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as `update` wants it: observations normalised."""
+        return replace(batch, obs=self.normalize(batch.obs), next_obs=self.normalize(batch.next_obs))
+
+    def memory(self, envs: int) -> Any:
+        """State that acting carries through an episode of `envs` environments; None for a memoryless policy."""
+        return None
+
+    def observe(self, memory: Any, action: Tensor, reward: Tensor) -> Any:
+        """The memory after `action` brought `reward`, both `[lanes, envs, ...]`."""
+        return memory
+
+    @torch.no_grad()
+    def select_action(self, obs: Tensor, memory: Any = None) -> Tensor:
+        """The action to take for raw observations `[lanes, n, O]`: deterministic and within bounds."""
+        action = self.act(self.normalize(obs))
+        return action if self.spec.discrete else action.clamp(self.spec.action_low, self.spec.action_high)
+
+
+def lane_coefficients(config: Any, spec: Spec) -> Any:
+    """The configuration with each list of numbers turned into a tensor `[lanes]`.
+
+    A field declared as a tuple (such as the hidden sizes) is left alone.
+
+    Raises:
+        ValueError: a list's length is not the number of lanes.
+    """
+    changes = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, Sequence) and not isinstance(value, str) and "tuple" not in str(f.type):
+            if len(value) != spec.lanes:
+                raise ValueError(f"{f.name} has {len(value)} values for {spec.lanes} lanes; give one per lane.")
+            changes[f.name] = torch.tensor([float(v) for v in value], device=spec.device)
+    return replace(config, **changes) if changes else config

@@ -1,0 +1,62 @@
+"""Behaviour cloning: regress the dataset's actions.
+
+The deterministic variant of the offline RL tables: pi(s) = tanh MLP, loss the mean squared error over batch and action
+dimensions, as in corl-team/CORL `any_percent_bc.py` at 100 percent. Discrete actions are cloned by cross-entropy.
+
+Deviations: none for continuous actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offrl.agent import Agent, Batch
+from offrl.nets import MLP, Adam, DeterministicActor
+
+
+@dataclass
+class BCConfig:
+    lr: float = 3e-4  # of the actor
+    hidden: tuple[int, ...] = (256, 256)  # widths of the actor's hidden layers
+    normalize_obs: bool = True  # standardise observations with the dataset's statistics
+
+
+class BC(Agent):
+    """pi <- argmin E_D (pi(s) - a)^2."""
+
+    Config = BCConfig
+
+    def build(self) -> None:
+        spec, cfg = self.spec, self.cfg
+        if spec.discrete:
+            self.actor: MLP | DeterministicActor = MLP(spec.seeds, [spec.obs_dim, *cfg.hidden, spec.action_dim], name="actor")
+        else:
+            box = (spec.action_low, spec.action_high)
+            self.actor = DeterministicActor(spec.seeds, spec.obs_dim, spec.action_dim, cfg.hidden, *box)
+        self.actor_optimizer = Adam(self.actor.parameters(), cfg.lr)
+
+    def act(self, obs: Tensor) -> Tensor:
+        out = self.actor(obs)
+        return out.argmax(-1) if self.spec.discrete else out
+
+    def bc_loss(self, batch: Batch) -> Tensor:
+        """`[lanes]`: mean over batch and action dimensions."""
+        if self.spec.discrete:
+            log_probability = self.actor(batch.obs).log_softmax(-1)
+            return -log_probability.gather(-1, batch.action.unsqueeze(-1)).mean((-2, -1))
+        return (self.act(batch.obs) - batch.action).square().mean((-2, -1))
+
+    def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
+        loss = self.bc_loss(batch)
+        self.actor_optimizer.step(loss)
+        return {"bc_loss": loss.detach()}
+
+    @torch.no_grad()
+    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Log-probability of discrete actions `[lanes, n]`; a deterministic continuous policy has none."""
+        if not self.spec.discrete:
+            raise NotImplementedError("a deterministic policy has no density")
+        return self.actor(self.normalize(obs)).log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,65 @@
+"""Checkpoints: one safetensors file that is replaced whole, with the facts about it as JSON in the file's header.
+
+It holds everything that training changes: networks, targets, optimiser moments and observation statistics as tensors; the
+update's number, seeds, configuration and data fingerprint as JSON. Random numbers and samplers are functions of seed and
+update number, so nothing else needs saving. No pickle is involved.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from offrl.agent import Agent
+from offrl.errors import OffrlError
+from offrl.paths import replacing
+
+NAME = "checkpoint.safetensors"
+_KEY = "offrl"
+
+
+def save(path: Path, agent: Agent, facts: dict[str, Any]) -> None:
+    """Write a checkpoint beside `path` and rename it over the old one.
+
+    Raises:
+        OffrlError: the disk is full or the folder can't be written; the old checkpoint is intact.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in agent.state_dict().items()}
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={_KEY: json.dumps(facts)})
+    except (OSError, SafetensorError) as error:
+        raise OffrlError(
+            f"{path}: the checkpoint could not be written ({error}); free some space or choose another folder with "
+            "out=DIR. The last good checkpoint is untouched."
+        ) from error
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a checkpoint.
+
+    Raises:
+        OffrlError: there is none, or the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[_KEY])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
+    except FileNotFoundError as error:
+        raise OffrlError(f"{path}: there is no checkpoint; train first, or name the folder of a run.") from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise OffrlError(f"{path}: this is no offrl checkpoint, or it is damaged ({error}); remove it.") from error
+
+
+def restore(agent: Agent, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy a checkpoint's tensors into an agent made from the same configuration."""
+    mine = agent.state_dict()
+    odd = sorted(set(mine) ^ set(tensors)) or sorted(k for k in mine if mine[k].shape != tensors[k].shape)
+    if odd:
+        raise OffrlError(f"{path}: the checkpoint does not fit this agent's configuration (at {odd[0]}).")
+    agent.load_state_dict(tensors)

@@ -1,0 +1,237 @@
+"""The command `offrl`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import offrl
+from offrl.errors import OffrlError
+from offrl.paths import conf_dir
+
+USAGE = """\
+offrl train [key=value ...]      train and score a policy; -m sweeps comma-separated values (Hydra's multirun)
+offrl train resume=RUN           go on with a run that was stopped
+offrl evaluate RUN               play episodes with a run's policy
+offrl data list|info|build|fetch|convert
+offrl report RUNS...             tables and curves of runs
+offrl agents [NAME]              the methods and their settings
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status is 2 for bad input, 130 when stopped from the keyboard."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        if words[:1] == ["train"]:
+            return _train(words[1:])
+        arguments = _parser().parse_args(words)
+        status: int = arguments.run(arguments)
+        return status
+    except OffrlError as error:
+        print(f"offrl: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from offrl import report
+    from offrl.data import commands
+
+    parser = argparse.ArgumentParser("offrl", usage=USAGE, description=offrl.__doc__)
+    parser.add_argument("--version", action="version", version=f"offrl {offrl.__version__}")
+    parser.set_defaults(run=lambda _: parser.print_usage() or 2)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    subparsers.add_parser("train", help="train and score a policy")  # handled above: Hydra reads its words
+    evaluate = subparsers.add_parser("evaluate", help="play episodes with a run's policy")
+    evaluate.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, or a checkpoint")
+    evaluate.add_argument("--episodes", type=int, default=10, help="per lane (default 10)")
+    evaluate.add_argument("--seed", type=int, default=1_000_000, help="environment seed of the first episode")
+    evaluate.add_argument("--workers", type=int, help="processes that step environments (default: one per core)")
+    evaluate.add_argument("--json", action="store_true", help="print JSON with every episode")
+    evaluate.set_defaults(run=_evaluate)
+    agents = subparsers.add_parser("agents", help="the methods and their settings")
+    agents.add_argument("name", nargs="?")
+    agents.set_defaults(run=_agents)
+    commands.add_parser(subparsers)
+    report.add_parser(subparsers)
+    return parser
+
+
+# ---- train ---------------------------------------------------------------------------------------------------
+
+
+def _train(words: list[str]) -> int:
+    from offrl.compose import tolerant
+    from offrl.train import resume
+
+    if any(word in ("-h", "--help") for word in words):
+        print(_train_help())
+        return 0
+    folder = next((w.split("=", 1)[1] for w in words if w.startswith("resume=")), None)
+    if folder is not None:
+        changes = dict(w.split("=", 1) for w in words if "=" in w and not w.startswith("resume="))
+        return _show(resume(folder, {key: _value(text) for key, text in changes.items()}))
+    return _hydra(tolerant(words))
+
+
+def _hydra(words: list[str]) -> int:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import DictConfig
+
+    from offrl.compose import plain
+    from offrl.train import train
+
+    status = 0
+
+    @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
+    def task(cfg: DictConfig) -> None:
+        nonlocal status
+        try:
+            status = max(status, _show(train(plain(cfg))))
+        except OffrlError as error:
+            print(f"offrl: error: {error}", file=sys.stderr)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # Hydra goes on with the other jobs and reports this one at the end
+            status = 2
+
+    before, sys.argv = sys.argv, ["offrl train", *words]
+    try:
+        task()
+    finally:
+        sys.argv = before
+    return status
+
+
+def _show(result: Any) -> int:
+    """Print a run's result; 0, or 130 when it was interrupted."""
+    import numpy as np
+
+    if result.status == "interrupted":
+        print(f"stopped at update {result.step}; go on with: offrl train resume={result.folder}")
+        return 130
+    scores = result.scores if result.scores is not None else result.returns
+    name = "normalised score" if result.scores is not None else "return"
+    text = "not evaluated"
+    if scores:
+        spread = f" +- {np.std(scores, ddof=1):.1f} (std over {len(scores)} lanes)" if len(scores) > 1 else ""
+        text = f"{name} {np.mean(scores):.1f}{spread}"
+    print(f"{result.status}: {text} after {result.step} updates; {result.folder}")
+    return 0
+
+
+def _train_help() -> str:
+    from offrl.config import DataConfig, EvalConfig, TrainConfig
+
+    lines = ["offrl train [key=value ...] [-m] [--config-dir DIR] [--cfg job]", "", "Options:"]
+    for prefix, cls in (("", TrainConfig), ("data.", DataConfig), ("eval.", EvalConfig)):
+        lines += [f"  {prefix}{name}={default:<12} {comment}" for name, default, comment in field_comments(cls)]
+    lines += [
+        "  agent.KEY=VALUE           a setting of the method; a list gives one value per lane (offrl agents NAME)",
+        "",
+    ]
+    for group in sorted(p for p in conf_dir().iterdir() if p.is_dir()):
+        names = sorted(str(f.relative_to(group).with_suffix("")) for f in group.rglob("*.yaml"))
+        if names:
+            lines.append(f"{group.name}=  {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def field_comments(cls: type[Any]) -> list[tuple[str, str, str]]:
+    """(name, default, comment) of a dataclass's plain fields, the comment being the one behind the field."""
+    rows = []
+    names = {f.name for f in fields(cls)}
+    for line in inspect.getsource(cls).splitlines():
+        match = re.match(r"\s+(\w+): [^=]+ = (.*?)(?:  # (.*))?$", line)
+        if match and match[1] in names and not match[2].startswith("field("):
+            rows.append((match[1], match[2].strip("\"'"), match[3] or ""))
+    return rows
+
+
+def _value(text: str) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(f"value: {text}").value
+
+
+# ---- evaluate, agents ----------------------------------------------------------------------------------------
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from offrl.evaluate import Evaluator
+    from offrl.train import dataset_info, load_agent, tune_process
+
+    if arguments.episodes < 1:
+        raise OffrlError(f"--episodes {arguments.episodes} should be at least 1.")
+    tune_process(1)
+    agent, info = load_agent(arguments.run_folder), dataset_info(arguments.run_folder)
+    with Evaluator(info, agent.spec.lanes, arguments.workers) as evaluator:
+        played = evaluator.run(agent, arguments.episodes, arguments.seed)
+    scores = played.returns if played.normalized is None else played.normalized
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "dataset": info.id,
+                    "env_id": info.env_id,
+                    "lane_seeds": list(agent.spec.seeds),
+                    "episode_seeds": played.seeds,
+                    "returns": played.returns.tolist(),
+                    "lengths": played.lengths.tolist(),
+                    "normalized": None if played.normalized is None else played.normalized.tolist(),
+                }
+            )
+        )
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{arguments.run_folder} on {info.env_id}, {arguments.episodes} episodes a lane")
+    for heading in (
+        "lane seed",
+        "score" if played.normalized is not None else "return",
+        "std of episodes",
+        "return",
+        "length",
+    ):
+        table.add_column(heading, justify="right")
+    for lane, seed in enumerate(agent.spec.seeds):
+        numbers = (scores[lane].mean(), scores[lane].std(), played.returns[lane].mean(), played.lengths[lane].mean())
+        table.add_row(str(seed), *(f"{number:.1f}" for number in numbers))
+    Console().print(table)
+    return 0
+
+
+def _agents(arguments: argparse.Namespace) -> int:
+    from hydra.utils import get_class
+    from omegaconf import OmegaConf
+
+    files = {path.stem: path for path in sorted((conf_dir() / "agent").glob("*.yaml"))}
+    if arguments.name and arguments.name not in files:
+        raise OffrlError(f"agent {arguments.name} is unknown; there are {', '.join(files)}.")
+    for name, path in files.items():
+        cls: Any = get_class(OmegaConf.load(path)._target_)
+        documentation = inspect.getdoc(inspect.getmodule(cls)) or ""
+        if not arguments.name:
+            print(f"{name:12} {documentation.splitlines()[0]}")
+        elif name == arguments.name:
+            print(documentation, "\n\nSettings:")
+            for key, default, comment in field_comments(cls.Config):
+                print(f"  agent.{key}={default}  {comment}".rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Hydra's side: from a command line to the composed configuration as plain dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offrl.errors import OffrlError
+from offrl.paths import conf_dir
+
+
+def groups(extra: Path | None = None) -> set[str]:
+    """Names of the configuration groups, those of a user's own folder included."""
+    folders = [conf_dir(), *([extra] if extra else [])]
+    return {child.name for folder in folders if folder.is_dir() for child in folder.iterdir() if child.is_dir()}
+
+
+def tolerant(arguments: Sequence[str]) -> list[str]:
+    """Command-line words for Hydra, where `key=value` also adds a key that no file names.
+
+    Which keys exist is decided by the dataclasses (`offrl.config.build`), not by the files: so a typing error still gets a
+    clear sentence, and defaults need to stand nowhere else.
+    """
+    extra = next((Path(b) for a, b in zip(arguments, arguments[1:]) if a in ("--config-dir", "-cd")), None)
+    extra = extra or next((Path(a.split("=", 1)[1]) for a in arguments if a.startswith("--config-dir=")), None)
+    if extra and not extra.is_dir():
+        raise OffrlError(
+            f"--config-dir {extra}: there is no such folder; name one with agent/, preset/ and the like in it."
+        )
+    known = groups(extra)
+    words = []
+    for word in arguments:
+        key = word.split("=", 1)[0]
+        plain = "=" in word and not word.startswith(("-", "+", "~")) and not key.startswith("hydra")
+        words.append(f"++{word}" if plain and "@" not in key and "/" not in key and key not in known else word)
+    return words
+
+
+def compose(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that `offrl train key=value ...` would have, from `{key: value}`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    words = tolerant([f"{key}={_literal(value)}" for key, value in options.items()])
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return plain(hydra_compose("train", overrides=words))
+    except HydraException as error:
+        raise OffrlError(f"{error} (see `offrl train --help` for options and `offrl agents` for agents)") from error
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """Dictionaries, lists and numbers; attribute access on Hydra's own objects costs microseconds."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise OffrlError(f"the configuration can't be resolved: {error}") from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _literal(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_literal(v) for v in value) + "]"
+    if isinstance(value, (str, Path)):
+        text = str(value)
+        return text if text and all(c.isalnum() or c in "_-./:" for c in text) else "'" + text.replace("'", "\\'") + "'"
+    return str(value)

@@ -1,0 +1,162 @@
+"""Engines: turn "draw a batch, update the agent" into many updates per call.
+
+All engines give the numbers of `Eager`, the reference: random draws depend on the update's number alone, so an engine is free
+to draw for many updates at once. `Compiled` and `CudaGraph` may differ from it by rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offrl.agent import Agent
+from offrl.batch import Batch
+from offrl.errors import OffrlError
+from offrl.sampling import Replay
+
+# Gathered batches should stay in the processor's cache until they are used.
+_CHUNK_BYTES = 1 << 20
+_MAX_CHUNK = 64
+
+
+class Engine(Protocol):
+    """Runs updates."""
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        """Make updates number `step + 1 ... step + updates`; the last value of each metric, `[lanes]`."""
+
+
+class Eager:
+    """Draws a chunk of batches at once, then updates one by one."""
+
+    def __init__(self, agent: Agent, replay: Replay, precision: str = "float32") -> None:
+        self.agent, self.replay, self.precision = agent, replay, precision
+        self.device = torch.device(agent.spec.device)
+        self.update = agent.update
+        self.chunk = 0
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        end = step + updates
+        while step < end:
+            count = min(end - step, self.chunk or 1)
+            batches = self._draw(step, count)
+            for i in range(count):
+                self.agent.random.step.fill_(step + 1 + i)
+                with _autocast(self.device, self.precision):
+                    metrics |= self.update(batches[i], (step + i) % self.agent.period)
+            step += count
+        return metrics
+
+    def _draw(self, step: int, count: int) -> Batch:
+        steps = torch.arange(step + 1, step + 1 + count, device=self.device)
+        batches = self.agent.prepare(self.replay.draw(self.agent.random, steps))
+        if not self.chunk:
+            tensors = [t for t in vars(batches).values() if t is not None]
+            self.chunk = max(1, min(_MAX_CHUNK, _CHUNK_BYTES // sum(t.nbytes for t in tensors)))
+        return batches
+
+
+class Compiled(Eager):
+    """`Eager` with the update through `torch.compile`; one graph per phase of the update."""
+
+    def __init__(self, agent: Agent, replay: Replay, precision: str = "float32") -> None:
+        super().__init__(agent, replay, precision)
+        self.update = torch.compile(agent.update, dynamic=False)
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        try:
+            return super().run(step, updates)
+        except Exception as error:
+            if "compiler" not in type(error).__name__.lower() and "compiler" not in str(error).lower():
+                raise
+            raise OffrlError("engine=compile needs a C++ compiler; install gcc or use engine=eager.") from error
+
+
+class CudaGraph:
+    """Captures whole periods of "draw + update" in one CUDA graph and replays it: no launch cost, no host in the loop.
+
+    Works since an update has no host copy and every random draw reads the update's number from a device tensor, which
+    the graph itself advances. Updates that don't fill a whole graph run eagerly.
+
+    Args:
+        updates_per_launch: updates in one graph, rounded up to whole periods.
+    """
+
+    def __init__(self, agent: Agent, replay: Replay, precision: str = "float32", updates_per_launch: int = 16) -> None:
+        self.eager = Eager(agent, replay, precision)
+        self.agent = agent
+        self.size = -(-updates_per_launch // agent.period) * agent.period
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.metrics: dict[str, Tensor] = {}
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        end, metrics = step + updates, {}
+        head = min(-step % self.agent.period, updates)
+        if self.graph is None:  # two periods outside the graph fill lazily made buffers before the capture
+            head = min(head + 2 * self.agent.period, updates)
+        if head:
+            metrics = self.eager.run(step, head)
+            step += head
+        if end - step >= self.size:
+            if self.graph is None:
+                self._capture()
+            assert self.graph is not None
+            self.agent.random.step.fill_(step)
+            while end - step >= self.size:
+                self.graph.replay()
+                step += self.size
+            metrics |= {name: value.clone() for name, value in self.metrics.items()}
+        if step < end:
+            metrics |= self.eager.run(step, end - step)
+        return metrics
+
+    def _capture(self) -> None:
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.metrics = self._updates()
+
+    def _updates(self) -> dict[str, Tensor]:
+        """`size` updates as the graph holds them, from the update after `agent.random.step` on."""
+        agent = self.agent
+        metrics: dict[str, Tensor] = {}
+        for i in range(self.size):
+            agent.random.step.add_(1)
+            batch = agent.prepare(self.eager.replay.draw(agent.random, agent.random.step.reshape(1)))
+            with _autocast(self.eager.device, self.eager.precision):
+                metrics |= agent.update(batch[0], i % agent.period)
+        return metrics
+
+
+def make_engine(
+    name: str, agent: Agent, replay: Replay, precision: str = "float32", updates_per_launch: int = 16
+) -> Engine:
+    """`eager`, `compile`, `cudagraph`, or `auto`: the graph on a GPU, else eager.
+
+    Eager is the automatic choice on a CPU: there an update is bound by arithmetic, and compiling costs a minute.
+    """
+    cuda = torch.device(agent.spec.device).type == "cuda"
+    if name == "auto":
+        name = "cudagraph" if cuda else "eager"
+    if name == "cudagraph" and not cuda:
+        raise OffrlError("engine=cudagraph needs device=cuda; use engine=eager or engine=compile on a CPU.")
+    if name == "cudagraph":
+        return CudaGraph(agent, replay, precision, updates_per_launch)
+    if name == "compile":
+        return Compiled(agent, replay, precision)
+    if name == "eager":
+        return Eager(agent, replay, precision)
+    raise OffrlError(f"engine={name} is unknown; choose auto, eager, compile or cudagraph.")
+
+
+def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Matrix products in bfloat16 when asked for; parameters, targets and optimisers stay float32."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    if precision != "bfloat16":
+        raise OffrlError(f"precision={precision} is unknown; choose float32 or bfloat16.")
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)

@@ -1,0 +1,269 @@
+"""Evaluation: all lanes step together in many environments; every episode is counted exactly once.
+
+Each environment plays one episode at a time and is left alone when it is done, so short episodes are not favoured (an
+autoresetting vector of environments that stops after N finished episodes would favour them). Episode k starts from
+environment seed `seed + k` for every lane and every method: common random numbers, apart from training's.
+
+Actions are computed in float64 by default: then an episode does not depend on how many others are stepped beside it
+(float32 matrix products round differently for different batch sizes, and the simulators are chaotic).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offrl.agent import Agent
+from offrl.data.store import DatasetInfo
+from offrl.errors import OffrlError
+
+MakeEnv = Callable[[], Any]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Evaluation episodes, one column each.
+
+    Attributes:
+        returns: `[lanes, episodes]` undiscounted returns; lengths: `[lanes, episodes]` steps.
+        normalized: `[lanes, episodes]` scores by the dataset's references; None when it has none.
+        seeds: `[episodes]` environment seeds.
+    """
+
+    returns: Array
+    lengths: Array
+    normalized: Array | None
+    seeds: list[int]
+
+
+class Slots:
+    """Environments `first ... last - 1` of a wave, stepped one after another into shared arrays.
+
+    Args:
+        make_env: makes one environment with flat observations.
+        observation, action, reward, done: arrays over all slots; this object writes its own rows.
+    """
+
+    def __init__(self, make_env: MakeEnv, rows: range, arrays: dict[str, Array]) -> None:
+        self.envs = [make_env() for _ in rows]
+        self.rows, self.arrays = rows, arrays
+
+    def reset(self, seeds: Sequence[int | None]) -> None:
+        """Start an episode in each slot; a slot with seed None stays out of this wave."""
+        for env, row, seed in zip(self.envs, self.rows, seeds):
+            self.arrays["done"][row] = seed is None
+            if seed is not None:
+                self.arrays["observation"][row] = env.reset(seed=seed)[0]
+
+    def step(self) -> None:
+        """One step of every slot that is not done."""
+        arrays = self.arrays
+        for env, row in zip(self.envs, self.rows):
+            if arrays["done"][row]:
+                continue
+            action = arrays["action"][row]
+            observation, reward, terminated, truncated, _ = env.step(action if action.ndim else int(action))
+            arrays["observation"][row] = observation
+            arrays["reward"][row] = reward
+            arrays["done"][row] = terminated or truncated
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+def _worker(connection: Connection, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
+    """Process that owns some slots: obeys (command, argument) messages until told to stop."""
+    slots = Slots(make_env, rows, {name: _as_array(*value) for name, value in shared.items()})
+    try:
+        while True:
+            command, argument = connection.recv()
+            if command == "close":
+                break
+            slots.step() if command == "step" else slots.reset(argument)
+            connection.send(True)
+    except (EOFError, KeyboardInterrupt):
+        pass
+    finally:
+        slots.close()
+
+
+class _Process:
+    """Slots in another process, with the interface of `Slots` split into request and wait."""
+
+    def __init__(self, context: Any, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_worker, args=(theirs, make_env, rows, shared), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.rows = rows
+
+    def request(self, command: str, argument: Any = None) -> None:
+        self.connection.send((command, argument))
+
+    def wait(self) -> None:
+        try:
+            self.connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise OffrlError(
+                "An evaluation process died; set eval.workers=1 to see the environment's error."
+            ) from error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.request("close")
+        self.process.join(timeout=5)
+        if self.process.is_alive():
+            self.process.terminate()
+
+
+class Evaluator:
+    """Plays episodes of a dataset's environment with every lane of an agent.
+
+    The environments, and the processes that hold them, live as long as the Evaluator; use it as a context manager.
+
+    Args:
+        info: the dataset's; names the environment and the reference scores.
+        lanes: of the agents to come.
+        workers: processes that step environments; 1 steps them here. None: one per usable core.
+        slots: environments at once, over all lanes.
+        make_env: makes one environment; the default follows `info`.
+
+    Raises:
+        OffrlError: the dataset has no environment, or its simulator is not installed.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        lanes: int,
+        workers: int | None = None,
+        slots: int = 100,
+        make_env: MakeEnv | None = None,
+    ) -> None:
+        if make_env is None:
+            from offrl.envs import make_env as make_for
+
+            def make_env() -> Any:
+                return make_for(info)
+
+        self.info, self.lanes = info, lanes
+        self.width = max(1, slots // lanes)  # slots of each lane
+        self.make_env: MakeEnv = make_env
+        self.workers = workers or min(8, len(os.sched_getaffinity(0)))
+        self.arrays: dict[str, Array] = {}
+        self.processes: list[_Process] = []
+        self.local: Slots | None = None
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.close()
+        if self.local:
+            self.local.close()
+        self.processes, self.local, self.arrays = [], None, {}
+
+    def run(self, agent: Agent, episodes: int, seed: int = 1_000_000, dtype: torch.dtype = torch.float64) -> Episodes:
+        """Play `episodes` episodes in every lane.
+
+        Args:
+            agent: has `lanes` lanes.
+            seed: environment seed of the first episode; the k-th has `seed + k`.
+            dtype: of the policy's arithmetic.
+        """
+        self._open(min(self.width, episodes))
+        policy = copy.deepcopy(agent).to(dtype)
+        returns, lengths = np.zeros((self.lanes, episodes)), np.zeros((self.lanes, episodes), dtype=np.int64)
+        for start in range(0, episodes, self.width):
+            wave = slice(start, min(start + self.width, episodes))
+            returns[:, wave], lengths[:, wave] = self._wave(policy, seed + start, wave.stop - start, dtype)
+        seeds = [seed + k for k in range(episodes)]
+        return Episodes(returns, lengths, self.info.normalized(returns), seeds)
+
+    # ---- one wave: one episode in each slot -------------------------------------------------------------------
+
+    def _wave(self, policy: Agent, seed: int, used: int, dtype: torch.dtype) -> tuple[Array, Array]:
+        width = len(self.arrays["done"]) // self.lanes
+        seeds = [seed + k if k < used else None for k in range(width)] * self.lanes
+        self._all("reset", seeds)
+        observation, action, reward, done = (self.arrays[k] for k in ("observation", "action", "reward", "done"))
+        returns, lengths = np.zeros(len(done)), np.zeros(len(done), dtype=np.int64)
+        memory = policy.memory(width)
+        device = policy.spec.device
+        while not done.all():
+            running = ~done
+            obs = torch.from_numpy(observation).to(device, dtype).unflatten(0, (self.lanes, width))
+            chosen = policy.select_action(obs, memory)
+            action[...] = chosen.flatten(0, 1).cpu().numpy()
+            self._all("step")
+            returns[running] += reward[running]
+            lengths[running] += 1
+            got = torch.from_numpy(reward).to(device, dtype).unflatten(0, (self.lanes, width))
+            memory = policy.observe(memory, chosen, got)
+        shape = (self.lanes, width)
+        return returns.reshape(shape)[:, :used], lengths.reshape(shape)[:, :used]
+
+    def _all(self, command: str, argument: list[int | None] | None = None) -> None:
+        if self.local:
+            self.local.step() if argument is None else self.local.reset(argument)
+            return
+        for process in self.processes:
+            process.request(command, argument and [argument[row] for row in process.rows])
+        for process in self.processes:
+            process.wait()
+
+    # ---- environments -----------------------------------------------------------------------------------------
+
+    def _open(self, width: int) -> None:
+        """Make the environments, unless enough of them are there."""
+        if self.arrays and len(self.arrays["done"]) >= width * self.lanes:
+            return
+        self.close()
+        total = width * self.lanes
+        probe = self.make_env()
+        obs_shape, space = probe.observation_space.shape, probe.action_space
+        probe.close()
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            "observation": ((total, *obs_shape), "d"),
+            "action": ((total, *space.shape), "d" if space.shape else "q"),
+            "reward": ((total,), "d"),
+            "done": ((total,), "?"),
+        }
+        workers = min(self.workers, total)
+        if workers == 1:
+            self.arrays = {k: np.zeros(shape, dtype=np.dtype(code)) for k, (shape, code) in shapes.items()}
+            self.local = Slots(self.make_env, range(total), self.arrays)
+            return
+        # Forking is instant and the children touch neither torch nor CUDA; elsewhere a fresh interpreter is the safe way.
+        can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
+        context = multiprocessing.get_context("fork" if can_fork else "spawn")
+        shared = {
+            k: (context.RawArray("b", max(1, int(np.prod(shape)) * np.dtype(code).itemsize)), shape, code)
+            for k, (shape, code) in shapes.items()
+        }
+        self.arrays = {k: _as_array(*value) for k, value in shared.items()}
+        bounds = np.linspace(0, total, workers + 1).astype(int)
+        self.processes = [
+            _Process(context, self.make_env, range(a, b), shared) for a, b in zip(bounds[:-1], bounds[1:])
+        ]
+
+
+def _as_array(buffer: Any, shape: tuple[int, ...], code: str) -> Array:
+    count = int(np.prod(shape))
+    return np.frombuffer(buffer, dtype=np.dtype(code), count=count).reshape(shape)

@@ -1,0 +1,239 @@
+"""Networks with a lane axis, their optimiser, and the moving average of targets.
+
+Parameters are `[lanes, ...]`, or `[lanes, members, ...]` for an ensemble: one batched matrix product serves all lanes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offrl.random import LaneRandom
+
+
+def lane_generators(seeds: Sequence[int], name: str) -> list[torch.Generator]:
+    """One CPU generator per lane, for initialisation; `name` keeps networks of one lane apart."""
+    start = LaneRandom(seeds).bits(f"init/{name}", 1)[:, 0]
+    return [torch.Generator().manual_seed(int(s) & (2**63 - 1)) for s in start]
+
+
+class _ReluMLP(torch.autograd.Function):
+    """Batched Linear-ReLU-...-Linear as one autograd node.
+
+    Why by hand: on a CPU a third of an update went to autograd's own bookkeeping and to layouts of narrow layers for
+    which the matrix product runs at a tenth of its rate. Here each product has the order that runs fast (a narrow
+    output is computed transposed, weight gradients as g^T h), and only gradients that are asked for are computed.
+    `relu_mlp_reference` says the same in one line per layer; the tests compare the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[0::2], parameters[1::2]
+        hidden = [x]
+        for weight, bias in zip(weights[:-1], biases[:-1]):
+            hidden.append(torch.baddbmm(bias.unsqueeze(1), hidden[-1], weight.transpose(1, 2)).relu_())
+        out = _narrow_product(hidden[-1], weights[-1], biases[-1])
+        ctx.save_for_backward(*hidden, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layers = len(ctx.saved_tensors) // 2
+        hidden, weights = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+        needed, grad = ctx.needs_input_grad, grads[0]
+        result: list[Tensor | None] = [None] * len(needed)
+        for layer in reversed(range(layers)):
+            if needed[1 + 2 * layer]:
+                result[1 + 2 * layer] = _weight_gradient(grad, hidden[layer])
+                result[2 + 2 * layer] = grad.sum(1)
+            if layer == 0 and not needed[0]:
+                break
+            # An outer product, for a single output, is not worth a call of the matrix library.
+            outer = grad.shape[-1] == 1
+            grad = grad * weights[layer] if outer else torch.bmm(grad, weights[layer])
+            if layer > 0:
+                torch.ops.aten.threshold_backward.grad_input(grad, hidden[layer], 0, grad_input=grad)
+        result[0] = grad if needed[0] else None
+        return tuple(result)
+
+
+def _narrow_product(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """h W^T + b, `[n, batch, out]`; for few outputs as (W h^T)^T, which the CPU's library runs up to eight times faster."""
+    if weight.shape[1] > 16:
+        return torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
+    return torch.baddbmm(bias.unsqueeze(2), weight, h.transpose(1, 2)).transpose(1, 2)
+
+
+def _weight_gradient(grad: Tensor, h: Tensor) -> Tensor:
+    """g^T h, `[n, out, in]`; for few inputs as (h^T g)^T, for the same reason."""
+    if h.shape[-1] < 64 <= grad.shape[-1]:
+        return torch.bmm(h.transpose(1, 2), grad).transpose(1, 2).contiguous()
+    return torch.bmm(grad.transpose(1, 2), h)
+
+
+def relu_mlp_reference(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """What `_ReluMLP` computes, in plain operations: x `[n, batch, in]`, weights `[n, out, in]`, biases `[n, out]`."""
+    for i in range(0, len(parameters), 2):
+        x = x @ parameters[i].transpose(1, 2) + parameters[i + 1].unsqueeze(1)
+        x = x.relu() if i < len(parameters) - 2 else x
+    return x
+
+
+class MLP(nn.Module):
+    """ReLU multilayer perceptron for every lane, and every member of an ensemble, at once.
+
+    Args:
+        seeds: one per lane; they fix the initial weights, which are PyTorch's default of `nn.Linear`
+            (weights and biases uniform on +-1/sqrt(fan_in)).
+        sizes: widths from input to output.
+        members: size of the ensemble; None for a single network.
+        name: keeps the initial weights of a lane's networks apart.
+
+    Weights are `[lanes, (members,) out, in]`, biases `[lanes, (members,) out]`.
+    """
+
+    def __init__(self, seeds: Sequence[int], sizes: Sequence[int], members: int | None = None, name: str = "") -> None:
+        super().__init__()
+        generators = lane_generators(seeds, name)
+        self.members = members
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        lead = () if members is None else (members,)
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+            bound = 1 / math.sqrt(fan_in)
+            for shape, where in (((*lead, fan_out, fan_in), self.weights), ((*lead, fan_out), self.biases)):
+                lanes = [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
+                where.append(nn.Parameter(torch.stack(lanes)))
+
+    def forward(self, x: Tensor, member: int | None = None) -> Tensor:
+        """`[lanes, batch, in]` to `[lanes, batch, out]`; an ensemble to `[lanes, members, batch, out]`.
+
+        `member` picks one member of an ensemble (then `[lanes, batch, out]`).
+        """
+        parameters = [p for pair in zip(self.weights, self.biases) for p in pair]
+        if self.members is None:
+            return _ReluMLP.apply(x, *parameters)
+        if member is not None:
+            return _ReluMLP.apply(x, *(p[:, member] for p in parameters))
+        lanes, batch, width = x.shape
+        x = x.unsqueeze(1).expand(lanes, self.members, batch, width).reshape(-1, batch, width)
+        return _ReluMLP.apply(x, *(p.flatten(0, 1) for p in parameters)).unflatten(0, (lanes, self.members))
+
+
+class DeterministicActor(nn.Module):
+    """pi(s) = centre + scale * tanh(MLP(s)); the box of actions is [low, high] in every dimension."""
+
+    def __init__(
+        self, seeds: Sequence[int], obs_dim: int, action_dim: int, hidden: Sequence[int], low: float, high: float
+    ) -> None:
+        super().__init__()
+        self.mlp = MLP(seeds, [obs_dim, *hidden, action_dim], name="actor")
+        self.scale, self.centre = (high - low) / 2, (high + low) / 2
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """`[lanes, batch, obs]` to `[lanes, batch, action]`."""
+        action = self.mlp(obs).tanh()
+        return action if self.scale == 1 and self.centre == 0 else action * self.scale + self.centre
+
+
+class Critics(nn.Module):
+    """An ensemble Q_1 ... Q_n(s, a)."""
+
+    def __init__(
+        self, seeds: Sequence[int], obs_dim: int, action_dim: int, hidden: Sequence[int], members: int = 2
+    ) -> None:
+        super().__init__()
+        self.mlp = MLP(seeds, [obs_dim + action_dim, *hidden, 1], members, name="critics")
+
+    def forward(self, obs: Tensor, action: Tensor, member: int | None = None) -> Tensor:
+        """`[lanes, members, batch]`, or `[lanes, batch]` of one member."""
+        return self.mlp(torch.cat([obs, action], -1), member).squeeze(-1)
+
+
+def column(value: float | Tensor, axes: int = 1) -> Any:
+    """A coefficient ready to multiply `[lanes, ...]` with `axes` further axes: a number stays, `[lanes]` gets axes."""
+    return value.view(-1, *[1] * axes) if isinstance(value, Tensor) else value
+
+
+def target_of(network: nn.Module) -> Any:
+    """A copy that no gradient reaches."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, online: nn.Module, tau: float | Tensor) -> None:
+    """target <- (1 - tau) target + tau online; the rate may differ between lanes."""
+    if isinstance(tau, Tensor):
+        for slow, fast in zip(target.parameters(), online.parameters()):
+            slow.lerp_(fast, column(tau, slow.ndim - 1).to(slow.dtype))
+    else:
+        torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+class Adam(nn.Module):
+    """Adam (Kingma & Ba 2015) as PyTorch computes it, with its moments as buffers of the agent.
+
+    So a checkpoint of the agent holds its optimisers, and the step counts live on the device, where a captured graph
+    can advance them. The learning rate may differ between lanes.
+
+    Args:
+        parameters: tensors `[lanes, ...]`.
+        lr: one rate, or one per lane.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__()
+        self.lr, self.betas, self.eps = lr, betas, eps
+        self.lane_lr = lr.tolist() if isinstance(lr, Tensor) else []  # read once: a graph can't wait for the host
+        self._parameters_of = [list(parameters)]  # inside a list: they belong to the networks, not to this module
+        for i, p in enumerate(self._parameters_of[0]):
+            self.register_buffer(f"mean_{i}", torch.zeros_like(p))
+            self.register_buffer(f"square_{i}", torch.zeros_like(p))
+            lanes = (p.shape[0],) if isinstance(lr, Tensor) else ()
+            self.register_buffer(f"step_{i}", torch.zeros(lanes, dtype=torch.float32))
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient of `loss` (one number per lane: lanes are independent, so their sum serves)."""
+        parameters = self._parameters_of[0]
+        self.apply_gradients(torch.autograd.grad(loss.sum(), parameters))
+
+    @torch.no_grad()
+    def apply_gradients(self, gradients: Sequence[Tensor]) -> None:
+        rows: list[list[Tensor]] = [list(self._parameters_of[0]), list(gradients)]
+        rows += [[getattr(self, f"{kind}_{i}") for i in range(len(gradients))] for kind in ("mean", "square", "step")]
+        if not isinstance(self.lr, Tensor):
+            self._adam(rows, self.lr)
+            return
+        for lane, lr in enumerate(self.lane_lr):
+            self._adam([[tensor[lane] for tensor in row] for row in rows], lr)
+
+    @torch.compiler.disable  # a compiler has nothing to fuse in one operator, and fails on it
+    def _adam(self, rows: list[list[Tensor]], lr: float) -> None:
+        parameters, gradients, means, squares, steps = rows
+        torch._foreach_add_(steps, 1)
+        # The operator behind torch.optim.Adam(fused=True), called directly: it can be captured and compiled.
+        torch._fused_adam_(
+            parameters,
+            gradients,
+            means,
+            squares,
+            [],
+            steps,
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )

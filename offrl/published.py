@@ -1,0 +1,75 @@
+"""Published scores: what others report, shown beside our numbers and never averaged with them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from offrl.paths import PACKAGE
+
+# Scores that were chosen by online evaluation, or that are no score of one trained policy.
+_NOT_COMPARABLE = re.compile(r"\bbest\b|maximum|EOP|offline-to-online|online", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number somebody published, and where."""
+
+    method: str
+    dataset: str
+    mean: float
+    std: float
+    seeds: int | None
+    protocol: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if math.isnan(self.std) else f"{self.mean:.1f} ± {self.std:.1f}"
+
+    def cite(self) -> str:
+        """Where the number stands, and its protocol."""
+        seeds = f"{self.seeds} seeds; " if self.seeds else ""
+        return f"{self.source} ({seeds}{self.protocol})"
+
+
+def lookup(method: str, dataset: str) -> list[Published]:
+    """Published scores of a last checkpoint, the one that states so first; empty when there is none."""
+    return _table().get((_same_name(method), dataset), [])
+
+
+def _same_name(method: str) -> str:
+    """One spelling of a method: `td3_bc`, `TD3+BC` and `TD3+BC+Uniform` are the same."""
+    return re.sub(r"[^a-z0-9%()]", "", re.sub(r"\+uniform$", "", method.lower()))
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[tuple[str, str], list[Published]]:
+    """Published scores by method and dataset, those that state a last checkpoint first."""
+    found: dict[tuple[str, str], list[Published]] = {}
+    for name in ("zoo", "prdc_a2pr", "doc", "weighting"):
+        with open(PACKAGE / "assets" / "reference" / f"scores_{name}.csv", newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if not row["mean"] or _NOT_COMPARABLE.search(row["protocol"]):
+                    continue
+                number = Published(
+                    row["method"],
+                    row["dataset"],
+                    float(row["mean"]),
+                    float(row["std"]) if row["std"] else math.nan,
+                    int(row["seeds"]) if row["seeds"] else None,
+                    row["protocol"],
+                    row["source"],
+                )
+                cell = found.setdefault((_same_name(number.method), number.dataset), [])
+                if not any(_same_number(number, other) for other in cell):  # the same table copied by two collections
+                    cell.append(number)
+    for cell in found.values():
+        cell.sort(key=lambda number: not re.search(r"^final|last evaluation", number.protocol))
+    return found
+
+
+def _same_number(a: Published, b: Published) -> bool:
+    return a.mean == b.mean and (a.std == b.std or math.isnan(a.std) or math.isnan(b.std))

@@ -1,0 +1,86 @@
+"""Counter-based random numbers, one independent stream per lane.
+
+A draw is a pure function of (lane seed, name of the draw, update number, element): nothing is advanced and nothing has
+to be saved. So a lane's numbers do not depend on the lanes beside it, a resumed run continues exactly, drawing many
+updates at once equals drawing them one by one, and the same tensor code runs eagerly, compiled or inside a CUDA graph.
+
+The generator is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): a
+counter with the golden-ratio step through a 64-bit mixer; each (seed, name, update) starts it at a hashed place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
+_STEP = -3335678366873096957  # 0xD1B54A32D192ED03, another odd constant: updates don't walk along the counter
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch shifts int64 arithmetically."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a bijection of int64 (wrapping multiplication)."""
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _name_key(name: str) -> int:
+    """FNV-1a, 63 bits: arithmetic that a compiler of tensor code can fold, unlike a library's hash."""
+    key = 0xCBF29CE484222325
+    for character in name:
+        key = ((key ^ ord(character)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return key >> 1
+
+
+class LaneRandom:
+    """Random tensors `[lanes, ...]`, lane l from its own seed.
+
+    Args:
+        seeds: one integer per lane.
+        device: where the numbers are made.
+
+    Attributes:
+        step: int64 scalar tensor, the number of the update under way; whoever runs updates sets it.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.seeds = mix(torch.tensor([int(seed) for seed in seeds], dtype=torch.int64, device=device) * _GOLDEN)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+
+    def bits(self, name: str, count: int, steps: Tensor | None = None) -> Tensor:
+        """`[*steps, lanes, count]` int64 of 64 random bits; `steps` defaults to the update under way."""
+        steps = self.step if steps is None else steps
+        key = mix(mix(self.seeds ^ _name_key(name)) + (steps * _STEP).unsqueeze(-1))
+        counter = torch.arange(1, count + 1, device=self.seeds.device) * _GOLDEN
+        return mix(key.unsqueeze(-1) + counter)
+
+    def uniform(self, name: str, shape: Sequence[int], steps: Tensor | None = None) -> Tensor:
+        """`[*steps, lanes, *shape]` float64 in [0, 1) with 53 random bits."""
+        bits = self.bits(name, math.prod(shape), steps)
+        return (_shift(bits, 11).double() * 2.0**-53).unflatten(-1, tuple(shape))
+
+    def integers(self, name: str, high: int, shape: Sequence[int], steps: Tensor | None = None) -> Tensor:
+        """`[*steps, lanes, *shape]` int64, uniform on 0 ... high - 1 (bias below high / 2^53)."""
+        return (self.uniform(name, shape, steps) * high).to(torch.int64)
+
+    def normal(self, name: str, like: Tensor) -> Tensor:
+        """Standard normals with the shape and type of `like` (`[lanes, ...]`), by Box and Muller's transform.
+
+        One 64-bit draw makes two normals: 32 bits for the radius and 32 for the angle, so |z| stays below 6.8.
+        """
+        count = like[0].numel()
+        bits = self.bits(name, (count + 1) // 2)
+        radius = ((_shift(bits, 32).to(like.dtype) + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
+        angle = (bits & 0xFFFFFFFF).to(like.dtype).mul_(2.0 * math.pi * 2.0**-32)
+        z = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
+        return z[..., :count].reshape(like.shape)

@@ -1,0 +1,180 @@
+"""Statistics of scores: means with t intervals for one cell, IQM and stratified bootstrap for several tasks.
+
+Scores of several tasks are a sequence of arrays, one per task, `[..., S_m]` with the runs (seeds) of task m in the last
+dimension; tasks may have different numbers of runs. Leading dimensions, where there are any, are kept.
+
+Aggregates follow Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+Tasks = Sequence[Array]
+
+# Resamples are drawn in blocks so that comparing all pairs of runs stays within tens of megabytes.
+_BLOCK = 256
+
+
+# ---- one cell: the runs of a method on one task --------------------------------------------------------------
+
+
+def mean_std(scores: ArrayLike) -> tuple[float, float]:
+    """Mean and sample standard deviation (ddof 1; NaN for a single score) over all entries."""
+    x = np.asarray(scores, dtype=np.float64).ravel()
+    return float(x.mean()), float(x.std(ddof=1)) if x.size > 1 else math.nan
+
+
+def t_interval(scores: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of independent scores; (NaN, NaN) for fewer than two."""
+    x = np.asarray(scores, dtype=np.float64).ravel()
+    mean, std = mean_std(x)
+    half = t_half_width(std, x.size, confidence)
+    return mean - half, mean + half
+
+
+def t_half_width(std: float, count: int, confidence: float = 0.95) -> float:
+    """Half the width of the t interval of a mean of `count` scores with sample standard deviation `std`."""
+    if count < 2:
+        return math.nan
+    return t_quantile(0.5 + confidence / 2, count - 1) * std / math.sqrt(count)
+
+
+@lru_cache(maxsize=4096)
+def t_quantile(probability: float, df: float) -> float:
+    """Inverse of the cumulative distribution of Student's t with `df` degrees of freedom; 0 < probability < 1."""
+    if not 0.0 < probability < 1.0 or df <= 0:
+        raise ValueError(f"t_quantile needs 0 < probability < 1 and df > 0, got {probability} and {df}")
+    if probability < 0.5:
+        return -t_quantile(1.0 - probability, df)
+    low, high = 0.0, 1.0
+    while t_cdf(high, df) < probability:
+        low, high = high, 2.0 * high
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if t_cdf(middle, df) < probability else (low, middle)
+    return 0.5 * (low + high)
+
+
+def t_cdf(t: float, df: float) -> float:
+    """P(T <= t) = 1 - I_x(df/2, 1/2) / 2 for t >= 0, with x = df / (df + t^2)."""
+    # The side of the incomplete beta function that is small is computed, so that neither tail nor centre cancels.
+    square = t * t
+    if square < df:
+        inside = 0.5 * incomplete_beta(0.5, 0.5 * df, square / (df + square))
+    else:
+        inside = 0.5 - 0.5 * incomplete_beta(0.5 * df, 0.5, df / (df + square))
+    return 0.5 + math.copysign(inside, t)
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """Regularised incomplete beta function I_x(a, b) by its continued fraction (DLMF 8.17.22, modified Lentz)."""
+    if x <= 0.0 or x >= 1.0:
+        return 0.0 if x <= 0.0 else 1.0
+    if x > (a + 1.0) / (a + b + 2.0):  # the fraction converges fast on the other side only
+        return 1.0 - incomplete_beta(b, a, 1.0 - x)
+    log_front = a * math.log(x) + b * math.log1p(-x) - math.log(a)
+    log_front += math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    tiny = 1e-300
+    fraction, c, d = 1.0, 1.0, 0.0
+    for step in range(1, 1000):
+        m = step // 2
+        if step == 1:
+            numerator = 1.0
+        elif step % 2:
+            numerator = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            n = m - 1
+            numerator = -(a + n) * (a + b + n) * x / ((a + 2 * n) * (a + 2 * n + 1))
+        d = 1.0 + numerator * d
+        d = 1.0 / (d if abs(d) > tiny else tiny)
+        c = 1.0 + numerator / c
+        c = c if abs(c) > tiny else tiny
+        fraction *= c * d
+        if abs(c * d - 1.0) < 1e-16:
+            break
+    return math.exp(log_front) * (fraction - 1.0)
+
+
+# ---- aggregates over tasks -----------------------------------------------------------------------------------
+
+
+def iqm(tasks: Tasks) -> Array:
+    """Interquartile mean of the pooled runs of all tasks: `[...]`.
+
+    Sorts the n values, drops `floor(n / 4)` from each end and averages the rest, as `scipy.stats.trim_mean(x, 0.25)`.
+    Runs are pooled, so a task with more runs weighs more.
+    """
+    pooled = np.sort(np.concatenate([np.asarray(x, dtype=np.float64) for x in tasks], axis=-1), axis=-1)
+    n = pooled.shape[-1]
+    return pooled[..., n // 4 : n - n // 4].mean(-1)
+
+
+def task_mean(tasks: Tasks) -> Array:
+    """Mean over tasks of the mean over runs: `[...]`; every task weighs the same."""
+    return np.mean([np.asarray(x, dtype=np.float64).mean(-1) for x in tasks], axis=0)
+
+
+def optimality_gap(tasks: Tasks, gamma: float = 100.0) -> Array:
+    """By how much the runs fail to reach `gamma`: gamma - mean(min(score, gamma)), tasks weighing the same."""
+    return gamma - task_mean([np.minimum(np.asarray(x, dtype=np.float64), gamma) for x in tasks])
+
+
+def performance_profile(tasks: Tasks, thresholds: ArrayLike) -> Array:
+    """Share of runs with a score strictly greater than each threshold `[T]`, mean over tasks: `[T]`."""
+    tau = np.asarray(thresholds, dtype=np.float64)
+    return np.mean([(np.asarray(x)[:, None] > tau).mean(0) for x in tasks], axis=0)
+
+
+def probability_of_improvement(x: Tasks, y: Tasks) -> Array:
+    """P(X > Y) + P(X = Y) / 2 over all pairs of runs of a task, averaged over tasks: `[...]`.
+
+    Per task this is the Mann-Whitney U divided by S_x S_y. It says nothing about the size of the improvement.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"both methods need the same tasks, got {len(x)} and {len(y)}")
+    per_task = []
+    for ours, theirs in zip(x, y):
+        difference = np.asarray(ours)[..., :, None] - np.asarray(theirs)[..., None, :]
+        per_task.append((0.5 + 0.5 * np.sign(difference)).mean((-2, -1)))
+    return np.mean(per_task, axis=0)
+
+
+def stratified_bootstrap(
+    statistic: Callable[..., Array],
+    *methods: Tasks,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic when runs are resampled with replacement within each task.
+
+    Args:
+        statistic: called as `statistic(*resampled)`; reduces the last dimension of every task, keeps the leading one.
+        methods: for each argument of the statistic its tasks, arrays `[S_m]`; methods are resampled independently.
+        seed: the same seed gives the same interval; the process's global generators are not touched.
+
+    With few runs it is too narrow (nominal 95 % covers about 89 % at 4 runs, 93 % at 10, for the IQM of 9 tasks);
+    with one run per task its width is zero.
+    """
+    rng = np.random.default_rng(seed)
+    values = []
+    for start in range(0, resamples, _BLOCK):
+        block = min(_BLOCK, resamples - start)
+        drawn = [[_resample(np.asarray(x, dtype=np.float64), block, rng) for x in tasks] for tasks in methods]
+        values.append(statistic(*drawn))
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(np.concatenate(values), [tail, 100.0 - tail])
+    return float(low), float(high)
+
+
+def _resample(runs: Array, count: int, rng: np.random.Generator) -> Array:
+    return runs[rng.integers(len(runs), size=(count, len(runs)))]

@@ -1,0 +1,588 @@
+"""Training: the order of things, their cadence, what is logged and what is saved. No agent is known here by name."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import gc
+import hashlib
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offrl import checkpoint, config, results
+from offrl.agent import Agent, Spec
+from offrl.config import TrainConfig
+from offrl.data.store import DatasetInfo, Store
+from offrl.engine import make_engine
+from offrl.errors import OffrlError
+from offrl.evaluate import Episodes, Evaluator
+from offrl.paths import replacing
+from offrl.sampling import Replay
+from offrl.trackers import make_tracker
+
+# What may change when a run is continued: none of it changes a number of the training.
+_FREE = {"updates", "device", "engine", "updates_per_launch", "threads", "log_every", "checkpoint_every"}
+_FREE |= {"keep_checkpoints", "out", "name", "label", "fresh", "progress", "tracker", "eval", "lanes", "seed", "seeds"}
+
+
+@dataclass
+class Result:
+    """What a finished run says.
+
+    Attributes:
+        folder: the run's folder.
+        step: updates made.
+        returns: `[lanes]` mean return of the last evaluation's episodes; empty when nothing was evaluated.
+        scores: `[lanes]` the same as normalised scores; None without references.
+        status: `finished`, `interrupted` (saved, can be resumed) or `already finished`.
+    """
+
+    folder: Path
+    step: int
+    returns: list[float]
+    scores: list[float] | None
+    status: str
+
+
+@dataclass
+class Plan:
+    """A checked configuration: what to run, before any data is loaded."""
+
+    train: TrainConfig
+    agent: dict[str, Any]  # `_target_` and the settings that differ from the dataclass
+    sampler: dict[str, Any]
+
+    @property
+    def agent_name(self) -> str:
+        return self.agent["_target_"].split(".")[-2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as it is kept with the run; `plan` reads it back."""
+        train = asdict(self.train)
+        return {"method": self.train.label or self.agent_name, "agent": self.agent, "sampler": self.sampler, **train}
+
+    def identity(self) -> str:
+        """8 hex digits of everything that changes the training's numbers, seeds apart."""
+        what = {k: v for k, v in self.to_dict().items() if k not in _FREE | {"method"}}
+        return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+    def folder(self) -> Path:
+        if self.train.name:
+            return Path(self.train.out) / self.train.name
+        seeds = self.train.lane_seeds()
+        run = seeds == list(range(seeds[0], seeds[0] + len(seeds))) and len(seeds) > 1
+        text = f"{seeds[0]}-{seeds[-1]}" if run else "_".join(map(str, seeds[:8]))
+        dataset = re.sub(r"[^\w.-]+", "_", self.train.dataset).strip("_")
+        return Path(self.train.out) / self.agent_name / dataset / f"seed{text}-{self.identity()}"
+
+
+def plan(values: Mapping[str, Any]) -> Plan:
+    """Check a composed configuration.
+
+    The settings that a method's table has for the dataset are filled in where nothing was given.
+
+    Raises:
+        OffrlError: an unknown key or a wrong value.
+    """
+    values = {k: v for k, v in values.items() if k not in ("method", "hydra")}
+    agent, sampler = dict(values.pop("agent", {})), dict(values.pop("sampler", {}))
+    if "_target_" not in agent:
+        raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
+    chosen = config.chosen_settings(agent.pop("settings", None), str(values.get("dataset", "")))
+    given_data = dict(values.get("data") or {})
+    for key, value in chosen.items():
+        if key.startswith("data."):
+            given_data.setdefault(key.removeprefix("data."), value)
+        else:
+            agent.setdefault(key, value)
+    train = config.build(TrainConfig, {**values, "data": given_data})
+    if not train.dataset:
+        raise OffrlError("dataset is empty; name one with dataset=ID, `offrl data list` shows the known ones.")
+    for key in ("updates", "batch_size", "lanes", "log_every", "checkpoint_every", "threads"):
+        if getattr(train, key) < 1:
+            raise OffrlError(f"{key}={getattr(train, key)} should be at least 1.")
+    if train.seeds and len(train.seeds) != train.lanes:
+        if train.lanes != 1:
+            raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
+        train.lanes = len(train.seeds)
+    if "_target_" not in sampler:
+        sampler["_target_"] = "offrl.sampling.Uniform"
+    return Plan(train, agent, sampler)
+
+
+def train(values: Mapping[str, Any]) -> Result:
+    """Train, evaluate and save as a composed configuration says; a run that was cut short goes on where it stopped.
+
+    Raises:
+        OffrlError: bad input, an unwritable folder, a full disk.
+    """
+    job = plan(values)
+    folder = job.folder()
+    with _locked(folder):
+        if not job.train.fresh and (done := finished(folder, job.train.updates)):
+            return done
+        return Trainer(job, folder).run()
+
+
+def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Result:
+    """Continue a run in its folder; `changes` may name options that leave the training's numbers alone.
+
+    Raises:
+        OffrlError: no run stands there, or a change would alter the training.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise OffrlError(f"resume={folder}: there is no config.json; name the folder of a run.")
+    values = json.loads((folder / "config.json").read_text())
+    for key, value in (changes or {}).items():
+        top = key.split(".")[0]
+        if top not in _FREE - {"out", "name", "fresh", "lanes", "seed", "seeds"}:
+            raise OffrlError(f"{key} can't be changed when a run is resumed; start another run for it.")
+        if "." in key:
+            values[top] = {**values[top], key.split(".", 1)[1]: value}
+        else:
+            values[key] = value
+    job = plan({**values, "out": str(folder.parent), "name": folder.name, "fresh": False})
+    with _locked(folder):
+        return finished(folder, job.train.updates) or Trainer(job, folder).run()
+
+
+def finished(folder: Path, updates: int) -> Result | None:
+    """The result of a run that has made its updates; None otherwise."""
+    try:
+        kept = json.loads((folder / "result.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    if kept["step"] < updates:
+        return None
+    return Result(folder, kept["step"], kept["returns"], kept["scores"], "already finished")
+
+
+def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
+    """The agent of a run, as its last checkpoint has it; `agent.select_action(obs)` acts on raw observations.
+
+    Args:
+        folder: of the run, or a checkpoint's file.
+    """
+    path = Path(folder)
+    path = path if path.is_file() else path / checkpoint.NAME
+    tensors, facts = checkpoint.load(path)
+    agent = make_agent(facts["config"]["agent"], _spec_from(facts["spec"], device))
+    checkpoint.restore(agent, tensors, path)
+    agent.random.step.fill_(facts["step"])
+    return agent.eval()
+
+
+def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
+    """An agent from its `_target_` and the settings that differ from its dataclass."""
+    from hydra.utils import get_class
+
+    try:
+        cls: Any = get_class(settings["_target_"])
+    except Exception as error:
+        raise OffrlError(
+            f"agent._target_={settings['_target_']} can't be imported ({error}); check its spelling."
+        ) from error
+    kwargs = {k: v for k, v in settings.items() if k != "_target_"}
+    try:
+        return cls(spec, config.build(cls.Config, kwargs, "agent.", per_lane=True))
+    except ValueError as error:
+        raise OffrlError(f"agent.{error}") from error
+
+
+def load_data(job: TrainConfig, device: torch.device | str) -> Store:
+    """The Store to train on, with its rewards transformed as the configuration says."""
+    from offrl import data
+    from offrl.data import forge
+
+    options = job.data
+    name: str | Path = job.dataset
+    if job.dataset.startswith("forge/"):
+        name = forge.ensure(job.dataset, size=options.size, seed=options.seed, progress=job.progress)
+    store = data.load(name, device=device, semantics=options.semantics, cache=options.cache)
+    scale = options.reward_scale
+    if options.reward_normalize:
+        spread = float(store.returns.max() - store.returns.min())
+        if spread <= 0:
+            raise OffrlError("data.reward_normalize=true needs episodes of different return; set it to false.")
+        scale *= 1000.0 / spread
+    if scale != 1.0 or options.reward_shift != 0.0:
+        store = store.with_rewards(scale, options.reward_shift)
+    return store
+
+
+class Trainer:
+    """One run, from its last checkpoint (if there is one) to its last update."""
+
+    def __init__(self, job: Plan, folder: Path) -> None:
+        self.job, self.cfg, self.folder = job, job.train, folder
+        tune_process(self.cfg.threads)
+        self.device = _device(self.cfg.device)
+        self.store = load_data(self.cfg, self.device)
+        self.seeds = self.cfg.lane_seeds()
+        mean, std = self.store.observation_statistics()
+        info = self.store.info
+        self.spec = Spec(
+            obs_dim=self.store.obs_dim,
+            action_dim=self.store.action_dim,
+            seeds=tuple(self.seeds),
+            obs_mean=mean,
+            obs_std=std,
+            action_low=info.action_low,
+            action_high=info.action_high,
+            discrete=info.discrete is not None,
+            device=self.device,
+        )
+        self.agent = make_agent(job.agent, self.spec)
+        self.replay = Replay(
+            [(self.store, _sampler(job.sampler, self.store), 1.0)],
+            self.cfg.batch_size,
+            self.agent.window,
+            self.agent.extra,
+        )
+        self.engine = make_engine(
+            self.cfg.engine, self.agent, self.replay, self.cfg.precision, self.cfg.updates_per_launch
+        )
+        self.step, self.stop = 0, False
+        self.last: Episodes | None = None
+
+    # ---- the run ----------------------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        resumed = self._restore()
+        self._describe()
+        self.writer = results.RunWriter(self.folder, self._row_facts(), resume_step=self.step if resumed else -1)
+        self.tracker = make_tracker(
+            self.cfg.tracker.split(",") if self.cfg.tracker else None,
+            self.folder,
+            self.job.to_dict(),
+            self.folder.name,
+            self.step if resumed else None,
+        )
+        with self._evaluator() as evaluator, _stopping(self._request_stop), _no_collector():
+            try:
+                self._loop(evaluator)
+            finally:
+                self.tracker.close()
+                self.writer.close()
+        return self._finish()
+
+    def _loop(self, evaluator: Evaluator | None) -> None:
+        cfg = self.cfg
+        with _Bar(cfg.progress, self.folder, self.step, cfg.updates) as bar:
+            burst, since, mark = 1, self.step, time.perf_counter()
+            while self.step < cfg.updates and not self.stop:
+                updates = min(self._to_next_event(), burst)
+                began = time.perf_counter()
+                metrics = self.engine.run(self.step, updates)
+                self.step += updates
+                if self.step % cfg.log_every == 0 or self.step == cfg.updates:
+                    values = {name: value.tolist() for name, value in metrics.items()}
+                    rate = (self.step - since) / (time.perf_counter() - mark)
+                    self._log(values, rate)
+                    since, mark = self.step, time.perf_counter()
+                # About a quarter of a second a burst: quick to stop, and rare enough to cost nothing.
+                burst = max(1, min(10_000, int(updates * 0.25 / (time.perf_counter() - began + 1e-9))))
+                bar.update(self.step)
+                if evaluator and cfg.eval.every and self.step % cfg.eval.every == 0 and self.step < cfg.updates:
+                    paused = time.perf_counter()
+                    self._evaluate(evaluator, cfg.eval.episodes, bar)
+                    mark += time.perf_counter() - paused
+                if self.step % cfg.checkpoint_every == 0 and self.step < cfg.updates:
+                    paused = time.perf_counter()
+                    self._save()
+                    mark += time.perf_counter() - paused
+            if self.step >= cfg.updates and evaluator:
+                self._evaluate(evaluator, cfg.eval.final_episodes, bar)
+            self._save()
+
+    def _to_next_event(self) -> int:
+        """Updates until something happens besides training."""
+        cadences = [self.cfg.log_every, self.cfg.checkpoint_every, self.cfg.eval.every or self.cfg.updates]
+        return min(self.cfg.updates - self.step, *(c - self.step % c for c in cadences))
+
+    def _evaluate(self, evaluator: Evaluator, episodes: int, bar: _Bar) -> None:
+        if episodes < 1:
+            return
+        bar.note("evaluating")
+        self.last = played = evaluator.run(self.agent, episodes, self.cfg.eval.seed)
+        self.writer.episodes(self.step, self.seeds, played.returns, played.lengths, played.normalized, played.seeds)
+        name, values = ("score", played.normalized) if played.normalized is not None else ("return", played.returns)
+        self.tracker.log(self.step, {f"eval/{name}": float(values.mean())})
+        bar.note(f"{name} {values.mean():.1f}")
+
+    def _log(self, values: dict[str, list[float]], rate: float) -> None:
+        self.writer.metrics(self.step, self.seeds, values, updates_per_second=rate)
+        broken = [name for name, lanes in values.items() if not np.isfinite(lanes).all()]
+        if broken:
+            raise OffrlError(
+                f"{self.folder}: {broken[0]} is no longer finite at update {self.step}; lower the learning rates or look "
+                "at the data. The last checkpoint is kept."
+            )
+        means = {f"train/{name}": float(np.mean(lanes)) for name, lanes in values.items()}
+        self.tracker.log(self.step, {**means, "train/updates_per_second": rate})
+
+    # ---- saving and restoring ---------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        self.writer.flush()
+        facts = {
+            "step": self.step,
+            "fingerprint": self.store.fingerprint,
+            "config": self.job.to_dict(),
+            "spec": _spec_to(self.spec),
+            "info": asdict(self.store.info),
+        }
+        checkpoint.save(self.folder / checkpoint.NAME, self.agent, facts)
+        if self.cfg.keep_checkpoints:
+            checkpoint.save(self.folder / "checkpoints" / f"{self.step:08d}.safetensors", self.agent, facts)
+
+    def _restore(self) -> bool:
+        """Take up the last checkpoint; False when there is none (or the run is to start over)."""
+        path = self.folder / checkpoint.NAME
+        if self.cfg.fresh or not path.exists():
+            (self.folder / "result.json").unlink(missing_ok=True)
+            return False
+        tensors, facts = checkpoint.load(path)
+        if facts["fingerprint"] != self.store.fingerprint:
+            raise OffrlError(
+                f"{self.folder}: the run was made on other data than {self.cfg.dataset} holds now; restore the dataset, "
+                "or start over with fresh=true."
+            )
+        if facts["config"]["agent"] != self.job.agent:
+            raise OffrlError(f"{self.folder}: the run was made with other settings; choose another name=.")
+        checkpoint.restore(self.agent, tensors, path)
+        self.step = facts["step"]
+        return True
+
+    def _describe(self) -> None:
+        """Everything that a reader of the numbers may ask for later, beside them."""
+        manifest = {
+            "run_id": self.folder.name,
+            "fingerprint": self.store.fingerprint,
+            "dataset_info": asdict(self.store.info),
+            "transitions": len(self.store),
+            "episodes": self.store.episodes,
+            "environment": results.environment(),
+            "device": str(self.device),
+            "parameters_per_lane": sum(p.numel() for p in self.agent.parameters() if p.requires_grad)
+            // len(self.seeds),
+        }
+        write_json(self.folder / "config.json", self.job.to_dict())
+        write_json(self.folder / "manifest.json", manifest)
+
+    def _row_facts(self) -> dict[str, Any]:
+        return {
+            "run_id": self.folder.name,
+            "method": self.job.to_dict()["method"],
+            "dataset": self.store.info.id,
+            "env_id": self.store.info.env_id,
+            "updates": self.cfg.updates,
+        }
+
+    def _finish(self) -> Result:
+        returns = [] if self.last is None else self.last.returns.mean(-1).tolist()
+        normalized = None if self.last is None else self.last.normalized
+        scores = None if normalized is None else normalized.mean(-1).tolist()
+        if self.step >= self.cfg.updates:
+            write_json(self.folder / "result.json", {"step": self.step, "returns": returns, "scores": scores})
+        status = "finished" if self.step >= self.cfg.updates else "interrupted"
+        return Result(self.folder, self.step, returns, scores, status)
+
+    def _evaluator(self) -> Any:
+        cfg = self.cfg.eval
+        if cfg.final_episodes < 1 and (cfg.every < 1 or cfg.episodes < 1):
+            return _Nothing()
+        return Evaluator(self.store.info, len(self.seeds), cfg.workers, cfg.slots)
+
+    def _request_stop(self) -> None:
+        self.stop = True
+
+
+# ---- process -------------------------------------------------------------------------------------------------
+
+
+def tune_process(threads: int) -> None:
+    """Threads, and an allocator that keeps what it freed.
+
+    Networks of these sizes free and claim the same half megabytes thousands of times a second; glibc by default gives
+    them back to the kernel each time, and the page faults cost several percent of an update.
+    """
+    torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        except (OSError, AttributeError):
+            return  # another C library: nothing to tune
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Keep the cycle collector from walking millions of objects that stay; it still sees what is made from here on."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def _stopping(request: Callable[[], None]) -> Iterator[None]:
+    """On SIGINT or SIGTERM ask for a stop after the current burst; a second SIGINT ends at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        request()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs it decides when to stop
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process a run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - held until the run ends
+    except OSError as error:
+        raise OffrlError(
+            f"{folder} can't be written ({error.strerror}); choose another folder with out=DIR."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OffrlError(f"{folder}: another process is training this run; wait for it or choose name=.") from error
+        yield
+
+
+class _Nothing:
+    """Stands where an Evaluator would when nothing is evaluated."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class _Bar:
+    """Progress with rate and time left; silent when not wanted or when nobody watches."""
+
+    def __init__(self, wanted: bool, folder: Path, step: int, updates: int) -> None:
+        self.wanted, self.title, self.start, self.updates = wanted, folder.parts[-3:], step, updates
+        self.progress: Any = None
+
+    def __enter__(self) -> _Bar:
+        if self.wanted and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self.progress = Progress(*columns, console=Console(stderr=True))
+            self.progress.start()
+            fields = {"rate": "", "note": ""}
+            self.task = self.progress.add_task(
+                "/".join(self.title[:-1]), total=self.updates, completed=self.start, **fields
+            )
+        self.began, self.printed = time.perf_counter(), 0.0
+        return self
+
+    def update(self, step: int) -> None:
+        rate = (step - self.start) / max(1e-9, time.perf_counter() - self.began)
+        if self.progress:
+            self.progress.update(self.task, completed=step, rate=f"{rate:.0f} updates/s")
+        elif self.wanted and time.perf_counter() - self.began - self.printed > 15:
+            self.printed = time.perf_counter() - self.began
+            left = (self.updates - step) / max(rate, 1e-9)
+            line = f"{'/'.join(self.title[:-1])}: {step}/{self.updates} updates, {rate:.0f}/s, {left:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        if self.progress:
+            self.progress.update(self.task, note=text)
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+
+# ---- small things --------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    except OSError as error:
+        raise OffrlError(f"{path} can't be written ({error.strerror}); choose another folder with out=DIR.") from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OffrlError(f"device={name} is unknown; choose auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OffrlError(f"device={name}: this PyTorch sees no GPU; use device=cpu.")
+    return device
+
+
+def _sampler(settings: Mapping[str, Any], store: Store) -> Any:
+    from hydra.utils import get_class
+
+    try:
+        cls = get_class(settings["_target_"])
+        return cls(store, **{k: v for k, v in settings.items() if k != "_target_"})
+    except (ImportError, TypeError, ValueError) as error:
+        raise OffrlError(f"sampler: {error}") from error
+
+
+def _spec_to(spec: Spec) -> dict[str, Any]:
+    """The Spec as JSON; the statistics travel as tensors of the agent."""
+    kept = ("obs_dim", "action_dim", "seeds", "action_low", "action_high", "discrete")
+    return {name: getattr(spec, name) for name in kept}
+
+
+def _spec_from(values: Mapping[str, Any], device: str) -> Spec:
+    zeros: Tensor = torch.zeros(values["obs_dim"])
+    return Spec(**{**values, "seeds": tuple(values["seeds"])}, obs_mean=zeros, obs_std=zeros + 1, device=device)
+
+
+def dataset_info(folder: Path | str) -> DatasetInfo:
+    """The dataset of a run or checkpoint, as it was when the run was made."""
+    path = Path(folder)
+    _, facts = checkpoint.load(path if path.is_file() else path / checkpoint.NAME)
+    return DatasetInfo(**facts["info"])

@@ -1,0 +1,71 @@
+"""Fixtures that several test files share. Datasets and runs live in a folder of the test session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from offrl.data.store import DatasetInfo, Store
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's caches; the session shares one, so that what is built is built once."""
+    home = tmp_path_factory.getbasetemp() / "offrl-home"
+    monkeypatch.setenv("OFFRL_HOME", str(home))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+    for name in ("D4RL_DATASET_DIR", "OFFRL_D4RL_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def best_action(obs: torch.Tensor) -> torch.Tensor:
+    """The optimum of the toy task, inside the box of actions."""
+    return 0.5 * torch.stack([obs[..., 0].sin(), (obs[..., 0] * obs[..., 1]).tanh()], -1)
+
+
+def make_toy(rows: int = 4096, bias: float = 0.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> Store:
+    """Episodes of four independent states with reward -4 |a - best_action(s)|^2, so the optimal policy is known.
+
+    The behaviour is the optimum plus `bias` plus uniform noise: cloning it has about the error `bias`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    obs = torch.rand(rows, 3, generator=generator, dtype=torch.float64) * 3 - 1.5
+    noise = torch.rand(rows, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.8
+    action = (best_action(obs) + bias + noise).clamp(-1, 1)
+    reward = -4 * (action - best_action(obs)).square().sum(-1)
+    termination = torch.zeros(rows)
+    termination[3::4] = 1
+    tensors = (obs, action, reward, obs.roll(-1, 0), termination)
+    obs, action, reward, next_obs, termination = (t.to(dtype) for t in tensors)
+    info = DatasetInfo(id="toy", ref_min=-10.0, ref_max=0.0)
+    return Store(obs, action, reward, next_obs, termination, torch.arange(0, rows + 1, 4), info)
+
+
+@pytest.fixture
+def toy() -> Store:
+    return make_toy()
+
+
+@pytest.fixture
+def toy_file(tmp_path: Path, toy: Store) -> Path:
+    """The toy task as an NPZ file."""
+    import numpy as np
+
+    path = tmp_path / "toy.npz"
+    timeouts = np.zeros(len(toy), dtype=bool)
+    np.savez(
+        path,
+        observations=toy.observations.numpy(),
+        actions=toy.actions.numpy(),
+        rewards=toy.rewards.numpy(),
+        next_observations=toy.next_observations.numpy(),
+        terminals=toy.terminations.numpy().astype(bool),
+        timeouts=timeouts,
+    )
+    return path

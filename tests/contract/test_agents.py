@@ -1,0 +1,236 @@
+"""What every agent must do. Agents are found from conf/agent/: a new yaml there is tested without another edit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import best_action, make_toy
+from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from offrl import checkpoint
+from offrl.agent import Agent, Spec
+from offrl.data.store import Store
+from offrl.engine import CudaGraph, Eager, make_engine
+from offrl.paths import conf_dir
+from offrl.sampling import Replay, Uniform
+from offrl.train import load_agent, make_agent, train
+
+SETTINGS = {p.stem: OmegaConf.load(p) for p in sorted((conf_dir() / "agent").glob("*.yaml"))}
+every_agent = pytest.mark.parametrize("name", SETTINGS)
+
+
+def make(name: str, store: Store, seeds: Sequence[int] = (0,), **settings: Any) -> Agent:
+    target = SETTINGS[name]._target_
+    spec = Spec(store.obs_dim, store.action_dim, tuple(seeds), *store.observation_statistics())
+    agent = make_agent({"_target_": target, **small(name), **settings}, spec)
+    return agent.to(store.rewards.dtype)
+
+
+def small(name: str) -> dict[str, Any]:
+    """Small networks for an agent that has a `hidden`."""
+    from hydra.utils import get_class
+
+    cls: Any = get_class(SETTINGS[name]._target_)
+    return {"hidden": [32, 32]} if "hidden" in {f.name for f in fields(cls.Config)} else {}
+
+
+def replay(agent: Agent, store: Store, batch: int = 32) -> Replay:
+    return Replay([(store, Uniform(store), 1.0)], batch, agent.window, agent.extra)
+
+
+def advance(agent: Agent, store: Store, updates: int, start: int = 0, batch: int = 32) -> dict[str, torch.Tensor]:
+    return Eager(agent, replay(agent, store, batch)).run(start, updates)
+
+
+def distance(a: Agent, b: Agent) -> float:
+    """Largest difference of any tensor of the two agents' states."""
+    mine, theirs = a.state_dict(), b.state_dict()
+    assert mine.keys() == theirs.keys()
+    return max((mine[k] - theirs[k]).abs().max().item() for k in mine)
+
+
+@every_agent
+def test_runs_and_stays_finite(name: str, toy: Store) -> None:
+    agent = make(name, toy, seeds=(3, 4))
+    before = {k: v.clone() for k, v in agent.state_dict().items()}
+    metrics = advance(agent, toy, 50)
+    assert metrics
+    assert all(m.shape == (2,) and m.isfinite().all() for m in metrics.values())
+    assert all(v.isfinite().all() for v in agent.state_dict().values())
+    assert any(not torch.equal(before[k], v) for k, v in agent.state_dict().items())
+    action = agent.select_action(toy.observations[:7].expand(2, 7, -1))
+    assert action.shape == (2, 7, toy.action_dim)
+    assert action.abs().max() <= 1
+
+
+@every_agent
+def test_lanes_equal_separate_runs(name: str) -> None:
+    """In float64 the lanes of one run differ from runs of one lane by rounding alone."""
+    store = make_toy(512, dtype=torch.float64)
+    together = make(name, store, seeds=(5, 6, 7))
+    advance(together, store, 20)
+    for lane, seed in enumerate((5, 6, 7)):
+        alone = make(name, store, seeds=(seed,))
+        advance(alone, store, 20)
+        for (key, many), one in zip(together.state_dict().items(), alone.state_dict().values()):
+            if many.shape != one.shape:  # shared between lanes: statistics, step counts
+                torch.testing.assert_close(many[lane], one[0], rtol=0, atol=1e-10, msg=key)
+
+
+@every_agent
+def test_lanes_may_differ_in_a_coefficient(name: str) -> None:
+    """Every float of the configuration can be a list; a lane then equals a run with its value."""
+    store = make_toy(512, dtype=torch.float64)
+    config = inspect.signature(make(name, store).Config).parameters
+    for key, parameter in config.items():
+        if not isinstance(parameter.default, float) or parameter.default <= 0:
+            continue
+        values = [parameter.default, parameter.default * 0.7]
+        both = make(name, store, seeds=(1, 1), **{key: values})
+        advance(both, store, 6)
+        for lane, value in enumerate(values):
+            one = make(name, store, seeds=(1,), **{key: value})
+            advance(one, store, 6)
+            for (path, many), single in zip(both.state_dict().items(), one.state_dict().values()):
+                if many.ndim and many.shape[0] == 2 and single.ndim == many.ndim:
+                    # A list of coefficients is a float32 tensor, a single one a Python float.
+                    torch.testing.assert_close(many[lane], single[0], rtol=0, atol=1e-6, msg=f"{key} {path}")
+
+
+@every_agent
+def test_resume_is_exact(name: str, toy: Store, tmp_path: Path) -> None:
+    through, first, second = (make(name, toy, seeds=(0, 9)) for _ in range(3))
+    advance(through, toy, 25)
+    advance(first, toy, 11)
+    path = tmp_path / "c.safetensors"
+    checkpoint.save(path, first, {"step": 11})
+    tensors, facts = checkpoint.load(path)
+    checkpoint.restore(second, tensors, path)
+    advance(second, toy, 14, start=facts["step"])
+    assert distance(through, second) == 0
+
+
+@every_agent
+def test_bursts_of_any_size_give_the_same_numbers(name: str, toy: Store) -> None:
+    one, many = make(name, toy), make(name, toy)
+    advance(one, toy, 30)
+    engine, step = Eager(many, replay(many, toy)), 0
+    for updates in (1, 2, 3, 24):
+        engine.run(step, updates)
+        step += updates
+    assert distance(one, many) == 0
+
+
+class _Recorded(CudaGraph):
+    """`CudaGraph` whose graph is the very function that would be captured, run anew at each replay."""
+
+    def _capture(self) -> None:
+        this = self
+
+        class Graph:
+            def replay(self) -> None:
+                with _NoHostCopy():
+                    this.metrics = this._updates()
+
+        self.graph = Graph()  # type: ignore[assignment]
+
+
+class _NoHostCopy(TorchDispatchMode):
+    """Refuses what a captured graph can't hold: values read by the host and shapes that depend on data."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal.default")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(word in str(func) for word in self.FORBIDDEN), f"{func} in an update: the graph can't hold it"
+        return func(*args, **(kwargs or {}))
+
+
+@every_agent
+def test_captured_updates_equal_eager_ones(name: str, toy: Store) -> None:
+    """The graph's body, replayed without a GPU: same numbers, no host copy, odd starts and rests included."""
+    eager, captured = make(name, toy), make(name, toy)
+    advance(eager, toy, 43)
+    engine = _Recorded(captured, replay(captured, toy), updates_per_launch=5)
+    step = 0
+    for updates in (1, 2, 37, 3):
+        metrics = engine.run(step, updates)
+        step += updates
+    assert metrics
+    # One batch at a time instead of a chunk changes no draw, and the arithmetic is the same.
+    assert distance(eager, captured) == 0
+
+
+@pytest.mark.cuda
+@every_agent
+def test_cuda_graph_equals_eager_on_the_gpu(name: str) -> None:
+    store = make_toy().to("cuda")
+    pair = []
+    for engine in ("eager", "cudagraph"):
+        spec = Spec(store.obs_dim, store.action_dim, (0, 1), *store.observation_statistics(), device="cuda")
+        agent = make_agent({"_target_": SETTINGS[name]._target_, **small(name)}, spec)
+        make_engine(engine, agent, replay(agent, store), updates_per_launch=8).run(0, 101)
+        pair.append(agent)
+    assert distance(*pair) == 0
+
+
+@every_agent
+def test_compiled_equals_eager(name: str, toy: Store) -> None:
+    """Fused kernels round differently: 1e-7 an update, and Adam's first steps can turn that into a learning rate."""
+    eager, compiled = make(name, toy), make(name, toy)
+    metrics = advance(eager, toy, 4)
+    others = make_engine("compile", compiled, replay(compiled, toy)).run(0, 4)
+    for key, value in metrics.items():
+        torch.testing.assert_close(others[key], value, rtol=1e-4, atol=1e-5)
+    assert distance(eager, compiled) < 1e-4
+
+
+@every_agent
+def test_no_gradient_is_left_behind(name: str, toy: Store) -> None:
+    """Gradients are taken of what is optimised and nothing accumulates."""
+    agent = make(name, toy)
+    advance(agent, toy, agent.period)
+    assert all(p.grad is None for p in agent.parameters())
+
+
+@every_agent
+def test_learns_the_toy_task(name: str) -> None:
+    """The behaviour is the optimum plus noise of standard deviation 0.46; every method should find its middle."""
+    store = make_toy(8192)
+    rates = {f.name: 1e-3 for f in fields(make(name, store).Config) if f.name.endswith("lr")}
+    wide = {"hidden": [64, 64]} if small(name) else {}
+    agent = make(name, store, seeds=(0, 1), **rates, **wide)
+    advance(agent, store, 1000, batch=128)
+    test = make_toy(2048, seed=1).observations.expand(2, -1, -1)
+    error = (agent.select_action(test) - best_action(test)).square().mean((-2, -1)).sqrt()
+    assert error.max() < 0.1, error
+
+
+@every_agent
+def test_saved_and_loaded_acts_alike(name: str, toy_file: Path, tmp_path: Path) -> None:
+    settings = {"_target_": SETTINGS[name]._target_, **small(name)}
+    result = train(
+        {
+            "agent": settings,
+            "dataset": str(toy_file),
+            "out": str(tmp_path / "runs"),
+            "updates": 20,
+            "batch_size": 16,
+            "lanes": 2,
+            "progress": False,
+            "eval": {"every": 0, "final_episodes": 0},
+        }
+    )
+    once, twice = load_agent(result.folder), load_agent(result.folder / checkpoint.NAME)
+    obs = make_toy(64).observations.expand(2, -1, -1)
+    assert torch.equal(once.select_action(obs), twice.select_action(obs))
+    fresh = make(name, make_toy(), seeds=(0, 1))
+    advance(fresh, make_toy(), 20, batch=16)
+    # float32 statistics of the file's observations equal those in memory, so the runs are the same.
+    assert torch.equal(once.select_action(obs), fresh.select_action(obs))

@@ -1,0 +1,45 @@
+"""BC's update against a plain restatement, in float64, for continuous and discrete actions."""
+
+from __future__ import annotations
+
+import torch
+from conftest import make_toy
+from test_td3_bc import difference, sequential
+from torch import nn
+
+from offrl.agent import Spec
+from offrl.agents.bc import BC, BCConfig
+from offrl.batch import Batch
+
+
+def test_updates_equal_plain_regression() -> None:
+    store = make_toy(256, dtype=torch.float64)
+    agent = BC(Spec(3, 2, (4,)), BCConfig(hidden=(16, 16))).double()
+    plain = sequential(agent.actor.mlp, 0)
+    adam = torch.optim.Adam(plain.parameters(), lr=3e-4)
+    for step in range(100):
+        batch = store.transitions(torch.arange(step, step + 64).unsqueeze(0))
+        loss = nn.functional.mse_loss(torch.tanh(plain(batch.obs[0])), batch.action[0])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        metrics = agent.update(batch, 0)
+        torch.testing.assert_close(metrics["bc_loss"][0], loss.detach(), rtol=1e-10, atol=0)
+        assert difference(sequential(agent.actor.mlp, 0), plain) < 1e-10
+
+
+def test_discrete_actions_by_cross_entropy() -> None:
+    """Cloned probabilities approach the data's frequencies 0.7, 0.2, 0.1."""
+    action = torch.multinomial(torch.tensor([0.7, 0.2, 0.1]), 4096, True, generator=torch.Generator().manual_seed(0))
+    obs = torch.ones(1, 4096, 2)
+    batch = Batch(
+        obs, action.unsqueeze(0), torch.zeros(1, 4096), obs, torch.ones(1, 4096), torch.arange(4096).unsqueeze(0)
+    )
+    agent = BC(Spec(2, 3, (0,), discrete=True), BCConfig(hidden=(16,), lr=1e-2))
+    for _ in range(300):
+        agent.update(batch, 0)
+    every = torch.arange(3).unsqueeze(0)
+    probability = agent.log_prob(obs[:, :3], every).exp()[0]
+    frequency = torch.bincount(action).double() / 4096
+    torch.testing.assert_close(probability.double(), frequency, rtol=0, atol=5e-3)
+    assert agent.select_action(obs[:, :1]).item() == 0
