@@ -1,0 +1,48 @@
+# `make demo` and `make test` need Python 3.11 to 3.13, make and a C compiler; they set everything up themselves.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Runs of the demo and what they need stay in the checkout.
+DEMO := demo
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test test-slow test-cuda lint wheel clean
+
+setup: $(READY)
+
+# torch goes first: once the pinned build is there, no other package pulls in another.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "offrl needs Python 3.11 to 3.13; set PYTHON=..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# BC and TD3+BC on Hopper, trained on a dataset that is built here from shipped policies: a table, curves, the runs.
+demo: $(READY)
+	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl data build forge/hopper/medium-replay-v0
+	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl train agent=bc preset=demo lanes=3 out=$(DEMO)/runs
+	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl train agent=td3_bc preset=demo lanes=3 out=$(DEMO)/runs
+	$(BIN)/offrl report $(DEMO)/runs --out $(DEMO)/report
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# Longer trainings and sweeps: about ten minutes.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+test-cuda: $(READY)
+	$(BIN)/python -m pytest -m cuda
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist runs multirun

@@ -1,0 +1,236 @@
+"""Seed-updates per second of an agent, the share of the machine's matrix-multiply rate, and a peer side by side.
+
+    python benchmarks/speed/updates.py                          # offrl alone
+    python benchmarks/speed/updates.py --corl PATH              # PATH: a checkout of corl-team/CORL
+    python benchmarks/speed/updates.py --device cuda --lanes 1,10 --engines eager,cudagraph
+
+Everything runs in rounds: in each, every contestant runs for the same few seconds, so that a noisy machine is noisy for
+all, and ratios are taken within one run. Arrays are random with HalfCheetah's sizes. The number that counts is
+seed-updates per second of the whole machine, with any number of lanes, threads and processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+OBS, ACTION, BATCH, HIDDEN, ROWS = 17, 6, 256, 256, 200_000
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`processes` processes of `lanes` lanes with `threads` threads each."""
+
+    kind: str  # offrl, corl or matmul
+    lanes: int = 1
+    threads: int = 1
+    processes: int = 1
+    engine: str = "eager"
+    precision: str = "float32"
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        engine = "" if self.kind != "offrl" else f" {self.engine} {self.precision}"
+        return f"{self.kind}{engine}: {self.lanes} lanes, {self.threads} threads, {self.processes} processes"
+
+
+def arrays() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    obs = torch.randn(ROWS + 1, OBS, generator=generator)
+    action = torch.rand(ROWS, ACTION, generator=generator) * 2 - 1
+    return obs[:-1].contiguous(), action, torch.randn(ROWS, generator=generator), obs[1:].contiguous()
+
+
+def offrl_burst(who: Contestant) -> Callable[[int], None]:
+    """`burst(n)` makes n updates of TD3+BC as `offrl train` does."""
+    from offrl.agent import Spec
+    from offrl.agents.td3_bc import TD3BC, TD3BCConfig
+    from offrl.data.store import Store
+    from offrl.engine import make_engine
+    from offrl.sampling import Replay, Uniform
+    from offrl.train import tune_process
+
+    tune_process(who.threads)
+    obs, action, reward, next_obs = arrays()
+    store = Store(obs, action, reward, next_obs, torch.zeros(ROWS), torch.arange(0, ROWS + 1, 1000)).to(who.device)
+    spec = Spec(OBS, ACTION, tuple(range(who.lanes)), *store.observation_statistics(), device=who.device)
+    agent = TD3BC(spec, TD3BCConfig(hidden=(HIDDEN, HIDDEN)))
+    engine = make_engine(who.engine, agent, Replay([(store, Uniform(store), 1.0)], BATCH), who.precision)
+    step = 0
+
+    def burst(updates: int) -> None:
+        nonlocal step
+        engine.run(step, updates)
+        step += updates
+        if who.device != "cpu":
+            torch.cuda.synchronize()
+
+    return burst
+
+
+def corl_burst(who: Contestant, checkout: Path) -> Callable[[int], None]:
+    """The same with the classes of CORL's td3_bc.py, read from the user's checkout; its imports of D4RL are stubbed."""
+    for name in ("d4rl", "gym", "pyrallis", "wandb"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    stub: Any = sys.modules["gym"]
+    stub.Env = object
+    stub = sys.modules["pyrallis"]
+    stub.wrap = lambda: lambda function: function
+    location = importlib.util.spec_from_file_location("corl", checkout / "algorithms" / "offline" / "td3_bc.py")
+    assert location is not None
+    assert location.loader is not None
+    corl = importlib.util.module_from_spec(location)
+    sys.modules["corl"] = corl
+    location.loader.exec_module(corl)
+    torch.set_num_threads(who.threads)
+    actor = corl.Actor(OBS, ACTION, 1.0).to(who.device)
+    critics = [corl.Critic(OBS, ACTION).to(who.device) for _ in range(2)]
+    adam = [torch.optim.Adam(net.parameters(), lr=3e-4) for net in (actor, *critics)]
+    trainer = corl.TD3_BC(1.0, actor, adam[0], critics[0], adam[1], critics[1], adam[2], device=who.device)
+    buffer = corl.ReplayBuffer(OBS, ACTION, ROWS, who.device)
+    obs, action, reward, next_obs = (x.numpy() for x in arrays())
+    names = ("observations", "actions", "rewards", "next_observations", "terminals")
+    buffer.load_d4rl_dataset(dict(zip(names, (obs, action, reward, next_obs, torch.zeros(ROWS).numpy()))))
+
+    def burst(updates: int) -> None:
+        for _ in range(updates):
+            trainer.train([t.to(who.device) for t in buffer.sample(BATCH)])
+
+    return burst
+
+
+def matmul_burst(who: Contestant) -> Callable[[int], None]:
+    """Nothing but hidden layers: products of [256, 256] matrices, one per lane, counted as one "update"."""
+    torch.set_num_threads(who.threads)
+    a, b = (torch.randn(who.lanes, HIDDEN, HIDDEN, device=who.device) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def burst(updates: int) -> None:
+        for _ in range(updates):
+            torch.bmm(a, b, out=out)
+        if who.device != "cpu":
+            torch.cuda.synchronize()
+
+    return burst
+
+
+def compete(who: Contestant, checkout: Path | None, seconds: float, gate: Any, answers: Any) -> None:
+    """One process: warm up, wait for the others, run for `seconds`, answer with seed-updates per second."""
+    makers = {"offrl": offrl_burst, "matmul": matmul_burst, "corl": lambda w: corl_burst(w, checkout or Path())}
+    burst = makers[who.kind](who)
+    size = 16
+    burst(size)
+    burst(size)
+    gate.wait()
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        burst(size)
+        done += size
+    answers.put(who.lanes * done / (time.perf_counter() - began))
+
+
+def run(who: Contestant, checkout: Path | None, seconds: float) -> float:
+    """Seed-updates per second of the machine."""
+    context = multiprocessing.get_context("spawn")
+    gate, answers = context.Barrier(who.processes), context.Queue()
+    arguments = (who, checkout, seconds, gate, answers)
+    processes = [context.Process(target=compete, args=arguments) for _ in range(who.processes)]
+    for process in processes:
+        process.start()
+    total = sum(answers.get(timeout=600) for _ in processes)
+    for process in processes:
+        process.join()
+    return total
+
+
+def flop_per_update() -> float:
+    """Floating-point operations of one seed's update in matrix products, counted by PyTorch over one period."""
+    who = Contestant("offrl")
+    burst = offrl_burst(who)
+    burst(2)
+    with FlopCounterMode(display=False) as counter:
+        burst(2)
+    return counter.get_total_flops() / 2
+
+
+def contestants(arguments: argparse.Namespace) -> list[Contestant]:
+    cores, device = torch.get_num_threads(), arguments.device
+    engines = arguments.engines.split(",")
+    if device != "cpu":
+        lanes = [int(n) for n in arguments.lanes.split(",")]
+        every = [
+            Contestant("offrl", n, 1, 1, e, p, device)
+            for n in lanes
+            for e in engines
+            for p in arguments.precisions.split(",")
+        ]
+        return (
+            every
+            + [Contestant("matmul", n, 1, 1, device=device) for n in lanes]
+            + ([Contestant("corl", device=device)] if arguments.corl else [])
+        )
+    shapes = [(1, 1, 1), (1, 1, cores), (int(arguments.lanes.split(",")[-1]), cores, 1), (1, cores, 1)]
+    kinds = ["offrl", *(["corl"] if arguments.corl else []), "matmul"]
+    every = []
+    for kind in kinds:
+        for lanes, threads, processes in dict.fromkeys(shapes):
+            if kind == "corl" and lanes > 1:
+                continue
+            for engine in engines if kind == "offrl" else ["eager"]:
+                for precision in arguments.precisions.split(",") if kind == "offrl" else ["float32"]:
+                    every.append(Contestant(kind, lanes, threads, processes, engine, precision))
+    return every
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corl", type=Path, help="checkout of corl-team/CORL")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lanes", default="10", help="lanes to try, with commas")
+    parser.add_argument("--engines", default="eager", help="engines to try, with commas")
+    parser.add_argument("--precisions", default="float32", help="float32 and, or, bfloat16")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each contestant in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    arguments = parser.parse_args()
+    everyone = contestants(arguments)
+    rates: dict[Contestant, list[float]] = {who: [] for who in everyone}
+    for _ in range(arguments.rounds):
+        for who in everyone:
+            rates[who].append(run(who, arguments.corl, arguments.seconds))
+    flop = flop_per_update()
+    middle = {who: statistics.median(values) for who, values in rates.items()}
+    best = {kind: max((middle[w], w) for w in everyone if w.kind == kind)[0] for kind in {w.kind for w in everyone}}
+    ceiling = best["matmul"] * 2 * HIDDEN**3
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}")
+    print(f"an update of one seed: {flop / 1e6:.0f} MFLOP; 256 x 256 products: {ceiling / 1e9:.0f} GFLOP/s\n")
+    print(f"{'contestant':64} {'seed-updates/s':>14} {'low':>7} {'high':>7} {'share of products':>18}")
+    for who in everyone:
+        if who.kind == "matmul":
+            continue
+        share = middle[who] * flop / ceiling
+        print(f"{who!s:64} {middle[who]:14.1f} {min(rates[who]):7.1f} {max(rates[who]):7.1f} {share:18.0%}")
+    if "corl" in best:
+        print(f"\nbest of offrl / best of CORL: {best['offrl'] / best['corl']:.2f}")
+    if arguments.out:
+        rows = [{**asdict(who), "seed_updates_per_second": values} for who, values in rates.items()]
+        facts = {"flop_per_update": flop, "matmul_flop_per_second": ceiling, "torch": torch.__version__}
+        arguments.out.write_text(json.dumps({**facts, "machine": platform.platform(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
