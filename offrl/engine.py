@@ -44,12 +44,17 @@ class Eager:
         while step < end:
             count = min(end - step, self.chunk or 1)
             batches = self._draw(step, count)
+            self._announce(step + 1, count)
             for i in range(count):
-                self.agent.random.step.fill_(step + 1 + i)
                 with _autocast(self.device, self.precision):
                     metrics |= self.update(batches[i], (step + i) % self.agent.period)
+                self.agent.random.advance()
             step += count
+        self.agent.random.look_ahead(end, 0)
         return metrics
+
+    def _announce(self, first: int, count: int) -> None:
+        self.agent.random.look_ahead(first, count)
 
     def _draw(self, step: int, count: int) -> Batch:
         steps = torch.arange(step + 1, step + 1 + count, device=self.device)
@@ -66,6 +71,9 @@ class Compiled(Eager):
     def __init__(self, agent: Agent, replay: Replay, precision: str = "float32") -> None:
         super().__init__(agent, replay, precision)
         self.update = torch.compile(agent.update, dynamic=False)
+
+    def _announce(self, first: int, count: int) -> None:
+        self.agent.random.look_ahead(first, 0)  # compiled code makes the numbers of one update where they are used
 
     def run(self, step: int, updates: int) -> dict[str, Tensor]:
         try:

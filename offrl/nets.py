@@ -33,7 +33,9 @@ class _ReluMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        weights, biases = parameters[0::2], parameters[1::2]
+        ctx.shapes = [p.shape for p in parameters]
+        weights = [w.flatten(0, -3) for w in parameters[0::2]]
+        biases = [b.flatten(0, -2) for b in parameters[1::2]]
         hidden = [x]
         for weight, bias in zip(weights[:-1], biases[:-1]):
             hidden.append(torch.baddbmm(bias.unsqueeze(1), hidden[-1], weight.transpose(1, 2)).relu_())
@@ -59,7 +61,8 @@ class _ReluMLP(torch.autograd.Function):
             if layer > 0:
                 torch.ops.aten.threshold_backward.grad_input(grad, hidden[layer], 0, grad_input=grad)
         result[0] = grad if needed[0] else None
-        return tuple(result)
+        shapes = ctx.shapes
+        return result[0], *(None if g is None else g.view(s) for g, s in zip(result[1:], shapes))
 
 
 def _narrow_product(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -102,26 +105,30 @@ class MLP(nn.Module):
         generators = lane_generators(seeds, name)
         self.members = members
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.layers: list[nn.Parameter] = []  # the same, alternating; looking them up by name costs microseconds
         lead = () if members is None else (members,)
         for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
             bound = 1 / math.sqrt(fan_in)
             for shape, where in (((*lead, fan_out, fan_in), self.weights), ((*lead, fan_out), self.biases)):
                 lanes = [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
                 where.append(nn.Parameter(torch.stack(lanes)))
+                self.layers.append(where[-1])
 
-    def forward(self, x: Tensor, member: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
         """`[lanes, batch, in]` to `[lanes, batch, out]`; an ensemble to `[lanes, members, batch, out]`.
 
-        `member` picks one member of an ensemble (then `[lanes, batch, out]`).
+        Args:
+            member: picks one member of an ensemble (then `[lanes, batch, out]`).
+            frozen: the weights are constants here: a gradient passes through to `x` and none of theirs is computed.
         """
-        parameters = [p for pair in zip(self.weights, self.biases) for p in pair]
+        layers: Sequence[Tensor] = [p.detach() for p in self.layers] if frozen else self.layers
         if self.members is None:
-            return _ReluMLP.apply(x, *parameters)
+            return _ReluMLP.apply(x, *layers)
         if member is not None:
-            return _ReluMLP.apply(x, *(p[:, member] for p in parameters))
+            return _ReluMLP.apply(x, *(p[:, member] for p in layers))
         lanes, batch, width = x.shape
         x = x.unsqueeze(1).expand(lanes, self.members, batch, width).reshape(-1, batch, width)
-        return _ReluMLP.apply(x, *(p.flatten(0, 1) for p in parameters)).unflatten(0, (lanes, self.members))
+        return _ReluMLP.apply(x, *layers).unflatten(0, (lanes, self.members))
 
 
 class DeterministicActor(nn.Module):
@@ -149,9 +156,9 @@ class Critics(nn.Module):
         super().__init__()
         self.mlp = MLP(seeds, [obs_dim + action_dim, *hidden, 1], members, name="critics")
 
-    def forward(self, obs: Tensor, action: Tensor, member: int | None = None) -> Tensor:
-        """`[lanes, members, batch]`, or `[lanes, batch]` of one member."""
-        return self.mlp(torch.cat([obs, action], -1), member).squeeze(-1)
+    def forward(self, obs: Tensor, action: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
+        """`[lanes, members, batch]`, or `[lanes, batch]` of one member; `frozen` as in `MLP`."""
+        return self.mlp(torch.cat([obs, action], -1), member, frozen).squeeze(-1)
 
 
 def column(value: float | Tensor, axes: int = 1) -> Any:
@@ -185,6 +192,8 @@ class Adam(nn.Module):
         lr: one rate, or one per lane.
     """
 
+    count: Tensor
+
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
@@ -195,22 +204,33 @@ class Adam(nn.Module):
         super().__init__()
         self.lr, self.betas, self.eps = lr, betas, eps
         self.lane_lr = lr.tolist() if isinstance(lr, Tensor) else []  # read once: a graph can't wait for the host
-        self._parameters_of = [list(parameters)]  # inside a list: they belong to the networks, not to this module
-        for i, p in enumerate(self._parameters_of[0]):
+        self.targets = [list(parameters)]  # inside a list: they belong to the networks, not to this module
+        for i, p in enumerate(self.targets[0]):
             self.register_buffer(f"mean_{i}", torch.zeros_like(p))
             self.register_buffer(f"square_{i}", torch.zeros_like(p))
-            lanes = (p.shape[0],) if isinstance(lr, Tensor) else ()
-            self.register_buffer(f"step_{i}", torch.zeros(lanes, dtype=torch.float32))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float32))
+        self._cached: list[list[Tensor]] = []
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adam:
+        self._cached = []  # a change of device or type makes new buffers
+        super()._apply(fn, recurse)
+        return self
+
+    def _moments(self) -> list[list[Tensor]]:
+        if not self._cached:
+            names = range(len(self.targets[0]))
+            self._cached = [[getattr(self, f"{kind}_{i}") for i in names] for kind in ("mean", "square")]
+        return self._cached
 
     def step(self, loss: Tensor) -> None:
         """One step down the gradient of `loss` (one number per lane: lanes are independent, so their sum serves)."""
-        parameters = self._parameters_of[0]
-        self.apply_gradients(torch.autograd.grad(loss.sum(), parameters))
+        self.apply_gradients(torch.autograd.grad(loss.sum(), self.targets[0]))
 
     @torch.no_grad()
     def apply_gradients(self, gradients: Sequence[Tensor]) -> None:
-        rows: list[list[Tensor]] = [list(self._parameters_of[0]), list(gradients)]
-        rows += [[getattr(self, f"{kind}_{i}") for i in range(len(gradients))] for kind in ("mean", "square", "step")]
+        """One step along given gradients, in the order of the parameters."""
+        rows: list[list[Tensor]] = [list(self.targets[0]), list(gradients), *self._moments()]
+        self.count.add_(1)
         if not isinstance(self.lr, Tensor):
             self._adam(rows, self.lr)
             return
@@ -219,8 +239,7 @@ class Adam(nn.Module):
 
     @torch.compiler.disable  # a compiler has nothing to fuse in one operator, and fails on it
     def _adam(self, rows: list[list[Tensor]], lr: float) -> None:
-        parameters, gradients, means, squares, steps = rows
-        torch._foreach_add_(steps, 1)
+        parameters, gradients, means, squares = rows
         # The operator behind torch.optim.Adam(fused=True), called directly: it can be captured and compiled.
         torch._fused_adam_(
             parameters,
@@ -228,7 +247,7 @@ class Adam(nn.Module):
             means,
             squares,
             [],
-            steps,
+            [self.count] * len(parameters),
             lr=lr,
             beta1=self.betas[0],
             beta2=self.betas[1],

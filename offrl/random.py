@@ -51,11 +51,27 @@ class LaneRandom:
 
     Attributes:
         step: int64 scalar tensor, the number of the update under way; whoever runs updates sets it.
+
+    Many updates' normals can be made in one go: between `look_ahead(first, count)` and the next such call, the first
+    request of a name makes its numbers for all these updates, and `step` moves by `advance`. The numbers are the same.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.seeds = mix(torch.tensor([int(seed) for seed in seeds], dtype=torch.int64, device=device) * _GOLDEN)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self._block: tuple[Tensor | None, int] = (None, 0)  # the updates looked ahead to, and which one is under way
+        self._normals: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
+
+    def look_ahead(self, first: int, count: int) -> None:
+        """The next updates are number `first ... first + count - 1`; the first one is under way."""
+        steps = torch.arange(first, first + count, device=self.seeds.device) if count else None
+        self._block, self._normals = (steps, 0), {}
+        self.step.fill_(first)
+
+    def advance(self) -> None:
+        """The next update is under way."""
+        self._block = (self._block[0], self._block[1] + 1)
+        self.step.add_(1)
 
     def bits(self, name: str, count: int, steps: Tensor | None = None) -> Tensor:
         """`[*steps, lanes, count]` int64 of 64 random bits; `steps` defaults to the update under way."""
@@ -78,9 +94,18 @@ class LaneRandom:
 
         One 64-bit draw makes two normals: 32 bits for the radius and 32 for the angle, so |z| stays below 6.8.
         """
+        steps, under_way = self._block
+        if steps is None:
+            return self._normal(name, like, None)
+        key = (name, like.shape, like.dtype)
+        if key not in self._normals:
+            self._normals[key] = self._normal(name, like, steps)
+        return self._normals[key][under_way]
+
+    def _normal(self, name: str, like: Tensor, steps: Tensor | None) -> Tensor:
         count = like[0].numel()
-        bits = self.bits(name, (count + 1) // 2)
+        bits = self.bits(name, (count + 1) // 2, steps)
         radius = ((_shift(bits, 32).to(like.dtype) + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
         angle = (bits & 0xFFFFFFFF).to(like.dtype).mul_(2.0 * math.pi * 2.0**-32)
         z = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
-        return z[..., :count].reshape(like.shape)
+        return z[..., :count].reshape(*z.shape[:-2], *like.shape)

@@ -3,9 +3,9 @@
 Fujimoto & Gu, "A Minimalist Approach to Offline Reinforcement Learning", NeurIPS 2021 (arXiv 2106.06860); authors' code
 sfujim/TD3_BC, whose update this is step for step.
 
-Deviations: the twin critics are one batched ensemble, and the actor's loss fills no gradient of the critics (the authors'
-does and discards it); neither changes a number. As in the authors' code, and unlike equation 4 of the paper, lambda uses
-Q_1 at the policy's action rather than at the dataset's.
+Deviations: the twin critics are one batched ensemble, and the actor's loss computes no gradient of the critics' weights
+(the authors' does and discards it); neither changes a number. As in the authors' code, and unlike equation 4 of the
+paper, lambda uses Q_1 at the policy's action rather than at the dataset's.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class TD3BC(Agent):
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         action = self.act(batch.obs)
-        q = self.critics(batch.obs, action, member=0)
+        q = self.critics(batch.obs, action, member=0, frozen=True)
         lam = self.cfg.alpha / q.detach().abs().mean(-1)
         pull, metrics = self.pull(batch, action)
         return pull - lam * q.mean(-1), {"q": q.detach().mean(-1), "lambda": lam, **metrics}
