@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("offrl", usage=USAGE, description=offrl.__doc__)
     parser.add_argument("--version", action="version", version=f"offrl {offrl.__version__}")
     parser.set_defaults(run=lambda _: parser.print_usage() or 2)
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", prog="offrl")
     subparsers.add_parser("train", help="train and score a policy")  # handled above: Hydra reads its words
     evaluate = subparsers.add_parser("evaluate", help="play episodes with a run's policy")
     evaluate.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, or a checkpoint")
@@ -136,12 +136,13 @@ def _train_help() -> str:
     from offrl.config import DataConfig, EvalConfig, TrainConfig
 
     lines = ["offrl train [key=value ...] [-m] [--config-dir DIR] [--cfg job]", "", "Options:"]
-    for prefix, cls in (("", TrainConfig), ("data.", DataConfig), ("eval.", EvalConfig)):
-        lines += [f"  {prefix}{name}={default:<12} {comment}" for name, default, comment in field_comments(cls)]
-    lines += [
-        "  agent.KEY=VALUE           a setting of the method; a list gives one value per lane (offrl agents NAME)",
-        "",
+    rows = [
+        (f"{prefix}{name}={default}", comment)
+        for prefix, cls in (("", TrainConfig), ("data.", DataConfig), ("eval.", EvalConfig))
+        for name, default, comment in field_comments(cls)
     ]
+    rows.append(("agent.KEY=VALUE", "a setting of the method; a list gives one value per lane (offrl agents NAME)"))
+    lines += [f"  {option:30} {comment}".rstrip() for option, comment in rows] + [""]
     for group in sorted(p for p in conf_dir().iterdir() if p.is_dir()):
         names = sorted(str(f.relative_to(group).with_suffix("")) for f in group.rglob("*.yaml"))
         if names:

@@ -15,12 +15,14 @@ from offrl.errors import OffrlError
 
 @dataclass
 class DataConfig:
-    semantics: Literal["exact", "d4rl"] = "exact"  # how D4RL files become transitions: exact, or d4rl for qlearning_dataset's rows
+    semantics: Literal["exact", "d4rl"] = (
+        "exact"  # how D4RL files become transitions: exact, or d4rl for qlearning_dataset's rows
+    )
     cache: bool = True  # keep a flat copy that loads in a fraction of a second
     size: int | None = None  # transitions of a forge dataset that has to be built; None: its default
     seed: int = 0  # of a forge dataset that has to be built
     reward_scale: float = 1.0  # r <- scale * r + shift
-    reward_shift: float = 0.0
+    reward_shift: float = 0.0  # of the same formula
     reward_normalize: bool = False  # first r <- 1000 r / (largest - smallest episode return), as IQL does
 
 
@@ -40,8 +42,8 @@ class TrainConfig:
     seed: int = 0  # lane l has seed + l
     lanes: int = 1  # seeds that train side by side
     seeds: list[int] | None = None  # the lanes' seeds, when they are not seed, seed + 1, ...
-    updates: int = 1_000_000
-    batch_size: int = 256
+    updates: int = 1_000_000  # gradient steps of every lane
+    batch_size: int = 256  # rows per lane and update
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     engine: str = "auto"  # auto, eager, compile, cudagraph
     updates_per_launch: int = 16  # updates in one captured graph
@@ -54,7 +56,7 @@ class TrainConfig:
     name: str | None = None  # folder of this run below `out`; None: method, dataset and settings make it
     label: str | None = None  # the method's name in reports
     fresh: bool = False  # start over where a run of the same settings stands
-    progress: bool = True
+    progress: bool = True  # a bar with rate and time left, or a line now and then where nobody watches
     tracker: str | None = None  # tensorboard, wandb, or both with a comma
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ ENOUGH_SEEDS = 10
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores of one lane after another against updates; all `[T]`, NaN half widths where fewer than two lanes count."""
+    """Scores against updates: mean over lanes, half width of its 95 % t interval (NaN for one lane), extremes; all `[T]`."""
 
     steps: Array
     mean: Array
@@ -116,7 +117,7 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Method `better` (the higher IQM) against `other` on the datasets that both have."""
+    """Method `better` (the higher IQM) against `other`, on the datasets that all methods of the family have."""
 
     family: str
     better: str
@@ -152,7 +153,7 @@ class Report:
         from rich.console import Console
 
         console = Console()
-        for table in tables.tables(self):
+        for table in tables.all_tables(self):
             console.print(tables.layout(table), soft_wrap=True)
         for line in [*tables.legend(self), *self.notes]:
             console.print(line, style="dim", markup=False, highlight=False)
@@ -336,7 +337,11 @@ def _mark_best(cells: list[Cell]) -> None:
             cell.bold = cell.interval[1] >= best.interval[0]  # False when either is NaN
 
 
-# ---- methods, settings, families -----------------------------------------------------------------------------
+def _enumerate(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ---- methods and settings -----------------------------------------------------------------------------
 
 # Parts of a configuration that do not change what is learned, or that a cell averages over.
 NOT_SETTINGS = {
@@ -527,22 +532,9 @@ def _portable(rows: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
     folders = [Path(folder) for folder in rows["folder"].unique()]
-    top = Path(*_common([folder.parent.parts for folder in folders]))
+    top = os.path.commonpath([folder.parent for folder in folders])
     names = {str(folder): folder.relative_to(top).as_posix() for folder in folders}
     return rows.with_columns(pl.col("folder").replace(names)).drop("value", "scale")
-
-
-def _enumerate(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _common(parts: Sequence[Sequence[str]]) -> list[str]:
-    common = []
-    for level in zip(*parts):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return common
 
 
 def _record(cell: Cell) -> dict[str, Any]:

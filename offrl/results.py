@@ -367,6 +367,7 @@ def _is_newer(parquet: Path, lines: Path) -> bool:
 
 
 def _read_parquet(files: list[Path], columns: dict[str, str]) -> pl.DataFrame:
+    """Rows of all files at once; a copy that is damaged or has other columns gives way to its JSON lines."""
     import polars as pl
 
     try:
@@ -374,7 +375,12 @@ def _read_parquet(files: list[Path], columns: dict[str, str]) -> pl.DataFrame:
         scan = pl.scan_parquet(files, glob=False, hive_partitioning=False, include_file_paths="folder")
         frame = scan.select(*columns, "folder").collect()
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise OffrlError(f"a Parquet file of rows is damaged ({error}); delete it, the JSON lines hold all.") from error
+        if len(files) > 1:
+            return pl.concat([_read_parquet([file], columns) for file in files])
+        lines = files[0].with_suffix(".jsonl")
+        if not lines.exists():
+            raise OffrlError(f"{files[0]} is damaged and {lines.name} is gone; leave the run out.") from error
+        return _read_lines(lines, columns).with_columns(folder=pl.lit(str(lines.parent)))
     names = {str(file): str(file.parent) for file in files}
     return frame.with_columns(pl.col("folder").replace(names))
 

@@ -143,8 +143,10 @@ def probability_of_improvement(x: Tasks, y: Tasks) -> Array:
         raise ValueError(f"both methods need the same tasks, got {len(x)} and {len(y)}")
     per_task = []
     for ours, theirs in zip(x, y):
-        difference = np.asarray(ours)[..., :, None] - np.asarray(theirs)[..., None, :]
-        per_task.append((0.5 + 0.5 * np.sign(difference)).mean((-2, -1)))
+        a, b = np.asarray(ours)[..., :, None], np.asarray(theirs)[..., None, :]
+        pairs = a.shape[-2] * b.shape[-1]
+        wins = np.count_nonzero(a > b, axis=(-2, -1)) + np.count_nonzero(a >= b, axis=(-2, -1))
+        per_task.append(wins / (2 * pairs))
     return np.mean(per_task, axis=0)
 
 

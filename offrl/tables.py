@@ -13,7 +13,7 @@ from offrl.published import Published
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from offrl.report import Report
+    from offrl.report import Cell, Report
 
 
 def _number(value: float, digits: int = 1) -> str:
@@ -36,6 +36,8 @@ def _between(bounds: tuple[int, int]) -> str:
 
 @dataclass(frozen=True)
 class Table:
+    """Cells as text; the first column groups the rows, the second names them."""
+
     title: str
     columns: list[str]
     rows: list[list[str]]
@@ -53,10 +55,9 @@ def _score_table(report: Report, footnotes: Sequence[str]) -> Table:
     most = max(cell.k for cell in report.cells)
     rows, bold = [], []
     for cell in report.cells:
-        digits = 1 if cell.normalized or abs(cell.mean) >= 10 else 2  # AntMaze's raw returns lie between 0 and 1
-        row = [cell.dataset, cell.method, _plus_minus(cell.mean, cell.std, digits) + cell.marks]
-        row.append(_interval(cell.interval, digits))
-        row.append(_plus_minus(*stats.mean_std(cell.average), digits) + (f" ({cell.k})" if cell.k < most else ""))
+        row = [cell.dataset, cell.method, _last(cell), _interval(cell.interval, _digits(cell))]
+        average = _plus_minus(*stats.mean_std(cell.average), _digits(cell))
+        row.append(average + (f" ({cell.k})" if cell.k < most else ""))
         row.append(_with_note(cell.published[0], footnotes) if cell.published else "")
         row.append(f"{len(cell.seeds)} × {_between(cell.episodes)}")
         row.append(_between(cell.steps) + (f" of {figures.count(cell.budget)}" if cell.short else ""))
@@ -65,6 +66,14 @@ def _score_table(report: Report, footnotes: Sequence[str]) -> Table:
     scales = ", ".join(sorted({cell.scale for cell in report.cells}))
     columns = ["dataset", "method", "last", "95 % interval", f"last {most}", "published", "S × E", "updates"]
     return Table(f"Scores ({scales})", columns, rows, bold)
+
+
+def _digits(cell: Cell) -> int:
+    return 1 if cell.normalized or abs(cell.mean) >= 10 else 2  # AntMaze's raw returns lie between 0 and 1
+
+
+def _last(cell: Cell) -> str:
+    return _plus_minus(cell.mean, cell.std, _digits(cell)) + cell.marks
 
 
 def _with_note(number: Published, footnotes: Sequence[str]) -> str:
@@ -81,8 +90,8 @@ def _summary_table(report: Report) -> Table | None:
     rows, bold = [], []
     for dataset in datasets:
         row = [found.get((dataset, method)) for method in methods]
-        rows.append([dataset, *(_plus_minus(c.mean, c.std) + c.marks if c else "" for c in row)])
-        bold.append({i + 1 for i, c in enumerate(row) if c and c.bold})
+        rows.append([dataset, *(_last(cell) if cell else "" for cell in row)])
+        bold.append({i + 1 for i, cell in enumerate(row) if cell and cell.bold})
     for family in dict.fromkeys(aggregate.family for aggregate in report.aggregates):
         means = {a.method: a for a in report.aggregates if a.family == family}
         most = max(len(a.datasets) for a in means.values())
@@ -119,13 +128,10 @@ def _comparison_table(report: Report) -> Table:
     return Table("Comparisons", columns, rows, [set() for _ in rows])
 
 
-def tables(report: Report) -> list[Table]:
-    tables = [_score_table(report, _footnotes(report))]
-    if report.aggregates:
-        tables.append(_aggregate_table(report))
-    if report.comparisons:
-        tables.append(_comparison_table(report))
-    return tables
+def all_tables(report: Report) -> list[Table]:
+    """The tables of a report that have rows."""
+    made = [_score_table(report, _footnotes(report)), _aggregate_table(report), _comparison_table(report)]
+    return [table for table in made if table.rows]
 
 
 def _footnotes(report: Report) -> list[str]:
@@ -136,6 +142,7 @@ def _footnotes(report: Report) -> list[str]:
 
 
 def legend(report: Report) -> list[str]:
+    """What the columns and marks mean, a sentence or two each; only of what is there."""
     most = max(cell.k for cell in report.cells)
     lines = [
         "last: mean ± standard deviation (ddof 1) over S seeds of the last evaluation, where a seed's score is its mean over "
@@ -190,14 +197,15 @@ def layout(table: Table) -> Text:
 
 
 def markdown(report: Report) -> str:
+    """The whole of report.md."""
     summary = _summary_table(report)
-    parts = ["# Report\n", *(table.markdown() for table in ([summary] if summary else []) + tables(report))]
+    parts = ["# Report\n", *(table.markdown() for table in ([summary] if summary else []) + all_tables(report))]
     parts += ["\n".join(f"- {line}" for line in [*legend(report), *report.notes]) + "\n"]
     parts += ["## Curves\n\n![learning curves](curves.png)\n\n![scores](scores.png)\n"]
     footnotes = _footnotes(report)
     if footnotes:
         parts += [
-            "## Published numbers\n\nNever averaged with ours; other protocols, often other simulator versions.\n"
+            "## Published numbers\n\nOther protocols, often other simulator versions; never averaged with ours.\n"
         ]
         parts += ["\n".join(f"{i}. {note}" for i, note in enumerate(footnotes, start=1)) + "\n"]
         texts = [

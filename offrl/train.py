@@ -117,6 +117,7 @@ def plan(values: Mapping[str, Any]) -> Plan:
         if train.lanes != 1:
             raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
         train.lanes = len(train.seeds)
+    agent_config(agent)  # a typing error should not wait for the data
     if "_target_" not in sampler:
         sampler["_target_"] = "offrl.sampling.Uniform"
     return Plan(train, agent, sampler)
@@ -185,21 +186,27 @@ def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
     return agent.eval()
 
 
-def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
-    """An agent from its `_target_` and the settings that differ from its dataclass."""
+def agent_config(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The class that `_target_` names and its configuration with the given settings, both checked."""
     from hydra.utils import get_class
 
+    target = settings["_target_"]
     try:
-        cls: Any = get_class(settings["_target_"])
+        cls: Any = get_class(target)
     except Exception as error:
-        raise OffrlError(
-            f"agent._target_={settings['_target_']} can't be imported ({error}); check its spelling."
-        ) from error
+        raise OffrlError(f"agent._target_={target} can't be imported ({error}); check its spelling.") from error
     kwargs = {k: v for k, v in settings.items() if k != "_target_"}
+    return cls, config.build(cls.Config, kwargs, "agent.", per_lane=True)
+
+
+def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
+    """An agent from its `_target_` and the settings that differ from its dataclass."""
+    cls, cfg = agent_config(settings)
     try:
-        return cls(spec, config.build(cls.Config, kwargs, "agent.", per_lane=True))
+        agent: Agent = cls(spec, cfg)
     except ValueError as error:
         raise OffrlError(f"agent.{error}") from error
+    return agent
 
 
 def load_data(job: TrainConfig, device: torch.device | str) -> Store:
