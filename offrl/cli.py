@@ -50,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser("offrl", usage=USAGE, description=offrl.__doc__)
     parser.add_argument("--version", action="version", version=f"offrl {offrl.__version__}")
-    parser.set_defaults(run=lambda _: parser.print_usage() or 2)
+
+    def usage(_: argparse.Namespace) -> int:
+        parser.print_usage()
+        return 2
+
+    parser.set_defaults(run=usage)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", prog="offrl")
     subparsers.add_parser("train", help="train and score a policy")  # handled above: Hydra reads its words
     evaluate = subparsers.add_parser("evaluate", help="play episodes with a run's policy")
