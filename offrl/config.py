@@ -18,6 +18,10 @@ class DataConfig:
     semantics: Literal["exact", "d4rl"] = (
         "exact"  # how D4RL files become transitions: exact, or d4rl for qlearning_dataset's rows
     )
+    clip_actions: bool = False  # clip actions that lie outside their bounds instead of refusing the file
+    action_bound: float | None = None  # the bounds are +- this; None: what the dataset's family has
+    unfinished: bool = False  # accept a file that marks no episode's end, as one episode
+    goals: bool = False  # keep a maze's goal in the observation (Minari)
     cache: bool = True  # keep a flat copy that loads in a fraction of a second
     size: int | None = None  # transitions of a forge dataset that has to be built; None: its default
     seed: int = 0  # of a forge dataset that has to be built

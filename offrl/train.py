@@ -218,7 +218,16 @@ def load_data(job: TrainConfig, device: torch.device | str) -> Store:
     name: str | Path = job.dataset
     if job.dataset.startswith("forge/"):
         name = forge.ensure(job.dataset, size=options.size, seed=options.seed, progress=job.progress)
-    store = data.load(name, device=device, semantics=options.semantics, cache=options.cache)
+    store = data.load(
+        name,
+        device=device,
+        semantics=options.semantics,
+        cache=options.cache,
+        clip_actions=options.clip_actions,
+        action_bound=options.action_bound,
+        unfinished=options.unfinished,
+        goals=options.goals,
+    )
     scale = options.reward_scale
     if options.reward_normalize:
         spread = float(store.returns.max() - store.returns.min())

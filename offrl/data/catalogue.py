@@ -1,0 +1,187 @@
+"""Dataset ids, where they lie, which environment evaluates them, and the returns that score 0 and 100.
+
+`tables/d4rl.csv` holds every id that D4RL registers, `tables/minari.csv` Minari's public ids, `tables/references.csv`
+reference returns per Gymnasium environment and where they come from.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+from offrl.data.store import DatasetInfo
+from offrl.paths import cache_dir
+
+TABLES = Path(__file__).parent / "tables"
+GYM_MUJOCO = (
+    *("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher", "Pusher"),
+    *("InvertedPendulum", "InvertedDoublePendulum"),
+)
+
+
+@dataclass(frozen=True)
+class D4RLEntry:
+    """One D4RL id.
+
+    Attributes:
+        url: where its file is published. env_id: Gymnasium id nearest to its environment; None when there is none.
+        ref_min, ref_max: returns of a random and an expert policy (D4RL's infos.py); None when unknown.
+        max_episode_steps: the time limit with which D4RL registers it.
+    """
+
+    id: str
+    family: str
+    url: str
+    ref_min: float | None
+    ref_max: float | None
+    env_id: str | None
+    max_episode_steps: int
+
+    @property
+    def filename(self) -> str:
+        """Name under which D4RL itself stores the file."""
+        return PurePosixPath(self.url).name
+
+    def files(self) -> list[Path]:
+        """Where the file may lie, first choice first: `D4RL_DATASET_DIR`, our cache, D4RL's own folder."""
+        own = cache_dir() / "d4rl" / f"{self.id}.hdf5"
+        default = Path("~/.d4rl/datasets").expanduser() / self.filename
+        if folder := os.environ.get("D4RL_DATASET_DIR"):
+            base = Path(folder).expanduser()
+            return [base / f"{self.id}.hdf5", base / self.filename, own, default]
+        return [own, default]
+
+    def info(self) -> DatasetInfo:
+        """What the catalogue knows, as a Store carries it."""
+        return DatasetInfo(
+            id=self.id,
+            source="d4rl",
+            env_id=self.env_id,
+            family=self.family,
+            ref_min=self.ref_min,
+            ref_max=self.ref_max,
+            max_episode_steps=self.max_episode_steps,
+            provenance={} if self.ref_min is None else {"references": "D4RL (infos.py)"},
+        )
+
+
+@dataclass(frozen=True)
+class MinariEntry:
+    """One Minari id: its environment, size, time limit for evaluation, spaces in words, and what to mind."""
+
+    id: str
+    env_id: str | None
+    steps: int
+    episodes: int
+    max_episode_steps: int | None
+    observation: str
+    action: str
+    note: str
+
+
+def _table(name: str) -> list[dict[str, str]]:
+    with open(TABLES / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@cache
+def d4rl() -> dict[str, D4RLEntry]:
+    """Every D4RL id with its entry."""
+    return {
+        row["id"]: D4RLEntry(
+            id=row["id"],
+            family=row["family"],
+            url=row["url"],
+            ref_min=float(row["ref_min"]) if row["ref_min"] else None,
+            ref_max=float(row["ref_max"]) if row["ref_max"] else None,
+            env_id=row["env_id"] or None,
+            max_episode_steps=int(row["max_episode_steps"]),
+        )
+        for row in _table("d4rl.csv")
+    }
+
+
+@cache
+def minari() -> dict[str, MinariEntry]:
+    """Minari's public ids with their entries."""
+    return {
+        row["id"]: MinariEntry(
+            id=row["id"],
+            env_id=row["env_id"] or None,
+            steps=int(row["steps"] or 0),
+            episodes=int(row["episodes"] or 0),
+            max_episode_steps=int(row["max_episode_steps"]) if row["max_episode_steps"] else None,
+            observation=row["observation"],
+            action=row["action"],
+            note=row["note"],
+        )
+        for row in _table("minari.csv")
+    }
+
+
+@cache
+def _references() -> dict[str, tuple[float, float, str]]:
+    return {
+        row["env_id"]: (float(row["ref_min"]), float(row["ref_max"]), row["source"]) for row in _table("references.csv")
+    }
+
+
+def environment_references(env_id: str) -> tuple[float, float, str] | None:
+    """Returns of a random and an expert policy in a Gymnasium environment, and where they come from."""
+    return _references().get(env_id.rsplit(":", 1)[-1])
+
+
+def reference_scores(dataset_or_env: str) -> tuple[float, float] | None:
+    """The returns that score 0 and 100 for a D4RL id, a Minari id or a Gymnasium environment id; None when unknown."""
+    if entry := d4rl().get(dataset_or_env):
+        return None if entry.ref_min is None or entry.ref_max is None else (entry.ref_min, entry.ref_max)
+    listed = minari().get(dataset_or_env)
+    references = environment_references((listed.env_id or "") if listed else dataset_or_env)
+    return references[:2] if references else None
+
+
+def family_of(env_id: str | None) -> str:
+    """Family of a Gymnasium environment, for per-family settings; `unknown` when it is none of ours."""
+    name = (env_id or "").rsplit(":", 1)[-1]
+    base = name.rsplit("-v", 1)[0]
+    starts = {
+        "AntMaze": "antmaze",
+        "PointMaze": "maze2d",
+        "AdroitHand": "adroit",
+        "FrankaKitchen": "kitchen",
+        "MiniGrid": "minigrid",
+        "BabyAI": "minigrid",
+        "ALE/": "atari",
+    }
+    if base in GYM_MUJOCO:
+        return "gym-mujoco"
+    return next((family for start, family in starts.items() if name.startswith(start)), "unknown")
+
+
+def entry_of_file(path: Path) -> D4RLEntry | None:
+    """The D4RL id that a file holds, by its name (`hopper-medium-v2.hdf5` or D4RL's `hopper_medium-v2.hdf5`)."""
+    name = path.name.removesuffix(".gz")
+    stem = name.rsplit(".", 1)[0]
+    if stem in d4rl():
+        return d4rl()[stem]
+    same = [entry for entry in d4rl().values() if entry.filename == name]
+    return same[0] if len(same) == 1 else None
+
+
+def info_of_file(path: Path) -> DatasetInfo:
+    """What can be told of a file from its name: its catalogue entry, else only an id and whether it is an AntMaze."""
+    if entry := entry_of_file(path):
+        return entry.info()
+    plain = path.name.lower().replace("_", "").replace("-", "")
+    return DatasetInfo(id=path.name.split(".")[0], family="antmaze" if "antmaze" in plain else "unknown")
+
+
+def near(name: str, more: Iterable[str] = ()) -> list[str]:
+    """Up to three known ids that look like `name`."""
+    known = [*d4rl(), *minari(), *more]
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.6)

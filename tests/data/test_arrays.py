@@ -1,0 +1,180 @@
+"""Plain arrays and NPZ files, and the way back: what is written reads as the same Store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from offrl.data import ReadOptions, Store, from_arrays, load
+from offrl.data.arrays import read_npz, to_arrays, write_npz
+from offrl.data.commands import write_hdf5
+from offrl.data.d4rl import read_d4rl
+from offrl.data.store import DatasetInfo
+from offrl.errors import OffrlError
+
+
+def arrays(n: int = 60, with_next: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    ends = rng.random((2, n)) < 0.08
+    data = {
+        "observations": rng.standard_normal((n, 3)),
+        "actions": rng.uniform(-1, 1, (n, 2)),
+        "rewards": rng.standard_normal(n),
+        "terminals": ends[0],
+        "timeouts": ends[1] & ~ends[0],
+    }
+    if with_next:
+        data["next_observations"] = rng.standard_normal((n, 3))
+    return data
+
+
+def same(one: Store, other: Store) -> bool:
+    return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
+
+
+def test_gymnasiums_names_mean_the_same() -> None:
+    data = arrays()
+    renamed = dict(data)
+    renamed["terminations"], renamed["truncations"] = renamed.pop("terminals"), renamed.pop("timeouts")
+    assert same(from_arrays(data), from_arrays(renamed))
+
+
+def test_tensors_and_lists_are_arrays_too() -> None:
+    data = arrays()
+    tensors = {key: torch.from_numpy(value) for key, value in data.items()}
+    lists = {key: value.tolist() for key, value in data.items()}
+    assert same(from_arrays(data), from_arrays(tensors))
+    assert same(from_arrays(data), from_arrays(lists))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_callers_arrays_are_neither_changed_nor_shared(dtype: type) -> None:
+    data = {key: value.astype(dtype) if value.dtype.kind == "f" else value for key, value in arrays().items()}
+    data["actions"][3, 1] = 1.0005  # is clipped in the Store
+    before = {key: value.copy() for key, value in data.items()}
+    store = from_arrays(data)
+    store.rewards.zero_()
+    store.observations.zero_()
+    for key, value in data.items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+def test_time_limit_of_info_cuts_when_there_are_no_timeouts() -> None:
+    data = arrays(25)
+    del data["timeouts"]
+    data["terminals"] = np.zeros(25)
+    store = from_arrays(data, DatasetInfo(max_episode_steps=10))
+    assert store.lengths.tolist() == [9, 9, 4]
+    assert store.complete.tolist() == [True, True, False]
+
+
+def test_images_and_single_numbers_become_vectors() -> None:
+    data = arrays() | {"observations": np.zeros((60, 4, 5, 3), np.uint8), "actions": np.zeros(60)}
+    store = from_arrays(data)
+    assert (store.obs_dim, store.action_dim) == (60, 1)
+    assert from_arrays(arrays() | {"observations": np.arange(60.0)}).obs_dim == 1
+
+
+def test_discrete_actions() -> None:
+    data = arrays() | {"actions": np.tile([0, 1, 2], 20)}
+    store = from_arrays(data, DatasetInfo(discrete=4))
+    assert (store.action_dim, store.actions.dtype) == (4, torch.int64)
+    with pytest.raises(OffrlError, match="actions holds 2; it must lie between 0 and 1"):
+        from_arrays(data, DatasetInfo(discrete=2))
+
+
+@pytest.mark.parametrize("with_next", [False, True])
+@pytest.mark.parametrize("semantics", ["exact", "d4rl"])
+@pytest.mark.parametrize("family", ["unknown", "antmaze"])
+@pytest.mark.parametrize("seed", range(3))
+def test_files_written_from_a_store_read_back_the_same(
+    tmp_path: Path, seed: int, family: str, semantics: Any, with_next: bool
+) -> None:
+    info = DatasetInfo(id="mine", env_id="Hopper-v5", family=family, ref_min=1.0, ref_max=2.0)
+    store = from_arrays(arrays(seed=seed, with_next=with_next), info, ReadOptions(semantics=semantics))
+    write_npz(store, tmp_path / "a.npz")
+    write_hdf5(store, tmp_path / "a.hdf5")
+    for other in (read_npz(tmp_path / "a.npz"), read_d4rl(tmp_path / "a.hdf5")):
+        assert (other.info.id, other.info.env_id, other.info.ref_max) == ("mine", "Hopper-v5", 2.0)
+        inside = store.terminations == 0  # D4RL's successors behind a termination are another episode's
+        assert torch.equal(other.next_observations[inside], store.next_observations[inside])
+        if semantics == "d4rl":
+            other.next_observations = store.next_observations
+        assert same(store, other)
+
+
+def test_tails_leave_where_a_layout_cannot_hold_them() -> None:
+    whole = from_arrays(arrays(with_next=True))
+    tailed = from_arrays(arrays(seed=1))
+    assert "next_observations" in to_arrays(whole)
+    assert "next_observations" not in to_arrays(tailed)
+    from offrl.data import concatenate
+
+    mixed = concatenate([whole, tailed])
+    back = from_arrays(to_arrays(mixed))
+    assert torch.equal(back.next_observations, mixed.next_observations)
+    assert not back.has_tail.any()
+
+
+def test_npz_is_read_with_float32_and_its_own_info(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", **arrays())
+    store = load(tmp_path / "a.npz")
+    assert store.observations.dtype == torch.float32
+    assert same(store, from_arrays(arrays()))
+    assert store.info.id == "a"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": None}, "missing rewards"),
+        ({"terminals": None}, "missing terminals .*zeros if no episode ever terminates"),
+        ({"rewards": np.zeros(3)}, "rewards has 3 rows but observations has 60"),
+        ({"observations": np.array([[1], [2, 3]] * 30, dtype=object)}, "observations has dtype object"),
+        ({"rewards": np.array(["a"] * 60)}, "rewards has dtype"),
+        ({"rewards": np.zeros((60, 2))}, "rewards has shape"),
+        ({"actions": np.zeros((60, 0))}, "actions has no columns"),
+        ({"rewards": np.float64(3)}, "rewards is a single number"),
+        ({"next_observations": np.zeros((60, 2))}, "must agree"),
+        ({"terminals": np.zeros(60), "timeouts": np.zeros(60)}, "no episode ends"),
+        ({"actions": np.full((60, 2), 3.0)}, "actions holds 3 in row 0"),
+    ],
+)
+def test_bad_arrays(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    data = {key: value for key, value in (arrays() | changes).items() if value is not None}
+    with pytest.raises(OffrlError, match=message):
+        from_arrays(data)
+    path = tmp_path / "bad.npz"
+    np.savez(path, **data)
+    with pytest.raises(OffrlError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_zero_transitions() -> None:
+    with pytest.raises(OffrlError, match="no transition"):
+        from_arrays({key: value[:0] for key, value in arrays().items()})
+
+
+def test_npz_files_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(tmp_path / "whole.npz", **arrays())
+    np.savez(path, **arrays())
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(OffrlError, match="cut off or damaged"):
+        load(path)
+    content = bytearray((tmp_path / "whole.npz").read_bytes())
+    content[400:440] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(OffrlError, match="cut off or damaged"):
+        load(path)
+    np.save(tmp_path / "b.npy", np.zeros(3))
+    with pytest.raises(OffrlError, match="not a format"):
+        load(tmp_path / "b.npy")
+    torch.save(arrays()["rewards"], tmp_path / "c.pt")
+    with pytest.raises(OffrlError, match="pickled PyTorch file"):
+        load(tmp_path / "c.pt")

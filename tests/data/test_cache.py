@@ -1,0 +1,174 @@
+"""The flat cache: same Store, told apart by source and options, never trusted when stale or damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from offrl.data import Store, load
+from offrl.data import cache as cache_module
+from offrl.data.cache import read_flat, write_flat
+from offrl.data.store import DatasetInfo
+from offrl.errors import OffrlError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OFFRL_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write(tmp_path / "set.npz", 0)
+    return tmp_path / "set.npz"
+
+
+def write(path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    np.savez(
+        path,
+        observations=rng.standard_normal((100, 3)),
+        actions=rng.uniform(-1, 1, (100, 2)),
+        rewards=rng.standard_normal(100),
+        terminals=np.arange(100) % 20 == 19,
+        timeouts=np.arange(100) % 20 == 5,
+    )
+
+
+def flat_files(home: Path) -> list[Path]:
+    return sorted((home / "flat").glob("*.safetensors"))
+
+
+def assert_same(one: Store, other: Store) -> None:
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name])
+        assert tensor.dtype == other.tensors()[name].dtype
+    assert one.info == other.info
+
+
+def test_second_load_comes_from_the_cache_and_is_the_same(
+    source: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(source)
+    assert len(flat_files(home)) == 1
+    monkeypatch.setattr("offrl.data.read_npz", lambda *_: pytest.fail("the source was read again"))
+    second = load(source)
+    assert_same(first, second)
+    assert second.__dict__["fingerprint"] == Store(**second.tensors()).fingerprint
+
+
+def test_no_cache_writes_nothing(source: Path, home: Path) -> None:
+    load(source, cache=False)
+    assert not home.exists()
+
+
+def test_a_changed_source_replaces_its_cache(source: Path, home: Path) -> None:
+    first = load(source)
+    time = source.stat().st_mtime_ns
+    write(source, 1)
+    os.utime(source, ns=(time + 1, time + 1))  # as big as before, a nanosecond later
+    second = load(source)
+    assert second.fingerprint != first.fingerprint
+    assert second.fingerprint == load(source, cache=False).fingerprint
+    assert len(flat_files(home)) == 1
+
+
+def test_options_and_loader_versions_do_not_mix(source: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, d4rl = load(source), load(source, semantics="d4rl")
+    assert len(exact) != len(d4rl)
+    assert_same(load(source, semantics="d4rl"), d4rl)
+    assert len(flat_files(home)) == 2
+    monkeypatch.setattr(cache_module, "LOADER_VERSION", 99)
+    calls = []
+    real = cache_module.write_flat
+    monkeypatch.setattr(cache_module, "write_flat", lambda *args: (calls.append(1), real(*args)))
+    load(source)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "header", "text", "empty"])
+def test_a_damaged_cache_is_rebuilt(source: Path, home: Path, damage: str) -> None:
+    first = load(source)
+    file = flat_files(home)[0]
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-5] ^= 1  # one bit of one number
+    elif damage == "cut":
+        del content[-100:]
+    elif damage == "header":
+        content[:8] = (2**60).to_bytes(8, "little")
+    else:
+        content = bytearray(b"" if damage == "empty" else b"hello, this is no cache")
+    file.write_bytes(content)
+    with pytest.raises(OffrlError):
+        read_flat(file)
+    assert_same(load(source), first)
+    assert_same(read_flat(file), first)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(source: Path, home: Path) -> None:
+    home.mkdir()
+    (home / "flat").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cache cannot be written"):
+        store = load(source)
+    assert len(store) > 0
+
+
+def test_the_file_is_plain_safetensors(source: Path, home: Path) -> None:
+    from safetensors.torch import load_file
+
+    store = load(source)
+    tensors = load_file(flat_files(home)[0])
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in store.tensors().items())
+
+
+def test_a_flat_file_is_a_dataset_of_its_own(source: Path, tmp_path: Path) -> None:
+    store = load(source)
+    path = tmp_path / "copy.safetensors"
+    write_flat(store, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(load(path), store)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(OffrlError, match="no flat dataset"):
+        load(tmp_path / "other.safetensors")
+
+
+def test_every_field_of_info_survives(tmp_path: Path) -> None:
+    info = DatasetInfo(
+        id="a",
+        source="b",
+        env_id="Hopper-v5",
+        env_kwargs={"x": [1, 2]},
+        family="f",
+        ref_min=-1.5,
+        ref_max=2.5,
+        max_episode_steps=7,
+        action_low=-0.4,
+        action_high=0.4,
+        discrete=None,
+        provenance={"seed": 3},
+    )
+    default = DatasetInfo()
+    unset = [f.name for f in dataclasses.fields(info) if getattr(info, f.name) == getattr(default, f.name)]
+    assert unset == ["discrete"]  # a new field must be added above
+    store = Store(
+        torch.zeros(2, 3),
+        torch.zeros(2, 1),
+        torch.zeros(2),
+        torch.zeros(2, 3),
+        torch.ones(2),
+        torch.tensor([0, 1, 2]),
+        info,
+    )
+    write_flat(store, tmp_path / "a.safetensors")
+    assert read_flat(tmp_path / "a.safetensors").info == info
