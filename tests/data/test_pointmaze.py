@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
@@ -57,7 +60,10 @@ def test_driver_reaches_the_goal_and_stays(maze: str) -> None:
 
 
 @pytest.mark.parametrize("maze", pointmaze.MAZES)
-def test_data_cover_the_maze_and_repeat_in_the_environment(maze: str) -> None:
+def test_data_cover_the_maze_and_repeat_in_the_environment(
+    maze: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the environment leaves its XML there
     limit = pointmaze.MAZES[maze][1]
     size = 4 * limit + 10
     sparse, dense = (pointmaze.drive(maze, kind, size, np.random.SeedSequence(7)) for kind in (False, True))

@@ -1,0 +1,309 @@
+"""Environments whose observations, rewards and ends are those of the dataset that a policy was trained on.
+
+D4RL's simulators are gone; the ones of today differ from them in ways that would silently falsify scores. Each
+wrapper below undoes one difference and names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from offrl.data.catalogue import d4rl
+from offrl.data.flatten import flat_keys
+from offrl.data.store import DatasetInfo
+from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
+from offrl.errors import OffrlError
+
+Array = NDArray[np.float64]
+ROBOTICS = ("PointMaze", "AntMaze", "Adroit", "FrankaKitchen", "Fetch", "HandManipulate", "HandReach")
+KITCHEN_TASKS = {
+    "complete": ("microwave", "kettle", "light switch", "slide cabinet"),
+    "partial": ("microwave", "kettle", "light switch", "slide cabinet"),
+    "mixed": ("microwave", "kettle", "bottom burner", "light switch"),
+}
+
+
+def make_env(info: DatasetInfo) -> gymnasium.Env:
+    """One environment that evaluates policies trained on a dataset.
+
+    Its observation is the flat vector `[O]` of the dataset's Store, it clips actions into its box, and it truncates
+    at `info.max_episode_steps`.
+
+    Raises:
+        OffrlError: the dataset names no environment, or one that is not installed, or one that is another robot.
+    """
+    name = info.id if info.id in d4rl() else None
+    if info.family == "antmaze" and (name or info.env_id is None):
+        raise OffrlError(
+            f"{info.id}: D4RL's AntMaze robot is in no maintained package (Gymnasium's ant has other motors), so its "
+            "policies can't be scored; train on Minari's D4RL/antmaze/*-v2 instead."
+        )
+    if name and info.family == "maze2d":
+        env: gymnasium.Env = Maze2D(name)
+        return gymnasium.wrappers.TimeLimit(ClipAction(env), info.max_episode_steps or 300)
+    if info.env_id is None:
+        raise OffrlError(
+            f"{info.id}: this dataset names no environment to evaluate in; train with eval.episodes=0 eval.final_episodes=0."
+        )
+    if name and info.family == "kitchen":
+        return ClipAction(D4RLKitchen(name, info.max_episode_steps))
+
+    kwargs = dict(info.env_kwargs)
+    if info.max_episode_steps is not None:
+        kwargs["max_episode_steps"] = info.max_episode_steps
+    env = make_gymnasium(info.env_id, **kwargs)
+    if re.search(r"AdroitHand(Door|Hammer|Relocate)-v1$", info.env_id) and kwargs.get("reward_type") != "sparse":
+        env = AdroitReward(env)
+    if name and name.startswith("pen-"):
+        env = PenDrop(env)
+    if name and name.startswith("ant-"):
+        env = WithoutContacts(env)
+    if not _is_vector(env.observation_space):
+        env = FlatObservation(env, info.env_id, info.provenance.get("observation_keys"))
+    return ClipAction(env) if isinstance(env.action_space, spaces.Box) else env
+
+
+def make_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:
+    """`gymnasium.make` with the packages registered that an id needs, and errors that say what to install."""
+    robotics = env_id.rsplit(":", 1)[-1].startswith(ROBOTICS)
+    extra = "robotics" if robotics else "mujoco"
+    try:
+        # v4 is announced as out of date and Adroit v1 as changed; both are known here and used with a purpose.
+        with warnings.catch_warnings(), _own_temporary_folder():
+            warnings.simplefilter("ignore")
+            if robotics:
+                with contextlib.redirect_stderr(io.StringIO()):  # a notice on Adroit's reward, see AdroitReward
+                    import gymnasium_robotics
+
+                gymnasium.register_envs(gymnasium_robotics)
+            return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
+        raise OffrlError(
+            f'{env_id} needs a package ({error}); install it with `pip install "offrl[{extra}]"`.'
+        ) from error
+    except gymnasium.error.UnregisteredEnv as error:
+        raise OffrlError(f"{env_id}: Gymnasium doesn't know this environment ({error}).") from error
+
+
+@contextlib.contextmanager
+def _own_temporary_folder() -> Iterator[None]:
+    """The mazes write their XML to the temporary folder under a name made of the time, and leave it there."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+# ---- any environment -----------------------------------------------------------------------------------------------
+
+
+class ClipAction(gymnasium.ActionWrapper):
+    """Clips actions into the box, which stays the action space."""
+
+    def action(self, action: Any) -> Any:
+        space = self.action_space
+        assert isinstance(space, spaces.Box)
+        return np.clip(action, space.low, space.high)
+
+
+def _is_vector(space: spaces.Space) -> bool:
+    return isinstance(space, spaces.Box) and len(space.shape) == 1
+
+
+class FlatObservation(gymnasium.ObservationWrapper):
+    """One vector of a Dict (or other) observation, in the order in which the Minari reader concatenates it.
+
+    Args:
+        keys: dotted paths of the parts, as the reader noted them; default: `flat_keys` of the environment.
+    """
+
+    def __init__(self, env: gymnasium.Env, env_id: str, keys: Sequence[str] | None = None) -> None:
+        super().__init__(env)
+        leaves = dict(_leaves(env.observation_space, (), None if keys else env_id))
+        paths = list(leaves) if keys is None else [tuple(key.split(".")) for key in keys]
+        self.leaves = [(path, leaves[path]) for path in paths]
+        size = sum(spaces.flatdim(space) for _, space in self.leaves)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (size,), np.float64)
+
+    def observation(self, observation: Any) -> Array:
+        parts: list[Any] = []
+        for path, space in self.leaves:
+            value = observation
+            for key in path:
+                value = value[key]
+            parts.append(spaces.flatten(space, value))
+        return np.concatenate(parts).astype(np.float64)
+
+
+def _leaves(space: spaces.Space, path: tuple[str, ...], env_id: str | None) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Parts of a nested observation with their paths; text is left out."""
+    if isinstance(space, spaces.Dict):
+        keys = sorted(space.spaces) if path or env_id is None else flat_keys(env_id, space.spaces)
+        for key in keys:
+            yield from _leaves(space.spaces[key], (*path, key), env_id)
+    elif not isinstance(space, spaces.Text):
+        yield path, space
+
+
+# ---- D4RL's locomotion and hands -----------------------------------------------------------------------------------
+
+
+class WithoutContacts(gymnasium.ObservationWrapper):
+    """D4RL's Ant: 84 contact forces that its simulator left at zero, in the observation and in the reward's cost.
+
+    Ant-v4 without contact forces has the same reward; the zeros are put back behind its 27 numbers.
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (111,), np.float64)
+
+    def observation(self, observation: Array) -> Array:
+        return np.concatenate((observation[:27], np.zeros(84)))
+
+
+class AdroitReward(gymnasium.Wrapper):
+    """Gymnasium-Robotics' AdroitHand*-v1 adds 0.1 |palm - object| to the reward; D4RL subtracts it, and so does this."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        task = re.search(r"AdroitHand(Door|Hammer|Relocate)", env.unwrapped.spec.id if env.unwrapped.spec else "")
+        assert task
+        self.task = task.group(1)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reach = {
+            "Door": obs[35:38],
+            "Hammer": obs[33:36] - obs[36:39],
+            "Relocate": obs[30:33],
+        }[self.task]
+        return obs, float(reward) - 0.2 * float(np.linalg.norm(reach)), terminated, truncated, info
+
+
+class PenDrop(gymnasium.Wrapper):
+    """D4RL's pen ends when the pen falls below 0.075; Gymnasium-Robotics' goes on."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, float(reward), bool(terminated or obs[26] < 0.075), truncated, info
+
+
+# ---- D4RL's Maze2D -------------------------------------------------------------------------------------------------
+
+
+class Maze2D(gymnasium.Env):
+    """D4RL's Maze2D on the point mass of Gymnasium-Robotics.
+
+    The same ball and walls, but D4RL's first axis runs down the rows, its origin is cell (0, 0) shifted by 0.2, and
+    there are its fixed goal (radius 0.5), its resets (any cell, +-0.1, velocity noise 0.1), and no end.
+
+    Observation: `[row, column, their velocities]` in D4RL's coordinates. Reward: 1 within the radius, or
+    exp(-distance) for the dense ids.
+    """
+
+    SHIFT = 0.2  # D4RL puts the ball's origin at 1.2 but the centre of wall (0, 0) at 1.0
+
+    def __init__(self, name: str) -> None:
+        match = re.fullmatch(r"maze2d-([a-z-]*?)(-dense)?-v\d", name)
+        if match is None or match[1] not in LAYOUTS:
+            raise OffrlError(f"{name}: no such Maze2D layout; known are {', '.join(sorted(LAYOUTS))}.")
+        layout, self.dense = match[1], match[2] is not None
+        maze: Any = make_gymnasium("PointMaze_UMaze-v3", maze_map=maze_map(layout)).unwrapped
+        self.point = maze.point_env
+        self.goal = np.array(goal_cell(layout), dtype=np.float64)
+        self.starts = np.array([*(c for c in free_cells(layout) if c != goal_cell(layout)), goal_cell(layout)])
+        # Gymnasium's (x, y) of D4RL's origin.
+        rows, columns = len(LAYOUTS[layout]), len(LAYOUTS[layout][0])
+        self.origin = np.array([self.SHIFT + 0.5 - columns / 2, rows / 2 - 0.5 - self.SHIFT])
+        self.observation_space = spaces.Box(-np.inf, np.inf, (4,), np.float64)
+        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        super().reset(seed=seed)
+        cell = self.starts[self.np_random.integers(len(self.starts))]
+        position = cell + self.np_random.uniform(-0.1, 0.1, 2)
+        self.point.reset()
+        self.set_state(position, 0.1 * self.np_random.standard_normal(2))
+        return self._observation(), {}
+
+    def step(self, action: Any) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        self.point.step(_to_gymnasium(np.asarray(action)))
+        obs = self._observation()
+        distance = float(np.linalg.norm(obs[:2] - self.goal))
+        return obs, float(np.exp(-distance)) if self.dense else float(distance <= 0.5), False, False, {}
+
+    def set_state(self, position: Array, velocity: Array) -> None:
+        """Put the ball somewhere, in D4RL's coordinates."""
+        self.point.set_state(self.origin + _to_gymnasium(position), _to_gymnasium(velocity))
+
+    def _observation(self) -> Array:
+        data = self.point.data
+        return np.concatenate((_to_d4rl(data.qpos - self.origin), _to_d4rl(data.qvel)))
+
+    def close(self) -> None:
+        self.point.close()
+
+
+def _to_gymnasium(vector: Array) -> Array:
+    """(down, right) -> (x, y)."""
+    return np.array([vector[1], -vector[0]])
+
+
+def _to_d4rl(vector: Array) -> Array:
+    """(x, y) -> (down, right)."""
+    return np.array([-vector[1], vector[0]])
+
+
+# ---- D4RL's kitchen ------------------------------------------------------------------------------------------------
+
+
+class D4RLKitchen(gymnasium.ObservationWrapper):
+    """D4RL's kitchen: observation = robot joints 9, objects 21, goal 30 with D4RL's sensor noise.
+
+    Gymnasium-Robotics also tells velocities, keeps the goal apart and has less noise (0.01 of the sensors' amplitude
+    for the robot and 0.0005 for objects, where D4RL has 0.1 for both).
+    """
+
+    NOISE = 0.1
+    # Amplitudes of the 21 object joints (Franka configuration file): knobs, switches, doors, kettle.
+    AMPLITUDE = np.array([0.005] * 2 + [0.0005] * 6 + [0.005] * 3 + [0.1] * 3 + [0.005] * 3 + [0.1] * 3 + [0.005])
+
+    def __init__(self, name: str, max_episode_steps: int | None = None) -> None:
+        level = name.split("-")[1]
+        if level not in KITCHEN_TASKS:
+            raise OffrlError(f"{name}: no such kitchen dataset; known are {', '.join(KITCHEN_TASKS)}.")
+        env: Any = make_gymnasium(
+            "FrankaKitchen-v1",
+            tasks_to_complete=list(KITCHEN_TASKS[level]),
+            object_noise_ratio=0.0,
+            robot_noise_ratio=self.NOISE,
+            max_episode_steps=max_episode_steps or 280,
+        )
+        super().__init__(env)
+        from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_INDICES
+
+        self.kitchen = env.unwrapped
+        self.goal = np.zeros(30)
+        for task, value in self.kitchen.goal.items():
+            self.goal[OBS_ELEMENT_INDICES[task]] = value
+        self.observation_space = spaces.Box(-np.inf, np.inf, (60,), np.float64)
+
+    def observation(self, observation: dict[str, Any]) -> Array:
+        numbers = observation["observation"]
+        noise = self.kitchen.robot_env.np_random.uniform(-1.0, 1.0, 21)
+        return np.concatenate((numbers[:9], numbers[18:39] + self.NOISE * self.AMPLITUDE * noise, self.goal))
