@@ -67,7 +67,7 @@ def draw_curves(cells: list[Cell]) -> Figure:
         if any(cell.published for cell in cells):
             lines.append(Line2D([], [], color="0.4", linewidth=0.8, linestyle=(0, (1, 2))))
             names.append("published")
-        _legend_below(figure, lines, names, across)
+        _legend_above(figure, lines, names, across)
     return figure
 
 
@@ -111,7 +111,7 @@ def draw_scores(cells: list[Cell]) -> Figure:
         if any(cell.published for cell in cells):
             marks.append(Line2D([], [], color="0.4", marker="D", markersize=4, markerfacecolor="white", linestyle=""))
             names.append("published")
-        _legend_below(figure, marks, names, 2)
+        _legend_above(figure, marks, names, 2)
     return figure
 
 
@@ -124,13 +124,13 @@ def _draw_points(panel: Axes, cells: list[Cell], looks: Mapping[str, tuple[str, 
         for cell in here:
             colour = looks[cell.method][0]
             panel.plot(
-                cell.last, np.full(len(cell.last), position), "o", color=colour, markersize=2.5, alpha=0.35, mew=0
+                cell.last, np.full(len(cell.last), position + 0.3), "o", color=colour, markersize=2.5, alpha=0.35, mew=0
             )
             if not math.isnan(cell.interval[0]):
                 panel.plot(cell.interval, [position, position], color=colour, linewidth=1.5, solid_capstyle="butt")
             panel.plot(cell.mean, position, "o", color=colour, markersize=4.5)
             if cell.published:
-                style: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 4.5}
+                style: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": colour, "markersize": 4.5}
                 panel.plot(cell.published[0].mean, position, "D", **style)
             position += 1
         position += 0.7
@@ -145,10 +145,10 @@ def _tidy(panel: Axes, grid: str = "y") -> None:
     panel.set_axisbelow(True)
 
 
-def _legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str], across: int) -> None:
+def _legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str], across: int) -> None:
     longest = max(map(len, names))
     columns = max(1, min(len(names), int(across * 42 / (longest + 8))))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def count(number: float) -> str:
