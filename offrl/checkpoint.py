@@ -8,6 +8,8 @@ update number, so nothing else needs saving. No pickle is involved.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,28 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         OffrlError: there is none, or the file is damaged.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _facts(file)  # noqa: SIM118 - not a dict
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint says besides its tensors; raises as `load` does."""
+    with _opened(path) as file:
+        return _facts(file)
+
+
+def _facts(file: Any) -> dict[str, Any]:
+    value = json.loads((file.metadata() or {})[_KEY])
+    if not isinstance(value, dict):
+        raise ValueError("its facts are no dictionary")
+    return value
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[_KEY])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
+            yield file
     except FileNotFoundError as error:
         raise OffrlError(f"{path}: there is no checkpoint; train first, or name the folder of a run.") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:

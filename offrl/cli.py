@@ -85,7 +85,9 @@ def _train(words: list[str]) -> int:
         return 0
     folder = next((w.split("=", 1)[1] for w in words if w.startswith("resume=")), None)
     if folder is not None:
-        changes = dict(w.split("=", 1) for w in words if "=" in w and not w.startswith("resume="))
+        if odd := [w for w in words if not re.match(r"[a-z]", w) or "=" not in w]:
+            raise OffrlError(f"{odd[0]} can't stand beside resume=RUN; only key=value can.")
+        changes = dict(w.split("=", 1) for w in words if not w.startswith("resume="))
         return _show(resume(folder, {key: _value(text) for key, text in changes.items()}))
     return _hydra(tolerant(words))
 
@@ -93,6 +95,7 @@ def _train(words: list[str]) -> int:
 def _hydra(words: list[str]) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import CompactHydraException
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
@@ -104,13 +107,16 @@ def _hydra(words: list[str]) -> int:
     @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
     def task(cfg: DictConfig) -> None:
         nonlocal status
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             status = max(status, _show(train(plain(cfg))))
         except OffrlError as error:
             print(f"offrl: error: {error}", file=sys.stderr)
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # Hydra goes on with the other jobs and reports this one at the end
+            if sweeping:  # Hydra goes on with the other jobs and reports this one at the end
+                raise CompactHydraException(str(error)) from None
             status = 2
+        if sweeping and status == 130:
+            raise KeyboardInterrupt  # no further job
 
     before, sys.argv = sys.argv, ["offrl train", *words]
     try:
@@ -167,9 +173,14 @@ def field_comments(cls: type[Any]) -> list[tuple[str, str, str]]:
 
 
 def _value(text: str) -> Any:
-    from omegaconf import OmegaConf
+    """What Hydra reads behind `key=`."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
-    return OmegaConf.create(f"value: {text}").value
+    try:
+        return OverridesParser.create().parse_override(f"key={text}").value()
+    except HydraException as error:
+        raise OffrlError(f"{text} can't be read as a value: {error}") from error
 
 
 # ---- evaluate, agents ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def compose(options: Mapping[str, Any]) -> dict[str, Any]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    words = tolerant([f"{key}={_literal(value)}" for key, value in options.items()])
+    known = groups()
+    words = tolerant([f"{key}={value if key in known else _literal(value)}" for key, value in options.items()])
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -74,6 +76,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(_literal(v) for v in value) + "]"
     if isinstance(value, (str, Path)):
-        text = str(value)
-        return text if text and all(c.isalnum() or c in "_-./:" for c in text) else "'" + text.replace("'", "\\'") + "'"
+        # In Hydra's quotes a quote, and backslashes in front of one, are escaped; everything else stands for itself.
+        escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(value))
+        return f"'{escaped}'"
     return str(value)

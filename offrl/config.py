@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from fnmatch import fnmatch
 from typing import Any, Literal
@@ -15,9 +15,7 @@ from offrl.errors import OffrlError
 
 @dataclass
 class DataConfig:
-    semantics: Literal["exact", "d4rl"] = (
-        "exact"  # how D4RL files become transitions: exact, or d4rl for qlearning_dataset's rows
-    )
+    semantics: Literal["exact", "d4rl"] = "exact"  # rows of D4RL files; d4rl: those of its qlearning_dataset
     clip_actions: bool = False  # clip actions that lie outside their bounds instead of refusing the file
     action_bound: float | None = None  # the bounds are +- this; None: what the dataset's family has
     unfinished: bool = False  # accept a file that marks no episode's end, as one episode
@@ -49,9 +47,9 @@ class TrainConfig:
     updates: int = 1_000_000  # gradient steps of every lane
     batch_size: int = 256  # rows per lane and update
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    engine: str = "auto"  # auto, eager, compile, cudagraph
+    engine: Literal["auto", "eager", "compile", "cudagraph"] = "auto"  # auto, eager, compile, cudagraph
     updates_per_launch: int = 16  # updates in one captured graph
-    precision: str = "float32"  # of matrix products: float32 or bfloat16
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products: float32 or bfloat16
     threads: int = 1  # of this process
     log_every: int = 1000  # updates between rows of metrics
     checkpoint_every: int = 10_000  # updates between checkpoints
@@ -61,7 +59,7 @@ class TrainConfig:
     label: str | None = None  # the method's name in reports
     fresh: bool = False  # start over where a run of the same settings stands
     progress: bool = True  # a bar with rate and time left, or a line now and then where nobody watches
-    tracker: str | None = None  # tensorboard, wandb, or both with a comma
+    tracker: str | list[str] | None = None  # tensorboard, wandb, or [tensorboard,wandb]
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -69,12 +67,15 @@ class TrainConfig:
         return list(self.seeds) if self.seeds else [self.seed + lane for lane in range(self.lanes)]
 
 
-def build(cls: type[Any], values: Mapping[str, Any], where: str = "", per_lane: bool = False) -> Any:
+def build(
+    cls: type[Any], values: Mapping[str, Any], where: str = "", per_lane: bool = False, others: Iterable[str] = ()
+) -> Any:
     """An instance of dataclass `cls` from a mapping; nested dataclasses from nested mappings.
 
     Args:
         where: prefix of keys in messages, such as `agent.`.
         per_lane: a float may also be a list of floats, one per lane.
+        others: names that stand beside the dataclass's, for hints at a misspelt one.
 
     Raises:
         OffrlError: an unknown key (with the nearest known one) or a value of the wrong type.
@@ -84,11 +85,13 @@ def build(cls: type[Any], values: Mapping[str, Any], where: str = "", per_lane: 
     kwargs = {}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+            near = difflib.get_close_matches(key, [*known, *others], 1)
             hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}."
             raise OffrlError(f"{where}{key} is no option; {hint}")
         wanted = types_of[key]
         if is_dataclass(wanted) and isinstance(wanted, type):
+            if not isinstance(value, Mapping):
+                raise OffrlError(f"{where}{key}={value} should be a table of settings, not a single value.")
             kwargs[key] = build(wanted, value, f"{where}{key}.")
         else:
             kwargs[key] = _convert(value, wanted, where + key, per_lane)
@@ -122,8 +125,16 @@ def _convert(value: Any, wanted: Any, key: str, per_lane: bool) -> Any:
             return [_convert(v, float, key, False) for v in value]
         if origin is dict and isinstance(value, Mapping):
             return dict(value)
-    name = getattr(wanted, "__name__", str(wanted))
-    raise OffrlError(f"{key}={value!r} should be of type {name}; change it.")
+    names = " or ".join(_name(option, per_lane) for option in options)
+    raise OffrlError(f"{key}={value!r} should be {names}.")
+
+
+def _name(option: Any, per_lane: bool) -> str:
+    """What a type asks for, in words."""
+    if typing.get_origin(option) in (tuple, list):
+        return f"a list of {_name(typing.get_args(option)[0], False).removeprefix('a ')}s"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return words.get(option, str(option)) + (", or a list with one per lane" if option is float and per_lane else "")
 
 
 def chosen_settings(tables: Mapping[str, Mapping[str, Any]] | None, dataset: str) -> dict[str, Any]:

@@ -10,12 +10,15 @@ Actions are computed in float64 by default: then an episode does not depend on h
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -83,20 +86,33 @@ class Slots:
             env.close()
 
 
-def _worker(connection: Connection, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
-    """Process that owns some slots: obeys (command, argument) messages until told to stop."""
-    slots = Slots(make_env, rows, {name: _as_array(*value) for name, value in shared.items()})
+def _worker(ours: Connection, theirs: Connection, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
+    """Process that owns some slots: obeys (command, argument) messages, answers each with an error's text or nothing.
+
+    It ends with whoever started it, even if that one was killed: its own copy of their end of the pipe is closed, so
+    the pipe breaks.
+    """
+    theirs.close()
+    # A signal to the whole group is for the training process, which stops when the evaluation is over.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    slots: Slots | None = None
     try:
+        slots = Slots(make_env, rows, {name: _as_array(*value) for name, value in shared.items()})
         while True:
-            command, argument = connection.recv()
+            command, argument = ours.recv()
             if command == "close":
                 break
             slots.step() if command == "step" else slots.reset(argument)
-            connection.send(True)
-    except (EOFError, KeyboardInterrupt):
+            ours.send("")
+    except EOFError:
         pass
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            ours.send(f"{type(error).__name__}: {error}")
     finally:
-        slots.close()
+        if slots:
+            slots.close()
 
 
 class _Process:
@@ -104,34 +120,35 @@ class _Process:
 
     def __init__(self, context: Any, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_worker, args=(theirs, make_env, rows, shared), daemon=True)
+        arguments = (theirs, self.connection, make_env, rows, shared)
+        self.process = context.Process(target=_worker, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
         self.rows = rows
 
     def request(self, command: str, argument: Any = None) -> None:
-        self.connection.send((command, argument))
+        with contextlib.suppress(OSError):  # it has ended: `wait` says why
+            self.connection.send((command, argument))
 
     def wait(self) -> None:
         try:
-            self.connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise OffrlError(
-                "An evaluation process died; set eval.workers=1 to see the environment's error."
-            ) from error
+            failure = self.connection.recv()
+        except (EOFError, OSError):
+            failure = "its process was killed"
+        if failure:
+            raise OffrlError(f"The evaluation environment failed ({failure}); eval.workers=1 shows where.")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.request("close")
         self.process.join(timeout=5)
-        if self.process.is_alive():
-            self.process.terminate()
+        self.process.kill()  # nothing happens to a process that has ended
+        self.process.join()
+        self.connection.close()
 
 
 class Evaluator:
     """Plays episodes of a dataset's environment with every lane of an agent.
 
-    The environments, and the processes that hold them, live as long as the Evaluator; use it as a context manager.
+    The environments, and the processes that hold them, live until `close`; use it as a context manager.
 
     Args:
         info: the dataset's; names the environment and the reference scores.
@@ -152,16 +169,16 @@ class Evaluator:
         slots: int = 100,
         make_env: MakeEnv | None = None,
     ) -> None:
-        if make_env is None:
-            from offrl.envs import make_env as make_for
-
-            def make_env() -> Any:
-                return make_for(info)
+        from offrl.envs import make_env as make_env_of
 
         self.info, self.lanes = info, lanes
         self.width = max(1, slots // lanes)  # slots of each lane
-        self.make_env: MakeEnv = make_env
-        self.workers = workers or min(8, len(os.sched_getaffinity(0)))
+        self.make_env: MakeEnv = make_env or partial(make_env_of, info)  # a fresh interpreter can be sent this
+        probe = self.make_env()
+        self.obs_shape = tuple(probe.observation_space.shape or ())
+        self.action_shape = tuple(probe.action_space.shape or ())
+        probe.close()
+        self.workers = workers or min(8, usable_cores())
         self.arrays: dict[str, Array] = {}
         self.processes: list[_Process] = []
         self.local: Slots | None = None
@@ -173,6 +190,9 @@ class Evaluator:
         self.close()
 
     def close(self) -> None:
+        atexit.unregister(self.close)
+        for process in self.processes:
+            process.request("close")
         for process in self.processes:
             process.close()
         if self.local:
@@ -187,17 +207,22 @@ class Evaluator:
             seed: environment seed of the first episode; the k-th has `seed + k`.
             dtype: of the policy's arithmetic.
         """
-        self._open(min(self.width, episodes))
         policy = copy.deepcopy(agent).to(dtype)
         returns, lengths = np.zeros((self.lanes, episodes)), np.zeros((self.lanes, episodes), dtype=np.int64)
-        for start in range(0, episodes, self.width):
-            wave = slice(start, min(start + self.width, episodes))
-            returns[:, wave], lengths[:, wave] = self._wave(policy, seed + start, wave.stop - start, dtype)
+        try:
+            self._open(min(self.width, episodes))
+            for start in range(0, episodes, self.width):
+                wave = slice(start, min(start + self.width, episodes))
+                returns[:, wave], lengths[:, wave] = self._wave(policy, seed + start, wave.stop - start, dtype)
+        except BaseException:
+            self.close()  # the processes may be in the middle of a step: the next run needs others
+            raise
         seeds = [seed + k for k in range(episodes)]
         return Episodes(returns, lengths, self.info.normalized(returns), seeds)
 
     # ---- one wave: one episode in each slot -------------------------------------------------------------------
 
+    @torch.no_grad()
     def _wave(self, policy: Agent, seed: int, used: int, dtype: torch.dtype) -> tuple[Array, Array]:
         width = len(self.arrays["done"]) // self.lanes
         seeds = [seed + k if k < used else None for k in range(width)] * self.lanes
@@ -235,13 +260,11 @@ class Evaluator:
         if self.arrays and len(self.arrays["done"]) >= width * self.lanes:
             return
         self.close()
+        atexit.register(self.close)  # before Python waits for the processes
         total = width * self.lanes
-        probe = self.make_env()
-        obs_shape, space = probe.observation_space.shape, probe.action_space
-        probe.close()
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
-            "observation": ((total, *obs_shape), "d"),
-            "action": ((total, *space.shape), "d" if space.shape else "q"),
+            "observation": ((total, *self.obs_shape), "d"),
+            "action": ((total, *self.action_shape), "d" if self.action_shape else "q"),
             "reward": ((total,), "d"),
             "done": ((total,), "?"),
         }
@@ -262,6 +285,11 @@ class Evaluator:
         self.processes = [
             _Process(context, self.make_env, range(a, b), shared) for a, b in zip(bounds[:-1], bounds[1:])
         ]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _as_array(buffer: Any, shape: tuple[int, ...], code: str) -> Array:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,10 @@ class Plan:
             return Path(self.train.out) / self.train.name
         seeds = self.train.lane_seeds()
         run = seeds == list(range(seeds[0], seeds[0] + len(seeds))) and len(seeds) > 1
-        text = f"{seeds[0]}-{seeds[-1]}" if run else "_".join(map(str, seeds[:8]))
-        dataset = re.sub(r"[^\w.-]+", "_", self.train.dataset).strip("_")
+        text = f"{seeds[0]}-{seeds[-1]}" if run else "_".join(map(str, seeds))
+        if len(text) > 40:
+            text = f"{text[:30]}...{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+        dataset = re.sub(r"[^\w.-]+", "_", self.train.dataset).strip("._")
         return Path(self.train.out) / self.agent_name / dataset / f"seed{text}-{self.identity()}"
 
 
@@ -97,22 +100,20 @@ def plan(values: Mapping[str, Any]) -> Plan:
         OffrlError: an unknown key or a wrong value.
     """
     values = {k: v for k, v in values.items() if k not in ("method", "hydra")}
-    agent, sampler = dict(values.pop("agent", {})), dict(values.pop("sampler", {}))
+    agent, sampler, given_data = (_table(values, name) for name in ("agent", "sampler", "data"))
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
     chosen = config.chosen_settings(agent.pop("settings", None), str(values.get("dataset", "")))
-    given_data = dict(values.get("data") or {})
     for key, value in chosen.items():
         if key.startswith("data."):
             given_data.setdefault(key.removeprefix("data."), value)
         else:
             agent.setdefault(key, value)
-    train = config.build(TrainConfig, {**values, "data": given_data})
+    groups = ("agent", "sampler", "preset", "experiment")
+    train = config.build(TrainConfig, {**values, "data": given_data}, others=groups)
     if not train.dataset:
         raise OffrlError("dataset is empty; name one with dataset=ID, `offrl data list` shows the known ones.")
-    for key in ("updates", "batch_size", "lanes", "log_every", "checkpoint_every", "threads"):
-        if getattr(train, key) < 1:
-            raise OffrlError(f"{key}={getattr(train, key)} should be at least 1.")
+    _check_ranges(train)
     if train.seeds and len(train.seeds) != train.lanes:
         if train.lanes != 1:
             raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
@@ -121,6 +122,26 @@ def plan(values: Mapping[str, Any]) -> Plan:
     if "_target_" not in sampler:
         sampler["_target_"] = "offrl.sampling.Uniform"
     return Plan(train, agent, sampler)
+
+
+def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings under a name, taken out of `values`."""
+    settings = values.pop(name, None)
+    if not isinstance(settings, Mapping | None):
+        raise OffrlError(f"{name}={settings} should be a table of settings, not a single value.")
+    return dict(settings or {})
+
+
+def _check_ranges(train: TrainConfig) -> None:
+    positive = ("updates", "batch_size", "lanes", "updates_per_launch", "log_every", "checkpoint_every", "threads")
+    least = dict.fromkeys(positive, 1) | {"eval.workers": 1, "eval.slots": 1}
+    least |= dict.fromkeys(("eval.every", "eval.episodes", "eval.final_episodes", "eval.seed"), 0)
+    for key, smallest in least.items():
+        value = attrgetter(key)(train)
+        if value is not None and value < smallest:
+            raise OffrlError(f"{key}={value} should be at least {smallest}.")
+    if any(not -(2**63) <= seed < 2**63 for seed in train.lane_seeds()):
+        raise OffrlError("a seed should be a number of at most 63 bits.")
 
 
 def train(values: Mapping[str, Any]) -> Result:
@@ -132,8 +153,10 @@ def train(values: Mapping[str, Any]) -> Result:
     job = plan(values)
     folder = job.folder()
     with _locked(folder):
-        if not job.train.fresh and (done := finished(folder, job.train.updates)):
-            return done
+        if not job.train.fresh:
+            _check_same(job, folder)
+            if done := finished(folder, job.train.updates):
+                return done
         return Trainer(job, folder).run()
 
 
@@ -144,9 +167,8 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
         OffrlError: no run stands there, or a change would alter the training.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise OffrlError(f"resume={folder}: there is no config.json; name the folder of a run.")
-    values = json.loads((folder / "config.json").read_text())
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    values = _read_config(folder)
     for key, value in (changes or {}).items():
         top = key.split(".")[0]
         if top not in _FREE - {"out", "name", "fresh", "lanes", "seed", "seeds"}:
@@ -157,7 +179,35 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
             values[key] = value
     job = plan({**values, "out": str(folder.parent), "name": folder.name, "fresh": False})
     with _locked(folder):
+        _check_same(job, folder)
         return finished(folder, job.train.updates) or Trainer(job, folder).run()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise OffrlError(f"resume={folder}: there is no config.json; name the folder of a run.")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise OffrlError(f"{path} is damaged ({error}); repeat the command that started the run.") from error
+
+
+def _check_same(job: Plan, folder: Path) -> None:
+    """Refuse to continue a run, or to take it for done, under settings that make other numbers than it has."""
+    path = folder / checkpoint.NAME
+    if not path.exists():
+        return
+    kept = checkpoint.facts(path)
+    now = json.loads(json.dumps(job.to_dict()))
+    pairs = {key: (kept["config"].get(key), now[key]) for key in now.keys() - _FREE - {"method"}}
+    pairs["seeds"] = (list(kept["spec"]["seeds"]), job.train.lane_seeds())
+    for key, (before, after) in sorted(pairs.items()):
+        if before != after:
+            raise OffrlError(
+                f"{folder}: the run was made with other settings ({key} {before}, now {after}); choose another name=, or "
+                "start over with fresh=true."
+            )
 
 
 def finished(folder: Path, updates: int) -> Result | None:
@@ -195,6 +245,8 @@ def agent_config(settings: Mapping[str, Any]) -> tuple[Any, Any]:
         cls: Any = get_class(target)
     except Exception as error:
         raise OffrlError(f"agent._target_={target} can't be imported ({error}); check its spelling.") from error
+    if not issubclass(cls, Agent):
+        raise OffrlError(f"agent._target_={target} is no offrl.agent.Agent; name a class that is.")
     kwargs = {k: v for k, v in settings.items() if k != "_target_"}
     return cls, config.build(cls.Config, kwargs, "agent.", per_lane=True)
 
@@ -277,17 +329,20 @@ class Trainer:
     # ---- the run ----------------------------------------------------------------------------------------------
 
     def run(self) -> Result:
+        for torn in self.folder.glob(".*.part"):  # of a process that was killed while it wrote
+            torn.unlink(missing_ok=True)
+        playing = self._evaluator()  # a missing simulator shows before the first update
         resumed = self._restore()
         self._describe()
         self.writer = results.RunWriter(self.folder, self._row_facts(), resume_step=self.step if resumed else -1)
         self.tracker = make_tracker(
-            self.cfg.tracker.split(",") if self.cfg.tracker else None,
+            self.cfg.tracker.split(",") if isinstance(self.cfg.tracker, str) else self.cfg.tracker,
             self.folder,
             self.job.to_dict(),
             self.folder.name,
             self.step if resumed else None,
         )
-        with self._evaluator() as evaluator, _stopping(self._request_stop), _no_collector():
+        with playing as evaluator, _stopping(self._request_stop), _no_collector():
             try:
                 self._loop(evaluator)
             finally:
@@ -300,7 +355,7 @@ class Trainer:
         with _Bar(cfg.progress, self.folder, self.step, cfg.updates) as bar:
             burst, since, mark = 1, self.step, time.perf_counter()
             while self.step < cfg.updates and not self.stop:
-                updates = min(self._to_next_event(), burst)
+                updates = self._next_burst(burst)
                 began = time.perf_counter()
                 metrics = self.engine.run(self.step, updates)
                 self.step += updates
@@ -320,9 +375,20 @@ class Trainer:
                     paused = time.perf_counter()
                     self._save()
                     mark += time.perf_counter() - paused
+            self._save()
             if self.step >= cfg.updates and evaluator:
                 self._evaluate(evaluator, cfg.eval.final_episodes, bar)
-            self._save()
+
+    def _next_burst(self, wanted: int) -> int:
+        """About `wanted` updates, but none past the next event, and whole periods where that is possible.
+
+        So the metrics at hand when a burst ends depend on the update's number, and neither on how fast the machine is
+        nor on where the run was resumed.
+        """
+        period, until = self.agent.period, self._to_next_event()
+        if inside := self.step % period:
+            return min(until, period - inside)
+        return min(until, max(wanted, period)) // period * period or until
 
     def _to_next_event(self) -> int:
         """Updates until something happens besides training."""
@@ -341,18 +407,21 @@ class Trainer:
 
     def _log(self, values: dict[str, list[float]], rate: float) -> None:
         self.writer.metrics(self.step, self.seeds, values, updates_per_second=rate)
-        broken = [name for name, lanes in values.items() if not np.isfinite(lanes).all()]
-        if broken:
+        self._check_finite({name: bool(np.isfinite(lanes).all()) for name, lanes in values.items()})
+        means = {f"train/{name}": float(np.mean(lanes)) for name, lanes in values.items()}
+        self.tracker.log(self.step, {**means, "train/updates_per_second": rate})
+
+    def _check_finite(self, finite: Mapping[str, bool]) -> None:
+        if broken := [name for name, good in finite.items() if not good]:
             raise OffrlError(
                 f"{self.folder}: {broken[0]} is no longer finite at update {self.step}; lower the learning rates or look "
                 "at the data. The last checkpoint is kept."
             )
-        means = {f"train/{name}": float(np.mean(lanes)) for name, lanes in values.items()}
-        self.tracker.log(self.step, {**means, "train/updates_per_second": rate})
 
     # ---- saving and restoring ---------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        self._check_finite({name: bool(value.isfinite().all()) for name, value in self.agent.named_parameters()})
         self.writer.flush()
         facts = {
             "step": self.step,
@@ -368,7 +437,10 @@ class Trainer:
     def _restore(self) -> bool:
         """Take up the last checkpoint; False when there is none (or the run is to start over)."""
         path = self.folder / checkpoint.NAME
-        if self.cfg.fresh or not path.exists():
+        if self.cfg.fresh:  # a kill before the first checkpoint must not bring back the old run
+            for old in (path, *(self.folder / "checkpoints").glob("*.safetensors")):
+                old.unlink(missing_ok=True)
+        if not path.exists():
             (self.folder / "result.json").unlink(missing_ok=True)
             return False
         tensors, facts = checkpoint.load(path)
@@ -377,8 +449,6 @@ class Trainer:
                 f"{self.folder}: the run was made on other data than {self.cfg.dataset} holds now; restore the dataset, "
                 "or start over with fresh=true."
             )
-        if facts["config"]["agent"] != self.job.agent:
-            raise OffrlError(f"{self.folder}: the run was made with other settings; choose another name=.")
         checkpoint.restore(self.agent, tensors, path)
         self.step = facts["step"]
         return True

@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -29,6 +30,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 OBS, ACTION, BATCH, HIDDEN, ROWS = 17, 6, 256, 256, 200_000
+CORES = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def flop_per_update() -> float:
 
 
 def contestants(arguments: argparse.Namespace) -> list[Contestant]:
-    cores, device = torch.get_num_threads(), arguments.device
+    cores, device = CORES, arguments.device
     engines = arguments.engines.split(",")
     if device != "cpu":
         lanes = [int(n) for n in arguments.lanes.split(",")]
@@ -183,7 +185,8 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
             + [Contestant("matmul", n, 1, 1, device=device) for n in lanes]
             + ([Contestant("corl", device=device)] if arguments.corl else [])
         )
-    shapes = [(1, 1, 1), (1, 1, cores), (int(arguments.lanes.split(",")[-1]), cores, 1), (1, cores, 1)]
+    many = int(arguments.lanes.split(",")[-1])
+    shapes = [(1, 1, 1), (1, 1, cores), (1, cores, 1), (many, 1, 1), (many, 1, cores), (many, cores, 1)]
     kinds = ["offrl", *(["corl"] if arguments.corl else []), "matmul"]
     every = []
     for kind in kinds:
@@ -216,7 +219,7 @@ def main() -> None:
     middle = {who: statistics.median(values) for who, values in rates.items()}
     best = {kind: max((middle[w], w) for w in everyone if w.kind == kind)[0] for kind in {w.kind for w in everyone}}
     ceiling = best["matmul"] * 2 * HIDDEN**3
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}")
+    print(f"{platform.processor() or platform.machine()}, {CORES} cores, torch {torch.__version__}")
     print(f"an update of one seed: {flop / 1e6:.0f} MFLOP; 256 x 256 products: {ceiling / 1e9:.0f} GFLOP/s\n")
     print(f"{'contestant':64} {'seed-updates/s':>14} {'low':>7} {'high':>7} {'share of products':>18}")
     for who in everyone:

@@ -32,7 +32,9 @@ class BC(Agent):
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
         if spec.discrete:
-            self.actor: MLP | DeterministicActor = MLP(spec.seeds, [spec.obs_dim, *cfg.hidden, spec.action_dim], name="actor")
+            self.actor: MLP | DeterministicActor = MLP(
+                spec.seeds, [spec.obs_dim, *cfg.hidden, spec.action_dim], name="actor"
+            )
         else:
             box = (spec.action_low, spec.action_high)
             self.actor = DeterministicActor(spec.seeds, spec.obs_dim, spec.action_dim, cfg.hidden, *box)

@@ -1,0 +1,321 @@
+"""The command line: what it prints, what it refuses, sweeps, a user's own agents, and that Python does the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import options, same_tensors, start, step_of, tensors, words, world  # noqa: F401 - a fixture
+
+import offrl
+from offrl import cli
+from offrl.config import DataConfig, EvalConfig, TrainConfig
+from offrl.errors import OffrlError
+from offrl.train import Result, plan
+
+
+@pytest.fixture(autouse=True)
+def _in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def offrl_command(*arguments: str) -> tuple[int, str, str]:
+    """Exit status, output and errors of the command in a process of its own."""
+    process = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def main(*arguments: str) -> int:
+    """The command in this process; Hydra leaves by SystemExit."""
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+# ---- words ----------------------------------------------------------------------------------------------------
+
+
+def test_without_words_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main() == 2
+    shown = capsys.readouterr().out
+    for command in ("train", "evaluate", "data", "report", "agents"):
+        assert f"offrl {command}" in shown
+
+
+def test_the_version() -> None:
+    assert offrl_command("--version") == (0, f"offrl {offrl.__version__}\n", "")
+
+
+def test_help_of_train_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", "--help") == 0
+    shown = capsys.readouterr().out
+    for prefix, cls in (("", TrainConfig), ("data.", DataConfig), ("eval.", EvalConfig)):
+        for name in cls.__dataclass_fields__:
+            if name in ("data", "eval"):
+                continue
+            (line,) = [line for line in shown.splitlines() if line.startswith(f"  {prefix}{name}=")]
+            assert len(line.split(maxsplit=1)) == 2, f"{prefix}{name} is not explained"
+    assert "agent=  bc, td3_bc" in shown
+    assert "preset=  demo, laptop, paper" in shown
+
+
+def test_agents_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("agents") == 0
+    listed = capsys.readouterr().out
+    assert "td3_bc       TD3+BC: TD3 whose actor is also pulled to the dataset's action." in listed
+    assert main("agents", "td3_bc") == 0
+    shown = capsys.readouterr().out
+    assert "Fujimoto" in shown
+    assert "agent.alpha=2.5  weight of Q against the pull to the data" in shown
+    assert "agent.hidden=(256, 256)" in shown
+    assert main("agents", "td3bc") == 2
+    assert capsys.readouterr().err == "offrl: error: agent td3bc is unknown; there are bc, td3_bc.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["batchsize=3"], "batchsize is no option; did you mean batch_size?"),
+        (["agent.alph=3"], "agent.alph is no option; did you mean agent.alpha?"),
+        (["eval.evry=3"], "eval.evry is no option; did you mean eval.every?"),
+        (["agent.hidden.x=3"], "agent.hidden={'x': 3} should be a list of whole numbers."),
+        (["updates=many"], "updates='many' should be a whole number."),
+        (["updates=0"], "updates=0 should be at least 1."),
+        (["dataset=nothing-like-it"], "nothing-like-it: no such dataset or file"),
+        (["dataset=gone.npz"], "gone.npz: there is no such file or folder"),
+        (["--config-dir", "gone", "agent=mine"], "--config-dir gone: there is no such folder"),
+        (["resume=gone"], "resume=gone: there is no config.json; name the folder of a run."),
+        (["resume=gone", "-m"], "-m can't stand beside resume=RUN"),
+        (["resume=gone", "fresh"], "fresh can't stand beside resume=RUN"),
+        (["resume=gone", "updates=["], "[ can't be read as a value"),
+    ],
+    ids=str,
+)
+def test_bad_words_for_train(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", *arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"offrl: error: {message}")
+    assert "Traceback" not in errors
+
+
+def test_bad_words_in_a_process_of_their_own() -> None:
+    status, output, errors = offrl_command("train", "agent.alph=3")
+    assert (status, output) == (2, "")
+    assert errors == "offrl: error: agent.alph is no option; did you mean agent.alpha?\n"
+
+
+@pytest.mark.parametrize("arguments", [["agent=td3bc"], ["preset=big"], ["--unknown"], ["word"]], ids=str)
+def test_unknown_choices_are_readable(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main("train", *arguments) in (1, 2)
+    errors = capfd.readouterr().err
+    assert arguments[0].split("=")[-1] in errors
+    assert "Traceback" not in errors
+    if arguments == ["agent=td3bc"]:
+        assert "bc\n\ttd3_bc" in errors  # those that there are
+
+
+def test_the_configuration_can_be_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main("train", "--cfg", "job", "agent=bc", "preset=laptop") == 0
+    shown = capfd.readouterr().out
+    assert "_target_: offrl.agents.bc.BC" in shown
+    assert "updates: 20000" in shown
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_does_what_python_does(toy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Same options, same folder name, same parameters."""
+    values = options(toy_file, 100)
+    assert main("train", *words({**values, "out": "command"})) == 0
+    flat = {k: v for k, v in values.items() if k not in ("agent", "eval")}
+    dotted = {"agent.hidden": [8, 8], "eval.every": 0, "eval.final_episodes": 0}
+    result = offrl.fit(agent="td3_bc", out="python", **flat, **dotted)
+    folder = Path("command") / result.folder.relative_to("python")
+    assert same_tensors(folder, result.folder)
+    assert capsys.readouterr().out == f"finished: not evaluated after 100 updates; {folder}\n"
+    assert main("train", *words({**values, "out": "command"})) == 0
+    assert capsys.readouterr().out.startswith("already finished: ")
+
+
+def test_presets_and_command_line_have_their_order(toy_file: Path) -> None:
+    """A preset wins over the defaults, and a word over the preset, wherever it stands."""
+    arguments = ["updates=10", "eval.final_episodes=0", "eval.every=0", f"dataset={toy_file}", "progress=false"]
+    assert main("train", *arguments, "preset=laptop", "name=mine") == 0
+    config = json.loads(Path("runs/mine/config.json").read_text())
+    assert (config["updates"], config["batch_size"], config["agent"]["hidden"]) == (10, 128, [64, 64])
+
+
+def test_resume_by_command(toy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = options(toy_file, 60)
+    assert main("train", *words(values)) == 0
+    folder = plan(values).folder()
+    assert main("train", f"resume={folder}", "agent.alpha=1.0") == 2
+    assert "agent.alpha can't be changed when a run is resumed" in capsys.readouterr().err
+    assert main("train", f"resume={folder}", "updates=1.0e2", "progress=false", "tracker=null") == 0
+    assert step_of(folder) == 100
+    assert f"after 100 updates; {folder}" in capsys.readouterr().out
+
+
+def test_one_value_per_lane(toy_file: Path) -> None:
+    values = options(toy_file, 20, name="both")
+    assert main("train", *words(values), "agent.alpha=[0.5,5.0]") == 0
+    assert json.loads(Path("runs/both/config.json").read_text())["agent"]["alpha"] == [0.5, 5.0]
+    actor = tensors(Path("runs/both"))["actor.mlp.weights.0"]
+    assert actor.shape[0] == 2
+
+
+def test_unwritable_folders_by_command(toy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("")
+    assert main("train", *words(options(toy_file, out="file/runs"))) == 2
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_evaluate(world: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    values = options("toy.npz", 100, name="mine", seed=6)
+    values["eval"] = {"every": 0, "final_episodes": 4, "workers": 1}
+    assert main("train", *words(values)) == 0
+    said = capsys.readouterr().out
+    assert "finished: normalised score" in said
+    assert "std over 2 lanes" in said
+    assert main("evaluate", "runs/mine", "--episodes", "4", "--workers", "1", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    result = json.loads(Path("runs/mine/result.json").read_text())
+    assert shown["lane_seeds"] == [6, 7]
+    assert shown["episode_seeds"] == [1_000_000 + k for k in range(4)]
+    assert [sum(row) / 4 for row in shown["normalized"]] == pytest.approx(result["scores"])
+    assert shown["lengths"] == [[4] * 4] * 2
+    assert main("evaluate", "runs/mine/checkpoint.safetensors", "--episodes", "4", "--workers", "1") == 0
+    table = capsys.readouterr().out
+    assert all(f"{score:.1f}" in table for score in result["scores"])
+    assert main("evaluate", "runs", "--episodes", "1") == 2
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert main("evaluate", "runs/mine", "--episodes", "0") == 2
+
+
+# ---- sweeps ---------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_makes_one_run_a_value(toy_file: Path) -> None:
+    values = options(toy_file, 60, lanes=1)
+    assert main("train", "-m", *words(values), "seed=0,1") == 0
+    for seed in (0, 1):
+        one = {**values, "seed": seed}
+        alone = offrl.train.train({**one, "out": "alone"})
+        assert same_tensors(plan(one).folder(), alone.folder)
+
+
+def test_a_failing_job_does_not_stop_a_sweep(toy_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    values = options(toy_file, 60, lanes=1)
+    assert main("train", "-m", *words(values), "agent.critic_lr=1.0e30,3.0e-4") == 1
+    errors = capfd.readouterr().err
+    assert "is no longer finite" in errors
+    assert "Traceback" not in errors
+    second = options(toy_file, 60, lanes=1, agent={"critic_lr": 3e-4})
+    assert step_of(plan(second).folder()) == 60
+
+
+def test_an_interrupt_ends_the_whole_sweep(toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job under way is saved as any other; the next one is not begun."""
+    begun = []
+
+    def interrupted(values: Any) -> Result:
+        begun.append(values)
+        return Result(Path("x"), 3, [], None, "interrupted")
+
+    monkeypatch.setattr(offrl.train, "train", interrupted)
+    assert main("train", "-m", *words(options(toy_file)), "seed=0,1") == 130
+    assert len(begun) == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_by_joblib(toy_file: Path) -> None:
+    """Jobs in processes, one of them failing: the other runs are those of the basic launcher."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    values = options(toy_file, 60, lanes=1)
+    sweep = ["train", "-m", *words(values), "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    status, _, errors = offrl_command(*sweep, "seed=0,1", "agent.critic_lr=1.0e30,3.0e-4")
+    assert status == 1
+    assert "is no longer finite" in errors
+    for seed in (0, 1):
+        good = options(toy_file, 60, lanes=1, seed=seed, agent={"critic_lr": 3e-4})
+        alone = offrl.train.train({**good, "out": "alone"})
+        assert same_tensors(plan(good).folder(), alone.folder)
+
+
+# ---- a user's own agent ---------------------------------------------------------------------------------------
+
+OWN_AGENT = '''
+"""Mean: act by the dataset's mean action."""
+from dataclasses import dataclass
+import torch
+from offrl.agent import Agent
+
+@dataclass
+class MeanConfig:
+    rate: float = 0.1  # of the moving average
+
+class Mean(Agent):
+    Config = MeanConfig
+
+    def build(self):
+        self.register_buffer("mean", torch.zeros(self.spec.lanes, 1, self.spec.action_dim))
+
+    def update(self, batch, phase):
+        rate = self.cfg.rate if isinstance(self.cfg.rate, float) else self.cfg.rate.view(-1, 1, 1)
+        error = batch.action.mean(1, keepdim=True) - self.mean
+        self.mean += rate * error
+        return {"error": error.abs().mean((-2, -1))}
+
+    def act(self, obs):
+        return self.mean.to(obs).expand(*obs.shape[:-1], -1)
+'''
+
+
+def test_a_new_agent_is_one_python_file_and_one_yaml(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Trained by name from a folder of the user's own, with lanes, a value per lane, evaluation and checkpoints."""
+    (world / "mine.py").write_text(OWN_AGENT)
+    (world / "own" / "agent").mkdir(parents=True)
+    settings = '_target_: mine.Mean\nsettings:\n  "*toy*":\n    rate: 0.25\n'
+    (world / "own" / "agent" / "mean.yaml").write_text(settings)
+    values = options("toy.npz", 200)
+    values["eval"] = {"every": 0, "final_episodes": 2, "workers": 1}
+    arguments = [word for word in words(values) if not word.startswith("agent")]
+    status, output, errors = offrl_command("train", "--config-dir", "own", "agent=mean", *arguments)
+    assert (status, errors) == (0, "")
+    assert "finished: normalised score" in output
+    (folder,) = Path("runs/mine/toy.npz").iterdir()
+    assert json.loads((folder / "config.json").read_text())["agent"] == {"_target_": "mine.Mean", "rate": 0.25}
+    agent = offrl.load_agent(folder)
+    expected = offrl.load_data("toy.npz").actions.mean(0)
+    action = agent.select_action(torch.zeros(2, 1, 3))
+    torch.testing.assert_close(action[:, 0], expected.expand(2, -1), atol=0.15, rtol=0)
+    assert main("train", "--config-dir=own", "agent=mean", "agent.rate=[0.1,0.5]", *arguments) == 0
+    assert main("train", "--config-dir=own", "agent=mean", "agent.rat=1", *arguments) == 2
+
+
+# ---- from Python ----------------------------------------------------------------------------------------------
+
+
+def test_python_gets_exceptions_instead_of_exits(toy_file: Path) -> None:
+    with pytest.raises(OffrlError, match=r"agent.alph is no option; did you mean agent.alpha?"):
+        offrl.fit(agent="td3_bc", dataset=str(toy_file), **{"agent.alph": 1})
+    with pytest.raises(OffrlError, match=r"(?s)agent/td3bc.*td3_bc"):
+        offrl.fit(agent="td3bc", dataset=str(toy_file))
+    with pytest.raises(OffrlError, match="no such dataset"):
+        offrl.fit(dataset="nothing-like-it")
+
+
+def test_data_and_agents_from_python(toy_file: Path) -> None:
+    flat = {"updates": 10, "batch_size": 8, "progress": False, "eval.every": 0, "eval.final_episodes": 0}
+    result = offrl.fit(agent="bc", dataset=toy_file, **flat, **{"agent.hidden": [8]})
+    assert result.status == "finished"
+    store = offrl.load_data(toy_file)
+    action = offrl.load_agent(result.folder).select_action(store.observations[:5].unsqueeze(0))
+    assert action.shape == (1, 5, 2)

@@ -1,0 +1,328 @@
+"""Configuration: what is refused and how it is said, per-dataset settings, a run's name, and composing from Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from offrl.agent import Spec
+from offrl.compose import compose, tolerant
+from offrl.config import TrainConfig, build, chosen_settings
+from offrl.errors import OffrlError
+from offrl.train import Plan, make_agent, plan
+
+TD3BC = "offrl.agents.td3_bc.TD3BC"
+
+
+@dataclass
+class Inner:
+    size: int = 3
+
+
+@dataclass
+class Outer:
+    count: int = 1
+    rate: float = 0.5
+    name: str | None = None
+    wide: tuple[int, ...] = (8, 8)
+    seeds: list[int] | None = None
+    on: bool = False
+    mode: Literal["fast", "exact"] = "exact"
+    tags: str | list[str] | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+def planned(**values: Any) -> Plan:
+    agent = {"_target_": TD3BC, **values.pop("agent", {})}
+    return plan({"agent": agent, "dataset": "toy.npz", **values})
+
+
+# ---- values ---------------------------------------------------------------------------------------------------
+
+
+def test_values_become_the_types_of_the_dataclass() -> None:
+    given = {
+        "count": 4.0,
+        "rate": 2,
+        "name": "x",
+        "wide": [16],
+        "seeds": [1, 2],
+        "on": True,
+        "mode": "fast",
+        "tags": ["a", "b"],
+        "inner": {"size": 5},
+    }
+    made = build(Outer, given)
+    assert made == Outer(4, 2.0, "x", (16,), [1, 2], True, "fast", ["a", "b"], Inner(5))
+    assert type(made.count) is int
+    assert type(made.rate) is float
+    assert build(Outer, {}) == Outer()
+    assert build(Outer, {"name": None, "seeds": None, "tags": "a"}) == Outer(tags="a")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cuont": 1}, "x.cuont is no option; did you mean x.count?"),
+        ({"zzz": 1}, "x.zzz is no option; known keys: count, rate,"),
+        ({"inner": {"sise": 1}}, "x.inner.sise is no option; did you mean x.inner.size?"),
+        ({"inner": 5}, "x.inner=5 should be a table of settings, not a single value."),
+        ({"count": 1.5}, "x.count=1.5 should be a whole number."),
+        ({"count": float("inf")}, "x.count=inf should be a whole number."),
+        ({"count": True}, "x.count=True should be a whole number."),
+        ({"count": "3"}, "x.count='3' should be a whole number."),
+        ({"count": None}, "x.count=None should be a whole number."),
+        ({"rate": "fast"}, "x.rate='fast' should be a number."),
+        ({"rate": [0.1, 0.2]}, "x.rate=[0.1, 0.2] should be a number."),
+        ({"on": 1}, "x.on=1 should be true or false."),
+        ({"name": 3}, "x.name=3 should be text or null."),
+        ({"wide": 64}, "x.wide=64 should be a list of whole numbers."),
+        ({"wide": [64, "b"]}, "x.wide='b' should be a whole number."),
+        ({"seeds": "12"}, "x.seeds='12' should be a list of whole numbers or null."),
+        ({"mode": "slow"}, "x.mode=slow should be one of fast, exact."),
+    ],
+    ids=str,
+)
+def test_bad_values_get_one_sentence(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(OffrlError) as caught:
+        build(Outer, values, "x.")
+    assert str(caught.value).startswith(message)
+
+
+def test_only_numbers_can_differ_between_lanes() -> None:
+    assert build(Outer, {"rate": [1, 0.2]}, per_lane=True).rate == [1.0, 0.2]
+    with pytest.raises(OffrlError, match=r"count=\[1, 2\] should be a whole number."):
+        build(Outer, {"count": [1, 2]}, per_lane=True)
+    with pytest.raises(OffrlError, match=r"rate='b' should be a number."):
+        build(Outer, {"rate": [1.0, "b"]}, per_lane=True)
+    with pytest.raises(OffrlError, match=r"rate='b' should be a number, or a list with one per lane."):
+        build(Outer, {"rate": "b"}, per_lane=True)
+
+
+def test_a_list_per_lane_needs_as_many_values_as_lanes() -> None:
+    settings = {"_target_": TD3BC, "alpha": [1.0, 2.0]}
+    assert torch.equal(make_agent(settings, Spec(3, 2, (0, 1))).cfg.alpha, torch.tensor([1.0, 2.0]))
+    with pytest.raises(OffrlError, match=r"agent.alpha has 2 values for 3 lanes; give one per lane."):
+        make_agent(settings, Spec(3, 2, (0, 1, 2)))
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batchsize": 3}, "batchsize is no option; did you mean batch_size?"),
+        ({"agentt": "bc"}, "agentt is no option; did you mean agent?"),
+        ({"eval": {"evry": 3}}, "eval.evry is no option; did you mean eval.every?"),
+        ({"eval": 5}, "eval=5 should be a table of settings"),
+        ({"agent": {"alph": 3}}, "agent.alph is no option; did you mean agent.alpha?"),
+        ({"agent": {"hidden": 64}}, "agent.hidden=64 should be a list of whole numbers."),
+        (
+            {"agent": {"_target_": "offrl.agents.td3_bc.TD4"}},
+            "agent._target_=offrl.agents.td3_bc.TD4 can't be imported",
+        ),
+        ({"agent": {"_target_": "TD3BC"}}, "agent._target_=TD3BC can't be imported"),
+        ({"agent": {"_target_": "offrl.nets.MLP"}}, "agent._target_=offrl.nets.MLP is no offrl.agent.Agent"),
+        ({"data": "d4rl"}, "data=d4rl should be a table of settings"),
+        ({"sampler": "uniform"}, "sampler=uniform should be a table of settings"),
+        ({"dataset": ""}, "dataset is empty; name one with dataset=ID"),
+        ({"updates": 0}, "updates=0 should be at least 1."),
+        ({"updates_per_launch": 0}, "updates_per_launch=0 should be at least 1."),
+        ({"lanes": 0}, "lanes=0 should be at least 1."),
+        ({"eval": {"every": -1}}, "eval.every=-1 should be at least 0."),
+        ({"eval": {"workers": 0}}, "eval.workers=0 should be at least 1."),
+        ({"eval": {"slots": 0}}, "eval.slots=0 should be at least 1."),
+        ({"seed": 2**63}, "a seed should be a number of at most 63 bits."),
+        ({"seeds": [1, 2, 3], "lanes": 2}, "seeds has 3 values for lanes=2; give one per lane."),
+        ({"engine": "jit"}, "engine=jit should be one of auto, eager, compile, cudagraph."),
+        ({"precision": "float16"}, "precision=float16 should be one of float32, bfloat16."),
+    ],
+    ids=str,
+)
+def test_bad_plans_are_refused_before_any_data_is_read(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(OffrlError) as caught:
+        planned(**values)
+    assert str(caught.value).startswith(message)
+
+
+def test_an_agent_is_needed() -> None:
+    for agent in ({}, {"agent": None}, {"agent": {"alpha": 1.0}}):
+        with pytest.raises(OffrlError, match="agent needs a _target_; choose one with agent=NAME"):
+            plan({**agent, "dataset": "x"})
+    with pytest.raises(OffrlError, match="agent=td3_bc should be a table of settings"):
+        plan({"agent": "td3_bc", "dataset": "x"})
+
+
+def test_lanes_and_their_seeds() -> None:
+    assert planned(seed=4, lanes=3).train.lane_seeds() == [4, 5, 6]
+    assert planned(seeds=[9, 7, 9]).train.lane_seeds() == [9, 7, 9]
+    assert planned(seeds=[9, 7, 9]).train.lanes == 3
+    assert planned(seed=-3).train.lane_seeds() == [-3]
+
+
+# ---- settings by dataset --------------------------------------------------------------------------------------
+
+TABLE = {
+    "*": {"alpha": 1.0},
+    "*antmaze*": {"alpha": 2.0, "data.reward_shift": -1.0},
+    "antmaze-large-*": {"alpha": 3.0},
+    "hopper-medium-v2": {"tau": 0.1},
+}
+
+
+def test_settings_are_chosen_by_pattern_and_later_ones_win() -> None:
+    assert chosen_settings(TABLE, "hopper-random-v2") == {"alpha": 1.0}
+    assert chosen_settings(TABLE, "hopper-medium-v2") == {"alpha": 1.0, "tau": 0.1}
+    assert chosen_settings(TABLE, "antmaze-umaze-v2") == {"alpha": 2.0, "data.reward_shift": -1.0}
+    assert chosen_settings(TABLE, "antmaze-large-play-v2") == {"alpha": 3.0, "data.reward_shift": -1.0}
+    assert chosen_settings(None, "x") == {}
+
+
+def test_what_is_given_wins_over_the_table() -> None:
+    chosen = planned(dataset="antmaze-umaze-v2", agent={"settings": TABLE})
+    assert chosen.agent == {"_target_": TD3BC, "alpha": 2.0}
+    assert chosen.train.data.reward_shift == -1.0
+    given = planned(
+        dataset="antmaze-umaze-v2", agent={"settings": TABLE, "alpha": 9.0}, data={"reward_shift": 0.0, "cache": False}
+    )
+    assert given.agent["alpha"] == 9.0
+    assert given.train.data.reward_shift == 0.0
+    assert not given.train.data.cache
+
+
+def test_a_wrong_name_in_a_table_is_found() -> None:
+    with pytest.raises(OffrlError, match=r"agent.alhpa is no option; did you mean agent.alpha?"):
+        planned(agent={"settings": {"*": {"alhpa": 1.0}}})
+
+
+# ---- identity -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"out": "elsewhere"},
+        {"threads": 4},
+        {"updates": 7},
+        {"eval": {"every": 1, "episodes": 2}},
+        {"engine": "eager"},
+        {"device": "cpu"},
+        {"log_every": 3},
+        {"checkpoint_every": 3},
+        {"keep_checkpoints": True},
+        {"progress": False},
+        {"tracker": "tensorboard"},
+        {"label": "mine"},
+        {"fresh": True},
+        {"seed": 5},
+        {"lanes": 4},
+    ],
+    ids=str,
+)
+def test_what_changes_no_number_keeps_a_runs_identity(change: dict[str, Any]) -> None:
+    assert planned(**change).identity() == planned().identity()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"agent": {"alpha": 1.0}},
+        {"agent": {"hidden": [8, 8]}},
+        {"agent": {"_target_": "offrl.agents.bc.BC"}},
+        {"batch_size": 8},
+        {"dataset": "other.npz"},
+        {"precision": "bfloat16"},
+        {"data": {"reward_scale": 2.0}},
+        {"sampler": {"_target_": "offrl.sampling.EpisodeWeighted"}},
+    ],
+    ids=str,
+)
+def test_what_changes_numbers_changes_the_identity(change: dict[str, Any]) -> None:
+    assert planned(**change).identity() != planned().identity()
+
+
+def test_folders_tell_method_dataset_and_seeds_apart() -> None:
+    code = planned().identity()
+    assert planned().folder() == Path(f"runs/td3_bc/toy.npz/seed0-{code}")
+    assert planned(lanes=5, seed=2).folder().name == f"seed2-6-{code}"
+    assert planned(seeds=[4, 1]).folder().name == f"seed4_1-{code}"
+    assert planned(seeds=[4, 5]).folder().name == f"seed4-5-{code}"
+    assert planned(out="o", name="mine").folder() == Path("o/mine")
+    folder = planned(dataset="forge/hopper/medium-v0").folder()
+    assert folder.parts[:3] == ("runs", "td3_bc", "forge_hopper_medium-v0")
+    assert planned(dataset="/tmp/my data/../x.npz").folder().parts[2] == "tmp_my_data_.._x.npz"
+    assert planned(dataset="../mine-v0").folder().parts[2] == "mine-v0"
+
+
+def test_many_seeds_of_their_own_have_folders_of_their_own() -> None:
+    """A long name is cut, and must still tell all seeds apart."""
+    many = [*range(0, 200, 2)]
+    folders = {planned(seeds=seeds).folder() for seeds in (many, [*many, 5], [*many, 7], [3, *many])}
+    assert len(folders) == 4
+    assert max(len(folder.name) for folder in folders) < 64
+
+
+def test_a_kept_configuration_makes_the_same_plan() -> None:
+    first = planned(agent={"alpha": [1.0, 2.0], "hidden": [8, 8]}, lanes=2, data={"reward_scale": 2.0}, label="x")
+    again = plan(first.to_dict())
+    assert again == first
+    assert again.identity() == first.identity()
+
+
+# ---- composing ------------------------------------------------------------------------------------------------
+
+
+def test_composed_options_are_those_of_the_command_line() -> None:
+    values = compose({"agent": "bc", "preset": "laptop", "dataset": "x", "eval.every": 7, "agent.hidden": [4, 4]})
+    made = plan(values)
+    assert made.agent == {"_target_": "offrl.agents.bc.BC", "hidden": [4, 4]}
+    assert (made.train.updates, made.train.eval.every, made.train.eval.episodes) == (20_000, 7, 10)
+
+
+@pytest.mark.parametrize("text", ["10", "null", "true", "1e5", "a b", "it's", "a\\", "b\\'c", "[x]", "a,b", "a=b", "ü"])
+def test_text_from_python_stays_text(text: str) -> None:
+    assert compose({"name": text})["name"] == text
+    assert compose({"tracker": [text, "x"]})["tracker"] == [text, "x"]
+
+
+@pytest.mark.parametrize("value", [None, True, False, 3, -2, 0.5, 1e-12, 1e30, [1, 2], [0.5, None]])
+def test_values_from_python_arrive_unchanged(value: Any) -> None:
+    assert compose({"anything": value})["anything"] == value
+
+
+def test_unknown_choices_are_named() -> None:
+    with pytest.raises(OffrlError, match=r"(?s)agent/td3bc.*bc.*td3_bc.*offrl agents"):
+        compose({"agent": "td3bc"})
+
+
+def test_words_for_hydra(tmp_path: Path) -> None:
+    """Plain keys may be new; groups, flags, Hydra's own keys and explicit additions are left as they are."""
+    words = [
+        "updates=5",
+        "agent.alpha=1",
+        "agent=bc",
+        "preset@x=1",
+        "hydra.verbose=true",
+        "+a=1",
+        "~b",
+        "-m",
+        "sampler=u",
+    ]
+    assert tolerant(words) == ["++updates=5", "++agent.alpha=1", *words[2:]]
+    (tmp_path / "mygroup").mkdir()
+    for flag in (["--config-dir", str(tmp_path)], ["-cd", str(tmp_path)], [f"--config-dir={tmp_path}"]):
+        assert tolerant([*flag, "mygroup=x"])[-1] == "mygroup=x"
+    assert tolerant(["mygroup=x"]) == ["++mygroup=x"]
+    with pytest.raises(OffrlError, match="there is no such folder"):
+        tolerant(["--config-dir", str(tmp_path / "no")])
+
+
+def test_every_preset_composes() -> None:
+    for preset in ("paper", "laptop", "demo"):
+        for agent in ("bc", "td3_bc"):
+            assert isinstance(plan(compose({"preset": preset, "agent": agent})).train, TrainConfig)

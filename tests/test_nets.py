@@ -1,0 +1,310 @@
+"""Lane-batched networks against plain restatements: values, gradients, initial weights, optimiser, moving average."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from offrl.nets import (
+    MLP,
+    Adam,
+    Critics,
+    DeterministicActor,
+    _ReluMLP,
+    column,
+    lane_generators,
+    polyak,
+    relu_mlp_reference,
+    target_of,
+)
+
+# Each side of the thresholds inside: single and few outputs, narrow inputs before wide layers, one row, no hidden layer.
+SHAPES = [
+    (1, 1, (3, 8, 1)),
+    (2, 5, (3, 8, 8, 1)),
+    (3, 7, (17, 64, 64, 6)),
+    (2, 9, (5, 70, 16)),
+    (2, 9, (5, 70, 17)),
+    (1, 33, (70, 80, 90, 100)),
+    (4, 1, (65, 66, 67)),
+    (2, 6, (4, 3)),
+    (2, 6, (4, 1)),
+]
+shapes = pytest.mark.parametrize(("n", "batch", "sizes"), SHAPES, ids=str)
+
+
+def random_net(n: int, batch: int, sizes: tuple[int, ...], seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """Input and parameters in float64 that all ask for gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    pairs = [(normal(n, out, into), normal(n, out)) for into, out in zip(sizes[:-1], sizes[1:])]
+    return normal(n, batch, sizes[0]), [p for pair in pairs for p in pair]
+
+
+@shapes
+def test_the_fused_network_equals_the_plain_one(n: int, batch: int, sizes: tuple[int, ...]) -> None:
+    x, parameters = random_net(n, batch, sizes)
+    fused, plain = _ReluMLP.apply(x, *parameters), relu_mlp_reference(x, parameters)
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+    direction = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad(fused, [x, *parameters], direction)
+    expected = torch.autograd.grad(plain, [x, *parameters], direction)
+    for got, want in zip(gradients, expected):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_fused_network_equals_the_plain_one_for_random_shapes(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 130, (2 + seed % 3,), generator=generator).tolist()
+    test_the_fused_network_equals_the_plain_one(1 + seed % 3, 1 + 11 * seed, tuple(sizes))
+
+
+def test_gradients_equal_finite_differences() -> None:
+    x, parameters = random_net(2, 3, (3, 5, 4, 2))
+    assert torch.autograd.gradcheck(_ReluMLP.apply, (x, *parameters))
+
+
+@pytest.mark.parametrize("grad_of", ["input", "parameters", "both"])
+def test_only_what_is_asked_for_is_computed(grad_of: str) -> None:
+    """Matrix products of a backward pass: one for each layer's weights, one for each layer's input, no other."""
+    x, parameters = random_net(2, 6, (20, 30, 40, 50))
+    asked = {"input": [x], "parameters": parameters, "both": [x, *parameters]}[grad_of]
+    for tensor in (x, *parameters):
+        tensor.requires_grad_(any(tensor is one for one in asked))
+    out = _ReluMLP.apply(x, *parameters).sum()
+    with _Products() as products:
+        torch.autograd.grad(out, asked)
+    # The network's input needs no gradient for the weights' sake: two products of inputs instead of three.
+    assert products.count == {"input": 3, "parameters": 3 + 2, "both": 3 + 3}[grad_of]
+
+
+class _Products(TorchDispatchMode):
+    """Counts batched matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "bmm" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("member", [None, 0, 3])
+def test_ensembles_are_their_members(member: int | None) -> None:
+    """Values and gradients of all members, or of a single one, against ordinary layers."""
+    mlp = MLP((1, 2), [6, 20, 3], members=4).double()
+    x = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
+    out = mlp(x, member)
+    plain = plain_members(mlp, x)
+    plain = plain if member is None else plain[:, member]
+    torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
+    wanted = [x, *mlp.parameters()]
+    gradients = torch.autograd.grad(out.sin().sum(), wanted)
+    for got, want in zip(gradients, torch.autograd.grad(plain.sin().sum(), wanted)):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def plain_members(mlp: MLP, x: Tensor) -> Tensor:
+    """`[lanes, members, batch, out]` of a network with one hidden layer, member by member."""
+    rows = []
+    for lane, member in itertools.product(range(mlp.weights[0].shape[0]), range(mlp.weights[0].shape[1])):
+        layers = [(w[lane, member], b[lane, member]) for w, b in zip(mlp.weights, mlp.biases)]
+        hidden = nn.functional.relu(nn.functional.linear(x[lane], *layers[0]))
+        rows.append(nn.functional.linear(hidden, *layers[1]))
+    return torch.stack(rows).unflatten(0, mlp.weights[0].shape[:2])
+
+
+@pytest.mark.parametrize("member", [None, 1])
+def test_a_frozen_network_passes_gradients_on_and_computes_none_of_its_own(member: int | None) -> None:
+    mlp = MLP((1, 2), [20, 30, 40, 50], members=2)
+    x = torch.randn(2, 9, 20, requires_grad=True)
+    free, frozen = mlp(x, member), mlp(x, member, frozen=True)
+    assert torch.equal(free, frozen)
+    (expected,) = torch.autograd.grad(free.square().sum(), x)
+    with _Products() as products:
+        frozen.square().sum().backward()
+    assert products.count == 3
+    torch.testing.assert_close(x.grad, expected)
+    assert all(p.grad is None for p in mlp.parameters())
+    mlp(x).sum().backward()
+    assert all(p.grad is not None for p in mlp.parameters())
+
+
+def test_lanes_have_no_influence_on_each_other() -> None:
+    """The gradient of one lane's output is zero in every other lane."""
+    mlp = MLP((1, 2, 3), [4, 8, 2])
+    x = torch.randn(3, 5, 4, requires_grad=True)
+    gradients = torch.autograd.grad(mlp(x)[1].square().sum(), [x, *mlp.parameters()])
+    for gradient in gradients:
+        assert not gradient[0].any()
+        assert not gradient[2].any()
+        assert gradient[1].any()
+
+
+def test_actors_cover_their_box_and_no_more() -> None:
+    actor = DeterministicActor((0,), 3, 2, (8,), low=-0.5, high=2.0)
+    obs = torch.randn(1, 50, 3)
+    plain = 0.75 + 1.25 * actor.mlp(obs).tanh()
+    torch.testing.assert_close(actor(obs), plain)
+    wild = actor(obs * 1e6)
+    assert wild.min() >= -0.5
+    assert wild.max() <= 2.0
+    assert wild.max() - wild.min() > 2.4  # saturated at both ends
+
+
+def test_critics_see_observation_and_action() -> None:
+    critics = Critics((0, 1), 3, 2, (8, 8), members=2)
+    obs, action = torch.randn(2, 7, 3), torch.randn(2, 7, 2)
+    q = critics(obs, action)
+    assert q.shape == (2, 2, 7)
+    torch.testing.assert_close(critics(obs, action, member=1), q[:, 1])
+    torch.testing.assert_close(critics(obs, action, member=0, frozen=True), q[:, 0])
+    assert not torch.allclose(critics(obs, action + 1), q)
+    assert not torch.allclose(critics(obs + 1, action), q)
+
+
+# ---- initial weights ------------------------------------------------------------------------------------------
+
+
+def test_initial_weights_follow_the_law_of_linear_layers() -> None:
+    """Weights and biases of every layer: the bounds, and the same distribution as `nn.Linear` draws."""
+    sizes = (50, 400, 300, 3)
+    mlp = MLP(range(40), sizes, members=2)
+    torch.manual_seed(0)
+    for fan_in, fan_out, weights, biases in zip(sizes[:-1], sizes[1:], mlp.weights, mlp.biases):
+        bound = 1 / math.sqrt(fan_in)
+        linear = nn.Linear(fan_in, fan_out)
+        for mine, theirs in ((weights, linear.weight), (biases, linear.bias)):
+            assert mine.shape == (40, 2, *theirs.shape)
+            assert mine.abs().max() <= bound
+            some = mine.detach().flatten()[:50_000].double()
+            assert stats.kstest(some.numpy(), "uniform", args=(-bound, 2 * bound)).pvalue > 1e-4
+            assert stats.ks_2samp(some, theirs.detach().flatten().double()).pvalue > 1e-4
+
+
+def test_a_lanes_initial_weights_are_its_own() -> None:
+    together = MLP((5, 6, 7), [4, 8, 2], members=3, name="critics")
+    for lane, seed in enumerate((5, 6, 7)):
+        alone = MLP((seed,), [4, 8, 2], members=3, name="critics")
+        for many, one in zip(together.parameters(), alone.parameters()):
+            assert torch.equal(many[lane], one[0])
+
+
+def test_names_seeds_and_members_keep_initial_weights_apart() -> None:
+    nets = [MLP((0, 1), [4, 8, 2], members=2, name=name) for name in ("actor", "critics")]
+    first = torch.stack([net.weights[0].detach().flatten(2) for net in nets]).flatten(0, 2)
+    assert torch.pdist(first).min() > 0.1
+    numbers = torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
+    assert numbers.unique().numel() > 0.999 * numbers.numel()
+
+
+def test_initialisation_does_not_touch_the_global_generator() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    MLP((0,), [4, 8, 2])
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_generators_of_lanes_are_reproducible_and_differ() -> None:
+    draws = [torch.rand(8, generator=g) for g in lane_generators((0, 1, 0), "x")]
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+
+
+# ---- optimiser ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_lane", [False, True])
+def test_adam_equals_pytorchs(per_lane: bool) -> None:
+    """Fifty steps down a rugged loss in float64; with a rate per lane each lane is a separate optimiser."""
+    rates = [1e-2, 3e-3, 1e-1] if per_lane else [1e-2] * 3
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(3, 4, 5, generator=generator).double(), torch.randn(3, 4, generator=generator).double()]
+    mine = [nn.Parameter(p.clone()) for p in start]
+    adam = Adam(mine, torch.tensor(rates, dtype=torch.float64) if per_lane else rates[0]).double()
+    theirs = [[nn.Parameter(p[lane].clone()) for p in start] for lane in range(3)]
+    others = [torch.optim.Adam(lane, lr=rate) for lane, rate in zip(theirs, rates)]
+
+    def loss(parameters: list[nn.Parameter], lead: int) -> Tensor:
+        return sum((p.sin() + 0.1 * p.square()).flatten(lead).sum(-1) for p in parameters)
+
+    for _ in range(50):
+        adam.step(loss(mine, 1))
+        for lane, other in zip(theirs, others):
+            other.zero_grad()
+            loss(lane, 0).backward()
+            other.step()
+    for lane in range(3):
+        for many, one, origin in zip(mine, theirs[lane], start):
+            torch.testing.assert_close(many[lane].detach(), one.detach(), rtol=1e-12, atol=1e-12)
+            assert (one - origin[lane]).abs().min() > 0.01
+
+
+def test_adam_takes_its_own_betas_and_epsilon() -> None:
+    mine, theirs = (nn.Parameter(torch.ones(1, 3, dtype=torch.float64)) for _ in range(2))
+    adam = Adam([mine], 0.1, betas=(0.5, 0.7), eps=1e-2).double()
+    other = torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.7), eps=1e-2)
+    for _ in range(5):
+        adam.step(mine.pow(4).sum(-1))
+        other.zero_grad()
+        theirs.pow(4).sum().backward()
+        other.step()
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+
+
+def test_adams_moments_travel_with_the_state() -> None:
+    """Saved after some steps and loaded into a fresh one, it goes on as if nothing had happened."""
+    first = nn.Parameter(torch.ones(2, 3))
+    adam = Adam([first], 1e-2)
+    for _ in range(3):
+        adam.step(first.square().sum(-1))
+    second = nn.Parameter(first.detach().clone())
+    other = Adam([second], 1e-2)
+    other.load_state_dict(adam.state_dict())
+    for parameter, optimizer in ((first, adam), (second, other)):
+        optimizer.step(parameter.square().sum(-1))
+    assert torch.equal(first, second)
+
+
+# ---- moving average -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.005, 0.3, 1.0, [0.005, 0.5]], ids=str)
+def test_polyak_is_geometric(tau: float | list[float]) -> None:
+    """Towards a constant network the n-th average has covered 1 - (1 - tau)^n of the way, in each lane at its rate."""
+    online = MLP((0, 1), [3, 4, 2]).double()
+    target = target_of(MLP((2, 3), [3, 4, 2]).double())
+    start = [p.clone() for p in target.parameters()]
+    rate = torch.tensor(tau, dtype=torch.float64) if isinstance(tau, list) else tau
+    for _ in range(20):
+        polyak(target, online, rate)
+    way = 1 - (1 - torch.as_tensor(rate, dtype=torch.float64).expand(2)) ** 20
+    for slow, fast, origin in zip(target.parameters(), online.parameters(), start):
+        w = column(way, slow.ndim - 1)
+        torch.testing.assert_close(slow, origin + w * (fast.detach() - origin), rtol=1e-12, atol=1e-14)
+
+
+def test_targets_are_copies_without_gradients() -> None:
+    online = MLP((0,), [3, 4, 2])
+    target = target_of(online)
+    assert not any(p.requires_grad for p in target.parameters())
+    assert all(p.requires_grad for p in online.parameters())
+    with torch.no_grad():
+        online.weights[0].add_(1.0)
+    assert not torch.equal(target.weights[0], online.weights[0])
+
+
+def test_columns_line_up_with_lanes() -> None:
+    assert column(2.0, 3) == 2.0
+    assert column(torch.tensor([1.0, 2.0]), 2).shape == (2, 1, 1)

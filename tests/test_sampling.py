@@ -1,0 +1,291 @@
+"""Samplers draw by their stated law, exactly and at any size; Replay mixes sources with fixed shares."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_toy
+from scipy import stats
+from torch import Tensor
+
+from offrl.data.store import Store
+from offrl.random import LaneRandom
+from offrl.sampling import EpisodeWeighted, Replay, Uniform
+
+P_VALUE = 1e-4  # draws are fixed by the seeds
+
+
+def lengths_only(lengths: Tensor) -> Any:
+    """Stands for a Store of any size: samplers read nothing but the episodes' places."""
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return SimpleNamespace(lengths=lengths, offsets=offsets, episodes=len(lengths), device=torch.device("cpu"))
+
+
+class Rows:
+    """A Store that has a length only."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+def episodes(*lengths: int) -> Store:
+    """A Store of the given episode lengths whose observation is the row's number."""
+    n = sum(lengths)
+    row = torch.arange(n, dtype=torch.float32).unsqueeze(-1)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return Store(row, row.clone(), row[:, 0].clone(), row + 0.5, torch.zeros(n), offsets)
+
+
+def draw(sampler: Any, count: int, seeds: tuple[int, ...] = (0,), stream: str = "s") -> Tensor:
+    """`[lanes, count]` rows of one update."""
+    return sampler.draw(LaneRandom(seeds), torch.tensor([1]), count, stream)[0]
+
+
+def fits(index: Tensor, probability: Tensor) -> float:
+    """p-value of chi-square for rows drawn with the given probabilities."""
+    seen = torch.bincount(index.flatten(), minlength=len(probability)).numpy()
+    return float(stats.chisquare(seen, probability.numpy() / probability.sum().item() * seen.sum()).pvalue)
+
+
+# ---- uniform --------------------------------------------------------------------------------------------------
+
+
+def test_uniform_draws_every_row_alike() -> None:
+    drawn = draw(Uniform(make_toy(400)), 200_000, (0, 5))
+    assert drawn.shape == (2, 200_000)
+    for lane in drawn:
+        assert fits(lane, torch.ones(400, dtype=torch.float64)) > P_VALUE
+
+
+def test_uniform_reaches_both_ends_of_any_size() -> None:
+    """More rows than float32 can count (2^24): the last ones must be reachable, and every row, not every second."""
+    rows = 2**24 + 3
+    drawn = draw(Uniform(Rows(rows)), 2_000_000)  # type: ignore[arg-type]
+    assert drawn.min() >= 0
+    assert drawn.max() < rows
+    # Of 2 million draws about 12 fall into the first, and into the last, hundred rows: neither is ever empty.
+    assert drawn.min() < 100
+    assert drawn.max() >= rows - 100
+    assert fits(drawn % 2, torch.ones(2, dtype=torch.float64)) > P_VALUE
+    assert fits(drawn * 500 // rows, torch.ones(500, dtype=torch.float64)) > P_VALUE
+
+
+# ---- weighted episodes ----------------------------------------------------------------------------------------
+
+
+def test_weights_count_per_transition() -> None:
+    """200,000 draws over 40 episodes fit weight x length, and clearly not the weight alone."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 60, (40,), generator=generator)
+    weights = torch.rand(40, generator=generator, dtype=torch.float64) + 0.1
+    store = lengths_only(lengths)
+    drawn = draw(EpisodeWeighted(store, weights), 200_000)[0]
+    episode = torch.searchsorted(store.offsets, drawn, right=True) - 1
+    assert fits(episode, weights * lengths) > P_VALUE
+    assert fits(episode, weights) < 1e-12
+
+
+def test_rows_of_an_episode_are_alike() -> None:
+    lengths, weights = torch.tensor([7, 1, 30, 12]), torch.tensor([0.5, 2.0, 0.1, 1.0], dtype=torch.float64)
+    drawn = draw(EpisodeWeighted(lengths_only(lengths), weights), 300_000)
+    assert fits(drawn, torch.repeat_interleave(weights, lengths)) > P_VALUE
+
+
+def test_the_worked_example() -> None:
+    """Returns 0, 1, 2, lengths 2, 1, 1 and temperature 0.5: probabilities as worked out by hand."""
+    z = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    drawn = draw(EpisodeWeighted(episodes(2, 1, 1), (z / 0.5).exp()), 400_000)
+    expected = torch.tensor([0.0825945, 0.0825945, 0.2245152, 0.6102957], dtype=torch.float64)
+    assert fits(drawn, expected) > P_VALUE
+
+
+def test_equal_weights_are_uniform_sampling() -> None:
+    store = episodes(5, 50, 1, 20)
+    drawn = draw(EpisodeWeighted(store, torch.full((4,), 1e-7)), 200_000)
+    assert fits(drawn, torch.ones(76, dtype=torch.float64)) > P_VALUE
+
+
+def test_lanes_may_have_weights_of_their_own() -> None:
+    lengths = torch.tensor([3, 5, 2])
+    weights = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 4.0]], dtype=torch.float64)
+    sampler = EpisodeWeighted(lengths_only(lengths), weights)
+    drawn = draw(sampler, 100_000, (0, 1))
+    for lane in range(2):
+        assert fits_where_possible(drawn[lane], torch.repeat_interleave(weights[lane], lengths))
+    # A lane draws the same rows when it is alone with its weights.
+    alone = draw(EpisodeWeighted(lengths_only(lengths), weights[1]), 100_000, (1,))
+    assert torch.equal(drawn[1], alone[0])
+
+
+def fits_where_possible(index: Tensor, probability: Tensor) -> bool:
+    """Chi-square over the rows that can be drawn; none of the others was."""
+    possible = probability > 0
+    assert possible[index].all()
+    renamed = possible.cumsum(0)[index] - 1
+    return fits(renamed, probability[possible]) > P_VALUE
+
+
+def test_no_precision_is_lost_over_millions_of_transitions() -> None:
+    """Two million transitions in 40,000 episodes of steep weights: each of the light ones keeps its share.
+
+    A table in float32 would leave a third of them without any.
+    """
+    count, length, alpha = 40_000, 50, 0.1
+    z = torch.linspace(0, 1, count, dtype=torch.float64)
+    weights = ((z - 1) / alpha).exp()
+    sampler = EpisodeWeighted(lengths_only(torch.full((count,), length)), weights)
+    widths = torch.diff(sampler.table[0], prepend=torch.zeros(1, dtype=torch.float64))
+    torch.testing.assert_close(widths, weights / weights.sum(), rtol=1e-6, atol=0)
+    drawn = draw(sampler, 1_000_000)
+    groups = torch.arange(count * length) // (count * length // 100)  # one episode in four hundred each
+    share = torch.zeros(100, dtype=torch.float64).index_add_(0, groups, torch.repeat_interleave(weights, length))
+    assert fits(drawn // (count * length // 100), share) > P_VALUE
+
+
+def test_more_rows_than_float32_can_count() -> None:
+    """Long episodes: offset and place add up exactly behind row 2^24, and the very last rows are reachable."""
+    lengths = torch.tensor([2**24 + 1, 2**25 + 7, 3])
+    rows = int(lengths.sum())
+    weights = torch.tensor([1e-6, 1e-6, 10.0])
+    drawn = draw(EpisodeWeighted(lengths_only(lengths), weights), 400_000)
+    tail = drawn[drawn >= rows - 3]
+    assert fits(tail - (rows - 3), torch.ones(3, dtype=torch.float64)) > P_VALUE
+    body = drawn[drawn < rows - 3]
+    assert len(body) > 100_000
+    assert fits(body % 2, torch.ones(2, dtype=torch.float64)) > P_VALUE
+    assert body.max() > 2**25
+
+
+@pytest.mark.parametrize("zeros", [(0,), (3,), (0, 1), (2, 3), (1, 2), (0, 3)], ids=str)
+def test_episodes_without_weight_are_never_drawn(zeros: tuple[int, ...]) -> None:
+    """Wherever they stand: before, between and behind the others."""
+    store = episodes(4, 3, 5, 2)
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.7])  # float32: the shares are no round numbers
+    weights[list(zeros)] = 0.0
+    drawn = draw(EpisodeWeighted(store, weights), 1_000_000)
+    seen = set(store.episode_of_row[drawn[0].unique()].tolist())
+    assert seen == set(range(4)) - set(zeros)
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
+def test_the_extreme_random_numbers_are_safe(u: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest and the largest number that can be drawn lead to an episode with weight, however the sums round."""
+    lengths = torch.full((1000,), 3)
+    monkeypatch.setattr(LaneRandom, "uniform", lambda *_: torch.full((1, 1, 2, 8), u, dtype=torch.float64))
+    for seed in range(10):
+        weights = torch.rand(1000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        weights[[0, -1]] = 0.0
+        drawn = draw(EpisodeWeighted(lengths_only(lengths), weights), 8)
+        assert set(drawn.flatten().tolist()) == {3 if u == 0 else 3 * 998 + 2}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[0.0, 0.0, 0.0], [1.0, -0.1, 1.0], [1.0, float("nan"), 1.0], [1.0, float("inf"), 1.0], [[1, 1, 1], [0, 0, 0]]],
+    ids=["zero", "negative", "nan", "infinite", "one lane zero"],
+)
+def test_impossible_weights_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        EpisodeWeighted(episodes(2, 2, 2), torch.tensor(weights))
+
+
+def test_weights_for_another_number_of_episodes_are_refused() -> None:
+    with pytest.raises((ValueError, RuntimeError)):
+        EpisodeWeighted(episodes(2, 2, 2), torch.ones(4))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "weighted"])
+def test_many_updates_at_once_equal_one_by_one(kind: str) -> None:
+    store = episodes(4, 3, 5, 2)
+    sampler: Any = Uniform(store) if kind == "uniform" else EpisodeWeighted(store, torch.arange(1.0, 5.0))
+    random, steps = LaneRandom((3, 4)), torch.arange(1, 9)
+    at_once = sampler.draw(random, steps, 6, "s")
+    assert at_once.shape == (8, 2, 6)
+    for i in range(8):
+        assert torch.equal(at_once[i], sampler.draw(random, steps[i : i + 1], 6, "s")[0])
+    assert at_once.flatten(1).unique(dim=0).shape[0] == 8
+
+
+# ---- replay ---------------------------------------------------------------------------------------------------
+
+
+def sources(*shares: float) -> list[tuple[Store, Uniform, float]]:
+    """Stores whose rewards tell which one a row came from."""
+    stores = []
+    for i in range(len(shares)):
+        store = episodes(6, 6)
+        stores.append(store.with_rewards(0.0, float(i)))
+    return [(store, Uniform(store), share) for store, share in zip(stores, shares)]
+
+
+@pytest.mark.parametrize(
+    ("shares", "batch", "expected"),
+    [((1.0,), 10, [10]), ((0.5, 0.5), 10, [5, 5]), ((0.7, 0.3), 256, [179, 77]), ((0.5, 0.25, 0.25), 9, [5, 2, 2])],
+)
+def test_every_batch_holds_the_stated_shares(shares: tuple[float, ...], batch: int, expected: list[int]) -> None:
+    replay = Replay(sources(*shares), batch)
+    reward = replay.draw(LaneRandom((0, 1)), torch.arange(1, 6)).reward
+    assert reward.shape == (5, 2, batch)
+    for part in reward.flatten(0, 1):
+        assert torch.bincount(part.long(), minlength=len(shares)).tolist() == expected
+
+
+def test_a_share_of_nothing_draws_nothing() -> None:
+    assert not Replay(sources(1.0, 0.0), 8).draw(LaneRandom((0,)), torch.tensor([1])).reward.any()
+
+
+def test_shares_beyond_the_whole_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than 1"):
+        Replay(sources(0.0, 0.8, 0.8), 10)
+
+
+def test_a_source_can_be_replaced_while_training_runs() -> None:
+    replay, random, step = Replay(sources(0.5, 0.5), 8), LaneRandom((0,)), torch.tensor([3])
+    before = replay.draw(random, step)
+    fresh = episodes(40).with_rewards(0.0, 7.0)
+    replay.replace(1, fresh, Uniform(fresh))
+    after = replay.draw(random, step)
+    assert torch.equal(after.index[..., :4], before.index[..., :4])  # the other source goes on as it was
+    assert (after.reward[..., 4:] == 7).all()
+    assert after.reward.shape == before.reward.shape
+
+
+def test_sources_do_not_share_random_numbers() -> None:
+    """Two samplers over stores of one size must not draw the same rows."""
+    index = Replay(sources(0.5, 0.5), 4000).draw(LaneRandom((0,)), torch.tensor([1])).index[0, 0]
+    agree = (index[:2000] == index[2000:]).double().mean().item()
+    assert agree == pytest.approx(1 / 12, abs=5 * (1 / 12 / 2000) ** 0.5)
+
+
+def test_extra_fields_of_mixed_sources_line_up() -> None:
+    replay = Replay(sources(0.5, 0.5), 10, extra=("next_action", "return_to_go", "timestep"))
+    batch = replay.draw(LaneRandom((0, 1)), torch.arange(1, 4))
+    assert batch.timestep is not None
+    assert batch.return_to_go is not None
+    assert torch.equal(batch.timestep, batch.index % 6)
+    assert torch.equal(batch.return_to_go, batch.reward * (6 - batch.index % 6))
+    assert torch.equal(batch.obs[..., 0], batch.index.float())
+
+
+def test_windows_never_cross_an_episodes_end() -> None:
+    store = episodes(3, 1, 7, 4)
+    replay = Replay([(store, Uniform(store), 1.0)], 200, window=5)
+    batch = replay.draw(LaneRandom((0, 1)), torch.arange(1, 4))
+    assert batch.valid is not None
+    assert batch.obs.shape == (3, 2, 200, 5, 1)
+    valid = batch.valid.bool()
+    rows = batch.obs[..., 0].long()
+    start = batch.index.unsqueeze(-1)
+    assert torch.equal(store.episode_of_row[rows][valid], store.episode_of_row[start].expand_as(rows)[valid])
+    # A window holds all the steps that its episode still has, up to five, and padding is empty.
+    left = store.offsets[1:][store.episode_of_row[batch.index]] - batch.index
+    assert torch.equal(valid.sum(-1), left.clamp(max=5))
+    assert not batch.obs[~valid].any()
+    assert np.array_equal(rows[valid], (start + torch.arange(5)).expand_as(rows)[valid])

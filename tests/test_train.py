@@ -1,0 +1,557 @@
+"""Training runs: killed, stopped, repeated, continued and refused ones, and what they leave in their folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_toy
+from torch import Tensor
+
+import offrl
+from offrl import checkpoint, cli
+from offrl.agents.td3_bc import TD3BC
+from offrl.batch import Batch
+from offrl.data.arrays import write_npz
+from offrl.errors import OffrlError
+from offrl.results import read, read_metrics
+from offrl.train import Result, Trainer, dataset_info, load_agent, load_data, plan, resume, train
+
+ENVIRONMENT = """
+import gymnasium, numpy as np
+
+class Toy(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-2, 2, (3,))
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left, self.state = 4, self.np_random.uniform(-1.5, 1.5, 3)
+        return self.state, {}
+
+    def step(self, action):
+        x, y, _ = self.state
+        best = 0.5 * np.array([np.sin(x), np.tanh(x * y)])
+        self.left, self.state = self.left - 1, self.np_random.uniform(-1.5, 1.5, 3)
+        return self.state, -4 * float(np.square(action - best).sum()), self.left == 0, False, {}
+
+if "Toy-v0" not in gymnasium.registry:
+    gymnasium.register("Toy-v0", entry_point=Toy)
+"""
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy task as a file that names its environment, in the working directory of the test."""
+    (tmp_path / "toy_world.py").write_text(ENVIRONMENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    write_npz(make_toy().with_info(env_id="toy_world:Toy-v0"), tmp_path / "toy.npz")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+SMALL = {"batch_size": 16, "lanes": 2, "log_every": 50, "checkpoint_every": 50, "progress": False}
+UNSEEN = {"every": 0, "final_episodes": 0}
+
+
+def options(dataset: Path | str, updates: int = 200, **changes: Any) -> dict[str, Any]:
+    """A quick run without evaluation; `changes` replace or add keys, also of the agent."""
+    agent = {"_target_": "offrl.agents.td3_bc.TD3BC", "hidden": [8, 8], **changes.pop("agent", {})}
+    base = {"agent": agent, "dataset": str(dataset), "updates": updates, **SMALL, "eval": UNSEEN}
+    return {**base, **changes}
+
+
+def words(values: dict[str, Any]) -> list[str]:
+    """The same options as the command line has them."""
+    flat = {"agent.hidden": "[8,8]", **{k: v for k, v in values.items() if k not in ("agent", "eval")}}
+    flat |= {f"eval.{k}": v for k, v in values["eval"].items()}
+    return ["agent=td3_bc", *(f"{key}={value}" for key, value in flat.items())]
+
+
+def start(*arguments: str, **streams: Any) -> subprocess.Popen[str]:
+    """`offrl ARGUMENTS` in a process of its own, which also finds modules in the working directory."""
+    path = os.pathsep.join([str(Path(offrl.__file__).parents[1]), str(Path.cwd())])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "offrl", *arguments], env=env, text=True, **streams)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return checkpoint.load(folder / checkpoint.NAME)[0]
+
+
+def step_of(folder: Path) -> int:
+    """Update of the last checkpoint; 0 when there is none."""
+    path = folder / checkpoint.NAME
+    return int(checkpoint.facts(path)["step"]) if path.exists() else 0
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    mine, theirs = tensors(a), tensors(b)
+    assert mine.keys() == theirs.keys()
+    return all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def raw_rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows as they stand in the file, without what no two runs share."""
+    rows = [json.loads(line) for line in (folder / f"{kind}.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row.get("metric") != "updates_per_second"]
+    return [{k: v for k, v in row.items() if k not in ("wall_clock", "run_id")} for row in rows]
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# ---- kill and resume ------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(world: Path) -> None:
+    """SIGKILL at random moments, the same command again: bitwise the same parameters, the same rows, the same result."""
+    values = options("toy.npz", 2500, log_every=70, checkpoint_every=25)
+    values["eval"] = {"every": 500, "episodes": 2, "final_episodes": 3, "workers": 2}
+    quiet = train({**values, "out": "quiet"})
+    folder = Path("killed") / quiet.folder.relative_to("quiet")
+    moments, reached = random.Random(3), [0]
+    for _ in range(3):
+        process = start("train", *words({**values, "out": "killed"}), stderr=subprocess.DEVNULL)
+        wait_for(lambda: step_of(folder) > reached[-1], process)
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        reached.append(step_of(folder))
+    assert not (folder / "result.json").exists()
+    assert 0 < reached[1] < reached[2] < reached[3] < 2500
+    process = start("train", *words({**values, "out": "killed"}), stdout=subprocess.PIPE)
+    assert "finished: normalised score" in process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    assert same_tensors(folder, quiet.folder)
+    for kind in ("metrics", "episodes"):
+        assert raw_rows(folder, kind) == raw_rows(quiet.folder, kind)
+    assert json.loads((folder / "result.json").read_text()) == json.loads((quiet.folder / "result.json").read_text())
+    assert not list(folder.glob(".*.part"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_signals_save_and_the_rest_follows(number: signal.Signals, toy_file: Path) -> None:
+    """Stopped between checkpoints, it leaves one of that very update, with status 130; meanwhile nobody else may train."""
+    values = options(toy_file, 1_000_000, checkpoint_every=300, log_every=7)
+    folder = plan(values).folder()
+    process = start("train", *words(values), stdout=subprocess.PIPE)
+    wait_for(lambda: step_of(folder) > 0, process)
+    with pytest.raises(OffrlError, match="another process is training this run"):
+        train(values)
+    time.sleep(0.1)
+    process.send_signal(number)
+    output = process.communicate(timeout=20)[0]
+    assert process.returncode == 130
+    step = step_of(folder)
+    assert f"stopped at update {step}; go on with: offrl train resume={folder}" in output
+    assert step > 300
+    total = step + 101
+    assert cli.main(["train", f"resume={folder}", f"updates={total}"]) == 0
+    through = train({**values, "updates": total, "out": "through"})
+    assert same_tensors(folder, through.folder)
+    assert raw_rows(folder, "metrics") == raw_rows(through.folder, "metrics")
+
+
+def test_a_signal_in_between_is_harmless_here_too(toy_file: Path) -> None:
+    """From Python: the call returns, and the caller's handlers are back."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.start()
+    result = train(options(toy_file, 1_000_000))
+    timer.join()
+    assert result.status == "interrupted"
+    assert 0 < result.step == step_of(result.folder)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_runs_outside_the_main_thread(toy_file: Path) -> None:
+    """Where no signal handler can be set, as in notebooks' workers."""
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(train(options(toy_file))))
+    thread.start()
+    thread.join()
+    assert results[0].status == "finished"
+
+
+@pytest.mark.parametrize("log_every", [1, 7, 64])
+def test_rows_do_not_depend_on_how_fast_the_machine_is(
+    log_every: int, toy_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bursts of any size log the same metrics at the same updates, though the actor's exist at every second only."""
+    rows, next_burst = [], Trainer._next_burst
+    for wanted in (1, 3, 10_000):
+        monkeypatch.setattr(Trainer, "_next_burst", lambda self, _, w=wanted: next_burst(self, w))
+        result = train(options(toy_file, 101, log_every=log_every, checkpoint_every=13, out=f"burst{wanted}"))
+        rows.append(raw_rows(result.folder, "metrics"))
+    assert rows[0] == rows[1] == rows[2]
+    assert sorted({row["step"] for row in rows[0]}) == sorted({*range(log_every, 102, log_every), 101})
+
+
+def test_a_failure_to_save_can_be_repaired(toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up at the third checkpoint; with space again, the run ends as if nothing had happened."""
+    calls, save_file = [], checkpoint.save_file
+
+    def filling_up(*arguments: Any, **more: Any) -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(*arguments, **more)
+
+    values = options(toy_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", filling_up)
+        with pytest.raises(OffrlError, match="could not be written .*No space left.*free some space"):
+            train(values)
+    folder = plan(values).folder()
+    assert step_of(folder) == 100
+    assert train(values).status == "finished"
+    assert same_tensors(folder, train({**values, "out": "undisturbed"}).folder)
+
+
+def test_remains_of_a_kill_are_swept_away(toy_file: Path) -> None:
+    values = options(toy_file)
+    folder = plan(values).folder()
+    folder.mkdir(parents=True)
+    torn = folder / f".{checkpoint.NAME}.123.part"
+    torn.write_bytes(b"half")
+    train(values)
+    assert not torn.exists()
+
+
+# ---- repeat, continue, start over -----------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_repeated(toy_file: Path) -> None:
+    values = options(toy_file)
+    first = train(values)
+    files = {path: path.stat().st_mtime_ns for path in first.folder.iterdir() if path.name != ".lock"}
+    again = train(values)
+    assert (first.status, again.status) == ("finished", "already finished")
+    assert (again.folder, again.step, again.returns, again.scores) == (first.folder, 200, first.returns, first.scores)
+    assert files == {path: path.stat().st_mtime_ns for path in first.folder.iterdir() if path.name != ".lock"}
+    assert train({**values, "updates": 120}).step == 200  # fewer updates than it has
+
+
+def test_more_updates_continue_a_finished_run(toy_file: Path) -> None:
+    longer = train({**options(toy_file, 350), "out": "longer"})
+    train(options(toy_file, 200))
+    continued = train(options(toy_file, 350))
+    assert (continued.status, continued.step) == ("finished", 350)
+    assert same_tensors(continued.folder, longer.folder)
+    assert raw_rows(continued.folder, "metrics") == raw_rows(longer.folder, "metrics")
+
+
+def test_fresh_starts_over(toy_file: Path) -> None:
+    values = options(toy_file, keep_checkpoints=True)
+    first = train(values)
+    rows, kept = raw_rows(first.folder, "metrics"), tensors(first.folder)
+    over = train({**values, "fresh": True})
+    assert over.status == "finished"
+    assert over.folder == first.folder
+    assert raw_rows(first.folder, "metrics") == rows
+    assert all(torch.equal(value, kept[key]) for key, value in tensors(over.folder).items())
+    shorter = train({**values, "fresh": True, "updates": 60, "checkpoint_every": 20})
+    assert step_of(shorter.folder) == shorter.step == 60
+    assert sorted(path.stem for path in (shorter.folder / "checkpoints").iterdir()) == [
+        "00000020",
+        "00000040",
+        "00000060",
+    ]
+
+
+def test_fresh_forgets_the_old_run_at_once(toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before its first checkpoint, a run that started over does not bring the old parameters back."""
+    values = options(toy_file, lanes=1)
+    folder = train(values).folder
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_loop", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError):
+            train({**values, "fresh": True})
+    assert step_of(folder) == 0
+    assert train(values).status == "finished"
+    assert len(raw_rows(folder, "metrics")) == len(raw_rows(train({**values, "out": "x"}).folder, "metrics"))
+
+
+def test_resume_takes_options_that_change_no_number(toy_file: Path) -> None:
+    folder = train(options(toy_file, 100)).folder
+    result = resume(folder, {"updates": 150, "log_every": 30, "eval.every": 0, "keep_checkpoints": True})
+    assert (result.step, result.status) == (150, "finished")
+    assert (folder / "checkpoints" / "00000150.safetensors").exists()
+    assert same_tensors(folder, train(options(toy_file, 150, out="straight")).folder)
+    assert json.loads((folder / "config.json").read_text())["updates"] == 150
+
+
+@pytest.mark.parametrize(
+    "change", ["agent.alpha", "batch_size", "data.reward_scale", "sampler._target_", "seed", "lanes", "out", "dataset"]
+)
+def test_resume_refuses_options_that_change_numbers(change: str, toy_file: Path) -> None:
+    folder = train(options(toy_file, 20)).folder
+    with pytest.raises(OffrlError, match=f"{change} can't be changed when a run is resumed"):
+        resume(folder, {change: 3})
+
+
+def test_resume_in_the_runs_own_folder(toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = train(options(toy_file.resolve(), 20, name="mine")).folder
+    monkeypatch.chdir(folder)
+    result = resume(".", {"updates": 40})
+    assert result.step == 40
+    assert result.folder.name == "mine"
+    assert {row["run_id"] for row in map(json.loads, Path("metrics.jsonl").read_text().splitlines())} == {"mine"}
+
+
+# ---- refused --------------------------------------------------------------------------------------------------
+
+
+def test_resume_of_what_is_no_run(tmp_path: Path, toy_file: Path) -> None:
+    with pytest.raises(OffrlError, match=r"there is no config.json; name the folder of a run"):
+        resume(tmp_path)
+    folder = train(options(toy_file, 20)).folder
+    for text in ("{", "[1]"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(OffrlError, match=r"config.json is damaged"):
+            resume(folder)
+
+
+@pytest.mark.parametrize("status", ["finished", "unfinished"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"agent": {"alpha": 1.0}}, "agent"),
+        ({"batch_size": 8}, "batch_size 16, now 8"),
+        ({"seed": 3}, r"seeds \[0, 1\], now \[3, 4\]"),
+        ({"lanes": 3}, r"seeds \[0, 1\], now \[0, 1, 2\]"),
+        ({"precision": "bfloat16"}, "precision"),
+        ({"data": {"reward_scale": 2.0}}, "data"),
+    ],
+    ids=["agent", "batch", "seed", "lanes", "precision", "data"],
+)
+def test_other_settings_under_one_name_are_refused(
+    change: dict[str, Any], named: str, status: str, toy_file: Path
+) -> None:
+    """Neither continued with other numbers, nor passed off as done."""
+    folder = train(options(toy_file, 20, name="mine")).folder
+    before = tensors(folder)
+    changed = options(toy_file, 20 if status == "finished" else 40, name="mine", **change)
+    with pytest.raises(OffrlError, match=f"made with other settings .{named}.*another name=, or start over with fresh"):
+        train(changed)
+    assert all(torch.equal(value, before[key]) for key, value in tensors(folder).items())
+    assert train({**changed, "fresh": True}).status == "finished"
+
+
+def test_other_data_under_the_same_name_are_refused(toy_file: Path) -> None:
+    train(options(toy_file, 20))
+    toy_file.unlink()
+    write_npz(make_toy(seed=1), toy_file)
+    with pytest.raises(OffrlError, match=r"made on other data than .*toy.npz holds now.*fresh=true"):
+        train(options(toy_file, 40))
+
+
+def test_folders_that_cant_be_written(toy_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper", Path("/proc/nothing")):
+        with pytest.raises(OffrlError, match=r"can't be written .*choose another folder with out=DIR"):
+            train(options(toy_file, out=str(out)))
+
+
+def test_devices_that_are_not_there(toy_file: Path) -> None:
+    with pytest.raises(OffrlError, match="device=gpu is unknown; choose auto, cpu, cuda"):
+        train(options(toy_file, device="gpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(OffrlError, match="device=cuda: this PyTorch sees no GPU; use device=cpu"):
+            train(options(toy_file, device="cuda"))
+        with pytest.raises(OffrlError, match="engine=cudagraph needs device=cuda"):
+            train(options(toy_file, engine="cudagraph"))
+
+
+def test_samplers_that_cant_be_made(toy_file: Path) -> None:
+    for sampler in ({"_target_": "offrl.sampling.Unknown"}, {"_target_": "offrl.sampling.Uniform", "x": 1}):
+        with pytest.raises(OffrlError, match="sampler: "):
+            train(options(toy_file, sampler=sampler))
+
+
+def test_a_missing_environment_shows_before_training(toy_file: Path) -> None:
+    values = options(toy_file, eval={"every": 0, "final_episodes": 1})
+    with pytest.raises(OffrlError, match=r"no environment"):
+        train(values)
+    assert not (plan(values).folder() / checkpoint.NAME).exists()
+
+
+# ---- numbers that break ---------------------------------------------------------------------------------------
+
+
+class Diverging(TD3BC):
+    """TD3+BC whose actor breaks at update 130; `report` tells whether its metrics show it."""
+
+    report = True
+
+    def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
+        metrics = super().update(batch, phase)
+        if int(self.random.step) == 130:
+            with torch.no_grad():
+                self.actor.mlp.weights[0].fill_(float("nan"))
+        return {key: value if self.report else torch.zeros(2) for key, value in metrics.items()}
+
+
+@pytest.mark.parametrize("report", [True, False])
+def test_numbers_that_break_stop_the_run_and_are_never_saved(
+    report: bool, toy_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found in the metrics or, at the latest, before a checkpoint; the last good one stays, however often one tries."""
+    monkeypatch.setattr(Diverging, "report", report)
+    values = options(toy_file, agent={"_target_": "test_train.Diverging"})
+    broken = "(critic|actor)_loss" if report else r"actor.mlp.weights.0"
+    for _ in range(2):
+        with pytest.raises(OffrlError, match=f"{broken} is no longer finite at update 150; lower the learning rates"):
+            train(values)
+        assert step_of(plan(values).folder()) == 100
+    assert all(value.isfinite().all() for value in tensors(plan(values).folder()).values())
+    assert {row["step"] for row in raw_rows(plan(values).folder(), "metrics")} == {50, 100, 150}
+
+
+def test_learning_rates_out_of_this_world(toy_file: Path) -> None:
+    with pytest.raises(OffrlError, match="is no longer finite at update 50"):
+        train(options(toy_file, agent={"critic_lr": 1e30}))
+
+
+# ---- what a run leaves ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(world: Path) -> Iterator[Result]:
+    values = options("toy.npz", 300, lanes=2, seed=4)
+    values["eval"] = {"every": 100, "episodes": 2, "final_episodes": 5, "workers": 1}
+    yield train(values)
+
+
+def test_evaluations_leave_a_row_an_episode(evaluated: Result) -> None:
+    rows = read([evaluated.folder])
+    assert rows["step"].to_list() == [100] * 4 + [200] * 4 + [300] * 10
+    last = rows.filter(step=300)
+    assert set(last["checkpoint"]) == {"last"}
+    assert last["seed"].to_list() == [4] * 5 + [5] * 5
+    assert last["eval_seed"].to_list() == [*range(1_000_000, 1_000_005)] * 2
+    assert set(last["length"]) == {4}
+    returns = last["return_raw"].to_numpy().reshape(2, 5)
+    assert evaluated.returns == pytest.approx(returns.mean(-1))
+    assert evaluated.scores == pytest.approx(10 * (returns.mean(-1) + 10))  # references -10 and 0
+    assert json.loads((evaluated.folder / "result.json").read_text())["returns"] == evaluated.returns
+
+
+def test_the_agent_of_a_run_scores_what_the_run_says(evaluated: Result) -> None:
+    from offrl.evaluate import Evaluator
+
+    agent, info = load_agent(evaluated.folder), dataset_info(evaluated.folder)
+    assert info.env_id == "toy_world:Toy-v0"
+    assert agent.spec.seeds == (4, 5)
+    assert not agent.training
+    with Evaluator(info, 2, 1) as evaluator:
+        assert evaluator.run(agent, 5).returns.mean(-1).tolist() == evaluated.returns
+
+
+def test_metrics_stand_at_their_updates(toy_file: Path) -> None:
+    result = train(options(toy_file, 120))
+    rows = read_metrics([result.folder])
+    assert set(rows["step"]) == {50, 100, 120}
+    losses = rows.filter(metric="critic_loss")
+    assert losses["lane"].to_list() == [0, 1] * 3
+    assert losses["value"].is_finite().all()
+    assert rows.filter(metric="updates_per_second")["value"].min() > 0
+
+
+def test_a_folder_says_how_it_was_made(toy_file: Path) -> None:
+    values = options(toy_file, 20, label="ours")
+    result = train(values)
+    config = json.loads((result.folder / "config.json").read_text())
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    assert config["method"] == "ours"
+    assert config["agent"] == values["agent"]
+    assert config["eval"]["seed"] == 1_000_000  # defaults are there, too
+    store = load_data(plan(values).train, "cpu")
+    assert manifest["fingerprint"] == store.fingerprint
+    assert (manifest["transitions"], manifest["episodes"]) == (4096, 1024)
+    # Actor 3-8-8-2, two critics 5-8-8-1.
+    assert manifest["parameters_per_lane"] == (32 + 72 + 18) + 2 * (48 + 72 + 9)
+    assert manifest["environment"]["versions"]["offrl"] == offrl.__version__
+
+
+def test_kept_checkpoints_are_the_runs_of_their_length(toy_file: Path) -> None:
+    result = train(options(toy_file, 120, keep_checkpoints=True))
+    kept = sorted((result.folder / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["00000050.safetensors", "00000100.safetensors", "00000120.safetensors"]
+    for path, updates in zip(kept, (50, 100, 120)):
+        alone = train(options(toy_file, updates, out=f"alone{updates}"))
+        assert all(torch.equal(v, tensors(alone.folder)[k]) for k, v in checkpoint.load(path)[0].items())
+        obs = make_toy(16).observations.expand(2, -1, -1)
+        assert torch.equal(load_agent(path).select_action(obs), load_agent(alone.folder).select_action(obs))
+
+
+def test_tensorboard_shows_the_rows(world: Path) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    values = options("toy.npz", 150, tracker="tensorboard")
+    values["eval"] = {"every": 100, "episodes": 2, "final_episodes": 2, "workers": 1}
+    result = train(values)
+    events = reading.EventAccumulator(str(result.folder / "tensorboard")).Reload()
+    shown = {event.step: event.value for event in events.Scalars("train/critic_loss")}
+    rows = read_metrics([result.folder]).filter(metric="critic_loss")
+    for step in (50, 100, 150):
+        assert shown[step] == pytest.approx(rows.filter(step=step)["value"].mean(), rel=1e-6)
+    scores = {event.step: event.value for event in events.Scalars("eval/score")}
+    assert scores == pytest.approx({100: scores[100], 150: np.mean(result.scores)}, rel=1e-6)
+
+
+def test_unknown_trackers_are_refused(toy_file: Path) -> None:
+    with pytest.raises(OffrlError, match="tracker=tensorbord is unknown"):
+        train(options(toy_file, tracker=["tensorbord"]))
+
+
+# ---- data -----------------------------------------------------------------------------------------------------
+
+
+def rewards(toy_file: Path, **data: Any) -> Tensor:
+    return load_data(plan(options(toy_file, data=data)).train, "cpu").rewards
+
+
+def test_rewards_are_scaled_then_shifted(toy_file: Path) -> None:
+    plain = rewards(toy_file)
+    torch.testing.assert_close(rewards(toy_file, reward_scale=2.0, reward_shift=-1.0), 2 * plain - 1)
+
+
+def test_rewards_by_the_range_of_returns(toy_file: Path) -> None:
+    """r <- 1000 r / (largest - smallest return), then scale and shift."""
+    toy = make_toy()
+    returns = toy.rewards.view(-1, 4).double().sum(-1)
+    expected = toy.rewards * 1000 / (returns.max() - returns.min())
+    torch.testing.assert_close(rewards(toy_file, reward_normalize=True).double(), expected.double(), rtol=1e-5, atol=0)
+    both = rewards(toy_file, reward_normalize=True, reward_scale=0.5, reward_shift=3.0)
+    torch.testing.assert_close(both.double(), 0.5 * expected.double() + 3, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_returns_have_no_range(tmp_path: Path) -> None:
+    path = tmp_path / "flat.npz"
+    write_npz(make_toy(16).with_rewards(0.0, 1.0), path)
+    with pytest.raises(OffrlError, match=r"data.reward_normalize=true needs episodes of different return"):
+        rewards(path, reward_normalize=True)
