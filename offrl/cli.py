@@ -99,10 +99,11 @@ def _hydra(words: list[str]) -> int:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from offrl.compose import plain
+    from offrl.compose import plain, register
     from offrl.train import train
 
     status = 0
+    register()
 
     @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
     def task(cfg: DictConfig) -> None:

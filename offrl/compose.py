@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from offrl.config import TrainConfig
 from offrl.errors import OffrlError
 from offrl.paths import conf_dir
 
@@ -17,12 +19,21 @@ def groups(extra: Path | None = None) -> set[str]:
     return {child.name for folder in folders if folder.is_dir() for child in folder.iterdir() if child.is_dir()}
 
 
+def register() -> None:
+    """Let `conf/train.yaml` build on the defaults of the dataclasses, which so stand in one place."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="options", node=asdict(TrainConfig()))
+
+
 def tolerant(arguments: Sequence[str]) -> list[str]:
-    """Command-line words for Hydra, where `key=value` also adds a key that no file names.
+    """Command-line words for Hydra, where `key=value` also adds a key that no file names, such as `agent.alpha`.
 
     Which keys exist is decided by the dataclasses (`offrl.config.build`), not by the files: so a typing error still gets a
     clear sentence, and defaults need to stand nowhere else.
     """
+    defaults = asdict(TrainConfig())
+    options = {*defaults, *(f"{table}.{key}" for table in ("data", "eval") for key in defaults[table])}
     extra = next((Path(b) for a, b in zip(arguments, arguments[1:]) if a in ("--config-dir", "-cd")), None)
     extra = extra or next((Path(a.split("=", 1)[1]) for a in arguments if a.startswith("--config-dir=")), None)
     if extra and not extra.is_dir():
@@ -34,7 +45,8 @@ def tolerant(arguments: Sequence[str]) -> list[str]:
     for word in arguments:
         key = word.split("=", 1)[0]
         plain = "=" in word and not word.startswith(("-", "+", "~")) and not key.startswith("hydra")
-        words.append(f"++{word}" if plain and "@" not in key and "/" not in key and key not in known else word)
+        named = key in known or key in options or "@" in key or "/" in key
+        words.append(f"++{word}" if plain and not named else word)
     return words
 
 
@@ -47,6 +59,7 @@ def compose(options: Mapping[str, Any]) -> dict[str, Any]:
 
     known = groups()
     words = tolerant([f"{key}={value if key in known else _literal(value)}" for key, value in options.items()])
+    register()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):

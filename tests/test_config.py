@@ -301,10 +301,12 @@ def test_unknown_choices_are_named() -> None:
 
 
 def test_words_for_hydra(tmp_path: Path) -> None:
-    """Plain keys may be new; groups, flags, Hydra's own keys and explicit additions are left as they are."""
+    """A key that no file has is added; options, groups, flags, Hydra's own keys and explicit additions stay as they are."""
     words = [
-        "updates=5",
         "agent.alpha=1",
+        "evl.every=1",
+        "updates=5",
+        "eval.every=5",
         "agent=bc",
         "preset@x=1",
         "hydra.verbose=true",
@@ -313,7 +315,7 @@ def test_words_for_hydra(tmp_path: Path) -> None:
         "-m",
         "sampler=u",
     ]
-    assert tolerant(words) == ["++updates=5", "++agent.alpha=1", *words[2:]]
+    assert tolerant(words) == ["++agent.alpha=1", "++evl.every=1", *words[2:]]
     (tmp_path / "mygroup").mkdir()
     for flag in (["--config-dir", str(tmp_path)], ["-cd", str(tmp_path)], [f"--config-dir={tmp_path}"]):
         assert tolerant([*flag, "mygroup=x"])[-1] == "mygroup=x"

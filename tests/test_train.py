@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +223,7 @@ def test_a_failure_to_save_can_be_repaired(toy_file: Path, monkeypatch: pytest.M
     values = options(toy_file)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", filling_up)
-        with pytest.raises(OffrlError, match="could not be written .*No space left.*free some space"):
+        with pytest.raises(OffrlError, match=r"could not be written .*No space left.*free some space"):
             train(values)
     folder = plan(values).folder()
     assert step_of(folder) == 100
@@ -441,10 +440,10 @@ def test_learning_rates_out_of_this_world(toy_file: Path) -> None:
 
 
 @pytest.fixture
-def evaluated(world: Path) -> Iterator[Result]:
+def evaluated(world: Path) -> Result:
     values = options("toy.npz", 300, lanes=2, seed=4)
     values["eval"] = {"every": 100, "episodes": 2, "final_episodes": 5, "workers": 1}
-    yield train(values)
+    return train(values)
 
 
 def test_evaluations_leave_a_row_an_episode(evaluated: Result) -> None:

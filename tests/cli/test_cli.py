@@ -211,6 +211,19 @@ def test_a_sweep_makes_one_run_a_value(toy_file: Path) -> None:
         assert same_tensors(plan(one).folder(), alone.folder)
 
 
+def test_a_word_replaces_what_an_experiment_sweeps(toy_file: Path) -> None:
+    """The experiment asks for two seeds, the command line for one other: one run."""
+    folder = Path("mine/experiment")
+    folder.mkdir(parents=True)
+    sweep = "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\n"
+    (folder / "two.yaml").write_text("# @package _global_\n" + sweep)
+    given = [*words(options(toy_file, 5)), "--config-dir", "mine", "experiment=two"]
+    assert main("train", *given, "out=both") == 0
+    assert len(list(Path("both").rglob("config.json"))) == 2
+    assert main("train", *given, "out=one", "seed=7") == 0
+    assert [json.loads(p.read_text())["seed"] for p in Path("one").rglob("config.json")] == [7]
+
+
 def test_a_failing_job_does_not_stop_a_sweep(toy_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     values = options(toy_file, 60, lanes=1)
     assert main("train", "-m", *words(values), "agent.critic_lr=1.0e30,3.0e-4") == 1
