@@ -23,7 +23,12 @@ def register() -> None:
     """Let `conf/train.yaml` build on the defaults of the dataclasses, which so stand in one place."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="options", node=asdict(TrainConfig()))
+    ConfigStore.instance().store(name="options", node=_defaults())
+
+
+def _defaults() -> dict[str, Any]:
+    """All but those of `data`: there a method's table for the dataset fills in what nobody has given."""
+    return {key: value for key, value in asdict(TrainConfig()).items() if key != "data"}
 
 
 def tolerant(arguments: Sequence[str]) -> list[str]:
@@ -32,8 +37,8 @@ def tolerant(arguments: Sequence[str]) -> list[str]:
     Which keys exist is decided by the dataclasses (`offrl.config.build`), not by the files: so a typing error still gets a
     clear sentence, and defaults need to stand nowhere else.
     """
-    defaults = asdict(TrainConfig())
-    options = {*defaults, *(f"{table}.{key}" for table in ("data", "eval") for key in defaults[table])}
+    defaults = _defaults()
+    options = {*defaults, *(f"eval.{key}" for key in defaults["eval"])}
     extra = next((Path(b) for a, b in zip(arguments, arguments[1:]) if a in ("--config-dir", "-cd")), None)
     extra = extra or next((Path(a.split("=", 1)[1]) for a in arguments if a.startswith("--config-dir=")), None)
     if extra and not extra.is_dir():
@@ -47,7 +52,9 @@ def tolerant(arguments: Sequence[str]) -> list[str]:
         plain = "=" in word and not word.startswith(("-", "+", "~")) and not key.startswith("hydra")
         named = key in known or key in options or "@" in key or "/" in key
         words.append(f"++{word}" if plain and not named else word)
-    return words
+    # Hydra's parser wants its flags and their values on one side of the overrides.
+    overrides = [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
+    return [word for word in words if word not in overrides] + overrides
 
 
 def compose(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -301,7 +301,7 @@ def test_unknown_choices_are_named() -> None:
 
 
 def test_words_for_hydra(tmp_path: Path) -> None:
-    """A key that no file has is added; options, groups, flags, Hydra's own keys and explicit additions stay as they are."""
+    """A key that no file has is added; all others stay as they are, and flags go first."""
     words = [
         "agent.alpha=1",
         "evl.every=1",
@@ -315,13 +315,22 @@ def test_words_for_hydra(tmp_path: Path) -> None:
         "-m",
         "sampler=u",
     ]
-    assert tolerant(words) == ["++agent.alpha=1", "++evl.every=1", *words[2:]]
+    assert tolerant(words) == ["-m", "++agent.alpha=1", "++evl.every=1", *(word for word in words[2:] if word != "-m")]
     (tmp_path / "mygroup").mkdir()
     for flag in (["--config-dir", str(tmp_path)], ["-cd", str(tmp_path)], [f"--config-dir={tmp_path}"]):
         assert tolerant([*flag, "mygroup=x"])[-1] == "mygroup=x"
     assert tolerant(["mygroup=x"]) == ["++mygroup=x"]
     with pytest.raises(OffrlError, match="there is no such folder"):
         tolerant(["--config-dir", str(tmp_path / "no")])
+
+
+def test_a_methods_table_for_a_dataset_works_when_composed() -> None:
+    """AntMaze's rewards are shifted for TD3+BC; defaults that nobody typed don't undo it, what was typed does."""
+    antmaze = {"agent": "td3_bc", "dataset": "antmaze-umaze-v2"}
+    assert plan(compose(antmaze)).train.data.reward_shift == -1.0
+    assert plan(compose({**antmaze, "data.cache": False})).train.data.reward_shift == -1.0
+    assert plan(compose({**antmaze, "data.reward_shift": 0.0})).train.data.reward_shift == 0.0
+    assert plan(compose({**antmaze, "dataset": "hopper-medium-v2"})).train.data.reward_shift == 0.0
 
 
 def test_every_preset_composes() -> None:

@@ -100,7 +100,7 @@ def test_uniforms_are_uniform(seed: int) -> None:
 
 
 def test_every_bit_is_fair_and_uncorrelated_with_the_others() -> None:
-    n = 1 << 17
+    n = 1 << 15
     bits = LaneRandom([0]).bits("b", n).numpy()[0].view(np.uint64)
     table = ((bits[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)).astype(np.float64) * 2 - 1
     bound = 5.5 / math.sqrt(n)  # 2016 pairs: the largest of so many normals stays below 4.5 deviations

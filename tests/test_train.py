@@ -128,8 +128,8 @@ def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 60
 
 def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(world: Path) -> None:
     """SIGKILL at random moments, the same command again: bitwise the same parameters, the same rows, the same result."""
-    values = options("toy.npz", 2500, log_every=70, checkpoint_every=25)
-    values["eval"] = {"every": 500, "episodes": 2, "final_episodes": 3, "workers": 2}
+    values = options("toy.npz", 1600, log_every=70, checkpoint_every=20)
+    values["eval"] = {"every": 400, "episodes": 2, "final_episodes": 3, "workers": 2}
     quiet = train({**values, "out": "quiet"})
     folder = Path("killed") / quiet.folder.relative_to("quiet")
     moments, reached = random.Random(3), [0]
@@ -141,7 +141,7 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(world: Path) ->
         assert process.wait() == -signal.SIGKILL
         reached.append(step_of(folder))
     assert not (folder / "result.json").exists()
-    assert 0 < reached[1] < reached[2] < reached[3] < 2500
+    assert 0 < reached[1] < reached[2] < reached[3] < 1600
     process = start("train", *words({**values, "out": "killed"}), stdout=subprocess.PIPE)
     assert "finished: normalised score" in process.communicate(timeout=120)[0]
     assert process.returncode == 0
@@ -178,10 +178,17 @@ def test_signals_save_and_the_rest_follows(number: signal.Signals, toy_file: Pat
 def test_a_signal_in_between_is_harmless_here_too(toy_file: Path) -> None:
     """From Python: the call returns, and the caller's handlers are back."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    timer.start()
-    result = train(options(toy_file, 1_000_000))
-    timer.join()
+    values = options(toy_file, 1_000_000)
+
+    def stop_after_a_checkpoint() -> None:
+        while step_of(plan(values).folder()) == 0:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_after_a_checkpoint)
+    watcher.start()
+    result = train(values)
+    watcher.join()
     assert result.status == "interrupted"
     assert 0 < result.step == step_of(result.folder)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
