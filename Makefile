@@ -19,9 +19,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# BC and TD3+BC on Hopper, trained on a dataset that is built here from shipped policies: a table, curves, the runs.
+# BC and TD3+BC on HalfCheetah, trained on a dataset that is built here from shipped policies: a table, curves, the runs.
 demo: $(READY)
-	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl data build forge/hopper/medium-replay-v0
+	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl data build forge/halfcheetah/medium-replay-v0
 	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl train agent=bc preset=demo lanes=3 out=$(DEMO)/runs
 	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl train agent=td3_bc preset=demo lanes=3 out=$(DEMO)/runs
 	$(BIN)/offrl report $(DEMO)/runs --out $(DEMO)/report
