@@ -281,9 +281,9 @@ class Evaluator:
             for k, (shape, code) in shapes.items()
         }
         self.arrays = {k: _as_array(*value) for k, value in shared.items()}
-        bounds = np.linspace(0, total, workers + 1).astype(int)
+        # Every process gets episodes of every lane, so that a lane with long ones is not one process's burden.
         self.processes = [
-            _Process(context, self.make_env, range(a, b), shared) for a, b in zip(bounds[:-1], bounds[1:])
+            _Process(context, self.make_env, range(first, total, workers), shared) for first in range(workers)
         ]
 
 
