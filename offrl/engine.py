@@ -15,6 +15,7 @@ from torch import Tensor
 from offrl.agent import Agent
 from offrl.batch import Batch
 from offrl.errors import OffrlError
+from offrl.nets import Adam
 from offrl.sampling import Replay
 
 # Gathered batches should stay in the processor's cache until they are used.
@@ -70,6 +71,7 @@ class Compiled(Eager):
 
     def __init__(self, agent: Agent, replay: Replay, precision: str = "float32") -> None:
         super().__init__(agent, replay, precision)
+        Adam.leave_uncompiled()
         self.update = torch.compile(agent.update, dynamic=False)
 
     def _announce(self, first: int, count: int) -> None:

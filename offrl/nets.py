@@ -237,7 +237,14 @@ class Adam(nn.Module):
         for lane, lr in enumerate(self.lane_lr):
             self._adam([[tensor[lane] for tensor in row] for row in rows], lr)
 
-    @torch.compiler.disable  # a compiler has nothing to fuse in one operator, and fails on it
+    @classmethod
+    def leave_uncompiled(cls) -> None:
+        """Keep a compiler out of the step: it has nothing to fuse in one operator, and fails on it.
+
+        No decorator, since that imports the compiler, which would cost every process more than a second.
+        """
+        cls._adam = torch.compiler.disable(cls._adam)  # type: ignore[method-assign]
+
     def _adam(self, rows: list[list[Tensor]], lr: float) -> None:
         parameters, gradients, means, squares = rows
         # The operator behind torch.optim.Adam(fused=True), called directly: it can be captured and compiled.
