@@ -29,7 +29,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# Longer trainings and sweeps: about ten minutes.
+# Tests that start other processes for long: a sweep by joblib.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 

@@ -74,11 +74,11 @@ class Agent(nn.Module):
         self.spec = spec
         self.cfg = lane_coefficients(config or self.Config(), spec)
         self.random = LaneRandom(spec.seeds, spec.device)
-        normalize = getattr(self.cfg, "normalize_obs", True)
-        mean = spec.obs_mean if normalize and spec.obs_mean is not None else torch.zeros(spec.obs_dim)
-        std = spec.obs_std if normalize and spec.obs_std is not None else torch.full((spec.obs_dim,), 1.0 - 1e-3)
-        self.register_buffer("obs_mean", mean.detach().clone())
-        self.register_buffer("obs_scale", 1 / (std.detach() + 1e-3))  # the 1e-3 of TD3+BC and its descendants
+        mean, scale = torch.zeros(spec.obs_dim), torch.ones(spec.obs_dim)
+        if getattr(self.cfg, "normalize_obs", True) and spec.obs_mean is not None and spec.obs_std is not None:
+            mean, scale = spec.obs_mean.clone(), 1 / (spec.obs_std + 1e-3)  # the 1e-3 of TD3+BC and its descendants
+        self.register_buffer("obs_mean", mean)
+        self.register_buffer("obs_scale", scale)
         self.build()
         self.to(spec.device)
 

@@ -25,9 +25,9 @@ def lane_generators(seeds: Sequence[int], name: str) -> list[torch.Generator]:
 class _ReluMLP(torch.autograd.Function):
     """Batched Linear-ReLU-...-Linear as one autograd node.
 
-    Why by hand: on a CPU a third of an update went to autograd's own bookkeeping and to layouts of narrow layers for
-    which the matrix product runs at a tenth of its rate. Here each product has the order that runs fast (a narrow
-    output is computed transposed, weight gradients as g^T h), and only gradients that are asked for are computed.
+    Why by hand: on a CPU products with a narrow side run at a tenth of the matrix library's rate in the order in
+    which autograd makes them, and its bookkeeping adds to that. Here each product has the
+    order that runs fast (a narrow output is computed transposed, weight gradients as g^T h).
     `relu_mlp_reference` says the same in one line per layer; the tests compare the two.
     """
 
@@ -66,7 +66,7 @@ class _ReluMLP(torch.autograd.Function):
 
 
 def _narrow_product(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """h W^T + b, `[n, batch, out]`; for few outputs as (W h^T)^T, which the CPU's library runs up to eight times faster."""
+    """h W^T + b, `[n, batch, out]`; for few outputs as (W h^T)^T, which the CPU's library runs four times faster."""
     if weight.shape[1] > 16:
         return torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
     return torch.baddbmm(bias.unsqueeze(2), weight, h.transpose(1, 2)).transpose(1, 2)

@@ -670,5 +670,4 @@ def _spec_from(values: Mapping[str, Any], device: str) -> Spec:
 def dataset_info(folder: Path | str) -> DatasetInfo:
     """The dataset of a run or checkpoint, as it was when the run was made."""
     path = Path(folder)
-    _, facts = checkpoint.load(path if path.is_file() else path / checkpoint.NAME)
-    return DatasetInfo(**facts["info"])
+    return DatasetInfo(**checkpoint.facts(path if path.is_file() else path / checkpoint.NAME)["info"])
