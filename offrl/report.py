@@ -353,6 +353,8 @@ NOT_SETTINGS = {
 
 def _method(run: results.Run) -> str | None:
     """The agent's name, with the sampler where it is not the uniform one: what a published number has to match."""
+    if name := run.manifest.get("method"):
+        return str(name)
     agent, sampler = _target(run.config.get("agent")), _target(run.config.get("sampler"))
     if not agent:
         return None
@@ -381,7 +383,7 @@ def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
     """Whether a setting is a list with one coefficient per lane (and not, say, the sizes of layers)."""
     if not isinstance(value, list) or len(value) != lanes or re.search("hidden|dims|sizes|layers|betas", key):
         return False
-    return key.startswith("agent.") and all(isinstance(v, int | float) for v in value)
+    return key.startswith(("agent.", "sampler.")) and all(isinstance(v, int | float) for v in value)
 
 
 def _labels(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:

@@ -1,43 +1,96 @@
 """Samplers: which rows of a Store make the next batch.
 
-A sampler knows the Store's episodes and nothing of observations or agents. Draws come from `LaneRandom`, so they depend on
-the lane's seed and the update's number alone: a sampler has no state to save.
+A sampler knows the Store's episodes and nothing of agents. Draws come from `LaneRandom`, so they depend on the lane's seed
+and the update's number alone: most samplers have no state to save.
+
+Returns are read off the data as they were loaded, before `data.reward_*` transforms them: shifting rewards would make long
+trajectories look better, or worse, than they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from offrl import config, weights
 from offrl.batch import Batch
 from offrl.data.store import Store
+from offrl.errors import OffrlError
 from offrl.random import LaneRandom
 
 
-class Sampler(Protocol):
-    """Anything that draws rows."""
+@dataclass
+class NoSettings:
+    """A sampler without settings."""
+
+
+class Sampler:
+    """Base of all samplers; a subclass has a dataclass `Config` and implements `draw`.
+
+    A float in the configuration may be a list with one value per lane. Samplers are made as `cls(store, config, seeds)`, with
+    the lanes' seeds.
+
+    Attributes:
+        refresh_every: updates between calls of `refresh`; 0 for a sampler that stays as it was made.
+    """
+
+    Config: ClassVar[type] = NoSettings
+    refresh_every: int = 0
 
     def draw(self, random: LaneRandom, steps: Tensor, batch: int, stream: str = "sampler") -> Tensor:
         """`[updates, lanes, batch]` int64 rows for the updates numbered `steps` (`[updates]` int64).
 
-        `stream` names the random numbers; samplers that draw for one batch must not share them.
+        `stream` names the random numbers; samplers that draw for one batch must not share them. No copy to the host: a
+        captured graph draws too.
         """
+        raise NotImplementedError
+
+    @classmethod
+    def label(cls, cfg: Any) -> str:
+        """What reports put behind the agent's name."""
+        return cls.__name__
+
+    def facts(self) -> dict[str, Any]:
+        """Numbers worth keeping with a run; what differs between lanes is a list."""
+        return {}
+
+    def refresh(self) -> None:
+        """Change the law, in place (a captured graph goes on reading the same tensors)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State that training changes and a checkpoint has to hold."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `tensors` gave."""
 
 
-class Uniform:
+class Uniform(Sampler):
     """Every transition equally likely, with replacement."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, cfg: NoSettings | None = None, seeds: Sequence[int] = ()) -> None:
         self.rows = len(store)
 
     def draw(self, random: LaneRandom, steps: Tensor, batch: int, stream: str = "sampler") -> Tensor:
         return random.integers(stream, self.rows, (batch,), steps)
 
+    @classmethod
+    def label(cls, cfg: Any) -> str:
+        return ""
 
-class EpisodeWeighted:
+    def facts(self) -> dict[str, Any]:
+        return {"effective_rows": self.rows, "effective_share": 1.0}
+
+
+# ---- weights per trajectory ------------------------------------------------------------------------------------------
+
+
+class EpisodeWeighted(Sampler):
     """Transitions weighted by a weight of their episode: P(row) is proportional to `weights[episode of row]`.
 
     Drawn in two stages, exactly: an episode with probability proportional to weight x length, then one of its rows
@@ -49,7 +102,8 @@ class EpisodeWeighted:
     """
 
     def __init__(self, store: Store, weights: Tensor) -> None:
-        mass = weights.double().to(store.device).reshape(-1, store.episodes) * store.lengths
+        self.weights = weights.double().to(store.device)
+        mass = self.weights.reshape(-1, store.episodes) * store.lengths
         if bool((~mass.isfinite()).any() or (mass < 0).any() or (mass.sum(-1) <= 0).any()):
             raise ValueError("episode weights must be finite and non-negative with a positive sum")
         self.table = (mass.cumsum(-1) / mass.sum(-1, keepdim=True)).contiguous()
@@ -59,12 +113,229 @@ class EpisodeWeighted:
 
     def draw(self, random: LaneRandom, steps: Tensor, batch: int, stream: str = "sampler") -> Tensor:
         u = random.uniform(stream, (2, batch), steps)  # [updates, lanes, 2, batch]
-        lanes = u.shape[1]
-        by_lane = u[:, :, 0].transpose(0, 1).reshape(lanes, -1).contiguous()
-        episode = torch.searchsorted(self.table.expand(lanes, -1).contiguous(), by_lane, right=True)
-        episode = torch.minimum(episode, self.last).view(lanes, -1, batch).transpose(0, 1)
+        episode = self._episodes(u[:, :, 0])
         length = self.lengths[episode]
         return self.first[episode] + torch.minimum((u[:, :, 1] * length).to(torch.int64), length - 1)
+
+    def _episodes(self, u: Tensor) -> Tensor:
+        """`[updates, lanes, batch]` episodes, by inverting the cumulative distribution at `u`."""
+        if len(self.table) == 1:  # all lanes share it
+            return torch.searchsorted(self.table[0], u.contiguous(), right=True).minimum(self.last[0])
+        by_lane = u.transpose(0, 1).flatten(1)
+        episode = torch.searchsorted(self.table, by_lane.contiguous(), right=True).minimum(self.last)
+        return episode.unflatten(1, (len(u), -1)).transpose(0, 1)
+
+    def facts(self) -> dict[str, Any]:
+        rows = weights.effective_rows(self.weights, self.lengths)
+        return {"effective_rows": rows.tolist(), "effective_share": (rows / self.lengths.sum()).tolist()}
+
+
+@dataclass
+class ReturnWeightedConfig:
+    # alpha: a transition of the best trajectory is exp(1 / alpha) times as likely as one of the worst. The authors use
+    # 0.1, with CQL 0.2; `inf` is uniform sampling.
+    temperature: float = 0.1
+    per_step: bool = (
+        False  # rank by reward per step instead of return (for ablations: cut trajectories then count in full)
+    )
+
+    def __post_init__(self) -> None:
+        check_above_zero("temperature", self.temperature)
+
+
+class ReturnWeighted(EpisodeWeighted):
+    """RW: the weight exp(g / alpha), with g the trajectory's return brought to [0, 1]."""
+
+    Config = ReturnWeightedConfig
+
+    def __init__(self, store: Store, cfg: Any = None, seeds: Sequence[int] = ()) -> None:
+        self.cfg: Any = cfg or self.Config()
+        returns = weights.checked_returns(store.returns)
+        self.returns = returns / (store.lengths + store.has_tail) if self.cfg.per_step else returns
+        self.about: dict[str, Any] = {}
+        law, reason = weights.boltzmann(self.scores(store), per_lane(self.cfg.temperature, store.device))
+        if reason:
+            warn(reason)
+        self.about["fallback"] = "; ".join(filter(None, (self.about.get("fallback"), reason))) or None
+        super().__init__(store, law)
+
+    def scores(self, store: Store) -> Tensor:
+        """`[E]`: what ranks the trajectories."""
+        return self.returns
+
+    @classmethod
+    def label(cls, cfg: Any) -> str:
+        return "RW"
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | self.about
+
+
+@dataclass
+class AdvantageWeightedConfig(ReturnWeightedConfig):
+    baseline: weights.BaselineName = "ols"  # V(s_0): ols (the authors'), ridge, kfold, network or mean
+
+
+class AdvantageWeighted(ReturnWeighted):
+    """AW: the same with the advantage G - V(s_0), so that a lucky start doesn't count as a good behaviour."""
+
+    Config = AdvantageWeightedConfig
+
+    def scores(self, store: Store) -> Tensor:
+        fit = weights.baseline(store.initial_observations, self.returns, self.cfg.baseline)
+        if fit.fallback:
+            warn(fit.fallback)
+        self.about |= {"baseline": fit.used, "baseline_r2": fit.r2, "fallback": fit.fallback}
+        return self.returns - fit.values
+
+    @classmethod
+    def label(cls, cfg: Any) -> str:
+        return "AW"
+
+
+@dataclass
+class TopPercentConfig:
+    percent: float = 10.0  # of the trajectories (not of the transitions), at least one; earlier ones win ties
+
+    def __post_init__(self) -> None:
+        for value in as_list(self.percent):
+            if not 0 < value <= 100:
+                raise OffrlError(f"sampler.percent={value:g} should be above 0 and at most 100.")
+
+
+class TopPercent(EpisodeWeighted):
+    """Uniform over the transitions of the trajectories with the highest returns."""
+
+    Config = TopPercentConfig
+
+    def __init__(self, store: Store, cfg: Any = None, seeds: Sequence[int] = ()) -> None:
+        percent = (cfg or self.Config()).percent
+        returns = weights.checked_returns(store.returns)
+        laws = [weights.top(returns, value) for value in as_list(percent)]
+        super().__init__(store, torch.stack(laws) if isinstance(percent, list) else laws[0])
+
+    @classmethod
+    def label(cls, cfg: Any) -> str:
+        return "Top-%" if isinstance(cfg.percent, list) else f"Top-{cfg.percent:g}%"
+
+
+# ---- weights per transition ------------------------------------------------------------------------------------------
+
+
+class RowWeighted(Sampler):
+    """Transitions with weights of their own, drawn in constant time from an alias table (Walker 1977).
+
+    Args:
+        weights: `[N]`, or `[lanes, N]` when lanes differ; non-negative, any scale.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.keep, self.alias = alias_table(weights)
+
+    def change(self, weights: Tensor) -> None:
+        """Other weights of the same shape, in place."""
+        keep, alias = alias_table(weights)
+        self.keep.copy_(keep)
+        self.alias.copy_(alias)
+
+    def draw(self, random: LaneRandom, steps: Tensor, batch: int, stream: str = "sampler") -> Tensor:
+        rows = self.keep.shape[-1]
+        u = random.uniform(stream, (2, batch), steps)  # [updates, lanes, 2, batch]
+        row = place = (u[:, :, 0] * rows).to(torch.int64)
+        if self.keep.ndim == 2:
+            place = row + rows * torch.arange(len(self.keep), device=row.device).unsqueeze(-1)
+        return torch.where(u[:, :, 1] < self.keep.view(-1)[place], row, self.alias.view(-1)[place].to(torch.int64))
+
+
+def alias_table(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(keep, alias), both shaped like `weights` (`[..., N]`): row i stays i with probability `keep[i]`, else is `alias[i]`.
+
+    The usual construction walks once through the rows below and once through those above the mean, topping up each of the
+    former from the current one of the latter. Where that walk is at any time follows from two running sums, so
+    it is done for all rows at once.
+    """
+    if weights.ndim > 1:
+        tables = [alias_table(lane) for lane in weights]
+        return torch.stack([keep for keep, _ in tables]), torch.stack([alias for _, alias in tables])
+    mass = weights.double()
+    if bool((~mass.isfinite()).any() or (mass < 0).any() or mass.sum() <= 0):
+        raise ValueError("weights of rows must be finite and non-negative with a positive sum")
+    share = mass * (len(mass) / mass.sum())  # 1 on average
+    below, above = (share < 1).nonzero().squeeze(-1), (share >= 1).nonzero().squeeze(-1)
+    keep, alias = torch.ones_like(share), torch.arange(len(share), dtype=torch.int32, device=share.device)
+    if not len(below) or not len(above):  # all alike, but for rounding
+        return keep, alias
+    missing, excess = (1 - share[below]).cumsum(0), (share[above] - 1).cumsum(0)
+    before = missing - (1 - share[below])
+    # A row below the mean is topped up by the first row above it whose excess is not used up by then ...
+    donor = torch.searchsorted(excess, before, right=True).clamp(max=len(above) - 1)
+    keep[below], alias[below] = share[below], above[donor].to(torch.int32)
+    # ... and that row, once it has given too much, by the next one above.
+    last = torch.searchsorted(missing, excess).clamp(max=len(below) - 1)
+    keep[above] = (1 + excess - missing[last]).clamp(0, 1)
+    keep[above[-1]] = 1.0
+    alias[above[:-1]] = above[1:].to(torch.int32)
+    return keep, alias
+
+
+# ---- from a configuration --------------------------------------------------------------------------------------------
+
+
+def sampler_config(settings: Mapping[str, Any], lanes: int) -> tuple[type[Any], Any]:
+    """The class that `_target_` names and its configuration with the given settings, both checked.
+
+    Raises:
+        OffrlError: no such class, an unknown key, a wrong value, or a list whose length is not the number of lanes.
+    """
+    from hydra.utils import get_class
+
+    target = settings["_target_"]
+    try:
+        cls: Any = get_class(target)
+    except Exception as error:
+        raise OffrlError(f"sampler._target_={target} can't be imported ({error}); check its spelling.") from error
+    if not (isinstance(cls, type) and issubclass(cls, Sampler)):
+        raise OffrlError(f"sampler._target_={target} is no offrl.sampling.Sampler; name a class that is.")
+    given = {k: v for k, v in settings.items() if k != "_target_"}
+    cfg = config.build(cls.Config, given, "sampler.", per_lane=True)
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if str(field.type) == "float" and isinstance(value, list) and len(value) != lanes:
+            raise OffrlError(f"sampler.{field.name} has {len(value)} values for {lanes} lanes; give one per lane.")
+    return cls, cfg
+
+
+def make_sampler(settings: Mapping[str, Any], store: Store, seeds: Sequence[int]) -> Sampler:
+    """A sampler from its `_target_` and the settings that differ from its dataclass."""
+    cls, cfg = sampler_config(settings, len(seeds))
+    try:
+        sampler: Sampler = cls(store, cfg, seeds)
+    except (TypeError, ValueError) as error:
+        raise OffrlError(f"sampler: {error}") from error
+    return sampler
+
+
+def per_lane(value: Any, device: torch.device) -> Any:
+    """A list as a tensor `[lanes]`, a number as it is."""
+    return torch.tensor(value, dtype=torch.float64, device=device) if isinstance(value, list) else value
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def check_above_zero(name: str, value: Any) -> None:
+    """Raise OffrlError unless a setting, or every lane's value of it, is above zero."""
+    for number in as_list(value):
+        if not number > 0:
+            raise OffrlError(f"sampler.{name}={number:g} should be above 0.")
+
+
+def warn(reason: str) -> None:
+    warnings.warn(f"sampler: {reason}.", stacklevel=3)
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 class Replay:

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from offrl import checkpoint, config, results
 from offrl.agent import Agent, Spec
-from offrl.config import TrainConfig
+from offrl.config import DataConfig, TrainConfig
+from offrl.data.info import return_spread
 from offrl.data.store import DatasetInfo, Store
 from offrl.engine import make_engine
 from offrl.errors import OffrlError
 from offrl.evaluate import Episodes, Evaluator
 from offrl.paths import replacing
-from offrl.sampling import Replay
+from offrl.sampling import Replay, make_sampler, sampler_config
 from offrl.trackers import make_tracker
 
 # What may change when a run is continued: none of it changes a number of the training.
@@ -69,10 +70,16 @@ class Plan:
     def agent_name(self) -> str:
         return self.agent["_target_"].split(".")[-2]
 
+    @property
+    def method(self) -> str:
+        """The agent's name, and the sampler's where it is not the uniform one: `td3_bc+AW`."""
+        cls, cfg = sampler_config(self.sampler, len(self.train.lane_seeds()))
+        return "+".join(filter(None, (self.agent_name, cls.label(cfg))))
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is kept with the run; `plan` reads it back."""
         train = asdict(self.train)
-        return {"method": self.train.label or self.agent_name, "agent": self.agent, "sampler": self.sampler, **train}
+        return {"method": self.train.label or self.method, "agent": self.agent, "sampler": self.sampler, **train}
 
     def identity(self) -> str:
         """8 hex digits of everything that changes the training's numbers, seeds apart."""
@@ -88,7 +95,8 @@ class Plan:
         if len(text) > 40:
             text = f"{text[:30]}...{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
         dataset = re.sub(r"[^\w.-]+", "_", self.train.dataset).strip("._")
-        return Path(self.train.out) / self.agent_name / dataset / f"seed{text}-{self.identity()}"
+        method = re.sub(r"[^\w.+-]+", "", self.method)
+        return Path(self.train.out) / method / dataset / f"seed{text}-{self.identity()}"
 
 
 def plan(values: Mapping[str, Any]) -> Plan:
@@ -119,8 +127,8 @@ def plan(values: Mapping[str, Any]) -> Plan:
             raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
         train.lanes = len(train.seeds)
     agent_config(agent)  # a typing error should not wait for the data
-    if "_target_" not in sampler:
-        sampler["_target_"] = "offrl.sampling.Uniform"
+    sampler.setdefault("_target_", "offrl.sampling.Uniform")
+    sampler_config(sampler, len(train.lane_seeds()))
     return Plan(train, agent, sampler)
 
 
@@ -263,6 +271,11 @@ def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
 
 def load_data(job: TrainConfig, device: torch.device | str) -> Store:
     """The Store to train on, with its rewards transformed as the configuration says."""
+    return transform_rewards(read_data(job, device), job.data)
+
+
+def read_data(job: TrainConfig, device: torch.device | str) -> Store:
+    """The Store as it was recorded."""
     from offrl import data
     from offrl.data import forge
 
@@ -270,7 +283,7 @@ def load_data(job: TrainConfig, device: torch.device | str) -> Store:
     name: str | Path = job.dataset
     if job.dataset.startswith("forge/"):
         name = forge.ensure(job.dataset, size=options.size, seed=options.seed, progress=job.progress)
-    store = data.load(
+    return data.load(
         name,
         device=device,
         semantics=options.semantics,
@@ -280,6 +293,10 @@ def load_data(job: TrainConfig, device: torch.device | str) -> Store:
         unfinished=options.unfinished,
         goals=options.goals,
     )
+
+
+def transform_rewards(store: Store, options: DataConfig) -> Store:
+    """r <- scale r + shift, as the configuration says."""
     scale = options.reward_scale
     if options.reward_normalize:
         spread = float(store.returns.max() - store.returns.min())
@@ -298,7 +315,8 @@ class Trainer:
         self.job, self.cfg, self.folder = job, job.train, folder
         tune_process(self.cfg.threads)
         self.device = _device(self.cfg.device)
-        self.store = load_data(self.cfg, self.device)
+        recorded = read_data(self.cfg, self.device)
+        self.store = transform_rewards(recorded, self.cfg.data)
         self.seeds = self.cfg.lane_seeds()
         mean, std = self.store.observation_statistics()
         info = self.store.info
@@ -314,11 +332,10 @@ class Trainer:
             device=self.device,
         )
         self.agent = make_agent(job.agent, self.spec)
+        self.sampler = make_sampler(job.sampler, recorded, self.seeds)
+        self.sampler_facts = self.sampler.facts() | {"positive_sided_variance": return_spread(recorded)}
         self.replay = Replay(
-            [(self.store, _sampler(job.sampler, self.store), 1.0)],
-            self.cfg.batch_size,
-            self.agent.window,
-            self.agent.extra,
+            [(self.store, self.sampler, 1.0)], self.cfg.batch_size, self.agent.window, self.agent.extra
         )
         self.engine = make_engine(
             self.cfg.engine, self.agent, self.replay, self.cfg.precision, self.cfg.updates_per_launch
@@ -457,6 +474,8 @@ class Trainer:
         """Everything that a reader of the numbers may ask for later, beside them."""
         manifest = {
             "run_id": self.folder.name,
+            "method": self.job.method,
+            "sampler": self.sampler_facts,
             "fingerprint": self.store.fingerprint,
             "dataset_info": asdict(self.store.info),
             "transitions": len(self.store),
@@ -644,16 +663,6 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OffrlError(f"device={name}: this PyTorch sees no GPU; use device=cpu.")
     return device
-
-
-def _sampler(settings: Mapping[str, Any], store: Store) -> Any:
-    from hydra.utils import get_class
-
-    try:
-        cls = get_class(settings["_target_"])
-        return cls(store, **{k: v for k, v in settings.items() if k != "_target_"})
-    except (ImportError, TypeError, ValueError) as error:
-        raise OffrlError(f"sampler: {error}") from error
 
 
 def _spec_to(spec: Spec) -> dict[str, Any]:

@@ -394,8 +394,18 @@ def test_devices_that_are_not_there(toy_file: Path) -> None:
 
 
 def test_samplers_that_cant_be_made(toy_file: Path) -> None:
-    for sampler in ({"_target_": "offrl.sampling.Unknown"}, {"_target_": "offrl.sampling.Uniform", "x": 1}):
-        with pytest.raises(OffrlError, match="sampler: "):
+    for sampler, message in (
+        ({"_target_": "offrl.sampling.Unknown"}, r"sampler\._target_=offrl\.sampling\.Unknown can't be imported"),
+        ({"_target_": "offrl.agents.bc.BC"}, r"is no offrl\.sampling\.Sampler"),
+        ({"_target_": "offrl.sampling.EpisodeWeighted"}, "sampler: "),  # it needs weights
+        ({"_target_": "offrl.sampling.Uniform", "x": 1}, r"sampler\.x is no option"),
+        ({"_target_": "offrl.sampling.ReturnWeighted", "temprature": 1}, r"did you mean sampler\.temperature"),
+        ({"_target_": "offrl.sampling.ReturnWeighted", "temperature": 0}, "temperature=0 should be above 0"),
+        ({"_target_": "offrl.sampling.ReturnWeighted", "temperature": [0.1, 1]}, "2 values for 1 lanes"),
+        ({"_target_": "offrl.sampling.TopPercent", "percent": 101}, "percent=101 should be above 0 and at most 100"),
+        ({"_target_": "offrl.sampling.AdvantageWeighted", "baseline": "lasso"}, "baseline=lasso should be one of ols"),
+    ):
+        with pytest.raises(OffrlError, match=message):
             train(options(toy_file, sampler=sampler))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offrl.data.store import Store
 from offrl.paths import replacing
+from offrl.weights import positive_sided_variance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ def describe(store: Store) -> dict[str, Any]:
         "lengths": _summary(steps),
         "returns": _summary(returns),
         "score": None if scores is None else _summary(scores),
-        "positive_sided_variance": positive_sided_variance(_normalised(store)),
+        "positive_sided_variance": return_spread(store),
         "rewards": _columns(store.rewards[:, None])[0],
         "observations": _columns(store.observations),
         "actions": _discrete(store) if info.discrete else _columns(store.actions),
@@ -74,10 +75,9 @@ def episode_ends(store: Store) -> Tensor:
     return torch.where(terminated, 0, ends).cpu()
 
 
-def positive_sided_variance(returns: Tensor) -> float:
-    """Upper semivariance about the mean, mean(max(G - mean(G), 0)^2)."""
-    returns = returns.double()
-    return float((returns - returns.mean()).clamp(min=0).square().mean())
+def return_spread(store: Store) -> float:
+    """Positive-sided variance of the normalised returns (score / 100; of [0, 1] without references)."""
+    return positive_sided_variance(_normalised(store))
 
 
 def _normalised(store: Store) -> Tensor:

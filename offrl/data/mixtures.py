@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offrl.data.info import positive_sided_variance
 from offrl.data.store import Store, concatenate
 from offrl.errors import OffrlError
+from offrl.weights import positive_sided_variance
 
 
 def build_mixture(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from offrl.data import DatasetInfo, Store, from_arrays
-from offrl.data.info import describe, episode_ends, plot, positive_sided_variance, print_info
+from offrl.data.info import describe, episode_ends, plot, print_info
+from offrl.weights import positive_sided_variance
 
 
 def store(**info: object) -> Store:
