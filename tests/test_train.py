@@ -401,7 +401,7 @@ def test_samplers_that_cant_be_made(toy_file: Path) -> None:
         ({"_target_": "offrl.sampling.Uniform", "x": 1}, r"sampler\.x is no option"),
         ({"_target_": "offrl.sampling.ReturnWeighted", "temprature": 1}, r"did you mean sampler\.temperature"),
         ({"_target_": "offrl.sampling.ReturnWeighted", "temperature": 0}, "temperature=0 should be above 0"),
-        ({"_target_": "offrl.sampling.ReturnWeighted", "temperature": [0.1, 1]}, "2 values for 1 lanes"),
+        ({"_target_": "offrl.sampling.ReturnWeighted", "temperature": [0.1, 1, 2]}, "3 values for 2 lanes"),
         ({"_target_": "offrl.sampling.TopPercent", "percent": 101}, "percent=101 should be above 0 and at most 100"),
         ({"_target_": "offrl.sampling.AdvantageWeighted", "baseline": "lasso"}, "baseline=lasso should be one of ols"),
     ):
