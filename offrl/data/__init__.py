@@ -2,6 +2,7 @@
 
 store = load("forge/hopper/medium-replay-v0")   # built on the spot from shipped policies
 store = load("hopper-medium-v2")                # D4RL, after `offrl data fetch hopper-medium-v2`
+store = load("hopper-random-expert-0.1-v2")     # a mixture of two D4RL sets, drawn on the spot
 store = load("D4RL/pen/human-v2")               # Minari, after `offrl data fetch D4RL/pen/human-v2`
 store = load("my.hdf5")                         # a file in D4RL's layout, .npz, or a Minari folder
 """
@@ -21,6 +22,7 @@ from offrl.data.arrays import from_arrays, read_npz
 from offrl.data.cache import cached, read_flat
 from offrl.data.d4rl import read_d4rl, read_d4rl_package
 from offrl.data.minari import data_folder, local_datasets, local_folder, read_minari
+from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
 from offrl.data.reading import ReadOptions, Semantics, file_kind
 from offrl.data.store import DatasetInfo, Store, concatenate
 from offrl.errors import OffrlError
@@ -75,6 +77,8 @@ def _load(name: str | Path, options: ReadOptions, cache: bool) -> Store:
             return _read_path(folder, text, options, cache)
         if text in catalogue.d4rl():
             return _load_d4rl(text, options, cache)
+        if D4RL_MIXTURE.fullmatch(text):
+            return d4rl_mixture(text, partial(_load_d4rl, options=options, cache=cache))
         if MINARI_ID.fullmatch(text) and data_folder(local_folder(text)) is not None:
             return _read_path(local_folder(text), text, options, cache)
         if text in catalogue.minari():

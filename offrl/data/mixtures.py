@@ -7,6 +7,8 @@ Theirs were drawn without a seed and can't be made again; these can.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,25 @@ from numpy.typing import NDArray
 from offrl.data.store import Store, concatenate
 from offrl.errors import OffrlError
 from offrl.weights import positive_sided_variance
+
+D4RL_MIXTURE = re.compile(r"(hopper|halfcheetah|walker2d|ant)-random-(medium|expert)-(0\.\d+)-v2")
+
+
+def d4rl_mixture(name: str, load: Callable[[str], Store]) -> Store:
+    """The authors' set of that name, such as `hopper-random-expert-0.1-v2`, drawn anew from two D4RL sets with seed 0.
+
+    Args:
+        load: of the sources, here `hopper-expert-v2` and `hopper-random-v2`.
+
+    Scores use the references of the better source.
+    """
+    match = D4RL_MIXTURE.fullmatch(name)
+    assert match is not None
+    good, bad = (load(f"{match[1]}-{level}-v2") for level in (match[2], "random"))
+    mixture, manifest = build_mixture(good, bad, float(match[3]))
+    summary = {key: value for key, value in manifest.items() if key != "episodes"}
+    source = f"{good.info.source} and {bad.info.source}"
+    return mixture.with_info(id=name, source=source, provenance=good.info.provenance | {"mixture": summary})
 
 
 def build_mixture(
@@ -34,9 +55,9 @@ def build_mixture(
         seed: of the draws.
 
     Returns:
-        The mixture, every piece an episode of its own, under `good`'s info; and a manifest in plain JSON types:
-        `episodes` as pairs (source, episode), `realised_sigma` (good transitions / n_total, above sigma by at most
-        one trajectory), `share` (good transitions / all), `distinct_episodes`, `return_mean`, `return_max`, and
+        The mixture, every piece an episode of its own that is marked as ended, under `good`'s info; and a manifest in plain
+        JSON types: `episodes` as pairs (source, episode), `realised_sigma` (good transitions / n_total, above sigma by
+        at most one trajectory), `share` (good transitions / all), `distinct_episodes`, `return_mean`, `return_max`, and
         `psv`, the positive-sided variance of the scores / 100 (of the returns where there are no references).
 
     Raises:
@@ -59,6 +80,8 @@ def build_mixture(
     chosen_bad = _draw(rng, bad.lengths.cpu().numpy(), total - rows_good)
     parts = [(good, chosen_good), (bad, chosen_bad)]
     mixture = concatenate([store.select_episodes(torch.from_numpy(chosen)) for store, chosen in parts], info=good.info)
+    # A piece that its file cut off ends like one at the time limit, so that no file made of the mixture joins it to the next.
+    mixture.complete = torch.ones_like(mixture.complete)
     returns, scores = mixture.returns, good.info.normalized(mixture.returns)
     manifest = {
         "sources": [{"id": store.info.id, "fingerprint": store.fingerprint} for store, _ in parts],

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
+from offrl.data import catalogue, from_arrays, load
+from offrl.data.arrays import to_arrays
 from offrl.data.mixtures import build_mixture
 from offrl.data.store import DatasetInfo, Store
 from offrl.errors import OffrlError
@@ -88,6 +92,45 @@ def test_same_seed_same_mixture_and_manifest_is_json() -> None:
         {"id": "good", "fingerprint": good.fingerprint},
         {"id": "bad", "fingerprint": bad.fingerprint},
     ]
+
+
+def test_pieces_that_their_file_cut_off_are_marked_as_ended() -> None:
+    """Else a file made of the mixture would join them to the next piece."""
+    good, bad = make_store("good", [7, 3], 1.0), make_store("bad", [2, 4], 0.0)
+    cut = Store(**good.tensors() | {"complete": torch.tensor([True, False])}, info=good.info)
+    mixture, _ = build_mixture(cut, bad, 0.4, 60)
+    assert bool(mixture.complete.all())
+    assert mixture.episodes == from_arrays(to_arrays(mixture)).episodes
+
+
+@pytest.mark.parametrize("name", ["hopper-random-expert-0.1-v2", "ant-random-medium-0.01-v2"])
+def test_published_names_mix_two_d4rl_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env, level, sigma = name.split("-")[0], name.split("-")[2], float(name.split("-")[3])
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    with pytest.raises(OffrlError, match=f"{env}-{level}-v2: not on this machine yet; get it with `offrl data fetch"):
+        load(name)
+    for source, value in ((level, 1.0), ("random", 0.0)):
+        write_file(tmp_path / f"{env}-{source}-v2.hdf5", value)
+    store = load(name)
+    assert store.info.id == name
+    references = catalogue.d4rl()[f"{env}-{level}-v2"].info()
+    assert (store.info.ref_min, store.info.env_id) == (references.ref_min, references.env_id)
+    assert store.info.family == "gym-mujoco"
+    made = store.info.provenance["mixture"]
+    assert sigma < made["realised_sigma"] <= sigma + 10 / 1000
+    assert float((store.returns > 0).double().mean()) == pytest.approx(made["share"])
+    assert store.fingerprint == load(name).fingerprint
+
+
+def write_file(path: Path, value: float) -> None:
+    """1000 steps in episodes of 10, each row with the reward `value`."""
+    rng = np.random.default_rng(0)
+    obs = rng.normal(size=(1000, 3)).astype(np.float32)
+    with h5py.File(path, "w") as file:
+        data = {"observations": obs, "next_observations": obs + 1, "actions": obs[:, :2].clip(-1, 1)}
+        data |= {"rewards": np.full(1000, value), "terminals": np.zeros(1000, bool)}
+        for key, array in (data | {"timeouts": np.arange(1000) % 10 == 9}).items():
+            file[key] = array
 
 
 def test_positive_sided_variance_of_scores() -> None:
