@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offrl.data.draws import describe_draws, draws_table, fallbacks, plot_bands, plot_concentration
 from offrl.data.store import Store
 from offrl.paths import replacing
 from offrl.weights import positive_sided_variance
@@ -28,7 +29,8 @@ def describe(store: Store) -> dict[str, Any]:
     behaviour's normalised score over episodes, None without references (D4RL's AntMaze files count every step at the
     goal, so that theirs is no success rate). `positive_sided_variance` is
     mean(max(G - mean(G), 0)^2) over episodes (Hong et al. 2023): how much a few good episodes stand out; returns are
-    normalised by the references (score / 100), without them to [0, 1].
+    normalised by the references (score / 100), without them to [0, 1]; `normalisation` says which. `samplers`: what each
+    would draw, see `offrl.data.draws`.
     """
     info, returns = store.info, store.returns.cpu()
     steps = (store.lengths + store.has_tail).double().cpu()
@@ -58,6 +60,8 @@ def describe(store: Store) -> dict[str, Any]:
         "returns": _summary(returns),
         "score": None if scores is None else _summary(scores),
         "positive_sided_variance": return_spread(store),
+        "normalisation": "returns scaled to [0, 1]" if scores is None else "normalised scores / 100",
+        "samplers": describe_draws(store),
         "rewards": _columns(store.rewards[:, None])[0],
         "observations": _columns(store.observations),
         "actions": _discrete(store) if info.discrete else _columns(store.actions),
@@ -137,7 +141,7 @@ def print_info(description: dict[str, Any]) -> None:
             "behaviour's score",
             f"{d['score']['mean']:.1f} (0 is a return of {d['references'][0]:g}, 100 of {d['references'][1]:g})",
         )
-    facts.add_row("positive-sided variance", f"{d['positive_sided_variance']:.4g} (of normalised returns)")
+    facts.add_row("positive-sided variance", f"{d['positive_sided_variance']:.4g} (of {d['normalisation']})")
     facts.add_row("environment", f"{d['env_id'] or 'none'} (family {d['family']})")
     facts.add_row("source", d["source"])
     facts.add_row("fingerprint", d["fingerprint"])
@@ -149,6 +153,10 @@ def print_info(description: dict[str, Any]) -> None:
         if d[name] is not None:
             spread.add_row(name, *(_short(d[name][key]) for key in keys))
     console.print(spread)
+
+    console.print(draws_table(d["samplers"]))
+    for line in fallbacks(d["samplers"]):
+        console.print(line, style="dim", markup=False, highlight=False)
 
     ranges = Table("dimension", "min", "mean", "std", "max", "")
     groups = {"reward": [d["rewards"]], "action": d["actions"], "observation": d["observations"]}
@@ -178,19 +186,27 @@ DENSITY_ROWS = 200_000  # more do not change a heat map
 
 
 def plot(store: Store, path: Path) -> None:
-    """Write a PNG of six panels: returns, lengths, returns in the file's order, rewards, actions, observations."""
+    """Write a PNG of eight panels: returns, lengths, returns in the file's order, rewards, actions, observations, and
+    how much the best trajectories count under each sampler."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 8.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(20, 8.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    axes = figure.subplots(2, 4)
     _plot_returns(axes[0, 0], store)
     _plot_lengths(axes[0, 1], store)
     _plot_order(axes[0, 2], store)
     _plot_rewards(axes[1, 0], store)
     _plot_actions(axes[1, 1], store)
     _plot_observations(axes[1, 2], store)
+    plot_concentration(axes[0, 3], store)
+    _style(axes[0, 3], "What the best trajectories get", "best trajectories (log)", "share of draws")
+    plot_bands(axes[1, 3], describe_draws(store))
+    _style(axes[1, 3], "Where draws come from", "share of draws", "")
+    for panel, pad in ((axes[0, 3], 36), (axes[1, 3], 22)):  # legends stand above
+        panel.set_title(panel.get_title(loc="left"), loc="left", fontsize=11, fontweight="bold", pad=pad)
+    axes[1, 3].grid(False)
     score = store.info.normalized(store.returns)
     if score is not None:
         for panel in axes[0]:  # level with the panel that has a second axis above

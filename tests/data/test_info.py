@@ -101,6 +101,30 @@ def test_positive_sided_variance_is_of_normalised_returns() -> None:
     assert describe(store())["positive_sided_variance"] == pytest.approx(positive_sided_variance(returns / 10))
 
 
+def test_what_samplers_would_draw() -> None:
+    """100 episodes of 2 steps, returns 0 ... 99: bands are counts of trajectories."""
+    data = {
+        "observations": np.zeros((200, 1)),
+        "actions": np.zeros((200, 1)),
+        "rewards": np.repeat(np.arange(100), 2) / 2,
+        "next_observations": np.zeros((200, 1)),
+        "terminals": np.arange(200) % 2 == 1,
+    }
+    d = describe(from_arrays(data))
+    assert d["normalisation"] == "returns scaled to [0, 1]"
+    samplers = d["samplers"]
+    assert list(samplers) == ["uniform", "RW", "AW", "Top-10%"]
+    assert list(samplers["uniform"]["mass"].values()) == pytest.approx([0.01, 0.09, 0.15, 0.25, 0.5])
+    assert list(samplers["Top-10%"]["mass"].values()) == pytest.approx([0.1, 0.9, 0, 0, 0])
+    assert samplers["Top-10%"]["effective_rows"] == pytest.approx(20)
+    weights = np.exp(np.arange(99, -1, -1) / 99 / 0.1)
+    expected = [part.sum() / weights.sum() for part in np.split(weights, [1, 10, 25, 50])]
+    for name in ("RW", "AW"):
+        assert list(samplers[name]["mass"].values()) == pytest.approx(expected)
+        assert samplers[name]["effective_rows"] == pytest.approx(2 * weights.sum() ** 2 / (weights**2).sum())
+        assert samplers[name]["fallback"] is None
+
+
 def test_goals_on_the_way_are_no_ends() -> None:
     data = {
         "observations": np.zeros((10, 1)),
