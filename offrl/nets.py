@@ -96,22 +96,34 @@ class MLP(nn.Module):
         sizes: widths from input to output.
         members: size of the ensemble; None for a single network.
         name: keeps the initial weights of a lane's networks apart.
+        multiple: hidden widths are rounded up to a multiple of this by units whose weights are zero. They put out
+            zero, get no gradient and stay so: the same function of the same weights, in sizes that a matrix library
+            likes (products of width 750 run at two thirds of the rate of 752).
 
     Weights are `[lanes, (members,) out, in]`, biases `[lanes, (members,) out]`.
     """
 
-    def __init__(self, seeds: Sequence[int], sizes: Sequence[int], members: int | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        sizes: Sequence[int],
+        members: int | None = None,
+        name: str = "",
+        multiple: int = 1,
+    ) -> None:
         super().__init__()
         generators = lane_generators(seeds, name)
         self.members = members
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         self.layers: list[nn.Parameter] = []  # the same, alternating; looking them up by name costs microseconds
         lead = () if members is None else (members,)
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+        spare = [0, *(-width % multiple for width in sizes[1:-1]), 0]
+        for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
             bound = 1 / math.sqrt(fan_in)
             for shape, where in (((*lead, fan_out, fan_in), self.weights), ((*lead, fan_out), self.biases)):
                 lanes = [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
-                where.append(nn.Parameter(torch.stack(lanes)))
+                padding = (0, spare[i], 0, spare[i + 1]) if where is self.weights else (0, spare[i + 1])
+                where.append(nn.Parameter(nn.functional.pad(torch.stack(lanes), padding)))
                 self.layers.append(where[-1])
 
     def forward(self, x: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:

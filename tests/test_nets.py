@@ -140,6 +140,25 @@ def test_a_frozen_network_passes_gradients_on_and_computes_none_of_its_own(membe
     assert all(p.grad is not None for p in mlp.parameters())
 
 
+def test_padded_widths_change_no_function_and_stay_zero() -> None:
+    """Same initial weights, same outputs, same descent; the units that fill a width up never come to life."""
+    sizes = (5, 18, 33, 3)
+    plain, padded = (MLP((1, 2), sizes, members=2, multiple=m).double() for m in (1, 16))
+    assert [w.shape[-2:] for w in padded.weights] == [(32, 5), (48, 32), (3, 48)]
+    x = torch.randn(2, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    adams = [Adam(net.parameters(), 1e-2).double() for net in (plain, padded)]
+    for _ in range(5):
+        torch.testing.assert_close(padded(x), plain(x), rtol=1e-9, atol=1e-9)
+        for net, adam in zip((plain, padded), adams):
+            adam.step((net(x) - 1).square().mean((1, 2, 3)))
+    for many, few in zip([*padded.weights, *padded.biases], [*plain.weights, *plain.biases]):
+        inner = many.detach().clone()
+        own = tuple(slice(0, n) for n in few.shape)
+        torch.testing.assert_close(inner[own], few.detach(), rtol=1e-9, atol=1e-9)
+        inner[own] = 0
+        assert not inner.any()
+
+
 def test_lanes_have_no_influence_on_each_other() -> None:
     """The gradient of one lane's output is zero in every other lane."""
     mlp = MLP((1, 2, 3), [4, 8, 2])
