@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import best_action, make_toy
+from plain import batches, difference, sequential
 from torch import Tensor, nn
 
 from offrl.agent import Spec
@@ -68,21 +69,6 @@ class Plain:
         return largest
 
 
-def sequential(mlp: nn.Module, lane: int, member: int | None = None) -> nn.Sequential:
-    """One lane (and member) of a lane-batched MLP as ordinary layers."""
-    layers: list[nn.Module] = []
-    for w, b in zip(mlp.weights, mlp.biases):
-        weight, bias = (w[lane], b[lane]) if member is None else (w[lane, member], b[lane, member])
-        linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
-        linear.weight.data, linear.bias.data = weight.detach().clone(), bias.detach().clone()
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def difference(a: nn.Module, b: nn.Module) -> float:
-    return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters()))
-
-
 @pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (2, 1e-10), (100, 1e-8)])
 def test_updates_equal_the_authors(updates: int, tolerance: float) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
@@ -90,14 +76,10 @@ def test_updates_equal_the_authors(updates: int, tolerance: float) -> None:
     spec = Spec(3, 2, (11,), *store.observation_statistics())
     agent = TD3BC(spec, TD3BCConfig(hidden=(24, 16))).double()
     plain = Plain(agent)
-    random, sampler = LaneRandom((11,)), Uniform(store)
-    mean, std = store.observations.mean(0), store.observations.std(0, correction=0)
-    for t in range(1, updates + 1):
-        rows = sampler.draw(random, torch.tensor([t]), 64, "sampler/0")[0, 0]
-        random.step.fill_(t)
-        noise = random.normal("target_action", store.actions[rows].unsqueeze(0))[0]
-        s, s2 = ((x[rows] - mean) / (std + 1e-3) for x in (store.observations, store.next_observations))
-        plain.step(t, s, store.actions[rows], store.rewards[rows], s2, 1 - store.terminations[rows], noise)
+    random = LaneRandom((11,))
+    for t, rows in batches(store, random, updates, 64):
+        noise = random.normal("target_action", rows[1].unsqueeze(0))[0]
+        plain.step(t, *rows, noise)
     before = plain.distance(agent)
     Eager(agent, Replay([(store, Uniform(store), 1.0)], 64)).run(0, updates)
     assert plain.distance(agent) < tolerance < before

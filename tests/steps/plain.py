@@ -1,0 +1,43 @@
+"""What restatements of authors' updates share: one seed's networks as ordinary layers, and one seed's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from offrl.data.store import Store
+from offrl.random import LaneRandom
+from offrl.sampling import Uniform
+
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def sequential(mlp: nn.Module, lane: int, member: int | None = None) -> nn.Sequential:
+    """One lane (and member) of a lane-batched MLP as ordinary layers."""
+    layers: list[nn.Module] = []
+    for w, b in zip(mlp.weights, mlp.biases):
+        weight, bias = (w[lane], b[lane]) if member is None else (w[lane, member], b[lane, member])
+        linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+        linear.weight.data, linear.bias.data = weight.detach().clone(), bias.detach().clone()
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def difference(a: nn.Module, b: nn.Module) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters()))
+
+
+def batches(store: Store, random: LaneRandom, updates: int, size: int) -> Iterator[tuple[int, Rows]]:
+    """Number and rows (s, a, r, s', 1 - d) of each update of a run of one lane; states are standardised.
+
+    `random`, a lane's numbers, is put to the update under way.
+    """
+    sampler = Uniform(store)
+    mean, std = store.observations.mean(0), store.observations.std(0, correction=0)
+    for t in range(1, updates + 1):
+        rows = sampler.draw(random, torch.tensor([t]), size, "sampler/0")[0, 0]
+        random.step.fill_(t)
+        s, s2 = ((x[rows] - mean) / (std + 1e-3) for x in (store.observations, store.next_observations))
+        yield t, (s, store.actions[rows], store.rewards[rows], s2, 1 - store.terminations[rows])
