@@ -1,0 +1,172 @@
+"""What the comparisons with authors' code share: random data, equal weights, batches and noise, and the report.
+
+A file beside this one describes a `Comparison` (how to make both sides, which of their parameters correspond, which
+noise the authors draw) and hands it to `run`. Nothing of the authors' is copied: their code is imported from the
+checkout that the user names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offrl.agent import Agent, Spec
+from offrl.data.store import Store
+from offrl.engine import Eager
+from offrl.nets import MLP
+from offrl.random import LaneRandom
+from offrl.sampling import Replay, Uniform
+
+OBS, ACTION, BATCH, SEED, ROWS = 17, 6, 256, 0, 20_000
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Comparison:
+    """One method beside its authors' class.
+
+    Attributes:
+        ours: builds our agent.
+        theirs: builds the authors' object from our agent and the data; its `train(buffer, batch_size)` is one update.
+        pairs: our parameters beside theirs, by network; see `td3_pairs` and `network_pairs`.
+        draws: names and widths of our agent's standard normals in the order in which the authors draw theirs.
+        order: what their buffer's `sample` returns; rewards and masks come as columns.
+    """
+
+    ours: Callable[[Spec, Store], Any]
+    theirs: Callable[[Any, Store], Any]
+    pairs: Callable[[Any, Any], dict[str, list[Pair]]]
+    draws: dict[str, int] = field(default_factory=lambda: {"target_action": ACTION})
+    order: tuple[str, ...] = ("obs", "action", "reward", "next_obs", "mask")
+
+
+def authors_module(checkout: Path, name: str, repository: str) -> Any:
+    """Module `name` of the checkout, imported with the checkout first on the path."""
+    if not (checkout / f"{name}.py").exists():
+        raise SystemExit(f"{checkout}: there is no {name}.py; name a checkout of {repository}.")
+    sys.path.insert(0, str(checkout))
+    return importlib.import_module(name)
+
+
+def network_pairs(mlp: MLP, linears: Iterable[nn.Linear], member: int | None = None) -> list[Pair]:
+    """Weights and biases of a network (or one of an ensemble) beside the authors' layers, as views.
+
+    Units that pad a hidden width of ours (see `MLP`) are left out.
+    """
+    result: list[Pair] = []
+    for weight, bias, linear in zip(mlp.weights, mlp.biases, linears):
+        index = (0,) if member is None else (0, member)
+        out, into = linear.weight.shape
+        result += [(weight[index][:out, :into], linear.weight), (bias[index][:out], linear.bias)]
+    return result
+
+
+def layers(network: nn.Module, names: str) -> list[nn.Linear]:
+    """The authors' layers, named with spaces between."""
+    return [getattr(network, name) for name in names.split()]
+
+
+def td3_pairs(agent: Any, theirs: Any, actor: str, critics: Sequence[str]) -> dict[str, list[Pair]]:
+    """Actor, critics and their targets, for authors who keep TD3's names.
+
+    Args:
+        actor: names of the authors' layers of the actor.
+        critics: the same of each critic.
+    """
+    result = {}
+    for suffix in ("", "_target"):
+        mine = getattr(agent, f"actor{suffix}"), getattr(agent, f"critics{suffix}")
+        others = getattr(theirs, f"actor{suffix}"), getattr(theirs, f"critic{suffix}")
+        result[f"actor{suffix}"] = network_pairs(mine[0].mlp, layers(others[0], actor))
+        twins = [network_pairs(mine[1].mlp, layers(others[1], names), i) for i, names in enumerate(critics)]
+        result[f"critics{suffix}"] = [pair for twin in twins for pair in twin]
+    return result
+
+
+def random_store(dtype: torch.dtype) -> Store:
+    generator = torch.Generator().manual_seed(1)
+    obs = torch.randn(ROWS + 1, OBS, generator=generator, dtype=torch.float64)
+    action = torch.rand(ROWS, ACTION, generator=generator, dtype=torch.float64) * 2 - 1
+    reward = torch.randn(ROWS, generator=generator, dtype=torch.float64)
+    done = (torch.rand(ROWS, generator=generator) < 0.01).double()
+    tensors = [t.to(dtype) for t in (obs[:-1], action, reward, obs[1:], done)]
+    return Store(*tensors, torch.arange(0, ROWS + 1, 1000))
+
+
+class Fed:
+    """What the authors' `train` calls a replay buffer: hands out prepared batches."""
+
+    def __init__(self) -> None:
+        self.batch: tuple[Tensor, ...] = ()
+
+    def sample(self, size: int) -> tuple[Tensor, ...]:
+        return self.batch
+
+
+@contextlib.contextmanager
+def dictated_noise(numbers: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, `torch.randn_like` hands out these numbers, one tensor a call."""
+    original, waiting = torch.randn_like, iter(numbers)
+    torch.randn_like = lambda like, **_: next(waiting).reshape(like.shape)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.randn_like = original
+
+
+def compare(comparison: Comparison, dtype: torch.dtype, marks: Sequence[int]) -> None:
+    """Print the largest difference of a parameter, by network, after each number of updates in `marks`."""
+    torch.set_default_dtype(dtype)
+    store = random_store(dtype)
+    agent = comparison.ours(Spec(OBS, ACTION, (SEED,), *store.observation_statistics()), store).to(dtype)
+    theirs = comparison.theirs(agent, store)
+    pairs = comparison.pairs(agent, theirs)
+    start_alike(agent, pairs)
+    engine = Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH))
+    random, sampler, fed, done = LaneRandom((SEED,)), Uniform(store), Fed(), 0
+    for mark in marks:
+        for t in range(done + 1, mark + 1):
+            rows = sampler.draw(random, torch.tensor([t]), BATCH, "sampler/0")[0]
+            batch = agent.prepare(store.transitions(rows))[0]
+            random.step.fill_(t)
+            fed.batch = tuple(getattr(batch, name).reshape(BATCH, -1) for name in comparison.order)
+            noise = (random.normal(name, torch.empty(1, BATCH, width)) for name, width in comparison.draws.items())
+            with dictated_noise(noise):
+                theirs.train(fed, BATCH)
+        engine.run(done, mark - done)
+        done = mark
+        gaps = {name: max((a - b).abs().max().item() for a, b in rows) for name, rows in pairs.items()}
+        worst = ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
+        print(f"{dtype!s:13} {mark:5} updates: largest difference {max(gaps.values()):.2e} ({worst})", flush=True)
+
+
+def start_alike(agent: Agent, pairs: dict[str, list[Pair]]) -> None:
+    """Give the authors' networks our initial weights."""
+    before = copy.deepcopy(agent.state_dict())
+    with torch.no_grad():
+        for mine, other in (pair for rows in pairs.values() for pair in rows):
+            other.copy_(mine)
+    assert all(torch.equal(value, before[key]) for key, value in agent.state_dict().items())
+
+
+def run(description: str, repository: str, comparison: Callable[[Path], Comparison]) -> None:
+    """The command line that all comparisons have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path, help=f"checkout of {repository}")
+    parser.add_argument("--dtypes", default="float32,float64")
+    parser.add_argument("--updates", default="1,10,100,1000", help="after which to compare, ascending")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = comparison(arguments.checkout)
+    for name in arguments.dtypes.split(","):
+        compare(chosen, getattr(torch, name), [int(n) for n in arguments.updates.split(",")])
