@@ -2,6 +2,7 @@
 
     python benchmarks/speed/updates.py                          # offrl alone
     python benchmarks/speed/updates.py --corl PATH              # PATH: a checkout of corl-team/CORL
+    python benchmarks/speed/updates.py --agent a2pr --official PATH --lanes 2     # PATH: a checkout of ltlhuuu/A2PR
     python benchmarks/speed/updates.py --device cuda --lanes 1,10 --engines eager,cudagraph
 
 Everything runs in rounds: in each, every contestant runs for the same few seconds, so that a noisy machine is noisy for
@@ -31,19 +32,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 OBS, ACTION, BATCH, HIDDEN, ROWS = 17, 6, 256, 256, 200_000
 CORES = len(os.sched_getaffinity(0))
+PEERS = ("official", "corl")
 
 
 @dataclass(frozen=True)
 class Contestant:
     """`processes` processes of `lanes` lanes with `threads` threads each."""
 
-    kind: str  # offrl, corl or matmul
+    kind: str  # offrl, official, corl or matmul
     lanes: int = 1
     threads: int = 1
     processes: int = 1
     engine: str = "eager"
     precision: str = "float32"
     device: str = "cpu"
+    agent: str = "td3_bc"
 
     def __str__(self) -> str:
         engine = "" if self.kind != "offrl" else f" {self.engine} {self.precision}"
@@ -58,19 +61,21 @@ def arrays() -> tuple[torch.Tensor, ...]:
 
 
 def offrl_burst(who: Contestant) -> Callable[[int], None]:
-    """`burst(n)` makes n updates of TD3+BC as `offrl train` does."""
+    """`burst(n)` makes n updates of the agent, with its default settings, as `offrl train` does."""
+    from omegaconf import OmegaConf
+
     from offrl.agent import Spec
-    from offrl.agents.td3_bc import TD3BC, TD3BCConfig
     from offrl.data.store import Store
     from offrl.engine import make_engine
+    from offrl.paths import conf_dir
     from offrl.sampling import Replay, Uniform
-    from offrl.train import tune_process
+    from offrl.train import make_agent, tune_process
 
     tune_process(who.threads)
     obs, action, reward, next_obs = arrays()
     store = Store(obs, action, reward, next_obs, torch.zeros(ROWS), torch.arange(0, ROWS + 1, 1000)).to(who.device)
     spec = Spec(OBS, ACTION, tuple(range(who.lanes)), *store.observation_statistics(), device=who.device)
-    agent = TD3BC(spec, TD3BCConfig(hidden=(HIDDEN, HIDDEN)))
+    agent = make_agent({"_target_": OmegaConf.load(conf_dir() / "agent" / f"{who.agent}.yaml")._target_}, spec)
     engine = make_engine(who.engine, agent, Replay([(store, Uniform(store), 1.0)], BATCH), who.precision)
     step = 0
 
@@ -80,6 +85,26 @@ def offrl_burst(who: Contestant) -> Callable[[int], None]:
         step += updates
         if who.device != "cpu":
             torch.cuda.synchronize()
+
+    return burst
+
+
+def official_burst(who: Contestant, checkout: Path) -> Callable[[int], None]:
+    """The same with the authors' class and replay buffer, read from the user's checkout."""
+    sys.path.insert(0, str(checkout))
+    torch.set_num_threads(who.threads)
+    obs, action, reward, next_obs = (x.numpy() for x in arrays())
+    names = ("observations", "actions", "rewards", "next_observations", "terminals")
+    rows = dict(zip(names, (obs, action, reward, next_obs, torch.zeros(ROWS).numpy())))
+    if who.agent != "a2pr":
+        raise SystemExit(f"{who.agent}: this benchmark doesn't know how to run the authors' code.")
+    agent = importlib.import_module("A2PR").A2PR(OBS, ACTION, 1.0, who.device)
+    buffer = importlib.import_module("utils.buffer").ReplayBuffer(OBS, ACTION, who.device, "", 1, 0, max_size=1)
+    buffer.D4RL_convert(rows)
+
+    def burst(updates: int) -> None:
+        for _ in range(updates):
+            agent.train(buffer, BATCH)
 
     return burst
 
@@ -130,10 +155,11 @@ def matmul_burst(who: Contestant) -> Callable[[int], None]:
     return burst
 
 
-def compete(who: Contestant, checkout: Path | None, seconds: float, gate: Any, answers: Any) -> None:
+def compete(who: Contestant, checkout: Path, seconds: float, gate: Any, answers: Any) -> None:
     """One process: warm up, wait for the others, run for `seconds`, answer with seed-updates per second."""
-    makers = {"offrl": offrl_burst, "matmul": matmul_burst, "corl": lambda w: corl_burst(w, checkout or Path())}
-    burst = makers[who.kind](who)
+    own: dict[str, Callable[[Contestant], Callable[[int], None]]] = {"offrl": offrl_burst, "matmul": matmul_burst}
+    peers = {"official": official_burst, "corl": corl_burst}
+    burst = own[who.kind](who) if who.kind in own else peers[who.kind](who, checkout)
     size = 16
     burst(size)
     burst(size)
@@ -145,8 +171,8 @@ def compete(who: Contestant, checkout: Path | None, seconds: float, gate: Any, a
     answers.put(who.lanes * done / (time.perf_counter() - began))
 
 
-def run(who: Contestant, checkout: Path | None, seconds: float) -> float:
-    """Seed-updates per second of the machine."""
+def run(who: Contestant, checkout: Path, seconds: float) -> float:
+    """Seed-updates per second of the machine; `checkout` is that of the peer's code."""
     context = multiprocessing.get_context("spawn")
     gate, answers = context.Barrier(who.processes), context.Queue()
     arguments = (who, checkout, seconds, gate, answers)
@@ -159,9 +185,9 @@ def run(who: Contestant, checkout: Path | None, seconds: float) -> float:
     return total
 
 
-def flop_per_update() -> float:
+def flop_per_update(agent: str) -> float:
     """Floating-point operations of one seed's update in matrix products, counted by PyTorch over one period."""
-    who = Contestant("offrl")
+    who = Contestant("offrl", agent=agent)
     burst = offrl_burst(who)
     burst(2)
     with FlopCounterMode(display=False) as counter:
@@ -170,12 +196,13 @@ def flop_per_update() -> float:
 
 
 def contestants(arguments: argparse.Namespace) -> list[Contestant]:
-    cores, device = CORES, arguments.device
+    cores, device, agent = CORES, arguments.device, arguments.agent
+    peers = [kind for kind in PEERS if getattr(arguments, kind)]
     engines = arguments.engines.split(",")
     if device != "cpu":
         lanes = [int(n) for n in arguments.lanes.split(",")]
         every = [
-            Contestant("offrl", n, 1, 1, e, p, device)
+            Contestant("offrl", n, 1, 1, e, p, device, agent)
             for n in lanes
             for e in engines
             for p in arguments.precisions.split(",")
@@ -183,25 +210,27 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
         return (
             every
             + [Contestant("matmul", n, 1, 1, device=device) for n in lanes]
-            + ([Contestant("corl", device=device)] if arguments.corl else [])
+            + [Contestant(kind, device=device, agent=agent) for kind in peers]
         )
     many = int(arguments.lanes.split(",")[-1])
     shapes = [(1, 1, 1), (1, 1, cores), (1, cores, 1), (many, 1, 1), (many, 1, cores), (many, cores, 1)]
-    kinds = ["offrl", *(["corl"] if arguments.corl else []), "matmul"]
+    kinds = ["offrl", *peers, "matmul"]
     every = []
     for kind in kinds:
         for lanes, threads, processes in dict.fromkeys(shapes):
-            if kind == "corl" and lanes > 1:
+            if kind in PEERS and lanes > 1:
                 continue
             for engine in engines if kind == "offrl" else ["eager"]:
                 for precision in arguments.precisions.split(",") if kind == "offrl" else ["float32"]:
-                    every.append(Contestant(kind, lanes, threads, processes, engine, precision))
+                    every.append(Contestant(kind, lanes, threads, processes, engine, precision, agent=agent))
     return every
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corl", type=Path, help="checkout of corl-team/CORL")
+    parser.add_argument("--agent", default="td3_bc", help="name of a file in conf/agent")
+    parser.add_argument("--official", type=Path, help="checkout of the authors' code of the agent: a2pr")
+    parser.add_argument("--corl", type=Path, help="checkout of corl-team/CORL: td3_bc")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lanes", default="10", help="lanes to try, with commas")
     parser.add_argument("--engines", default="eager", help="engines to try, with commas")
@@ -214,8 +243,8 @@ def main() -> None:
     rates: dict[Contestant, list[float]] = {who: [] for who in everyone}
     for _ in range(arguments.rounds):
         for who in everyone:
-            rates[who].append(run(who, arguments.corl, arguments.seconds))
-    flop = flop_per_update()
+            rates[who].append(run(who, getattr(arguments, who.kind, None) or Path(), arguments.seconds))
+    flop = flop_per_update(arguments.agent)
     middle = {who: statistics.median(values) for who, values in rates.items()}
     best = {kind: max((middle[w], w) for w in everyone if w.kind == kind)[0] for kind in {w.kind for w in everyone}}
     ceiling = best["matmul"] * 2 * HIDDEN**3
@@ -227,8 +256,9 @@ def main() -> None:
             continue
         share = middle[who] * flop / ceiling
         print(f"{who!s:64} {middle[who]:14.1f} {min(rates[who]):7.1f} {max(rates[who]):7.1f} {share:18.0%}")
-    if "corl" in best:
-        print(f"\nbest of offrl / best of CORL: {best['offrl'] / best['corl']:.2f}")
+    for kind in PEERS:
+        if kind in best:
+            print(f"\nbest of offrl / best of {kind}: {best['offrl'] / best[kind]:.2f}")
     if arguments.out:
         rows = [{**asdict(who), "seed_updates_per_second": values} for who, values in rates.items()]
         facts = {"flop_per_update": flop, "matmul_flop_per_second": ceiling, "torch": torch.__version__}
