@@ -1,14 +1,14 @@
 """Checkpoints: one safetensors file that is replaced whole, with the facts about it as JSON in the file's header.
 
-It holds everything that training changes: networks, targets, optimiser moments and observation statistics as tensors; the
-update's number, seeds, configuration and data fingerprint as JSON. Random numbers and samplers are functions of seed and
-update number, so nothing else needs saving. No pickle is involved.
+It holds everything that training changes: networks, targets, optimiser moments and observation statistics as tensors (and
+what a sampler has learnt, under `sampler/`); the update's number, seeds, configuration and data fingerprint as JSON. Random
+numbers and most samplers are functions of seed and update number, so nothing else needs saving. No pickle is involved.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,20 @@ from offrl.paths import replacing
 
 NAME = "checkpoint.safetensors"
 _KEY = "offrl"
+_SAMPLER = "sampler/"
 
 
-def save(path: Path, agent: Agent, facts: dict[str, Any]) -> None:
+def save(path: Path, agent: Agent, facts: dict[str, Any], sampler: Mapping[str, Tensor] | None = None) -> None:
     """Write a checkpoint beside `path` and rename it over the old one.
+
+    Args:
+        sampler: what the sampler's `tensors` gives.
 
     Raises:
         OffrlError: the disk is full or the folder can't be written; the old checkpoint is intact.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in agent.state_dict().items()}
+    state = agent.state_dict() | {_SAMPLER + name: tensor for name, tensor in (sampler or {}).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={_KEY: json.dumps(facts)})
@@ -78,8 +83,13 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def restore(agent: Agent, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy a checkpoint's tensors into an agent made from the same configuration."""
-    mine = agent.state_dict()
+    mine, tensors = agent.state_dict(), {k: v for k, v in tensors.items() if not k.startswith(_SAMPLER)}
     odd = sorted(set(mine) ^ set(tensors)) or sorted(k for k in mine if mine[k].shape != tensors[k].shape)
     if odd:
         raise OffrlError(f"{path}: the checkpoint does not fit this agent's configuration (at {odd[0]}).")
     agent.load_state_dict(tensors)
+
+
+def of_sampler(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a checkpoint's tensors that belongs to the sampler."""
+    return {name.removeprefix(_SAMPLER): t for name, t in tensors.items() if name.startswith(_SAMPLER)}

@@ -381,7 +381,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
     """Whether a setting is a list with one coefficient per lane (and not, say, the sizes of layers)."""
-    if not isinstance(value, list) or len(value) != lanes or re.search("hidden|dims|sizes|layers|betas", key):
+    if not isinstance(value, list) or len(value) != lanes or re.search("hidden|dims|sizes|layers|betas|shares", key):
         return False
     return key.startswith(("agent.", "sampler.")) and all(isinstance(v, int | float) for v in value)
 

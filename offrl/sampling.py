@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from offrl import config, weights
 from offrl.batch import Batch
 from offrl.data.store import Store
 from offrl.errors import OffrlError
+from offrl.paths import conf_dir
 from offrl.random import LaneRandom
 
 
@@ -58,6 +59,9 @@ class Sampler:
     def facts(self) -> dict[str, Any]:
         """Numbers worth keeping with a run; what differs between lanes is a list."""
         return {}
+
+    def start(self) -> None:
+        """Learn what has to be learnt before the first update; a run that goes on calls `restore` instead."""
 
     def refresh(self) -> None:
         """Change the law, in place (a captured graph goes on reading the same tensors)."""
@@ -278,6 +282,96 @@ def alias_table(weights: Tensor) -> tuple[Tensor, Tensor]:
     return keep, alias
 
 
+# ---- several datasets ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MixtureConfig:
+    datasets: list[str] = field(default_factory=list)  # further datasets; the first one is the run's own
+    shares: list[float] = field(
+        default_factory=list
+    )  # of every batch, one for each of them; the first one has the rest
+    # How each is drawn from, the first one's first: names as in sampler=NAME, or tables with `_target_` and settings. Without,
+    # uniformly.
+    samplers: list[str | dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != len(self.datasets) or not self.datasets:
+            raise OffrlError(
+                f"sampler.shares has {len(self.shares)} values for {len(self.datasets)} sampler.datasets; name one dataset "
+                "at least besides dataset=, and a share for each."
+            )
+        if min(self.shares) <= 0 or sum(self.shares) > 1:
+            raise OffrlError(f"sampler.shares={self.shares} should be above 0 and add up to at most 1.")
+        if self.samplers and len(self.samplers) != len(self.datasets) + 1:
+            raise OffrlError(
+                f"sampler.samplers has {len(self.samplers)} entries for {len(self.datasets) + 1} datasets, the run's own "
+                "included; give one for each."
+            )
+
+
+class Mixture(Sampler):
+    """Fixed shares of every batch from several datasets, each with a sampler of its own.
+
+    The agent trains on one Store that holds them all, one behind the other: so rows are numbered through, and observation
+    statistics are those of all.
+
+    Args:
+        stores: the parts in that order.
+    """
+
+    Config = MixtureConfig
+
+    def __init__(self, stores: Sequence[Store], cfg: MixtureConfig, seeds: Sequence[int] = (0,)) -> None:
+        settings = [_named(sampler) for sampler in cfg.samplers or ["uniform"] * len(stores)]
+        self.parts = [make_sampler(each, [store], seeds) for each, store in zip(settings, stores)]
+        if any(part.refresh_every for part in self.parts):
+            raise OffrlError("sampler.samplers: a part of a mixture can't be refreshed; set its refresh_every=0.")
+        self.shares = cfg.shares
+        lengths = torch.tensor([len(store) for store in stores])
+        self.first = [0, *lengths.cumsum(0).tolist()[:-1]]
+        self.ids = [store.info.id for store in stores]
+
+    def draw(self, random: LaneRandom, steps: Tensor, batch: int, stream: str = "sampler") -> Tensor:
+        counts = shared_out(self.shares, batch)
+        parts = enumerate(zip(self.parts, counts, self.first))
+        drawn = [part.draw(random, steps, n, f"{stream}/{i}") + first for i, (part, n, first) in parts if n]
+        return torch.cat(drawn, -1)
+
+    def facts(self) -> dict[str, Any]:
+        return {"parts": [{"dataset": name, **part.facts()} for name, part in zip(self.ids, self.parts)]}
+
+    def start(self) -> None:
+        for part in self.parts:
+            part.start()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}/{name}": t for i, part in enumerate(self.parts) for name, t in part.tensors().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for i, part in enumerate(self.parts):
+            part.restore({k.split("/", 1)[1]: t for k, t in tensors.items() if k.startswith(f"{i}/")})
+
+
+def shared_out(shares: Sequence[float], batch: int) -> list[int]:
+    """Whole rows for the first part, which takes the rest, and for the others."""
+    others = [round(share * batch) for share in shares]
+    return [batch - sum(others), *others]
+
+
+def _named(sampler: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings behind a name such as `uniform`: what stands in its file."""
+    if not isinstance(sampler, str):
+        return sampler
+    from omegaconf import OmegaConf
+
+    path = conf_dir() / "sampler" / f"{sampler}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise OffrlError(f"sampler.samplers: {sampler} is no sampler; choose among {known}, or give a table.")
+    return {str(key): value for key, value in OmegaConf.to_container(OmegaConf.load(path)).items()}  # type: ignore[union-attr]
+
+
 # ---- from a configuration --------------------------------------------------------------------------------------------
 
 
@@ -298,21 +392,30 @@ def sampler_config(settings: Mapping[str, Any], lanes: int) -> tuple[type[Any], 
         raise OffrlError(f"sampler._target_={target} is no offrl.sampling.Sampler; name a class that is.")
     given = {k: v for k, v in settings.items() if k != "_target_"}
     cfg = config.build(cls.Config, given, "sampler.", per_lane=True)
-    for field in fields(cfg):
-        value = getattr(cfg, field.name)
-        if str(field.type) == "float" and isinstance(value, list) and len(value) != lanes:
-            raise OffrlError(f"sampler.{field.name} has {len(value)} values for {lanes} lanes; give one per lane.")
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if str(f.type) == "float" and isinstance(value, list) and len(value) != lanes:
+            raise OffrlError(f"sampler.{f.name} has {len(value)} values for {lanes} lanes; give one per lane.")
     return cls, cfg
 
 
-def make_sampler(settings: Mapping[str, Any], store: Store, seeds: Sequence[int]) -> Sampler:
-    """A sampler from its `_target_` and the settings that differ from its dataclass."""
+def make_sampler(settings: Mapping[str, Any], stores: Sequence[Store], seeds: Sequence[int]) -> Sampler:
+    """A sampler from its `_target_` and the settings that differ from its dataclass.
+
+    Args:
+        stores: the dataset, and those that `further_datasets` names.
+    """
     cls, cfg = sampler_config(settings, len(seeds))
     try:
-        sampler: Sampler = cls(store, cfg, seeds)
+        sampler: Sampler = cls(stores if issubclass(cls, Mixture) else stores[0], cfg, seeds)
     except (TypeError, ValueError) as error:
         raise OffrlError(f"sampler: {error}") from error
     return sampler
+
+
+def further_datasets(settings: Mapping[str, Any]) -> list[str]:
+    """Datasets that a sampler draws from besides the run's own."""
+    return list(settings.get("datasets") or [])
 
 
 def per_lane(value: Any, device: torch.device) -> Any:
@@ -358,8 +461,7 @@ class Replay:
         extra: tuple[str, ...] = (),
     ) -> None:
         self.sources, self.batch, self.window, self.extra = list(sources), batch, window, extra
-        others = [round(share * batch) for _, _, share in self.sources[1:]]
-        self.counts = [batch - sum(others), *others]
+        self.counts = shared_out([share for _, _, share in self.sources[1:]], batch)
         if min(self.counts) < 0:
             raise ValueError("the shares of mixed stores add up to more than 1")
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from offrl import checkpoint, config, results
 from offrl.agent import Agent, Spec
 from offrl.config import DataConfig, TrainConfig
 from offrl.data.info import return_spread
-from offrl.data.store import DatasetInfo, Store
+from offrl.data.store import DatasetInfo, Store, concatenate
 from offrl.engine import make_engine
 from offrl.errors import OffrlError
 from offrl.evaluate import Episodes, Evaluator
 from offrl.paths import replacing
-from offrl.sampling import Replay, make_sampler, sampler_config
+from offrl.sampling import Replay, further_datasets, make_sampler, sampler_config
 from offrl.trackers import make_tracker
 
 # What may change when a run is continued: none of it changes a number of the training.
@@ -315,7 +315,10 @@ class Trainer:
         self.job, self.cfg, self.folder = job, job.train, folder
         tune_process(self.cfg.threads)
         self.device = _device(self.cfg.device)
-        recorded = read_data(self.cfg, self.device)
+        names = [self.cfg.dataset, *further_datasets(job.sampler)]
+        parts = [read_data(replace(self.cfg, dataset=name), self.device) for name in names]
+        recorded = parts[0] if len(parts) == 1 else concatenate(parts)
+        self.spread = return_spread(recorded)
         self.store = transform_rewards(recorded, self.cfg.data)
         self.seeds = self.cfg.lane_seeds()
         mean, std = self.store.observation_statistics()
@@ -332,8 +335,7 @@ class Trainer:
             device=self.device,
         )
         self.agent = make_agent(job.agent, self.spec)
-        self.sampler = make_sampler(job.sampler, recorded, self.seeds)
-        self.sampler_facts = self.sampler.facts() | {"positive_sided_variance": return_spread(recorded)}
+        self.sampler = make_sampler(job.sampler, parts, self.seeds)  # by the rewards as recorded
         self.replay = Replay(
             [(self.store, self.sampler, 1.0)], self.cfg.batch_size, self.agent.window, self.agent.extra
         )
@@ -350,6 +352,8 @@ class Trainer:
             torn.unlink(missing_ok=True)
         playing = self._evaluator()  # a missing simulator shows before the first update
         resumed = self._restore()
+        if not resumed:
+            self.sampler.start()
         self._describe()
         self.writer = results.RunWriter(self.folder, self._row_facts(), resume_step=self.step if resumed else -1)
         self.tracker = make_tracker(
@@ -388,6 +392,10 @@ class Trainer:
                     paused = time.perf_counter()
                     self._evaluate(evaluator, cfg.eval.episodes, bar)
                     mark += time.perf_counter() - paused
+                if self.sampler.refresh_every and self.step % self.sampler.refresh_every == 0:
+                    paused = time.perf_counter()
+                    self.sampler.refresh()
+                    mark += time.perf_counter() - paused
                 if self.step % cfg.checkpoint_every == 0 and self.step < cfg.updates:
                     paused = time.perf_counter()
                     self._save()
@@ -410,6 +418,7 @@ class Trainer:
     def _to_next_event(self) -> int:
         """Updates until something happens besides training."""
         cadences = [self.cfg.log_every, self.cfg.checkpoint_every, self.cfg.eval.every or self.cfg.updates]
+        cadences.append(self.sampler.refresh_every or self.cfg.updates)
         return min(self.cfg.updates - self.step, *(c - self.step % c for c in cadences))
 
     def _evaluate(self, evaluator: Evaluator, episodes: int, bar: _Bar) -> None:
@@ -447,9 +456,10 @@ class Trainer:
             "spec": _spec_to(self.spec),
             "info": asdict(self.store.info),
         }
-        checkpoint.save(self.folder / checkpoint.NAME, self.agent, facts)
+        learnt = self.sampler.tensors()
+        checkpoint.save(self.folder / checkpoint.NAME, self.agent, facts, learnt)
         if self.cfg.keep_checkpoints:
-            checkpoint.save(self.folder / "checkpoints" / f"{self.step:08d}.safetensors", self.agent, facts)
+            checkpoint.save(self.folder / "checkpoints" / f"{self.step:08d}.safetensors", self.agent, facts, learnt)
 
     def _restore(self) -> bool:
         """Take up the last checkpoint; False when there is none (or the run is to start over)."""
@@ -467,6 +477,8 @@ class Trainer:
                 "or start over with fresh=true."
             )
         checkpoint.restore(self.agent, tensors, path)
+        if learnt := checkpoint.of_sampler(tensors):
+            self.sampler.restore(learnt)
         self.step = facts["step"]
         return True
 
@@ -475,7 +487,7 @@ class Trainer:
         manifest = {
             "run_id": self.folder.name,
             "method": self.job.method,
-            "sampler": self.sampler_facts,
+            "sampler": {**self.sampler.facts(), "positive_sided_variance": self.spread},
             "fingerprint": self.store.fingerprint,
             "dataset_info": asdict(self.store.info),
             "transitions": len(self.store),

@@ -478,14 +478,14 @@ def test_no_loss_knows_of_weights() -> None:
 
 def test_samplers_from_settings() -> None:
     store = random_episodes()
-    made = make_sampler({"_target_": "offrl.sampling.AdvantageWeighted", "temperature": [0.1, 0.5]}, store, (3, 4))
+    made = make_sampler({"_target_": "offrl.sampling.AdvantageWeighted", "temperature": [0.1, 0.5]}, [store], (3, 4))
     torch.testing.assert_close(law(made), aw(store, temperature=[0.1, 0.5]))  # type: ignore[arg-type]
     facts = made.facts()
     assert len(facts["effective_rows"]) == 2
     assert facts["baseline"] == "ols"
     assert 0 < facts["baseline_r2"] < 0.3
     settings = {"_target_": "offrl.sampling.TopPercent", "percent": 20}
-    assert make_sampler(settings, store, (0,)).facts()["effective_rows"] == float(
+    assert make_sampler(settings, [store], (0,)).facts()["effective_rows"] == float(
         store.lengths[store.returns.argsort(descending=True)[:12]].sum()
     )
 
@@ -681,3 +681,73 @@ def test_a_sweep_over_samplers_gives_runs_of_their_own(mixed_file: Any) -> None:
     assert len({p.folder() for p in plans}) == len({p.identity() for p in plans}) == 4
     warm = plan(compose({"sampler": "return_weighted", "sampler.temperature": 0.5, "dataset": str(mixed_file)}))
     assert warm.folder() != plans[1].folder()
+
+
+# ---- several datasets ------------------------------------------------------------------------------------------------
+
+
+def mixture(stores: list[Store], **settings: Any) -> Any:
+    return make_sampler({"_target_": "offrl.sampling.Mixture", **settings}, stores, (0,))
+
+
+def test_a_mixture_draws_fixed_shares_each_by_its_own_sampler() -> None:
+    a, b, c = random_episodes(30, seed=1), random_episodes(40, seed=2), random_episodes(20, seed=3)
+    samplers = ["uniform", {"_target_": "offrl.sampling.ReturnWeighted", "temperature": 0.5}, "top_percent"]
+    made = mixture([a, b, c], datasets=["b", "c"], shares=[0.25, 0.125], samplers=samplers)
+    drawn = made.draw(LaneRandom((0,)), torch.arange(1, 2001), 64)
+    first = [0, len(a), len(a) + len(b), len(a) + len(b) + len(c)]
+    part = torch.bucketize(drawn, torch.tensor(first[1:-1]), right=True)
+    assert torch.equal(part, torch.tensor([0] * 40 + [1] * 16 + [2] * 8).expand_as(part))
+    laws = [torch.ones(len(a), dtype=torch.float64) / len(a), rw(b, temperature=0.5), law(TopPercent(c))]
+    for i, expected in enumerate(laws):
+        assert fits(drawn[part == i] - first[i], expected) > P_VALUE
+    assert made.facts()["parts"][0]["effective_share"] == 1.0
+    plain = mixture([a, b], datasets=["b"], shares=[0.5]).draw(LaneRandom((0,)), torch.arange(1, 2001), 64)
+    assert fits(plain[..., 32:] - len(a), torch.ones(len(b), dtype=torch.float64)) > P_VALUE
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"sampler\.shares has 0 values for 0 sampler\.datasets"),
+        ({"datasets": ["b"], "shares": [0.5, 0.1]}, r"sampler\.shares has 2 values for 1 sampler\.datasets"),
+        ({"datasets": ["b"], "shares": [1.5]}, "add up to at most 1"),
+        ({"datasets": ["b"], "shares": [0.5], "samplers": ["uniform"]}, r"sampler\.samplers has 1 entries for 2"),
+        (
+            {"datasets": ["b"], "shares": [0.5], "samplers": ["uniform", "unifrom"]},
+            "unifrom is no sampler; choose among",
+        ),
+        ({"dataset": ["b"]}, r"did you mean sampler\.datasets"),
+    ],
+)
+def test_mixtures_that_cant_be(settings: dict[str, Any], message: str) -> None:
+    store = random_episodes()
+    with pytest.raises(OffrlError, match=message):
+        mixture([store, store], **settings)
+
+
+def test_training_on_a_mixture(mixed_file: Any) -> None:
+    import shutil
+
+    from offrl.train import Trainer, plan, train
+
+    other = mixed_file.parent / "other.npz"
+    shutil.copy(mixed_file, other)
+    sampler = {"_target_": "offrl.sampling.Mixture", "datasets": [str(other)], "shares": [0.5]}
+    sampler |= {"samplers": ["uniform", "advantage_weighted"]}
+    values = options(mixed_file, sampler)
+    trainer = Trainer(plan(values), mixed_file.parent / "x")
+    assert (len(trainer.store), trainer.store.episodes) == (600, 120)
+    batch = trainer.replay.draw(LaneRandom((0, 1)), torch.arange(1, 200))
+    assert torch.equal(batch.obs, trainer.store.observations[batch.index])
+    good = batch.action[..., 0] > 0.7
+    assert float(good[..., :16].double().mean()) == pytest.approx(0.1, abs=0.03)
+    assert float(good[..., 16:].double().mean()) > 0.9
+    folder = train({**values, "updates": 20}).folder
+    assert folder.parts[-3] == "bc+Mixture"
+    wide = mixed_file.parent / "wide.npz"
+    with np.load(mixed_file) as data:
+        arrays = dict(data)
+    np.savez(wide, **{**arrays, "actions": np.repeat(arrays["actions"], 2, 1)})
+    with pytest.raises(OffrlError, match="differ in observations or actions"):
+        Trainer(plan(options(mixed_file, {**sampler, "datasets": [str(wide)]})), mixed_file.parent / "y")

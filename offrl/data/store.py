@@ -306,6 +306,12 @@ class Store:
 
 def concatenate(stores: list[Store], info: DatasetInfo | None = None) -> Store:
     """One Store of several with the same shapes, in order; episodes stay apart."""
+    for store in stores[1:]:
+        same = all(getattr(store, name).shape[1:] == getattr(stores[0], name).shape[1:] for name in Store.ROW_FIELDS)
+        if not same or store.info.discrete != stores[0].info.discrete:
+            raise OffrlError(
+                f"{stores[0].info.id} and {store.info.id} differ in observations or actions; leave one out."
+            )
     tensors = {}
     for name in (*Store.ROW_FIELDS, *Store.EPISODE_FIELDS):
         tensors[name] = torch.cat([getattr(store, name) for store in stores])
