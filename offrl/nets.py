@@ -98,7 +98,7 @@ class MLP(nn.Module):
         name: keeps the initial weights of a lane's networks apart.
         multiple: hidden widths are rounded up to a multiple of this by units whose weights are zero. They put out
             zero, get no gradient and stay so: the same function of the same weights, in sizes that a matrix library
-            likes (products of width 750 run at two thirds of the rate of 752).
+            likes (on a CPU with AVX2, products of width 750 run at three quarters of the rate of 752).
 
     Weights are `[lanes, (members,) out, in]`, biases `[lanes, (members,) out]`.
     """
@@ -171,6 +171,24 @@ class Critics(nn.Module):
     def forward(self, obs: Tensor, action: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
         """`[lanes, members, batch]`, or `[lanes, batch]` of one member; `frozen` as in `MLP`."""
         return self.mlp(torch.cat([obs, action], -1), member, frozen).squeeze(-1)
+
+
+_UNCOMPILED: list[tuple[type, str]] = []
+
+
+def keep_uncompiled(cls: type, name: str) -> None:
+    """Declare a method that a compiler of tensor code has nothing to gain from, or can't read."""
+    _UNCOMPILED.append((cls, name))
+
+
+def leave_uncompiled() -> None:
+    """Keep the compiler out of what was declared so; for an engine that compiles.
+
+    Not done where the methods stand, since that imports the compiler, which would cost every process a second.
+    """
+    while _UNCOMPILED:
+        cls, name = _UNCOMPILED.pop()
+        setattr(cls, name, torch.compiler.disable(getattr(cls, name)))
 
 
 def column(value: float | Tensor, axes: int = 1) -> Any:
@@ -249,14 +267,6 @@ class Adam(nn.Module):
         for lane, lr in enumerate(self.lane_lr):
             self._adam([[tensor[lane] for tensor in row] for row in rows], lr)
 
-    @classmethod
-    def leave_uncompiled(cls) -> None:
-        """Keep a compiler out of the step: it has nothing to fuse in one operator, and fails on it.
-
-        No decorator, since that imports the compiler, which would cost every process more than a second.
-        """
-        cls._adam = torch.compiler.disable(cls._adam)  # type: ignore[method-assign]
-
     def _adam(self, rows: list[list[Tensor]], lr: float) -> None:
         parameters, gradients, means, squares = rows
         # The operator behind torch.optim.Adam(fused=True), called directly: it can be captured and compiled.
@@ -275,3 +285,6 @@ class Adam(nn.Module):
             amsgrad=False,
             maximize=False,
         )
+
+
+keep_uncompiled(Adam, "_adam")  # one operator: nothing to fuse

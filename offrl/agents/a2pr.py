@@ -56,7 +56,7 @@ class VAE(nn.Module):
     ) -> None:
         super().__init__()
         latent = 2 * action_dim
-        # Rows of 752 numbers instead of 750: matrix products of odd widths run at two thirds of the speed.
+        # `multiple`: rows of 752 numbers instead of 750, which matrix products take a quarter slower.
         self.encoder = MLP(seeds, [obs_dim + action_dim, *hidden, 2 * latent], name="vae/encoder", multiple=16)
         self.decoder = MLP(seeds, [obs_dim + latent, *hidden, action_dim], name="vae/decoder", multiple=16)
         self.scale, self.centre = (high - low) / 2, (high + low) / 2
