@@ -15,7 +15,7 @@ from torch import Tensor
 from offrl.agent import Agent
 from offrl.batch import Batch
 from offrl.errors import OffrlError
-from offrl.nets import Adam
+from offrl.nets import leave_uncompiled
 from offrl.sampling import Replay
 
 # Gathered batches should stay in the processor's cache until they are used.
@@ -71,7 +71,7 @@ class Compiled(Eager):
 
     def __init__(self, agent: Agent, replay: Replay, precision: str = "float32") -> None:
         super().__init__(agent, replay, precision)
-        Adam.leave_uncompiled()
+        leave_uncompiled()
         self.update = torch.compile(agent.update, dynamic=False)
 
     def _announce(self, first: int, count: int) -> None:
@@ -134,11 +134,13 @@ class CudaGraph:
         """`size` updates as the graph holds them, from the update after `agent.random.step` on."""
         agent = self.agent
         metrics: dict[str, Tensor] = {}
+        # All batches in one go: launches of small kernels are what an update costs here, and a weighted draw has some twenty.
+        steps = agent.random.step + torch.arange(1, self.size + 1, device=self.eager.device)
+        batches = agent.prepare(self.eager.replay.draw(agent.random, steps))
         for i in range(self.size):
             agent.random.step.add_(1)
-            batch = agent.prepare(self.eager.replay.draw(agent.random, agent.random.step.reshape(1)))
             with _autocast(self.eager.device, self.eager.precision):
-                metrics |= agent.update(batch[0], i % agent.period)
+                metrics |= agent.update(batches[i], i % agent.period)
         return metrics
 
 
