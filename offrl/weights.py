@@ -117,7 +117,9 @@ def baseline(observations: Tensor, returns: Tensor, method: BaselineName = "ols"
     y = returns.double().cpu().numpy()
     x = _design(observations.detach().cpu().numpy())
     used, fallback = str(method), None
-    if method in ("ols", "kfold") and len(y) < _ROWS_PER_COLUMN * (x.shape[1] + 1):
+    if not x.shape[1]:
+        used = "mean"  # all start alike: nothing to explain by
+    elif method in ("ols", "kfold") and len(y) < _ROWS_PER_COLUMN * (x.shape[1] + 1):
         used, fallback = "ridge", f"{len(y)} trajectories are too few for {x.shape[1] + 1} coefficients"
     elif method == "network" and len(y) < 2 * _FOLDS:
         used, fallback = "mean", f"{len(y)} trajectories are too few to fit a network"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from offrl.data.store import Store
 from offrl.errors import OffrlError
+from offrl.paths import conf_dir
 from offrl.random import LaneRandom
 from offrl.sampling import (
     AdvantageWeighted,
@@ -681,6 +682,46 @@ def test_a_sweep_over_samplers_gives_runs_of_their_own(mixed_file: Any) -> None:
     assert len({p.folder() for p in plans}) == len({p.identity() for p in plans}) == 4
     warm = plan(compose({"sampler": "return_weighted", "sampler.temperature": 0.5, "dataset": str(mixed_file)}))
     assert warm.folder() != plans[1].folder()
+
+
+AGENTS = sorted(path.stem for path in (conf_dir() / "agent").glob("*.yaml"))
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "return_weighted": {"temperature": [0.1, 0.5]},
+    "advantage_weighted": {},
+    "top_percent": {"percent": [10, 50]},
+    "density_weighted": {"steps": 2, "hidden": [4], "batch_size": 8, "refresh_every": 3, "refresh_steps": 2},
+    "mixture": {"shares": [0.5], "samplers": ["top_percent", "uniform"]},
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("agent", AGENTS)
+def test_every_agent_trains_under_every_sampler(mixed_file: Any, agent: str, sampler: str) -> None:
+    from offrl.compose import compose
+    from offrl.train import Trainer, plan
+
+    values = compose({"agent": agent, "sampler": sampler, "dataset": str(mixed_file)})
+    settings = SAMPLERS[sampler] | ({"datasets": [str(mixed_file)]} if sampler == "mixture" else {})
+    small = {"agent": values["agent"] | {"hidden": [8]}, "sampler": values["sampler"] | settings}
+    small |= {"lanes": 2, "updates": 5, "batch_size": 16, "eval": {"every": 0, "final_episodes": 0}, "progress": False}
+    result = Trainer(plan({**values, **small}), mixed_file.parent / "run").run()
+    assert result.status == "finished"  # the trainer itself refuses numbers that are not finite
+
+
+@pytest.mark.cuda
+def test_draws_on_a_gpu_are_those_of_the_cpu() -> None:
+    store = random_episodes()
+    there = store.to("cuda")
+    steps = torch.arange(1, 101)
+    for cls in (Uniform, ReturnWeighted, AdvantageWeighted, TopPercent):
+        here = cls(store).draw(LaneRandom((0, 1)), steps, 64)
+        drawn = cls(there).draw(LaneRandom((0, 1), "cuda"), steps.cuda(), 64).cpu()
+        # Sums of another order may move an edge of the table by a rounding, and so a draw in ten million.
+        assert float((here == drawn).double().mean()) > 0.999
+    rows = torch.rand(2, len(store), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    here = RowWeighted(rows).draw(LaneRandom((0, 1)), steps, 64)
+    drawn = RowWeighted(rows.cuda()).draw(LaneRandom((0, 1), "cuda"), steps.cuda(), 64).cpu()
+    assert float((here == drawn).double().mean()) > 0.999
 
 
 # ---- several datasets ------------------------------------------------------------------------------------------------
