@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from offrl.batch import Batch
 from offrl.random import LaneRandom
+
+if TYPE_CHECKING:
+    from offrl.data.store import Store
 
 __all__ = ["Agent", "Batch", "Spec"]
 
@@ -100,6 +103,12 @@ class Agent(nn.Module):
     def act(self, obs: Tensor) -> Tensor:
         """The policy's action for normalised observations `[lanes, n, O]`, differentiable."""
         raise NotImplementedError
+
+    def attach(self, store: Store) -> None:
+        """Take the whole dataset, before the first update; a method that looks things up in it keeps what it needs.
+
+        Rows of the Store are the `index` of the batches that follow. What is kept here is no part of a checkpoint.
+        """
 
     # ---- what others use --------------------------------------------------------------------------------------
 

@@ -335,6 +335,7 @@ class Trainer:
             device=self.device,
         )
         self.agent = make_agent(job.agent, self.spec)
+        self.agent.attach(self.store)
         self.sampler = make_sampler(job.sampler, parts, self.seeds)  # by the rewards as recorded
         self.replay = Replay(
             [(self.store, self.sampler, 1.0)], self.cfg.batch_size, self.agent.window, self.agent.extra

@@ -29,8 +29,9 @@ every_agent = pytest.mark.parametrize("name", SETTINGS)
 def make(name: str, store: Store, seeds: Sequence[int] = (0,), **settings: Any) -> Agent:
     target = SETTINGS[name]._target_
     spec = Spec(store.obs_dim, store.action_dim, tuple(seeds), *store.observation_statistics())
-    agent = make_agent({"_target_": target, **small(name), **settings}, spec)
-    return agent.to(store.rewards.dtype)
+    agent = make_agent({"_target_": target, **small(name), **settings}, spec).to(store.rewards.dtype)
+    agent.attach(store)
+    return agent
 
 
 def small(name: str) -> dict[str, Any]:
@@ -175,6 +176,7 @@ def test_cuda_graph_equals_eager_on_the_gpu(name: str) -> None:
     for engine in ("eager", "cudagraph"):
         spec = Spec(store.obs_dim, store.action_dim, (0, 1), *store.observation_statistics(), device="cuda")
         agent = make_agent({"_target_": SETTINGS[name]._target_, **small(name)}, spec)
+        agent.attach(store)
         make_engine(engine, agent, replay(agent, store), updates_per_launch=8).run(0, 101)
         pair.append(agent)
     assert distance(*pair) == 0

@@ -1,0 +1,64 @@
+"""PRDC: TD3+BC whose actor is pulled to the nearest state-action pair of the whole dataset.
+
+Ran et al., "Policy Regularization with Dataset Constraint for Offline Reinforcement Learning", ICML 2023 (arXiv 2306.06569);
+authors' code LAMDA-RL/PRDC, whose update this is step for step. TD3+BC pulls pi(s) to the action stored with s, good or
+bad. PRDC finds the pair (s_j, a_j) nearest to (s, pi(s)), states weighted by beta, and pulls pi(s) to a_j: an action that was
+taken in a similar state. beta -> infinity is TD3+BC; beta = 0 asks only that the action occurs somewhere.
+
+Deviations, none of which changes a number: the neighbours come from our own exact index (`offrl.neighbors`) and not from a
+KD-tree; what TD3+BC's file says of critics and gradients. As in the authors' code, and unlike the paper's distance, the pull
+is the squared distance between actions alone, averaged over their dimensions; `k` picks the k-th neighbour alone, and not
+the mean of k; lambda uses Q_1 at the policy's action.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from offrl.agent import Batch, Spec
+from offrl.agents.td3_bc import TD3BC, TD3BCConfig
+from offrl.neighbors import Neighbors
+
+if TYPE_CHECKING:
+    from offrl.data.store import Store
+
+
+@dataclass
+class PRDCConfig(TD3BCConfig):
+    beta: float = 2.0  # weight of states against actions when pairs are compared
+    k: int = 1  # which neighbour: 1 the nearest
+
+
+class PRDC(TD3BC):
+    """max_pi E [lambda Q(s, pi(s)) - (pi(s) - a*)^2], a* the action of the pair nearest to (beta s, pi(s))."""
+
+    Config = PRDCConfig
+
+    def __init__(self, spec: Spec, config: PRDCConfig | None = None) -> None:
+        super().__init__(spec, config)
+        self.neighbors: Neighbors | None = None  # set by `attach`; rebuilt from the data, so no part of a checkpoint
+
+    def attach(self, store: Store) -> None:
+        self.neighbors = Neighbors(self.normalize(store.observations), store.actions)
+        self.dataset_action = [store.actions]  # inside a list: it is no state of the agent
+
+    def pull(self, batch: Batch, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_DC `[lanes]`: mean squared distance to the nearest pair's action, which carries no gradient."""
+        if self.neighbors is None:
+            raise RuntimeError(
+                "PRDC looks neighbours up in the dataset; call agent.attach(store) before the first update"
+            )
+        nearest = self.neighbors.query(batch.index, action.detach(), self.cfg.beta, self.cfg.k)
+        target = self.dataset_action[0][nearest.rows]
+        loss = (action - target).square().mean((-2, -1))
+        metrics = {
+            "dc_loss": loss.detach(),
+            "bc_loss": (action.detach() - batch.action).square().mean((-2, -1)),
+            "other_row": (nearest.rows != batch.index).to(loss.dtype).mean(-1),
+            "pair_distance": nearest.distance.mean(-1).to(loss.dtype),
+            "settled": nearest.settled.to(loss.dtype).mean(-1),
+        }
+        return loss, metrics
