@@ -124,6 +124,12 @@ def test_state_restores_the_law() -> None:
     assert torch.equal(law(first), law(second))
 
 
+def test_no_gradient_reaches_the_ratio_through_what_is_drawn() -> None:
+    sampler = started(make_toy(400))
+    assert not sampler.keep.requires_grad
+    assert all(p.grad is None for p in sampler.ratio.parameters())
+
+
 def test_discrete_actions() -> None:
     rng = np.random.default_rng(0)
     obs = torch.tensor(rng.normal(size=(200, 2)), dtype=torch.float32)
