@@ -103,8 +103,9 @@ class Neighbors:
             raise OffrlError(f"k={k} asks for more neighbours than the dataset's {len(self)} rows; lower agent.k.")
         betas = torch.as_tensor(beta, dtype=torch.float64, device=rows.device).expand(len(rows))
         betas = betas.unsqueeze(1).expand(rows.shape).reshape(-1)
-        flat = None if states is None else states.reshape(-1, states.shape[-1]).float()
-        flat_actions = actions.reshape(-1, actions.shape[-1]).float()
+        flat = None if states is None else states.reshape(-1, states.shape[-1]).float().contiguous()
+        # Contiguous, since the compiled kernels are made for one layout.
+        flat_actions = actions.reshape(-1, actions.shape[-1]).float().contiguous()
         backend = self.backend or self.blocks
         assert backend is not None
         found = backend.query(rows.reshape(-1), flat_actions, betas, k, flat)

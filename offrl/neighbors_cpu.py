@@ -412,6 +412,6 @@ def answer(
     best, best_place, nobody = np.full((count, k), np.inf), np.full((count, k), -1), np.full(count, -1)
     limits = np.empty(count, np.float32)
     ask = Queries(asked, asked_actions, points, weights, homes, nobody, bounds[:count], limits, best, best_place)
-    search(tree, ask, 0)
+    search(tree, ask, np.int64(0))  # a literal 0 would be compiled as a second version
     for i in range(count):
         found[rest[i]], distance[rest[i]] = best_place[i], np.sqrt(best[i])

@@ -34,6 +34,16 @@ class Plain:
         return critic(torch.cat([s, a], 1)).squeeze(1)
 
     def step(self, t: int, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, not_done: Tensor, noise: Tensor) -> None:
+        """One update from the batch (s, a, r, s', 1 - d)."""
+        self.critic_step(s, a, r, s2, not_done, noise)
+        if t % 2 == 0:
+            self.actor_step(s, self.pulled_to(s, a))
+
+    def pulled_to(self, s: Tensor, a: Tensor) -> Tensor:
+        """The action that the actor is regressed to; relatives replace it."""
+        return a
+
+    def critic_step(self, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, not_done: Tensor, noise: Tensor) -> None:
         cfg = self.cfg
         with torch.no_grad():
             eps = torch.clip(noise * cfg.policy_noise, -cfg.noise_clip, cfg.noise_clip)
@@ -44,8 +54,9 @@ class Plain:
         self.critic_adam.zero_grad()
         loss.backward()
         self.critic_adam.step()
-        if t % 2:
-            return
+
+    def actor_step(self, s: Tensor, a: Tensor) -> None:
+        cfg = self.cfg
         pi = torch.tanh(self.actor(s))
         q = self.q(self.critics[0], s, pi)
         lam = cfg.alpha / q.abs().mean().item()
