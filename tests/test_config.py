@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from offrl.agent import Spec
 from offrl.compose import compose, tolerant
 from offrl.config import TrainConfig, build, chosen_settings
 from offrl.errors import OffrlError
+from offrl.paths import conf_dir
 from offrl.train import Plan, make_agent, plan
 
 TD3BC = "offrl.agents.td3_bc.TD3BC"
@@ -337,3 +339,21 @@ def test_every_preset_composes() -> None:
     for preset in ("paper", "laptop", "demo"):
         for agent in ("bc", "td3_bc"):
             assert isinstance(plan(compose({"preset": preset, "agent": agent})).train, TrainConfig)
+
+
+EXPERIMENTS = sorted(
+    str(path.relative_to(conf_dir() / "experiment").with_suffix("")) for path in conf_dir().glob("experiment/**/*.yaml")
+)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_recipe_composes_to_a_plan(name: str) -> None:
+    """Each value that a recipe sweeps over gives a checked configuration: no key is unknown, no group is missing."""
+    recipe = OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml")
+    params = OmegaConf.select(recipe, "hydra.sweeper.params")
+    swept = {key: str(value).split(",") for key, value in params.items()}
+    for key, values in swept.items():
+        for value in values:
+            first = {other: options[0] for other, options in swept.items()}
+            job = plan(compose({"experiment": name, **first, key: value}))
+            assert job.train.dataset == {**first, key: value}["dataset"]

@@ -35,11 +35,11 @@ def make(name: str, store: Store, seeds: Sequence[int] = (0,), **settings: Any) 
 
 
 def small(name: str) -> dict[str, Any]:
-    """Small networks for an agent that has a `hidden`."""
+    """Small networks: every setting that is called `hidden` or `..._hidden`."""
     from hydra.utils import get_class
 
     cls: Any = get_class(SETTINGS[name]._target_)
-    return {"hidden": [32, 32]} if "hidden" in {f.name for f in fields(cls.Config)} else {}
+    return {f.name: [32, 32] for f in fields(cls.Config) if f.name.endswith("hidden")}
 
 
 def replay(agent: Agent, store: Store, batch: int = 32) -> Replay:
@@ -206,7 +206,7 @@ def test_learns_the_toy_task(name: str) -> None:
     """The behaviour is the optimum plus noise of standard deviation 0.46; every method should find its middle."""
     store = make_toy(8192)
     rates = {f.name: 1e-3 for f in fields(make(name, store).Config) if f.name.endswith("lr")}
-    wide = {"hidden": [64, 64]} if small(name) else {}
+    wide = {key: [64, 64] for key in small(name)}
     agent = make(name, store, seeds=(0, 1), **rates, **wide)
     advance(agent, store, 1000, batch=128)
     test = make_toy(2048, seed=1).observations.expand(2, -1, -1)
