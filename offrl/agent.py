@@ -69,6 +69,7 @@ class Agent(nn.Module):
     period: ClassVar[int] = 1
     extra: ClassVar[tuple[str, ...]] = ()
     window: int | None = None
+    attached: Any = None
     obs_mean: Tensor
     obs_scale: Tensor
 
@@ -107,8 +108,12 @@ class Agent(nn.Module):
     def attach(self, store: Store) -> None:
         """Take the whole dataset, before the first update; a method that looks things up in it keeps what it needs.
 
-        Rows of the Store are the `index` of the batches that follow. What is kept here is no part of a checkpoint.
+        Rows of the Store are the `index` of the batches that follow. What is to stay is put under `self.attached`: it is
+        in no checkpoint and in no copy, since a copy only acts.
         """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "attached": None}
 
     # ---- what others use --------------------------------------------------------------------------------------
 

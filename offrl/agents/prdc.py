@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from offrl.agent import Batch, Spec
+from offrl.agent import Batch
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.neighbors import Neighbors
 
@@ -37,22 +37,18 @@ class PRDC(TD3BC):
 
     Config = PRDCConfig
 
-    def __init__(self, spec: Spec, config: PRDCConfig | None = None) -> None:
-        super().__init__(spec, config)
-        self.neighbors: Neighbors | None = None  # set by `attach`; rebuilt from the data, so no part of a checkpoint
-
     def attach(self, store: Store) -> None:
-        self.neighbors = Neighbors(self.normalize(store.observations), store.actions)
-        self.dataset_action = [store.actions]  # inside a list: it is no state of the agent
+        self.attached = Neighbors(self.normalize(store.observations), store.actions), store.actions
 
     def pull(self, batch: Batch, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L_DC `[lanes]`: mean squared distance to the nearest pair's action, which carries no gradient."""
-        if self.neighbors is None:
+        if self.attached is None:
             raise RuntimeError(
                 "PRDC looks neighbours up in the dataset; call agent.attach(store) before the first update"
             )
-        nearest = self.neighbors.query(batch.index, action.detach(), self.cfg.beta, self.cfg.k)
-        target = self.dataset_action[0][nearest.rows]
+        neighbors, dataset_action = self.attached
+        nearest = neighbors.query(batch.index, action.detach(), self.cfg.beta, self.cfg.k)
+        target = dataset_action[nearest.rows]
         loss = (action - target).square().mean((-2, -1))
         metrics = {
             "dc_loss": loss.detach(),

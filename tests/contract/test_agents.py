@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -212,6 +214,17 @@ def test_learns_the_toy_task(name: str) -> None:
     test = make_toy(2048, seed=1).observations.expand(2, -1, -1)
     error = (agent.select_action(test) - best_action(test)).square().mean((-2, -1)).sqrt()
     assert error.max() < 0.1, error
+
+
+@every_agent
+def test_a_copy_acts_alike_and_carries_no_dataset(name: str, toy: Store) -> None:
+    """Evaluation copies the policy, between processes too; the dataset stays where it is."""
+    agent = make(name, toy, seeds=(0, 1))
+    advance(agent, toy, 10)
+    for twin in (copy.deepcopy(agent), pickle.loads(pickle.dumps(agent))):
+        obs = toy.observations[:32].expand(2, -1, -1)
+        assert torch.equal(twin.select_action(obs), agent.select_action(obs))
+        assert twin.attached is None
 
 
 @every_agent
