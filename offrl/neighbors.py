@@ -108,7 +108,8 @@ class Neighbors:
         flat_actions = actions.reshape(-1, actions.shape[-1]).float().contiguous()
         backend = self.backend or self.blocks
         assert backend is not None
-        found = backend.query(rows.reshape(-1), flat_actions, betas, k, flat)
+        with torch.autocast(rows.device.type, enabled=False):  # bounds on rounding hold for float32 products
+            found = backend.query(rows.reshape(-1), flat_actions, betas, k, flat)
         return Answer(*(part.view(rows.shape) for part in found))
 
 
@@ -319,7 +320,9 @@ class Blocks:
         exact = exact + (self.actions[rows].double() - actions.double().unsqueeze(1)).square().sum(-1)
         exact, pick = exact.sort(dim=1, stable=True)
         length = betas * (centred.norm(dim=1) + self.longest[0]) + actions.double().norm(dim=1) + self.longest[1]
-        error = (self.table.shape[1] + 4) * torch.finfo(torch.float32).eps * length.square()
+        coarse = states.is_cuda and torch.backends.cuda.matmul.allow_tf32
+        unit = 2.0**-10 if coarse else torch.finfo(torch.float32).eps
+        error = (self.table.shape[1] + 4) * unit * length.square()
         constant = weight * centred.square().sum(1) + actions.double().square().sum(1)
         beyond = values.amax(1).double() + constant - 2 * error
         doubt = exact[:, k - 1] - beyond if kept < len(self.table) else torch.full_like(beyond, -torch.inf)

@@ -245,6 +245,19 @@ def test_blocks_certify_or_look_again() -> None:
     torch.testing.assert_close(distance, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_lower_precision_around_does_not_reach_the_index() -> None:
+    """Training in bfloat16 wraps the update in autocast, under which products would lose what the bounds count on."""
+    states, actions = DATASETS["walks"]
+    rows = torch.arange(0, 3000, 50).unsqueeze(0)
+    asked = policy(actions, rows, 0.5)
+    index = Neighbors(states, actions, keep=False)
+    index.backend, index.blocks = None, Blocks(states, actions)  # as on a GPU
+    _, expected = brute_force(states, actions, states[rows[0]], asked[0], 2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = index.query(rows, asked, 2.0)
+    torch.testing.assert_close(found.distance[0], expected, rtol=1e-12, atol=1e-12)
+
+
 def _squares(rows: Tensor) -> Tensor:
     return rows.square().sum(1, keepdim=True)
 
