@@ -212,14 +212,17 @@ def polyak(target: nn.Module, online: nn.Module, tau: float | Tensor) -> None:
 
 
 class Adam(nn.Module):
-    """Adam (Kingma & Ba 2015) as PyTorch computes it, with its moments as buffers of the agent.
+    """Adam (Kingma & Ba 2015), or AdamW, as PyTorch computes them, with the moments as buffers of the agent.
 
     So a checkpoint of the agent holds its optimisers, and the step counts live on the device, where a captured graph
-    can advance them. The learning rate may differ between lanes.
+    can advance them. The rates may differ between lanes.
 
     Args:
         parameters: tensors `[lanes, ...]`.
         lr: one rate, or one per lane.
+        weight_decay: decoupled from the gradient, as in AdamW (Loshchilov & Hutter 2019).
+        clip: largest norm of a lane's gradient over all parameters; None: any.
+        warmup: steps over which the rate grows linearly; the n-th has n / warmup of it.
     """
 
     count: Tensor
@@ -230,10 +233,14 @@ class Adam(nn.Module):
         lr: float | Tensor,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        weight_decay: float | Tensor = 0.0,
+        clip: float | Tensor | None = None,
+        warmup: int = 0,
     ) -> None:
         super().__init__()
         self.lr, self.betas, self.eps = lr, betas, eps
-        self.lane_lr = lr.tolist() if isinstance(lr, Tensor) else []  # read once: a graph can't wait for the host
+        self.weight_decay, self.clip, self.warmup = weight_decay, clip, warmup
+        self.lane_rates = _lane_pairs(lr, weight_decay)  # read once: a graph can't wait for the host
         self.targets = [list(parameters)]  # inside a list: they belong to the networks, not to this module
         for i, p in enumerate(self.targets[0]):
             self.register_buffer(f"mean_{i}", torch.zeros_like(p))
@@ -259,18 +266,22 @@ class Adam(nn.Module):
     @torch.no_grad()
     def apply_gradients(self, gradients: Sequence[Tensor]) -> None:
         """One step along given gradients, in the order of the parameters."""
-        rows: list[list[Tensor]] = [list(self.targets[0]), list(gradients), *self._moments()]
+        if self.clip is not None:
+            gradients = clip_by_lane(gradients, self.clip)
+        # The operator goes through memory in order, whatever the strides: a transposed gradient would meet other weights.
+        rows: list[list[Tensor]] = [list(self.targets[0]), [g.contiguous() for g in gradients], *self._moments()]
         self.count.add_(1)
-        if not isinstance(self.lr, Tensor):
-            self._adam(rows, self.lr)
-            return
-        for lane, lr in enumerate(self.lane_lr):
-            self._adam([[tensor[lane] for tensor in row] for row in rows], lr)
+        if not self.lane_rates:
+            self._adam(rows, self.lr, self.weight_decay)
+        for lane, (lr, weight_decay) in enumerate(self.lane_rates):
+            self._adam([[tensor[lane] for tensor in row] for row in rows], lr, weight_decay)
 
-    def _adam(self, rows: list[list[Tensor]], lr: float) -> None:
+    def _adam(self, rows: list[list[Tensor]], lr: Any, weight_decay: Any) -> None:
         parameters, gradients, means, squares = rows
-        # The operator behind torch.optim.Adam(fused=True), called directly: it can be captured and compiled.
-        torch._fused_adam_(
+        if self.warmup:
+            lr = lr * (self.count / self.warmup).clamp(max=1)  # a tensor: the host need not know the count
+        # The operator behind torch.optim.AdamW(fused=True), called directly: it can be captured and compiled.
+        torch._fused_adamw_(
             parameters,
             gradients,
             means,
@@ -280,7 +291,7 @@ class Adam(nn.Module):
             lr=lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
-            weight_decay=0.0,
+            weight_decay=weight_decay,
             eps=self.eps,
             amsgrad=False,
             maximize=False,
@@ -288,3 +299,16 @@ class Adam(nn.Module):
 
 
 keep_uncompiled(Adam, "_adam")  # one operator: nothing to fuse
+
+
+def _lane_pairs(*values: float | Tensor) -> list[tuple[float, ...]]:
+    """The values of each lane; empty where lanes share them all."""
+    lanes = next((len(value) for value in values if isinstance(value, Tensor)), 0)
+    return list(zip(*(v.tolist() if isinstance(v, Tensor) else [v] * lanes for v in values)))
+
+
+def clip_by_lane(gradients: Sequence[Tensor], largest: float | Tensor) -> list[Tensor]:
+    """Gradients `[lanes, ...]`, each lane's scaled down to norm `largest` over them all if it is longer."""
+    norm = torch.stack([g.flatten(1).square().sum(-1) for g in gradients]).sum(0).sqrt()  # [lanes]
+    scale = (largest / (norm + 1e-6)).clamp(max=1)  # the 1e-6 of torch.nn.utils.clip_grad_norm_
+    return [g * column(scale, g.ndim - 1) for g in gradients]

@@ -18,6 +18,7 @@ from offrl.nets import (
     Critics,
     DeterministicActor,
     _ReluMLP,
+    clip_by_lane,
     column,
     lane_generators,
     polyak,
@@ -280,6 +281,64 @@ def test_adam_takes_its_own_betas_and_epsilon() -> None:
         theirs.pow(4).sum().backward()
         other.step()
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("clip", [None, 0.25, [0.25, 100.0, 0.5]], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3, [0.3, 0.0, 0.1]], ids=str)
+def test_decay_clipping_and_warmup_equal_pytorchs(clip: Any, weight_decay: Any) -> None:
+    """Thirty steps of AdamW in float64, the last ones after the warm-up; every lane is a separate optimiser."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(3, 4, 5, generator=generator).double(), torch.randn(3, 4, generator=generator).double()]
+    mine = [nn.Parameter(p.clone()) for p in start]
+
+    def given(value: Any) -> Any:
+        return torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
+
+    adam = Adam(mine, 1e-2, weight_decay=given(weight_decay), clip=given(clip), warmup=20).double()
+    theirs = [[nn.Parameter(p[lane].clone()) for p in start] for lane in range(3)]
+    decays, clips = (value if isinstance(value, list) else [value] * 3 for value in (weight_decay, clip))
+    others = [torch.optim.AdamW(lane, lr=1e-2, weight_decay=decay) for lane, decay in zip(theirs, decays)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(other, lambda n: min((n + 1) / 20, 1)) for other in others]
+
+    def loss(parameters: list[nn.Parameter], lead: int) -> Tensor:
+        return sum((p.sin() + 0.1 * p.square()).flatten(lead).sum(-1) for p in parameters)
+
+    for _ in range(30):
+        adam.step(loss(mine, 1))
+        for lane, other, schedule, largest in zip(theirs, others, schedules, clips):
+            other.zero_grad()
+            loss(lane, 0).backward()
+            if largest is not None:
+                nn.utils.clip_grad_norm_(lane, largest)
+            other.step()
+            schedule.step()
+    for lane in range(3):
+        for many, one in zip(mine, theirs[lane]):
+            torch.testing.assert_close(many[lane].detach(), one.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_lanes_gradient_is_clipped_by_its_own_norm() -> None:
+    """Over all tensors of the lane; what is short stays as it is."""
+    gradients = [torch.ones(2, 3, 3), torch.full((2, 7), 1.0)]  # each lane's norm is 4
+    gradients = [g * column(torch.tensor([1.0, 1e-3]), g.ndim - 1) for g in gradients]
+    long, short = ([g[lane] for g in clip_by_lane(gradients, 2.0)] for lane in (0, 1))
+    assert torch.cat([g.flatten() for g in long]).norm().item() == pytest.approx(2.0)
+    for clipped, own in zip(short, gradients):
+        assert torch.equal(clipped, own[1])
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_adam_takes_gradients_of_any_layout(clip: float | None) -> None:
+    """Products with a transposed weight have transposed gradients."""
+    start = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    ends = []
+    for one in (gradient, gradient.transpose(1, 2).contiguous().transpose(1, 2)):
+        parameter = nn.Parameter(start.clone())
+        Adam([parameter], 0.1, clip=clip).apply_gradients([one])
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
+    assert torch.equal((ends[0] - start).sign(), -gradient.sign())
 
 
 def test_adams_moments_travel_with_the_state() -> None:
