@@ -63,11 +63,13 @@ class Agent(nn.Module):
         period: updates until the pattern of an update repeats; engines capture whole periods.
         window: length of the windows the agent learns from; None for transitions.
         extra: further fields of the batch it needs (see `Store.transitions`).
+        obs_eps: what is added to the observations' deviation; 1e-3 in TD3+BC and its descendants.
     """
 
     Config: ClassVar[type]
     period: ClassVar[int] = 1
     extra: ClassVar[tuple[str, ...]] = ()
+    obs_eps: ClassVar[float] = 1e-3
     window: int | None = None
     attached: Any = None
     obs_mean: Tensor
@@ -80,7 +82,7 @@ class Agent(nn.Module):
         self.random = LaneRandom(spec.seeds, spec.device)
         mean, scale = torch.zeros(spec.obs_dim), torch.ones(spec.obs_dim)
         if getattr(self.cfg, "normalize_obs", True) and spec.obs_mean is not None and spec.obs_std is not None:
-            mean, scale = spec.obs_mean.clone(), 1 / (spec.obs_std + 1e-3)  # the 1e-3 of TD3+BC and its descendants
+            mean, scale = spec.obs_mean.clone(), 1 / (spec.obs_std + self.obs_eps)
         self.register_buffer("obs_mean", mean)
         self.register_buffer("obs_scale", scale)
         self.build()
@@ -118,7 +120,7 @@ class Agent(nn.Module):
     # ---- what others use --------------------------------------------------------------------------------------
 
     def normalize(self, obs: Tensor) -> Tensor:
-        """(s - mean) / (std + 1e-3) with the statistics that were saved with the agent."""
+        """(s - mean) / (std + obs_eps) with the statistics that were saved with the agent."""
         return (obs - self.obs_mean) * self.obs_scale
 
     def prepare(self, batch: Batch) -> Batch:

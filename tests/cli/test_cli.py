@@ -15,6 +15,7 @@ import offrl
 from offrl import cli
 from offrl.config import DataConfig, EvalConfig, TrainConfig
 from offrl.errors import OffrlError
+from offrl.paths import conf_dir
 from offrl.train import Result, plan
 
 
@@ -77,7 +78,8 @@ def test_agents_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> 
     assert "agent.alpha=2.5  weight of Q against the pull to the data" in shown
     assert "agent.hidden=(256, 256)" in shown
     assert main("agents", "td3bc") == 2
-    assert capsys.readouterr().err == "offrl: error: agent td3bc is unknown; there are bc, td3_bc.\n"
+    known = ", ".join(sorted(path.stem for path in (conf_dir() / "agent").glob("*.yaml")))
+    assert capsys.readouterr().err == f"offrl: error: agent td3bc is unknown; there are {known}.\n"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from offrl.train import load_agent, make_agent, train
 
 SETTINGS = {p.stem: OmegaConf.load(p) for p in sorted((conf_dir() / "agent").glob("*.yaml"))}
 every_agent = pytest.mark.parametrize("name", SETTINGS)
+SMALL: dict[str, Any] = {"context": 3, "embed": 16, "layers": 1, "warmup": 20}  # settings of sequence models
 
 
 def make(name: str, store: Store, seeds: Sequence[int] = (0,), **settings: Any) -> Agent:
@@ -37,11 +38,12 @@ def make(name: str, store: Store, seeds: Sequence[int] = (0,), **settings: Any) 
 
 
 def small(name: str) -> dict[str, Any]:
-    """Small networks: every setting that is called `hidden` or `..._hidden`."""
+    """Small networks: every setting that is called `hidden` or `..._hidden`, and what `SMALL` names."""
     from hydra.utils import get_class
 
     cls: Any = get_class(SETTINGS[name]._target_)
-    return {f.name: [32, 32] for f in fields(cls.Config) if f.name.endswith("hidden")}
+    names = [f.name for f in fields(cls.Config)]
+    return {n: [32, 32] for n in names if n.endswith("hidden")} | {n: SMALL[n] for n in names if n in SMALL}
 
 
 def replay(agent: Agent, store: Store, batch: int = 32) -> Replay:
@@ -208,7 +210,7 @@ def test_learns_the_toy_task(name: str) -> None:
     """The behaviour is the optimum plus noise of standard deviation 0.46; every method should find its middle."""
     store = make_toy(8192)
     rates = {f.name: 1e-3 for f in fields(make(name, store).Config) if f.name.endswith("lr")}
-    wide = {key: [64, 64] for key in small(name)}
+    wide = {key: [64, 64] for key in small(name) if key.endswith("hidden")}
     agent = make(name, store, seeds=(0, 1), **rates, **wide)
     advance(agent, store, 1000, batch=128)
     test = make_toy(2048, seed=1).observations.expand(2, -1, -1)

@@ -1,0 +1,124 @@
+"""GPT-2's block with a lane axis, and the layers that it is made of.
+
+Parameters are `[lanes, ...]`; tokens are `[lanes, batch, tokens, embed]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offrl.nets import column, lane_generators
+from offrl.random import LaneRandom
+
+Drop = Callable[[str, Tensor], Tensor]  # (name, x) -> x with some of it dropped
+KeysValues = tuple[Tensor, Tensor]  # of the tokens so far, `[lanes, batch, tokens, embed]` each
+
+
+class Linear(nn.Module):
+    """x W^T + b of every lane, for inputs with any number of axes between lane and feature.
+
+    Args:
+        std: deviation of normal initial weights, beside biases of zero; None: PyTorch's default of `nn.Linear`.
+        name: keeps the initial weights of a lane's layers apart.
+    """
+
+    def __init__(self, seeds: Sequence[int], fan_in: int, fan_out: int, name: str, std: float | None = None) -> None:
+        super().__init__()
+        bound, weights, biases = 1 / math.sqrt(fan_in), [], []
+        for g in lane_generators(seeds, name):
+            weight, bias = torch.empty(fan_out, fan_in), torch.zeros(fan_out)
+            if std is None:
+                weight.uniform_(-bound, bound, generator=g)
+                bias.uniform_(-bound, bound, generator=g)
+            else:
+                weight.normal_(0, std, generator=g)
+            weights.append(weight)
+            biases.append(bias)
+        self.weight, self.bias = nn.Parameter(torch.stack(weights)), nn.Parameter(torch.stack(biases))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[lanes, ..., in]` to `[lanes, ..., out]`."""
+        out = torch.baddbmm(self.bias.unsqueeze(1), x.flatten(1, -2), self.weight.transpose(1, 2))
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis with gain and offset of each lane."""
+
+    def __init__(self, lanes: int, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(lanes, width)), nn.Parameter(torch.zeros(lanes, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
+        normal = nn.functional.layer_norm(x, x.shape[-1:])
+        return torch.addcmul(self.bias.view(shape), normal, self.weight.view(shape))
+
+
+def dropout(x: Tensor, rate: float | Tensor, random: LaneRandom, name: str) -> Tensor:
+    """`x` `[lanes, ...]` with a share `rate` of elements zero and the rest grown to the same mean; lanes may differ.
+
+    Sixteen bits decide on an element, four elements to a draw: rates are multiples of 2^-16 (0.1 becomes 0.100006), and the
+    growth is of the rate as it is then.
+    """
+    bits = random.bits(name, -(-x[0].numel() // 4)).view(torch.int16)[:, : x[0].numel()].view(x.shape)
+    if isinstance(rate, Tensor):
+        dropped: Any = column((rate.double() * 2**16).round(), x.ndim - 1)
+        scale: Any = (2**16 / (2**16 - dropped)).to(x.dtype)
+        kept = bits >= (dropped - 2**15).to(torch.int16)
+    else:
+        dropped = round(rate * 2**16)
+        scale = 2**16 / (2**16 - dropped)
+        kept = bits >= dropped - 2**15
+    return x * (kept.to(x.dtype) * scale)
+
+
+class Block(nn.Module):
+    """A GPT-2 block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, seeds: Sequence[int], embed: int, heads: int, name: str) -> None:
+        super().__init__()
+
+        def linear(fan_in: int, fan_out: int, part: str) -> Linear:
+            return Linear(seeds, fan_in, fan_out, f"{name}/{part}", std=0.02)  # GPT-2's
+
+        self.name, self.heads = name, heads
+        self.norm_attention, self.norm_mlp = LayerNorm(len(seeds), embed), LayerNorm(len(seeds), embed)
+        self.query, self.key_value = linear(embed, embed, "query"), linear(embed, 2 * embed, "key_value")
+        self.mix = linear(embed, embed, "mix")
+        self.up, self.down = linear(embed, 4 * embed, "up"), linear(4 * embed, embed, "down")
+
+    def forward(
+        self, x: Tensor, visible: Tensor, wanted: slice, past: KeysValues | None, drop: Drop | None
+    ) -> tuple[Tensor, KeysValues]:
+        """New tokens `[lanes, batch, n, embed]` to outputs at the wanted ones; and the keys and values of all so far.
+
+        Args:
+            visible: `[n, tokens]` bool, the tokens, old and new, that each new one may attend to.
+        """
+        normal, keep = self.norm_attention(x), drop or (lambda _, y: y)
+        key, value = self.key_value(normal).chunk(2, -1)
+        if past is not None:
+            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        mixed = self.attention(self.query(normal[:, :, wanted]), key, value, visible[wanted], drop)
+        x = x[:, :, wanted] + keep(f"{self.name}/attention", self.mix(mixed))
+        hidden = self.up(self.norm_mlp(x)).relu()
+        return x + keep(f"{self.name}/mlp", self.down(hidden)), (key, value)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, drop: Drop | None) -> Tensor:
+        """`[lanes, batch, n, embed]`."""
+        lanes_batch = query.shape[:2]
+        split = (x.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        q, k, v = split  # [lanes * batch, heads, tokens, embed / heads]
+        if drop is None:
+            out = nn.functional.scaled_dot_product_attention(q, k, v, visible)
+        else:  # the fused operator would toss coins of its own
+            scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
+            weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+            out = drop(f"{self.name}/weights", weights.unflatten(0, lanes_batch)).flatten(0, 1) @ v
+        return out.transpose(1, 2).flatten(2).unflatten(0, lanes_batch)
