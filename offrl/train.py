@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def plan(values: Mapping[str, Any]) -> Plan:
         OffrlError: an unknown key or a wrong value.
     """
     values = {k: v for k, v in values.items() if k not in ("method", "hydra")}
-    agent, sampler, given_data = (_table(values, name) for name in ("agent", "sampler", "data"))
+    agent, sampler, given_data, sizes = (_table(values, name) for name in ("agent", "sampler", "data", "sizes"))
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
     chosen = config.chosen_settings(agent.pop("settings", None), str(values.get("dataset", "")))
@@ -126,7 +126,10 @@ def plan(values: Mapping[str, Any]) -> Plan:
         if train.lanes != 1:
             raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
         train.lanes = len(train.seeds)
-    agent_config(agent)  # a typing error should not wait for the data
+    cls, _ = agent_config(agent)  # a typing error should not wait for the data
+    for f in fields(cls.Config):  # a preset's sizes, for agents that have them
+        if f.name in sizes:
+            agent.setdefault(f.name, sizes[f.name])
     sampler.setdefault("_target_", "offrl.sampling.Uniform")
     sampler_config(sampler, len(train.lane_seeds()))
     return Plan(train, agent, sampler)

@@ -341,6 +341,13 @@ def test_every_preset_composes() -> None:
             assert isinstance(plan(compose({"preset": preset, "agent": agent})).train, TrainConfig)
 
 
+def test_a_presets_sizes_go_to_agents_that_have_them() -> None:
+    sizes = [plan(compose({"preset": "laptop", "agent": agent})).agent for agent in ("bc", "dt", "a2pr")]
+    assert [(s.get("hidden"), s.get("embed")) for s in sizes] == [([64, 64], None), (None, 64), ([64, 64], None)]
+    given = plan(compose({"preset": "laptop", "agent": "bc", "agent.hidden": [8]}))
+    assert given.agent["hidden"] == [8]
+
+
 EXPERIMENTS = sorted(
     str(path.relative_to(conf_dir() / "experiment").with_suffix("")) for path in conf_dir().glob("experiment/**/*.yaml")
 )
