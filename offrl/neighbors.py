@@ -31,7 +31,8 @@ from offrl.paths import cache_dir, replacing
 LIST_LENGTH = 8  # nearest states kept for each row
 _VERSION = "1"  # of the file's layout and of what stands in it
 _KEPT_FROM = 20_000  # rows; a smaller index is built faster than a reader could wonder where the file came from
-_CHUNK = 256  # rows whose lists are made together, and the fewest queries worth a thread of their own
+_CHUNK = 256  # rows whose lists are made together
+_SHARE = 48  # fewest searches worth a thread of their own: waking one, beside PyTorch's, costs what a few searches do
 
 
 class Answer(NamedTuple):
@@ -170,12 +171,14 @@ class OnProcessor:
         tour = np.argsort(places, kind="stable")
         own = self.nowhere if states is None else states.numpy()[tour]
         turned = (own.astype(np.float64) @ self.tree.axes).astype(np.float32)
-        question = (self.tree, places[tour], own, turned, actions.numpy()[tour], betas.numpy()[tour])
+        places, asked_actions, weights = places[tour], actions.numpy()[tour], betas.numpy()[tour]
         found, distance = np.empty((count, k), np.int64), np.empty((count, k))
         settled = np.empty(count, np.uint8)
-        parts = max(1, min(torch.get_num_threads(), count // (_CHUNK // 4)))
-        cuts = np.linspace(0, count, parts + 1).astype(int)
-        _spread([(self.kernels.answer, *question, a, b, found, distance, settled) for a, b in zip(cuts, cuts[1:])])
+        self.kernels.ask_lists(self.tree, places, asked_actions, weights, found, distance, settled)
+        rest = np.flatnonzero(settled == 0)
+        parts = np.array_split(rest, max(1, min(torch.get_num_threads(), len(rest) // _SHARE)))
+        question = (places, own, turned, asked_actions, weights, found, distance)
+        _spread([(self.kernels.answer, self.tree, part, *question) for part in parts if len(part)])
         back = np.empty_like(tour)
         back[tour] = np.arange(count)
         nearest = self.order[found[back, k - 1]]
@@ -194,7 +197,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 def _spread(calls: list[tuple[Any, ...]]) -> None:
     """Make the calls, side by side when PyTorch may use several threads; compiled code leaves the interpreter free."""
     count = torch.get_num_threads()
-    if count == 1 or len(calls) == 1:
+    if count == 1 or len(calls) <= 1:
         for function, *arguments in calls:
             function(*arguments)
         return

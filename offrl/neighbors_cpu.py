@@ -295,13 +295,14 @@ def scan(tree: Tree, ask: Queries, q: int, leaf: int, skip: int, work: Array) ->
 def search(tree: Tree, ask: Queries, skip: int) -> None:
     """The k nearest pairs of the whole dataset for every query.
 
-    All queries visit one group of leaves before they go on to the next, so that its rows are fetched from memory once.
+    All queries visit a group of leaves, leaf by leaf, before they go on to the next: so rows come from memory once.
     Near leaves first, since they shrink the bounds: each query's home, then what lies within half the distance known
     by then, then the rest. `skip` leading dimensions of the points don't count.
     """
     count, groups, split = len(ask.betas), tree.boxes.shape[1], tree.actions.shape[1]
     work, boxes = np.empty(WIDTH, np.float32), np.empty(GROUP, np.float32)
     outer, halfway = np.empty((count, groups), np.float32), np.empty(count, np.float32)
+    callers, how_far = np.empty((GROUP, count), np.int32), np.empty((GROUP, count), np.float32)
     for q in range(count):
         weight = np.float32(ask.betas[q] * ask.betas[q])
         ask.limits[q] = reach(ask.bounds[q], ask.betas[q], tree.slip)
@@ -311,7 +312,7 @@ def search(tree: Tree, ask: Queries, skip: int) -> None:
         halfway[q] = np.float32(0.25) * ask.limits[q]
     for part in range(2):
         for g in range(groups):
-            leaves = min(GROUP, len(tree.leaves) - g * GROUP)
+            calls = np.zeros(GROUP, np.int64)
             for q in range(count):
                 limit = min(ask.limits[q], halfway[q]) if part == 0 else ask.limits[q]
                 if outer[q, g] > limit:
@@ -319,11 +320,14 @@ def search(tree: Tree, ask: Queries, skip: int) -> None:
                 weight, low, high = np.float32(ask.betas[q] * ask.betas[q]), tree.boxes[0, g], tree.boxes[1, g]
                 if not box_distances(low, high, ask.points[q], skip, split, weight, limit, boxes):
                     continue
-                for m in range(leaves):
-                    leaf = g * GROUP + m
-                    if boxes[m] <= limit and (part == 0 or boxes[m] > halfway[q]) and leaf != ask.homes[q]:
-                        scan(tree, ask, q, leaf, skip, work)
-                        limit = min(limit, ask.limits[q])
+                for m in range(min(GROUP, len(tree.leaves) - g * GROUP)):
+                    if boxes[m] <= limit and (part == 0 or boxes[m] > halfway[q]) and g * GROUP + m != ask.homes[q]:
+                        callers[m, calls[m]], how_far[m, calls[m]] = q, boxes[m]
+                        calls[m] += 1
+            for m in range(GROUP):
+                for i in range(calls[m]):
+                    if how_far[m, i] <= ask.limits[callers[m, i]]:
+                        scan(tree, ask, callers[m, i], g * GROUP + m, skip, work)
 
 
 @njit(nogil=True, cache=True)
@@ -361,46 +365,49 @@ def ask_list(tree: Tree, place: int, action: Array, beta: float, best: Array, be
 
 
 @njit(nogil=True, cache=True)
+def ask_lists(
+    tree: Tree, places: Array, actions: Array, betas: Array, found: Array, distance: Array, settled: Array
+) -> None:
+    """Answer what the rows' lists can.
+
+    Args:
+        places: `[Q]` int64, the rows whose states are asked about; -1 for a state of its own.
+        actions, betas: `[Q, A]` float32, `[Q]` float64.
+        found, distance: `[Q, k]` int64 places and float64 distances, to be filled: the k nearest pairs where they are
+            settled, else the k nearest on the list, which bound them (infinite where the list is too short).
+        settled: `[Q]` uint8, to be filled: 1 where the list alone gave the answer.
+    """
+    for q in range(len(places)):
+        found[q], distance[q] = -1, np.inf
+        settled[q] = places[q] >= 0 and ask_list(tree, places[q], actions[q], betas[q], distance[q], found[q])
+        distance[q] = np.sqrt(distance[q])
+
+
+@njit(nogil=True, cache=True)
 def answer(
     tree: Tree,
+    rest: Array,
     places: Array,
     states: Array,
     turned: Array,
     actions: Array,
     betas: Array,
-    first: int,
-    last: int,
     found: Array,
     distance: Array,
-    settled: Array,
 ) -> None:
-    """Answer queries `first ... last - 1`.
+    """Search the tree for the queries whose numbers stand in `rest`, which `ask_lists` has left open.
 
     Args:
-        places: `[Q]` int64, the rows whose states are asked about; -1 for a state of its own.
-        states, turned: `[Q, S]` float32, such states (one row will do when there are none).
-        actions, betas: `[Q, A]` float32, `[Q]` float64.
-        found, distance: `[Q, k]` int64 places and float64 distances of the k nearest pairs, to be filled.
-        settled: `[Q]` uint8, to be filled: 1 where the list alone gave the answer.
+        states, turned: `[Q, S]` float32, read where a place is -1 (one row will do when there is none).
+        the others: as in `ask_lists`.
     """
-    k, width, count = found.shape[1], tree.actions.shape[1], 0
-    mine, mine_place, rest = np.empty(k), np.empty(k, np.int64), np.empty(last - first, np.int64)
-    bounds = np.full(last - first, np.inf)
-    for q in range(first, last):
-        mine[:], mine_place[:] = np.inf, -1
-        settled[q] = places[q] >= 0 and ask_list(tree, places[q], actions[q], betas[q], mine, mine_place)
-        if settled[q]:
-            found[q], distance[q] = mine_place, np.sqrt(mine)
-            continue
-        if mine_place[k - 1] >= 0:
-            bounds[count] = mine[k - 1]
-        rest[count] = q
-        count += 1
+    count, k, width = len(rest), found.shape[1], tree.actions.shape[1]
     asked, points = (
         np.empty((count, tree.states.shape[1]), np.float32),
         np.empty((count, tree.leaves.shape[1]), np.float32),
     )
     asked_actions, homes, weights = np.empty((count, width), np.float32), np.empty(count, np.int64), np.empty(count)
+    bounds, limits = np.empty(count), np.empty(count, np.float32)
     for i in range(count):
         q = rest[i]
         place = places[q]
@@ -409,9 +416,10 @@ def answer(
         points[i, width:] = tree.turned[place] if place >= 0 else turned[q]
         homes[i] = place // WIDTH if place >= 0 else -1
         weights[i] = betas[q]
+        # A root and its square may fall below the number they came from; the bound must not.
+        bounds[i] = distance[q, k - 1] ** 2 * (1.0 + 1e-15)
     best, best_place, nobody = np.full((count, k), np.inf), np.full((count, k), -1), np.full(count, -1)
-    limits = np.empty(count, np.float32)
-    ask = Queries(asked, asked_actions, points, weights, homes, nobody, bounds[:count], limits, best, best_place)
+    ask = Queries(asked, asked_actions, points, weights, homes, nobody, bounds, limits, best, best_place)
     search(tree, ask, np.int64(0))  # a literal 0 would be compiled as a second version
     for i in range(count):
         found[rest[i]], distance[rest[i]] = best_place[i], np.sqrt(best[i])
