@@ -420,6 +420,6 @@ def answer(
         bounds[i] = distance[q, k - 1] ** 2 * (1.0 + 1e-15)
     best, best_place, nobody = np.full((count, k), np.inf), np.full((count, k), -1), np.full(count, -1)
     ask = Queries(asked, asked_actions, points, weights, homes, nobody, bounds, limits, best, best_place)
-    search(tree, ask, np.int64(0))  # a literal 0 would be compiled as a second version
+    search(tree, ask, int(np.int64(0)))  # a literal 0 would be compiled as a second version
     for i in range(count):
         found[rest[i]], distance[rest[i]] = best_place[i], np.sqrt(best[i])
