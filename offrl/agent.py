@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.batch import Batch
+from offrl.nets import normal_log_prob
 from offrl.random import LaneRandom
 
 if TYPE_CHECKING:
@@ -106,6 +107,26 @@ class Agent(nn.Module):
     def act(self, obs: Tensor) -> Tensor:
         """The policy's action for normalised observations `[lanes, n, O]`, differentiable."""
         raise NotImplementedError
+
+    def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of the policy's normal distribution for normalised observations `[lanes, n, O]`.
+
+        Returns:
+            `[lanes, n, A]` each, differentiable; None where the policy is no normal distribution over actions (a
+            deterministic or a squashed one).
+        """
+        return None
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Log-density (log-probability where discrete) `[lanes, n]` of actions for normalised observations.
+
+        Raises:
+            NotImplementedError: the policy has no density.
+        """
+        gaussian = self.policy_gaussian(obs)
+        if gaussian is None:
+            raise NotImplementedError(f"{type(self).__name__}: the policy has no density")
+        return normal_log_prob(*gaussian, action)
 
     def attach(self, store: Store) -> None:
         """Take the whole dataset, before the first update; a method that looks things up in it keeps what it needs.

@@ -96,6 +96,8 @@ class MLP(nn.Module):
         sizes: widths from input to output.
         members: size of the ensemble; None for a single network.
         name: keeps the initial weights of a lane's networks apart.
+        bias: initial value of all hidden biases; None: PyTorch's default.
+        last: bound of the last layer's uniform initial weights and biases; None: PyTorch's default.
         multiple: hidden widths are rounded up to a multiple of this by units whose weights are zero. They put out
             zero, get no gradient and stay so: the same function of the same weights, in sizes that a matrix library
             likes (on a CPU with AVX2, products of width 750 run at three quarters of the rate of 752).
@@ -109,6 +111,8 @@ class MLP(nn.Module):
         sizes: Sequence[int],
         members: int | None = None,
         name: str = "",
+        bias: float | None = None,
+        last: float | None = None,
         multiple: int = 1,
     ) -> None:
         super().__init__()
@@ -119,9 +123,12 @@ class MLP(nn.Module):
         lead = () if members is None else (members,)
         spare = [0, *(-width % multiple for width in sizes[1:-1]), 0]
         for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
-            bound = 1 / math.sqrt(fan_in)
+            final = i == len(sizes) - 2
+            bound = last if final and last is not None else 1 / math.sqrt(fan_in)
             for shape, where in (((*lead, fan_out, fan_in), self.weights), ((*lead, fan_out), self.biases)):
                 lanes = [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
+                if where is self.biases and bias is not None and not final:
+                    lanes = [torch.full(shape, bias) for _ in generators]
                 padding = (0, spare[i], 0, spare[i + 1]) if where is self.weights else (0, spare[i + 1])
                 where.append(nn.Parameter(nn.functional.pad(torch.stack(lanes), padding)))
                 self.layers.append(where[-1])
@@ -157,6 +164,11 @@ class DeterministicActor(nn.Module):
         """`[lanes, batch, obs]` to `[lanes, batch, action]`."""
         action = self.mlp(obs).tanh()
         return action if self.scale == 1 and self.centre == 0 else action * self.scale + self.centre
+
+
+def normal_log_prob(mean: Tensor, std: Tensor, x: Tensor) -> Tensor:
+    """log N(x; mean, diag(std^2)), `[..., A]` to `[...]`."""
+    return (-0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 class Critics(nn.Module):

@@ -21,6 +21,7 @@ from offrl.nets import (
     clip_by_lane,
     column,
     lane_generators,
+    normal_log_prob,
     polyak,
     relu_mlp_reference,
     target_of,
@@ -210,6 +211,26 @@ def test_initial_weights_follow_the_law_of_linear_layers() -> None:
             some = mine.detach().flatten()[:50_000].double()
             assert stats.kstest(some.numpy(), "uniform", args=(-bound, 2 * bound)).pvalue > 1e-4
             assert stats.ks_2samp(some, theirs.detach().flatten().double()).pvalue > 1e-4
+
+
+def test_initial_values_on_request() -> None:
+    """Hidden biases at a value, the last layer uniform on bounds of its own; hidden weights as ever."""
+    sizes = (50, 400, 300, 60)
+    mlp, plain = (MLP(range(4), sizes, members=2, **options) for options in ({"bias": 0.1, "last": 3e-3}, {}))
+    assert all((bias == 0.1).all() for bias in mlp.biases[:-1])
+    assert torch.equal(mlp.weights[0], plain.weights[0])
+    for last in (mlp.weights[-1], mlp.biases[-1]):
+        assert last.abs().max() <= 3e-3
+        some = last.detach().flatten()[:50_000].double()
+        assert stats.kstest(some.numpy(), "uniform", args=(-3e-3, 6e-3)).pvalue > 1e-4
+
+
+def test_the_normal_density_equals_pytorchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, x = (torch.randn(2, 5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    std = torch.rand(2, 1, 3, generator=generator, dtype=torch.float64) + 0.1
+    expected = torch.distributions.Normal(mean, std).log_prob(x).sum(-1)
+    torch.testing.assert_close(normal_log_prob(mean, std, x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_lanes_initial_weights_are_its_own() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from offrl.agent import Agent, Batch
@@ -47,8 +46,7 @@ class BC(Agent):
     def bc_loss(self, batch: Batch) -> Tensor:
         """`[lanes]`: mean over batch and action dimensions."""
         if self.spec.discrete:
-            log_probability = self.actor(batch.obs).log_softmax(-1)
-            return -log_probability.gather(-1, batch.action.unsqueeze(-1)).mean((-2, -1))
+            return -self.log_prob(batch.obs, batch.action).mean(-1)
         return (self.act(batch.obs) - batch.action).square().mean((-2, -1))
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
@@ -56,9 +54,8 @@ class BC(Agent):
         self.actor_optimizer.step(loss)
         return {"bc_loss": loss.detach()}
 
-    @torch.no_grad()
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         """Log-probability of discrete actions `[lanes, n]`; a deterministic continuous policy has none."""
         if not self.spec.discrete:
-            raise NotImplementedError("a deterministic policy has no density")
-        return self.actor(self.normalize(obs)).log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+            return super().log_prob(obs, action)
+        return self.actor(obs).log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
