@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offrl.random import LaneRandom
+
+Drop = Callable[[str, Tensor], Tensor]  # (name, x) -> x with some of it dropped
 
 
 def lane_generators(seeds: Sequence[int], name: str) -> list[torch.Generator]:
@@ -98,6 +100,7 @@ class MLP(nn.Module):
         name: keeps the initial weights of a lane's networks apart.
         bias: initial value of all hidden biases; None: PyTorch's default.
         last: bound of the last layer's uniform initial weights and biases; None: PyTorch's default.
+        norm: layer normalisation behind every hidden ReLU; `multiple` must be 1 then.
         multiple: hidden widths are rounded up to a multiple of this by units whose weights are zero. They put out
             zero, get no gradient and stay so: the same function of the same weights, in sizes that a matrix library
             likes (on a CPU with AVX2, products of width 750 run at three quarters of the rate of 752).
@@ -113,13 +116,16 @@ class MLP(nn.Module):
         name: str = "",
         bias: float | None = None,
         last: float | None = None,
+        norm: bool = False,
         multiple: int = 1,
     ) -> None:
         super().__init__()
+        assert multiple == 1 or not norm, "units that pad a layer would count in its normalisation"
         generators = lane_generators(seeds, name)
-        self.members = members
+        self.name, self.members = name, members
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         self.layers: list[nn.Parameter] = []  # the same, alternating; looking them up by name costs microseconds
+        self.gains, self.offsets = nn.ParameterList(), nn.ParameterList()  # of the normalisation
         lead = () if members is None else (members,)
         spare = [0, *(-width % multiple for width in sizes[1:-1]), 0]
         for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
@@ -132,38 +138,131 @@ class MLP(nn.Module):
                 padding = (0, spare[i], 0, spare[i + 1]) if where is self.weights else (0, spare[i + 1])
                 where.append(nn.Parameter(nn.functional.pad(torch.stack(lanes), padding)))
                 self.layers.append(where[-1])
+            if norm and not final:
+                shape = (len(generators), *lead, fan_out + spare[i + 1])
+                self.gains.append(nn.Parameter(torch.ones(shape)))
+                self.offsets.append(nn.Parameter(torch.zeros(shape)))
+        self.norms: list[nn.Parameter] = [p for pair in zip(self.gains, self.offsets) for p in pair]
 
-    def forward(self, x: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
+    def forward(self, x: Tensor, member: int | None = None, frozen: bool = False, drop: Drop | None = None) -> Tensor:
         """`[lanes, batch, in]` to `[lanes, batch, out]`; an ensemble to `[lanes, members, batch, out]`.
 
         Args:
             member: picks one member of an ensemble (then `[lanes, batch, out]`).
             frozen: the weights are constants here: a gradient passes through to `x` and none of theirs is computed.
+            drop: what becomes of each hidden layer's output, such as dropout; for a single network.
         """
-        layers: Sequence[Tensor] = [p.detach() for p in self.layers] if frozen else self.layers
-        if self.members is None:
-            return _ReluMLP.apply(x, *layers)
-        if member is not None:
-            return _ReluMLP.apply(x, *(p[:, member] for p in layers))
+        layers, norms = self._of(self.layers, member, frozen), self._of(self.norms, member, frozen)
+        run = self._layer_by_layer if norms or drop else _fused
+        if self.members is None or member is not None:
+            return run(x, layers, norms, drop)
         lanes, batch, width = x.shape
         x = x.unsqueeze(1).expand(lanes, self.members, batch, width).reshape(-1, batch, width)
-        return _ReluMLP.apply(x, *layers).unflatten(0, (lanes, self.members))
+        return run(x, layers, norms, drop).unflatten(0, (lanes, self.members))
+
+    def _of(self, parameters: Sequence[Tensor], member: int | None, frozen: bool) -> Sequence[Tensor]:
+        """Parameters of one member, as constants when frozen."""
+        if frozen:
+            parameters = [p.detach() for p in parameters]
+        return parameters if member is None or self.members is None else [p[:, member] for p in parameters]
+
+    def _layer_by_layer(
+        self, x: Tensor, layers: Sequence[Tensor], norms: Sequence[Tensor], drop: Drop | None
+    ) -> Tensor:
+        for i in range(0, len(layers) - 2, 2):
+            x = _ReluMLP.apply(x, *layers[i : i + 2]).relu()
+            if norms:
+                gain, offset = (p.flatten(0, -2) for p in norms[i : i + 2])
+                x = layer_norm(x, gain, offset, eps=1e-6)  # Flax's, whose networks these are
+            if drop is not None:
+                x = drop(f"{self.name}/{i // 2}", x)
+        return _ReluMLP.apply(x, *layers[-2:])
+
+
+def _fused(x: Tensor, layers: Sequence[Tensor], *_: Any) -> Tensor:
+    out: Tensor = _ReluMLP.apply(x, *layers)
+    return out
+
+
+def layer_norm(x: Tensor, gain: Tensor, offset: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation of `[n, ..., width]` over its last axis; gain and offset are `[n, width]`."""
+    shape = (len(gain), *[1] * (x.ndim - 2), gain.shape[-1])
+    return torch.addcmul(offset.view(shape), nn.functional.layer_norm(x, x.shape[-1:], eps=eps), gain.view(shape))
+
+
+def dropout(x: Tensor, rate: float | Tensor, random: LaneRandom, name: str) -> Tensor:
+    """`x` `[lanes, ...]` with a share `rate` of elements zero and the rest grown to the same mean; lanes may differ.
+
+    Sixteen bits decide on an element, four elements to a draw: rates are multiples of 2^-16 (0.1 becomes 0.100006), and the
+    growth is of the rate as it is then.
+    """
+    bits = random.bits(name, -(-x[0].numel() // 4)).view(torch.int16)[:, : x[0].numel()].view(x.shape)
+    if isinstance(rate, Tensor):
+        dropped: Any = column((rate.double() * 2**16).round(), x.ndim - 1)
+        scale: Any = (2**16 / (2**16 - dropped)).to(x.dtype)
+        kept = bits >= (dropped - 2**15).to(torch.int16)
+    else:
+        dropped = round(rate * 2**16)
+        scale = 2**16 / (2**16 - dropped)
+        kept = bits >= dropped - 2**15
+    return x * (kept.to(x.dtype) * scale)
 
 
 class DeterministicActor(nn.Module):
-    """pi(s) = centre + scale * tanh(MLP(s)); the box of actions is [low, high] in every dimension."""
+    """pi(s) = centre + scale * tanh(MLP(s)); the box of actions is [low, high] in every dimension; `options` are `MLP`'s."""
 
     def __init__(
-        self, seeds: Sequence[int], obs_dim: int, action_dim: int, hidden: Sequence[int], low: float, high: float
+        self,
+        seeds: Sequence[int],
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        low: float,
+        high: float,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.mlp = MLP(seeds, [obs_dim, *hidden, action_dim], name="actor", **options)
+        self.scale, self.centre = (high - low) / 2, (high + low) / 2
+
+    def forward(self, obs: Tensor, drop: Drop | None = None) -> Tensor:
+        """`[lanes, batch, obs]` to `[lanes, batch, action]`; `drop` as in `MLP`."""
+        action = self.mlp(obs, drop=drop).tanh()
+        return action if self.scale == 1 and self.centre == 0 else action * self.scale + self.centre
+
+
+class GaussianActor(nn.Module):
+    """pi(. | s) = N(mean(s), diag(sigma^2)) with deviations that no state changes.
+
+    Args:
+        squash: mean(s) = centre + scale * tanh(MLP(s)), inside the box of actions, which the deviation is measured in as
+            well; otherwise the mean is the MLP's output.
+        log_std: bounds of log sigma, which begins at 0.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        low: float,
+        high: float,
+        squash: bool = True,
+        log_std: tuple[float, float] = (-20.0, 2.0),
     ) -> None:
         super().__init__()
         self.mlp = MLP(seeds, [obs_dim, *hidden, action_dim], name="actor")
-        self.scale, self.centre = (high - low) / 2, (high + low) / 2
+        self.log_std = nn.Parameter(torch.zeros(len(seeds), action_dim))
+        self.scale, self.centre = ((high - low) / 2, (high + low) / 2) if squash else (1.0, 0.0)
+        self.squash, self.bounds = squash, log_std
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """`[lanes, batch, obs]` to `[lanes, batch, action]`."""
-        action = self.mlp(obs).tanh()
-        return action if self.scale == 1 and self.centre == 0 else action * self.scale + self.centre
+    def forward(self, obs: Tensor, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and deviation, `[lanes, batch, action]` each; `drop` as in `MLP`."""
+        mean = self.mlp(obs, drop=drop)
+        mean = mean.tanh() if self.squash else mean
+        std = self.log_std.clamp(*self.bounds).exp().unsqueeze(1) * self.scale
+        return mean * self.scale + self.centre, std.expand_as(mean)
 
 
 def normal_log_prob(mean: Tensor, std: Tensor, x: Tensor) -> Tensor:
@@ -172,13 +271,19 @@ def normal_log_prob(mean: Tensor, std: Tensor, x: Tensor) -> Tensor:
 
 
 class Critics(nn.Module):
-    """An ensemble Q_1 ... Q_n(s, a)."""
+    """An ensemble Q_1 ... Q_n(s, a); `options` are those of `MLP`."""
 
     def __init__(
-        self, seeds: Sequence[int], obs_dim: int, action_dim: int, hidden: Sequence[int], members: int = 2
+        self,
+        seeds: Sequence[int],
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        members: int = 2,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.mlp = MLP(seeds, [obs_dim + action_dim, *hidden, 1], members, name="critics")
+        self.mlp = MLP(seeds, [obs_dim + action_dim, *hidden, 1], members, name="critics", **options)
 
     def forward(self, obs: Tensor, action: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
         """`[lanes, members, batch]`, or `[lanes, batch]` of one member; `frozen` as in `MLP`."""
@@ -235,6 +340,7 @@ class Adam(nn.Module):
         weight_decay: decoupled from the gradient, as in AdamW (Loshchilov & Hutter 2019).
         clip: largest norm of a lane's gradient over all parameters; None: any.
         warmup: steps over which the rate grows linearly; the n-th has n / warmup of it.
+        decay: steps over which the rate falls to zero along half a cosine; 0: it does not.
     """
 
     count: Tensor
@@ -248,10 +354,11 @@ class Adam(nn.Module):
         weight_decay: float | Tensor = 0.0,
         clip: float | Tensor | None = None,
         warmup: int = 0,
+        decay: int = 0,
     ) -> None:
         super().__init__()
         self.lr, self.betas, self.eps = lr, betas, eps
-        self.weight_decay, self.clip, self.warmup = weight_decay, clip, warmup
+        self.weight_decay, self.clip, self.warmup, self.decay = weight_decay, clip, warmup, decay
         self.lane_rates = _lane_pairs(lr, weight_decay)  # read once: a graph can't wait for the host
         self.targets = [list(parameters)]  # inside a list: they belong to the networks, not to this module
         for i, p in enumerate(self.targets[0]):
@@ -290,8 +397,10 @@ class Adam(nn.Module):
 
     def _adam(self, rows: list[list[Tensor]], lr: Any, weight_decay: Any) -> None:
         parameters, gradients, means, squares = rows
-        if self.warmup:
-            lr = lr * (self.count / self.warmup).clamp(max=1)  # a tensor: the host need not know the count
+        if self.warmup:  # a tensor: the host need not know the count
+            lr = lr * (self.count / self.warmup).clamp(max=1)
+        if self.decay:
+            lr = lr * (0.5 + 0.5 * torch.cos(math.pi * ((self.count - 1) / self.decay).clamp(max=1)))
         # The operator behind torch.optim.AdamW(fused=True), called directly: it can be captured and compiled.
         torch._fused_adamw_(
             parameters,

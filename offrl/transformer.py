@@ -6,16 +6,13 @@ Parameters are `[lanes, ...]`; tokens are `[lanes, batch, tokens, embed]`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from offrl.nets import column, lane_generators
-from offrl.random import LaneRandom
+from offrl.nets import Drop, lane_generators, layer_norm
 
-Drop = Callable[[str, Tensor], Tensor]  # (name, x) -> x with some of it dropped
 KeysValues = tuple[Tensor, Tensor]  # of the tokens so far, `[lanes, batch, tokens, embed]` each
 
 
@@ -55,27 +52,7 @@ class LayerNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(lanes, width)), nn.Parameter(torch.zeros(lanes, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
-        normal = nn.functional.layer_norm(x, x.shape[-1:])
-        return torch.addcmul(self.bias.view(shape), normal, self.weight.view(shape))
-
-
-def dropout(x: Tensor, rate: float | Tensor, random: LaneRandom, name: str) -> Tensor:
-    """`x` `[lanes, ...]` with a share `rate` of elements zero and the rest grown to the same mean; lanes may differ.
-
-    Sixteen bits decide on an element, four elements to a draw: rates are multiples of 2^-16 (0.1 becomes 0.100006), and the
-    growth is of the rate as it is then.
-    """
-    bits = random.bits(name, -(-x[0].numel() // 4)).view(torch.int16)[:, : x[0].numel()].view(x.shape)
-    if isinstance(rate, Tensor):
-        dropped: Any = column((rate.double() * 2**16).round(), x.ndim - 1)
-        scale: Any = (2**16 / (2**16 - dropped)).to(x.dtype)
-        kept = bits >= (dropped - 2**15).to(torch.int16)
-    else:
-        dropped = round(rate * 2**16)
-        scale = 2**16 / (2**16 - dropped)
-        kept = bits >= dropped - 2**15
-    return x * (kept.to(x.dtype) * scale)
+        return layer_norm(x, self.weight, self.bias)
 
 
 class Block(nn.Module):

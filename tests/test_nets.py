@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -17,6 +18,7 @@ from offrl.nets import (
     Adam,
     Critics,
     DeterministicActor,
+    GaussianActor,
     _ReluMLP,
     clip_by_lane,
     column,
@@ -142,6 +144,58 @@ def test_a_frozen_network_passes_gradients_on_and_computes_none_of_its_own(membe
     assert all(p.grad is not None for p in mlp.parameters())
 
 
+def normalised_members(mlp: MLP, x: Tensor) -> Tensor:
+    """`[lanes, members, batch, out]`: Linear, ReLU, LayerNorm and so on, as ordinary layers."""
+    lanes, members = mlp.weights[0].shape[:2]
+    rows = []
+    for lane, member in itertools.product(range(lanes), range(members)):
+        h = x[lane]
+        for weight, bias, gain, offset in zip(mlp.weights, mlp.biases, mlp.gains, mlp.offsets):
+            h = nn.functional.linear(h, weight[lane, member], bias[lane, member]).relu()
+            h = nn.functional.layer_norm(h, h.shape[-1:], gain[lane, member], offset[lane, member], 1e-6)
+        rows.append(nn.functional.linear(h, mlp.weights[-1][lane, member], mlp.biases[-1][lane, member]))
+    return torch.stack(rows).unflatten(0, (lanes, members))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("member", [None, 0, 2])
+def test_normalised_layers_equal_pytorchs(member: int | None, frozen: bool) -> None:
+    """Values and gradients; gains and offsets are moved away from 1 and 0 first."""
+    mlp = MLP((1, 2), [6, 20, 12, 3], members=3, norm=True).double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in (*mlp.gains, *mlp.offsets):
+            p.add_(torch.randn_like(p))
+    x = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
+    out, plain = mlp(x, member, frozen), normalised_members(mlp, x)
+    plain = plain if member is None else plain[:, member]
+    torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
+    wanted = [x] if frozen else [x, *mlp.parameters()]
+    gradients = torch.autograd.grad(out.sin().sum(), wanted)
+    for got, want in zip(gradients, torch.autograd.grad(plain.sin().sum(), wanted)):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    if frozen:
+        mlp(x, member, frozen=True).sum().backward()
+        assert all(p.grad is None for p in mlp.parameters())
+
+
+def test_what_is_dropped_is_each_hidden_layers_output() -> None:
+    mlp, x = MLP((1, 2), [3, 8, 6, 2], name="actor").double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    seen = []
+
+    def drop(name: str, h: Tensor) -> Tensor:
+        seen.append((name, h.shape))
+        return h * 0.5
+
+    out = mlp(x, drop=drop)
+    assert seen == [("actor/0", (2, 5, 8)), ("actor/1", (2, 5, 6))]
+    halved = copy.deepcopy(mlp)
+    with torch.no_grad():
+        for weight in list(halved.weights)[1:]:
+            weight.mul_(0.5)
+    torch.testing.assert_close(out, halved(x), rtol=1e-12, atol=1e-12)
+
+
 def test_padded_widths_change_no_function_and_stay_zero() -> None:
     """Same initial weights, same outputs, same descent; the units that fill a width up never come to life."""
     sizes = (5, 18, 33, 3)
@@ -181,6 +235,20 @@ def test_actors_cover_their_box_and_no_more() -> None:
     assert wild.min() >= -0.5
     assert wild.max() <= 2.0
     assert wild.max() - wild.min() > 2.4  # saturated at both ends
+
+
+def test_gaussian_actors_have_their_means_box_and_bounded_deviations() -> None:
+    x = torch.randn(1, 7, 3) * 100
+    squashed = GaussianActor((0,), 3, 2, (8,), -1.0, 3.0, log_std=(-3.0, 0.5))
+    with torch.no_grad():
+        squashed.log_std.copy_(torch.tensor([[-10.0, 0.1]]))
+    mean, std = squashed(x)
+    torch.testing.assert_close(mean, DeterministicActor((0,), 3, 2, (8,), -1.0, 3.0)(x))
+    # The deviation is in units of half the box, which is 2.
+    torch.testing.assert_close(std, 2 * torch.tensor([-3.0, 0.1]).exp().expand(1, 7, 2))
+    mean, std = GaussianActor((0,), 3, 2, (8,), -1.0, 3.0, squash=False)(x)
+    assert mean.abs().max() > 3
+    assert torch.equal(std, torch.ones(1, 7, 2))
 
 
 def test_critics_see_observation_and_action() -> None:
@@ -336,6 +404,29 @@ def test_decay_clipping_and_warmup_equal_pytorchs(clip: Any, weight_decay: Any) 
     for lane in range(3):
         for many, one in zip(mine, theirs[lane]):
             torch.testing.assert_close(many[lane].detach(), one.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lr", [1e-2, [1e-2, 3e-3]], ids=str)
+def test_cosine_decay_equals_pytorchs(lr: Any) -> None:
+    """Twenty steps of Adam, and some more at a rate of zero, which change nothing."""
+    rates = lr if isinstance(lr, list) else [lr, lr]
+    start = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+    mine, theirs = nn.Parameter(start.clone()), [nn.Parameter(lane.clone()) for lane in start]
+    adam = Adam([mine], torch.tensor(lr, dtype=torch.float64) if isinstance(lr, list) else lr, decay=20).double()
+    others = [torch.optim.Adam([p], lr=rate) for p, rate in zip(theirs, rates)]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(other, 20) for other in others]
+    for _ in range(20):
+        adam.step((mine.sin() + 0.1 * mine.square()).flatten(1).sum(-1))
+        for p, other, schedule in zip(theirs, others, schedules):
+            other.zero_grad()
+            (p.sin() + 0.1 * p.square()).sum().backward()
+            other.step()
+            schedule.step()
+    torch.testing.assert_close(mine.detach(), torch.stack(theirs).detach(), rtol=1e-12, atol=1e-12)
+    last = mine.detach().clone()
+    for _ in range(3):
+        adam.step(mine.flatten(1).sum(-1))
+    torch.testing.assert_close(mine.detach(), last, rtol=0, atol=1e-15)
 
 
 def test_a_lanes_gradient_is_clipped_by_its_own_norm() -> None:

@@ -7,8 +7,9 @@ import torch
 from scipy import stats
 from torch import nn
 
+from offrl.nets import dropout
 from offrl.random import LaneRandom
-from offrl.transformer import LayerNorm, Linear, dropout
+from offrl.transformer import LayerNorm, Linear
 
 
 def test_layers_equal_pytorchs_lane_by_lane() -> None:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agent import Agent, Batch, Spec
-from offrl.nets import Adam, column, lane_generators
-from offrl.transformer import Block, Drop, KeysValues, LayerNorm, Linear, dropout
+from offrl.nets import Adam, Drop, column, dropout, lane_generators
+from offrl.transformer import Block, KeysValues, LayerNorm, Linear
 
 if TYPE_CHECKING:
     from offrl.data.store import Store
