@@ -26,10 +26,13 @@ demo: $(READY)
 	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl train agent=td3_bc preset=demo lanes=3 out=$(DEMO)/runs
 	$(BIN)/offrl report $(DEMO)/runs --out $(DEMO)/report
 
-test: $(READY)
-	$(BIN)/python -m pytest
+# Two processes: each holds torch and a share of the datasets that the tests build.
+WORKERS ?= 2
 
-# Tests that start other processes for long: a sweep by joblib.
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Longer tests: every agent compiled, sweeps that start other processes, trainings of a minute.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 

@@ -694,8 +694,15 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("agent", AGENTS)
+# All pairs take minutes: the quick suite has every agent under one weighting, and two agents under every sampler.
+PAIRS = [
+    pytest.param(a, s, marks=() if s == "advantage_weighted" or a in ("td3_bc", "dt") else pytest.mark.slow)
+    for a in AGENTS
+    for s in SAMPLERS
+]
+
+
+@pytest.mark.parametrize(("agent", "sampler"), PAIRS)
 def test_every_agent_trains_under_every_sampler(mixed_file: Any, agent: str, sampler: str) -> None:
     from offrl.compose import compose
     from offrl.train import Trainer, plan

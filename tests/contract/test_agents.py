@@ -26,6 +26,10 @@ from offrl.train import load_agent, make_agent, train
 
 SETTINGS = {p.stem: OmegaConf.load(p) for p in sorted((conf_dir() / "agent").glob("*.yaml"))}
 every_agent = pytest.mark.parametrize("name", SETTINGS)
+# Compiling takes about a minute an agent, so the quick suite compiles one and `make test-slow` all.
+compiled_agents = pytest.mark.parametrize(
+    "name", [n if n == "td3_bc" else pytest.param(n, marks=pytest.mark.slow) for n in SETTINGS]
+)
 SMALL: dict[str, Any] = {"context": 3, "embed": 16, "layers": 1, "warmup": 20}  # settings of sequence models
 
 
@@ -186,7 +190,7 @@ def test_cuda_graph_equals_eager_on_the_gpu(name: str) -> None:
     assert distance(*pair) == 0
 
 
-@every_agent
+@compiled_agents
 def test_compiled_equals_eager(name: str, toy: Store) -> None:
     """Fused kernels round differently: 1e-7 an update, and Adam's first steps can turn that into a learning rate."""
     eager, compiled = make(name, toy), make(name, toy)
