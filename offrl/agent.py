@@ -156,6 +156,13 @@ class Agent(nn.Module):
         """The memory after `action` brought `reward`, both `[lanes, envs, ...]`."""
         return memory
 
+    def promise(self, obs: Tensor, memory: Any) -> Tensor | None:
+        """The return `[lanes, envs]` that the policy expects, or was asked for, of the episodes that begin now.
+
+        Asked before the first `select_action`, for raw observations; None for a policy that promises nothing.
+        """
+        return None
+
     @torch.no_grad()
     def select_action(self, obs: Tensor, memory: Any = None) -> Tensor:
         """The action to take for raw observations `[lanes, n, O]`: deterministic and within bounds."""

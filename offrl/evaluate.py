@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from offrl.agent import Agent
 from offrl.data.store import DatasetInfo
@@ -42,12 +43,14 @@ class Episodes:
         returns: `[lanes, episodes]` undiscounted returns; lengths: `[lanes, episodes]` steps.
         normalized: `[lanes, episodes]` scores by the dataset's references; None when it has none.
         seeds: `[episodes]` environment seeds.
+        promised: `[lanes, episodes]` returns that the policy promised at the episodes' beginnings; None: it doesn't.
     """
 
     returns: Array
     lengths: Array
     normalized: Array | None
     seeds: list[int]
+    promised: Array | None = None
 
 
 class Slots:
@@ -209,40 +212,47 @@ class Evaluator:
         """
         policy = copy.deepcopy(agent).to(dtype)
         returns, lengths = np.zeros((self.lanes, episodes)), np.zeros((self.lanes, episodes), dtype=np.int64)
+        promised: list[Array] = []
         try:
             self._open(min(self.width, episodes))
             for start in range(0, episodes, self.width):
                 wave = slice(start, min(start + self.width, episodes))
-                returns[:, wave], lengths[:, wave] = self._wave(policy, seed + start, wave.stop - start, dtype)
+                returns[:, wave], lengths[:, wave], promise = self._wave(policy, seed + start, wave.stop - start, dtype)
+                promised += [] if promise is None else [promise]
         except BaseException:
             self.close()  # the processes may be in the middle of a step: the next run needs others
             raise
         seeds = [seed + k for k in range(episodes)]
-        return Episodes(returns, lengths, self.info.normalized(returns), seeds)
+        together = np.concatenate(promised, 1) if promised else None
+        return Episodes(returns, lengths, self.info.normalized(returns), seeds, together)
 
     # ---- one wave: one episode in each slot -------------------------------------------------------------------
 
     @torch.no_grad()
-    def _wave(self, policy: Agent, seed: int, used: int, dtype: torch.dtype) -> tuple[Array, Array]:
+    def _wave(self, policy: Agent, seed: int, used: int, dtype: torch.dtype) -> tuple[Array, Array, Array | None]:
         width = len(self.arrays["done"]) // self.lanes
         seeds = [seed + k if k < used else None for k in range(width)] * self.lanes
         self._all("reset", seeds)
         observation, action, reward, done = (self.arrays[k] for k in ("observation", "action", "reward", "done"))
         returns, lengths = np.zeros(len(done)), np.zeros(len(done), dtype=np.int64)
         memory = policy.memory(width)
-        device = policy.spec.device
+        device, shape = policy.spec.device, (self.lanes, width)
+
+        def by_lane(array: Array) -> Tensor:
+            return torch.from_numpy(array).to(device, dtype).unflatten(0, shape)
+
+        promise = policy.promise(by_lane(observation), memory)
+        promised = None if promise is None else promise.cpu().numpy()[:, :used]
         while not done.all():
             running = ~done
-            obs = torch.from_numpy(observation).to(device, dtype).unflatten(0, (self.lanes, width))
+            obs = by_lane(observation)
             chosen = policy.select_action(obs, memory)
             action[...] = chosen.flatten(0, 1).cpu().numpy()
             self._all("step")
             returns[running] += reward[running]
             lengths[running] += 1
-            got = torch.from_numpy(reward).to(device, dtype).unflatten(0, (self.lanes, width))
-            memory = policy.observe(memory, chosen, got)
-        shape = (self.lanes, width)
-        return returns.reshape(shape)[:, :used], lengths.reshape(shape)[:, :used]
+            memory = policy.observe(memory, chosen, by_lane(reward))
+        return returns.reshape(shape)[:, :used], lengths.reshape(shape)[:, :used], promised
 
     def _all(self, command: str, argument: list[int | None] | None = None) -> None:
         if self.local:

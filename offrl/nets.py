@@ -313,6 +313,18 @@ def column(value: float | Tensor, axes: int = 1) -> Any:
     return value.view(-1, *[1] * axes) if isinstance(value, Tensor) else value
 
 
+def one_hot(index: Tensor, kinds: int, dtype: torch.dtype) -> Tensor:
+    """`[..., kinds]` of zeros and, at the index, one; without the look at the values that PyTorch's function takes."""
+    return (index.unsqueeze(-1) == torch.arange(kinds, device=index.device)).to(dtype)
+
+
+def choose(logits: Tensor, coin: Tensor | None = None) -> Tensor:
+    """Index of the likeliest kind; with a coin, uniform on [0, 1), a draw from softmax(logits). `[..., kinds]` to `[...]`."""
+    if coin is None:
+        return logits.argmax(-1)
+    return (logits.double().softmax(-1).cumsum(-1)[..., :-1] <= coin.unsqueeze(-1)).sum(-1)
+
+
 def target_of(network: nn.Module) -> Any:
     """A copy that no gradient reaches."""
     return copy.deepcopy(network).requires_grad_(False)

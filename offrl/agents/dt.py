@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agent import Agent, Batch, Spec
-from offrl.nets import Adam, Drop, column, dropout, lane_generators
+from offrl.nets import Adam, Drop, choose, column, dropout, lane_generators, one_hot
 from offrl.transformer import Block, KeysValues, LayerNorm, Linear
 
 if TYPE_CHECKING:
@@ -137,8 +137,7 @@ class DT(Agent):
     def attach(self, store: Store) -> None:
         """Ask for the best return among the episodes that ended, unless the configuration names one."""
         if self.cfg.target_return is None:
-            returns = store.returns[store.complete] if bool(store.complete.any()) else store.returns
-            self.target.fill_(returns.max())
+            self.target.fill_(store.best_return)
 
     # ---- learning ---------------------------------------------------------------------------------------------
 
@@ -150,8 +149,7 @@ class DT(Agent):
     def taken(self, action: Tensor) -> dict[Linear, Tensor]:
         """Actions likewise; discrete ones as one-hot vectors."""
         if self.spec.discrete:
-            kinds = torch.arange(self.spec.action_dim, device=action.device)
-            action = (action.unsqueeze(-1) == kinds).to(self.target.dtype)
+            action = one_hot(action, self.spec.action_dim, self.target.dtype)
         return {self.net.embed_action: action}
 
     def drop(self, name: str, x: Tensor) -> Tensor:
@@ -194,6 +192,10 @@ class DT(Agent):
         goal = self.target.unsqueeze(1).expand(-1, envs)
         return Memory(goal, goal.new_zeros(*goal.shape, 0, self.cfg.embed), name=name)
 
+    def promise(self, obs: Tensor, memory: Memory) -> Tensor:
+        """The return that was asked for."""
+        return memory.return_to_go
+
     def memory(self, envs: int) -> Memory:
         self.waves += 1
         return self.start(envs, f"dt/act/{self.waves}")
@@ -214,10 +216,8 @@ class DT(Agent):
         out = out.squeeze(2)
         if not self.spec.discrete:
             return self.squash(out)
-        if not (self.cfg.sample_actions and memory.name):
-            return out.argmax(-1)
-        coin = self.random.uniform(f"{memory.name}/{memory.time}", obs.shape[1:2]).unsqueeze(-1)
-        return (out.double().softmax(-1).cumsum(-1)[..., :-1] <= coin).sum(-1)
+        draw = self.cfg.sample_actions and memory.name
+        return choose(out, self.random.uniform(f"{memory.name}/{memory.time}", obs.shape[1:2]) if draw else None)
 
     def act(self, obs: Tensor) -> Tensor:
         """The action at the beginning of an episode."""

@@ -165,6 +165,11 @@ class Store:
         total.index_add_(0, self.episode_of_row, self.rewards.double())
         return total + self.tail_rewards.double()
 
+    @property
+    def best_return(self) -> float:
+        """The best return among the episodes that ended; among all where the file cut every one off."""
+        return float((self.returns[self.complete] if bool(self.complete.any()) else self.returns).max())
+
     @cached_property
     def initial_observations(self) -> Tensor:
         """`[E, O]`: the first observation of each episode."""

@@ -1,0 +1,136 @@
+"""RvS-R: a feedforward policy conditioned on the return to come.
+
+Emmons, Eysenbach, Kostrikov & Levine, "RvS: What is Essential for Offline RL via Supervised Learning?", ICLR 2022 (arXiv
+2112.10751); authors' code scottemmons/rvs, configuration `gym_rvs_r`. Reward-conditioned RvS regresses actions on the state and
+the average reward still to come, R_t / (H - t), with H the longest episode of the data. Acting asks for the same average at
+every step. With `average: false` the policy sees the return to go itself, and what was earned is taken off, as in the decision
+transformer.
+
+Deviations: none for continuous actions, which the authors fit, as here, by maximum likelihood under a normal law with a mean
+that nothing bounds and a learnt deviation of each dimension; acting takes the mean. Discrete actions are fitted by
+cross-entropy. The return asked for defaults to the dataset's best (the authors sweep shares of the expert's).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from offrl.agent import Agent, Batch
+from offrl.nets import MLP, Adam, choose, column
+
+if TYPE_CHECKING:
+    from offrl.data.store import Store
+
+
+@dataclass
+class RvSConfig:
+    target_return: float | None = None  # return to ask for when acting; None: the dataset's best
+    average: bool = True  # condition on R_t / (H - t); false: on R_t, minus what was earned
+    return_scale: float = 1.0  # multiplies what the policy is conditioned on
+    lr: float = 1e-3
+    hidden: tuple[int, ...] = (1024, 1024)  # widths of the policy's hidden layers
+    sample_actions: bool = False  # discrete actions: draw from the policy instead of taking the likeliest
+    normalize_obs: bool = False  # standardise observations with the dataset's statistics
+
+
+@dataclass
+class Memory:
+    """The return still to be got, `[lanes, envs]`, steps behind us, and the name of the coins that actions toss."""
+
+    return_to_go: Tensor
+    time: int = 0
+    name: str = ""
+
+
+class RvS(Agent):
+    """pi(a | s, R) <- argmax E_D log pi(a_t | s_t, R_t)."""
+
+    Config = RvSConfig
+    extra = ("return_to_go", "timestep")
+    target: Tensor
+    horizon: Tensor
+
+    def build(self) -> None:
+        spec, cfg = self.spec, self.cfg
+        self.waves = 0
+        target = torch.zeros(spec.lanes, device=spec.device)
+        self.register_buffer("target", target if cfg.target_return is None else target + cfg.target_return)
+        self.register_buffer("horizon", torch.ones(()))
+        self.actor = MLP(spec.seeds, [spec.obs_dim + 1, *cfg.hidden, spec.action_dim], name="actor")
+        self.log_std = nn.Parameter(torch.zeros(spec.lanes, spec.action_dim))
+        learnt = [*self.actor.parameters()] if spec.discrete else [*self.actor.parameters(), self.log_std]
+        self.optimizer = Adam(learnt, cfg.lr)
+
+    def attach(self, store: Store) -> None:
+        """Learn the longest episode, and ask for the best return unless the configuration names one."""
+        self.horizon.fill_(store.lengths.max())
+        if self.cfg.target_return is None:
+            self.target.fill_(store.best_return)
+
+    def goal(self, return_to_go: Tensor, timestep: Tensor | int) -> Tensor:
+        """`[lanes, n, 1]`: what the policy is conditioned on."""
+        if self.cfg.average:
+            return_to_go = return_to_go / (self.horizon - timestep).clamp(min=1)
+        return (return_to_go * column(self.cfg.return_scale)).unsqueeze(-1)
+
+    def outputs(self, obs: Tensor, goal: Tensor) -> Tensor:
+        """Logits, or the mean, `[lanes, n, A]`."""
+        return self.actor(torch.cat([obs, goal], -1))
+
+    def action_loss(self, batch: Batch) -> Tensor:
+        """`[lanes]`: mean -log pi(a | s, R)."""
+        assert batch.return_to_go is not None
+        assert batch.timestep is not None
+        out = self.outputs(batch.obs, self.goal(batch.return_to_go, batch.timestep))
+        if self.spec.discrete:
+            return -out.log_softmax(-1).gather(-1, batch.action.unsqueeze(-1)).mean((-2, -1))
+        log_std = self.log_std.unsqueeze(1)
+        error = 0.5 * ((batch.action - out) * (-log_std).exp()).square() + log_std + 0.5 * math.log(2 * math.pi)
+        return error.sum(-1).mean(-1)
+
+    def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
+        loss = self.action_loss(batch)
+        self.optimizer.step(loss)
+        return {"action_loss": loss.detach()}
+
+    # ---- acting -----------------------------------------------------------------------------------------------
+
+    def start(self, envs: int, name: str = "") -> Memory:
+        return Memory(self.target.unsqueeze(1).expand(-1, envs), name=name)
+
+    def memory(self, envs: int) -> Memory:
+        self.waves += 1
+        return self.start(envs, f"rvs/act/{self.waves}")
+
+    def promise(self, obs: Tensor, memory: Memory) -> Tensor:
+        """The return that was asked for."""
+        return memory.return_to_go
+
+    def decide(self, obs: Tensor, memory: Memory) -> Tensor:
+        """The action for normalised observations `[lanes, envs, O]`."""
+        if self.cfg.average:  # the same average all the time, as the authors have it
+            goal = self.goal(self.target.unsqueeze(1).expand(obs.shape[:2]), 0)
+        else:
+            goal = self.goal(memory.return_to_go, memory.time)
+        out = self.outputs(obs, goal)
+        if not self.spec.discrete:
+            return out.clamp(self.spec.action_low, self.spec.action_high)
+        draw = self.cfg.sample_actions and memory.name
+        return choose(out, self.random.uniform(f"{memory.name}/{memory.time}", obs.shape[1:2]) if draw else None)
+
+    def act(self, obs: Tensor) -> Tensor:
+        """The action at the beginning of an episode."""
+        return self.decide(obs, self.start(obs.shape[1]))
+
+    @torch.no_grad()
+    def select_action(self, obs: Tensor, memory: Memory | None = None) -> Tensor:
+        """The action for raw observations; without a memory, that at the beginning of an episode."""
+        return self.decide(self.normalize(obs), memory or self.start(obs.shape[1]))
+
+    def observe(self, memory: Memory, action: Tensor, reward: Tensor) -> Memory:
+        return Memory(memory.return_to_go - reward, memory.time + 1, memory.name)

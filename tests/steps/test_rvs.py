@@ -1,0 +1,114 @@
+"""RvS-R's update against a plain restatement in float64; what acting conditions on; luck taken for skill in a bandit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plain import difference, sequential
+from torch import Tensor, nn
+
+from offrl.agent import Batch, Spec
+from offrl.agents.rvs import RvS, RvSConfig
+from offrl.data.store import DatasetInfo, Store
+from offrl.engine import Eager
+from offrl.sampling import Replay, Uniform
+
+
+def make_store(discrete: int | None = None) -> Store:
+    """Episodes of 7, 1, 3 and 11 random steps."""
+    generator = torch.Generator().manual_seed(0)
+    obs, nxt = (torch.randn(22, 3, generator=generator).double() for _ in range(2))
+    action = torch.rand(22, 2, generator=generator).double() * 2 - 1
+    if discrete:
+        action = torch.randint(discrete, (22,), generator=generator)
+    reward = torch.randn(22, generator=generator).double()
+    offsets = torch.tensor([0, 7, 8, 11, 22])
+    return Store(obs, action, reward, nxt, torch.zeros(22), offsets, DatasetInfo(discrete=discrete))
+
+
+def make_agent(store: Store, seeds: tuple[int, ...] = (0,), **settings: object) -> RvS:
+    spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete))
+    agent = RvS(spec, RvSConfig(**{"hidden": (16, 16), **settings})).double()
+    agent.attach(store)
+    return agent
+
+
+def rows(store: Store, agent: RvS, index: list[int]) -> Batch:
+    return agent.prepare(store.transitions(torch.tensor(index).expand(agent.spec.lanes, -1), agent.extra))
+
+
+@pytest.mark.parametrize("discrete", [None, 3])
+@pytest.mark.parametrize("average", [True, False])
+def test_updates_equal_a_plain_restatement(discrete: int | None, average: bool) -> None:
+    store = make_store(discrete)
+    agent = make_agent(store, average=average, return_scale=0.5, lr=1e-2)
+    net, log_std = sequential(agent.actor, 0), nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    adam = torch.optim.Adam([*net.parameters(), log_std], lr=1e-2)
+    for index in ([0, 6, 7, 12], [21, 3, 8, 9], [1, 2, 4, 20]):
+        losses = []
+        for row in index:
+            episode = int(store.episode_of_row[row])
+            t = row - int(store.offsets[episode])
+            to_go: Tensor = store.rewards[row : store.offsets[episode + 1]].sum()
+            goal = 0.5 * (to_go / (11 - t) if average else to_go)
+            out = net(torch.cat([store.observations[row], goal.view(1)]))
+            if discrete:
+                losses.append(nn.functional.cross_entropy(out, store.actions[row]))
+            else:
+                losses.append(-torch.distributions.Normal(out, log_std.exp()).log_prob(store.actions[row]).sum())
+        adam.zero_grad()
+        torch.stack(losses).mean().backward()
+        adam.step()
+        metrics = agent.update(rows(store, agent, index), 0)
+        torch.testing.assert_close(metrics["action_loss"][0], torch.stack(losses).mean().detach(), rtol=0, atol=1e-10)
+        assert difference(net, sequential(agent.actor, 0)) < 1e-10
+        assert discrete or (log_std - agent.log_std[0]).abs().max() < 1e-10
+    assert discrete or log_std.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_acting_asks_for_the_same_average_or_for_what_is_left(average: bool) -> None:
+    store = make_store()
+    agent = make_agent(store, seeds=(0, 1), average=average, target_return=[22.0, 33.0])
+    agent.target.copy_(torch.tensor([22.0, 33.0]))
+    memory, obs = agent.memory(2), store.observations[:2].expand(2, -1, -1)
+    assert agent.promise(obs, memory).tolist() == [[22, 22], [33, 33]]
+    for t in range(3):
+        goal = torch.tensor([2.0, 3.0]) if average else torch.tensor([22.0, 33.0]) - 5 * t
+        expected = agent.outputs(obs, goal.double().view(2, 1, 1).expand(2, 2, 1)).clamp(-1, 1)
+        torch.testing.assert_close(agent.select_action(obs, memory), expected)
+        memory = agent.observe(memory, expected, torch.full((2, 2), 5.0).double())
+
+
+def test_the_default_target_is_the_best_return() -> None:
+    store = make_store()
+    agent = make_agent(store)
+    assert agent.target == store.returns.max()
+    assert agent.horizon == 11
+
+
+def make_bandit(p: float, first: float, rows: int = 4000) -> Store:
+    """One step, two arms that pay 1 with probability p and 1 - p; the first is pulled with probability `first`.
+
+    Counts are the expected ones, so that the data has no luck of its own.
+    """
+    shares = [first * p, first * (1 - p), (1 - first) * (1 - p), (1 - first) * p]
+    counts = torch.tensor([round(rows * share) for share in shares])
+    kind = torch.arange(4).repeat_interleave(counts)
+    n = len(kind)
+    obs = torch.ones(n, 1)
+    info = DatasetInfo(discrete=2)
+    return Store(obs, kind // 2, (kind % 2 == 0).float(), obs, torch.ones(n), torch.arange(n + 1), info)
+
+
+def test_luck_passes_for_skill_in_a_bandit() -> None:
+    """The policy learns P(a | R = 1): 1/2 where the behaviour mirrors the arms, and a preference for the worse one if not."""
+    for p, first, wanted in ((0.1, 0.9, 0.5), (0.3, 0.7, 0.5), (0.3, 0.95, 0.1094)):
+        store = make_bandit(p, first)
+        spec = Spec(1, 2, (0, 1, 2), discrete=True)
+        agent = RvS(spec, RvSConfig(hidden=(16,), lr=1e-2))
+        agent.attach(store)
+        Eager(agent, Replay([(store, Uniform(store), 1.0)], 256, None, agent.extra)).run(0, 300)
+        goal = agent.target.view(3, 1, 1)
+        share = agent.outputs(torch.ones(3, 1, 1), goal).softmax(-1)[:, 0, 1]
+        assert (share - wanted).abs().max() < 0.06  # a batch holds some 50 rewarded rows; Adam averages a few batches
