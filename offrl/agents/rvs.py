@@ -13,15 +13,14 @@ cross-entropy. The return asked for defaults to the dataset's best (the authors 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offrl.agent import Agent, Batch
-from offrl.nets import MLP, Adam, choose, column
+from offrl.nets import MLP, Adam, GaussianActor, choose, column, normal_log_prob
 
 if TYPE_CHECKING:
     from offrl.data.store import Store
@@ -61,10 +60,13 @@ class RvS(Agent):
         target = torch.zeros(spec.lanes, device=spec.device)
         self.register_buffer("target", target if cfg.target_return is None else target + cfg.target_return)
         self.register_buffer("horizon", torch.ones(()))
-        self.actor = MLP(spec.seeds, [spec.obs_dim + 1, *cfg.hidden, spec.action_dim], name="actor")
-        self.log_std = nn.Parameter(torch.zeros(spec.lanes, spec.action_dim))
-        learnt = [*self.actor.parameters()] if spec.discrete else [*self.actor.parameters(), self.log_std]
-        self.optimizer = Adam(learnt, cfg.lr)
+        sizes = spec.obs_dim + 1, spec.action_dim, cfg.hidden
+        self.actor: MLP | GaussianActor = (
+            MLP(spec.seeds, [sizes[0], *cfg.hidden, sizes[1]], name="actor")
+            if spec.discrete
+            else GaussianActor(spec.seeds, *sizes, spec.action_low, spec.action_high, squash=False)
+        )
+        self.optimizer = Adam(self.actor.parameters(), cfg.lr)
 
     def attach(self, store: Store) -> None:
         """Learn the longest episode, and ask for the best return unless the configuration names one."""
@@ -78,20 +80,14 @@ class RvS(Agent):
             return_to_go = return_to_go / (self.horizon - timestep).clamp(min=1)
         return (return_to_go * column(self.cfg.return_scale)).unsqueeze(-1)
 
-    def outputs(self, obs: Tensor, goal: Tensor) -> Tensor:
-        """Logits, or the mean, `[lanes, n, A]`."""
-        return self.actor(torch.cat([obs, goal], -1))
-
     def action_loss(self, batch: Batch) -> Tensor:
         """`[lanes]`: mean -log pi(a | s, R)."""
         assert batch.return_to_go is not None
         assert batch.timestep is not None
-        out = self.outputs(batch.obs, self.goal(batch.return_to_go, batch.timestep))
+        out = self.actor(torch.cat([batch.obs, self.goal(batch.return_to_go, batch.timestep)], -1))
         if self.spec.discrete:
             return -out.log_softmax(-1).gather(-1, batch.action.unsqueeze(-1)).mean((-2, -1))
-        log_std = self.log_std.unsqueeze(1)
-        error = 0.5 * ((batch.action - out) * (-log_std).exp()).square() + log_std + 0.5 * math.log(2 * math.pi)
-        return error.sum(-1).mean(-1)
+        return -normal_log_prob(*out, batch.action).mean(-1)
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         loss = self.action_loss(batch)
@@ -117,9 +113,9 @@ class RvS(Agent):
             goal = self.goal(self.target.unsqueeze(1).expand(obs.shape[:2]), 0)
         else:
             goal = self.goal(memory.return_to_go, memory.time)
-        out = self.outputs(obs, goal)
+        out = self.actor(torch.cat([obs, goal], -1))
         if not self.spec.discrete:
-            return out.clamp(self.spec.action_low, self.spec.action_high)
+            return out[0].clamp(self.spec.action_low, self.spec.action_high)
         draw = self.cfg.sample_actions and memory.name
         return choose(out, self.random.uniform(f"{memory.name}/{memory.time}", obs.shape[1:2]) if draw else None)
 

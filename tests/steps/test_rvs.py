@@ -42,7 +42,8 @@ def rows(store: Store, agent: RvS, index: list[int]) -> Batch:
 def test_updates_equal_a_plain_restatement(discrete: int | None, average: bool) -> None:
     store = make_store(discrete)
     agent = make_agent(store, average=average, return_scale=0.5, lr=1e-2)
-    net, log_std = sequential(agent.actor, 0), nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    mlp = agent.actor if discrete else agent.actor.mlp
+    net, log_std = sequential(mlp, 0), nn.Parameter(torch.zeros(2, dtype=torch.float64))
     adam = torch.optim.Adam([*net.parameters(), log_std], lr=1e-2)
     for index in ([0, 6, 7, 12], [21, 3, 8, 9], [1, 2, 4, 20]):
         losses = []
@@ -61,8 +62,8 @@ def test_updates_equal_a_plain_restatement(discrete: int | None, average: bool) 
         adam.step()
         metrics = agent.update(rows(store, agent, index), 0)
         torch.testing.assert_close(metrics["action_loss"][0], torch.stack(losses).mean().detach(), rtol=0, atol=1e-10)
-        assert difference(net, sequential(agent.actor, 0)) < 1e-10
-        assert discrete or (log_std - agent.log_std[0]).abs().max() < 1e-10
+        assert difference(net, sequential(mlp, 0)) < 1e-10
+        assert discrete or (log_std - agent.actor.log_std[0]).abs().max() < 1e-10
     assert discrete or log_std.abs().max() > 1e-2
 
 
@@ -75,7 +76,7 @@ def test_acting_asks_for_the_same_average_or_for_what_is_left(average: bool) -> 
     assert agent.promise(obs, memory).tolist() == [[22, 22], [33, 33]]
     for t in range(3):
         goal = torch.tensor([2.0, 3.0]) if average else torch.tensor([22.0, 33.0]) - 5 * t
-        expected = agent.outputs(obs, goal.double().view(2, 1, 1).expand(2, 2, 1)).clamp(-1, 1)
+        expected = agent.actor(torch.cat([obs, goal.double().view(2, 1, 1).expand(2, 2, 1)], -1))[0].clamp(-1, 1)
         torch.testing.assert_close(agent.select_action(obs, memory), expected)
         memory = agent.observe(memory, expected, torch.full((2, 2), 5.0).double())
 
@@ -110,5 +111,5 @@ def test_luck_passes_for_skill_in_a_bandit() -> None:
         agent.attach(store)
         Eager(agent, Replay([(store, Uniform(store), 1.0)], 256, None, agent.extra)).run(0, 300)
         goal = agent.target.view(3, 1, 1)
-        share = agent.outputs(torch.ones(3, 1, 1), goal).softmax(-1)[:, 0, 1]
+        share = agent.actor(torch.cat([torch.ones(3, 1, 1), goal], -1)).softmax(-1)[:, 0, 1]
         assert (share - wanted).abs().max() < 0.06  # a batch holds some 50 rewarded rows; Adam averages a few batches
