@@ -87,7 +87,8 @@ class RvS(Agent):
         out = self.actor(torch.cat([batch.obs, self.goal(batch.return_to_go, batch.timestep)], -1))
         if self.spec.discrete:
             return -out.log_softmax(-1).gather(-1, batch.action.unsqueeze(-1)).mean((-2, -1))
-        return -normal_log_prob(*out, batch.action).mean(-1)
+        mean, std = out
+        return -normal_log_prob(mean, std, batch.action).mean(-1)
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         loss = self.action_loss(batch)
