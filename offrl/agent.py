@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.batch import Batch
+from offrl.errors import OffrlError
 from offrl.nets import normal_log_prob
 from offrl.random import LaneRandom
 
@@ -64,12 +65,14 @@ class Agent(nn.Module):
         period: updates until the pattern of an update repeats; engines capture whole periods.
         window: length of the windows the agent learns from; None for transitions.
         extra: further fields of the batch it needs (see `Store.transitions`).
+        takes_discrete: whether it can act by integers; one that can't refuses a dataset of discrete actions.
         obs_eps: what is added to the observations' deviation; 1e-3 in TD3+BC and its descendants.
     """
 
     Config: ClassVar[type]
     period: ClassVar[int] = 1
     extra: ClassVar[tuple[str, ...]] = ()
+    takes_discrete: ClassVar[bool] = False
     obs_eps: ClassVar[float] = 1e-3
     window: int | None = None
     attached: Any = None
@@ -78,6 +81,8 @@ class Agent(nn.Module):
 
     def __init__(self, spec: Spec, config: Any = None) -> None:
         super().__init__()
+        if spec.discrete and not self.takes_discrete:
+            raise OffrlError(f"{type(self).__name__} needs continuous actions; choose another agent for discrete ones.")
         self.spec = spec
         self.cfg = lane_coefficients(config or self.Config(), spec)
         self.random = LaneRandom(spec.seeds, spec.device)

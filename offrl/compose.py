@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from offrl.config import TrainConfig
+from offrl.config import TABLED, TrainConfig
 from offrl.errors import OffrlError
 from offrl.paths import conf_dir
 
@@ -27,8 +27,8 @@ def register() -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """All but those of `data`: there a method's table for the dataset fills in what nobody has given."""
-    return {key: value for key, value in asdict(TrainConfig()).items() if key != "data"}
+    """All but those that a method's table for the dataset fills in where nobody has given them."""
+    return {key: value for key, value in asdict(TrainConfig()).items() if key not in ("data", *TABLED)}
 
 
 def tolerant(arguments: Sequence[str]) -> list[str]:

@@ -38,6 +38,9 @@ class EvalConfig:
     slots: int = 100  # environments at once
 
 
+TABLED = ("batch_size",)  # options of training, besides those of `data`, that a method's table may set for a dataset
+
+
 @dataclass
 class TrainConfig:
     dataset: str = ""  # an id, a file or a folder; `offrl data list` names the known ones

@@ -115,6 +115,8 @@ def plan(values: Mapping[str, Any]) -> Plan:
     for key, value in chosen.items():
         if key.startswith("data."):
             given_data.setdefault(key.removeprefix("data."), value)
+        elif key in config.TABLED:
+            values.setdefault(key, value)
         else:
             agent.setdefault(key, value)
     groups = ("agent", "sampler", "preset", "experiment")

@@ -335,6 +335,47 @@ def test_a_methods_table_for_a_dataset_works_when_composed() -> None:
     assert plan(compose({**antmaze, "dataset": "hopper-medium-v2"})).train.data.reward_shift == 0.0
 
 
+def test_a_methods_table_may_set_the_batch_size() -> None:
+    """ReBRAC's batches on locomotion have 1024 rows, unless the user or a preset says otherwise."""
+    hopper = {"agent": "rebrac", "dataset": "hopper-medium-v2"}
+    assert plan(compose(hopper)).train.batch_size == 1024
+    assert plan(compose({**hopper, "batch_size": 64})).train.batch_size == 64
+    assert plan(compose({**hopper, "preset": "laptop"})).train.batch_size == 128
+    assert plan(compose({**hopper, "dataset": "pen-human-v1"})).train.batch_size == 256
+    assert plan(compose({**hopper, "agent": "td3_bc"})).train.batch_size == 256
+
+
+def test_iqls_schedule_spans_the_run() -> None:
+    iql = {"agent": "iql", "dataset": "walker2d-medium-v2"}
+    assert plan(compose({**iql, "updates": 1234})).agent["actor_decay"] == 1234
+    assert plan(compose({**iql, "updates": 1234, "agent.actor_decay": 0})).agent["actor_decay"] == 0
+
+
+def test_published_settings_of_the_baselines() -> None:
+    """One set of each kind, against the configurations in corl-team/CORL."""
+
+    def settings(agent: str, dataset: str) -> tuple[dict[str, Any], Plan]:
+        made = plan(compose({"agent": agent, "dataset": dataset}))
+        return {k: v for k, v in made.agent.items() if k not in ("_target_", "actor_decay")}, made
+
+    for dataset in ("hopper-medium-replay-v2", "forge/hopper/medium-replay-v0"):
+        given, made = settings("iql", dataset)
+        assert given == {"tau": 0.001, "deterministic": True}
+        assert made.train.data.reward_normalize
+    assert settings("iql", "hopper-medium-expert-v2")[0] == {"expectile": 0.5, "beta": 6.0}
+    assert settings("iql", "halfcheetah-medium-v2")[0] == {}
+    assert settings("iql", "door-cloned-v1")[0] == {"expectile": 0.8, "dropout": 0.1}
+    given, made = settings("iql", "antmaze-large-play-v2")
+    assert (given, made.train.data.reward_shift) == ({"expectile": 0.9, "beta": 10.0}, -1.0)
+    assert settings("awac", "walker2d-medium-v2")[0] == {}
+    assert settings("awac", "maze2d-large-v1")[0] == {"temperature": 0.1}
+    given, made = settings("rebrac", "D4RL/antmaze/umaze-diverse-v1")
+    assert given == {"actor_bc": 0.003, "critic_bc": 0.001, "critic_lr": 5e-5, "discount": 0.999}
+    assert made.train.data.reward_scale == 100.0
+    given, _ = settings("rebrac", "walker2d-medium-replay-v2")
+    assert given == {"actor_bc": 0.05, "critic_bc": 0.01, "actor_lr": 1e-3, "critic_lr": 1e-3}
+
+
 def test_every_preset_composes() -> None:
     for preset in ("paper", "laptop", "demo"):
         for agent in ("bc", "td3_bc"):

@@ -27,6 +27,7 @@ class BC(Agent):
     """pi <- argmin E_D (pi(s) - a)^2."""
 
     Config = BCConfig
+    takes_discrete = True
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg

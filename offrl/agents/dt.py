@@ -121,6 +121,7 @@ class DT(Agent):
     """pi(. | the last K returns-to-go, states and actions) <- argmin E_D (pi - a)^2."""
 
     Config = DTConfig
+    takes_discrete = True
     extra = ("return_to_go", "timestep")
     obs_eps = 1e-6
     target: Tensor

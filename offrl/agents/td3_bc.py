@@ -11,6 +11,7 @@ paper, lambda uses Q_1 at the policy's action rather than at the dataset's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class TD3BCConfig:
 class TD3BC(Agent):
     """max_pi E [lambda Q(s, pi(s)) - (pi(s) - a)^2] with lambda = alpha / E|Q|."""
 
-    Config = TD3BCConfig
+    Config: ClassVar[type] = TD3BCConfig
     period = 2  # the actor and all targets move on every second update
 
     def build(self) -> None:

@@ -20,6 +20,7 @@ from offrl import checkpoint
 from offrl.agent import Agent, Spec
 from offrl.data.store import Store
 from offrl.engine import CudaGraph, Eager, make_engine
+from offrl.errors import OffrlError
 from offrl.paths import conf_dir
 from offrl.sampling import Replay, Uniform
 from offrl.train import load_agent, make_agent, train
@@ -77,6 +78,21 @@ def test_runs_and_stays_finite(name: str, toy: Store) -> None:
     action = agent.select_action(toy.observations[:7].expand(2, 7, -1))
     assert action.shape == (2, 7, toy.action_dim)
     assert action.abs().max() <= 1
+
+
+@every_agent
+def test_discrete_actions_are_taken_or_refused(name: str) -> None:
+    from hydra.utils import get_class
+
+    cls: Any = get_class(SETTINGS[name]._target_)
+    settings, spec = {"_target_": SETTINGS[name]._target_, **small(name)}, Spec(3, 4, (0, 1), discrete=True)
+    if cls.takes_discrete:
+        action = make_agent(settings, spec).select_action(torch.randn(2, 7, 3))
+        assert action.dtype == torch.int64
+        assert action.shape == (2, 7)
+    else:
+        with pytest.raises(OffrlError, match="needs continuous actions; choose another agent for discrete ones"):
+            make_agent(settings, spec)
 
 
 @every_agent

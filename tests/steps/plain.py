@@ -29,15 +29,21 @@ def difference(a: nn.Module, b: nn.Module) -> float:
     return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters()))
 
 
-def batches(store: Store, random: LaneRandom, updates: int, size: int) -> Iterator[tuple[int, Rows]]:
-    """Number and rows (s, a, r, s', 1 - d) of each update of a run of one lane; states are standardised.
+def drawn(store: Store, random: LaneRandom, updates: int, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Number of each update of a run of one lane, and the dataset's rows that it learns from.
 
     `random`, a lane's numbers, is put to the update under way.
     """
     sampler = Uniform(store)
-    mean, std = store.observations.mean(0), store.observations.std(0, correction=0)
     for t in range(1, updates + 1):
         rows = sampler.draw(random, torch.tensor([t]), size, "sampler/0")[0, 0]
         random.step.fill_(t)
+        yield t, rows
+
+
+def batches(store: Store, random: LaneRandom, updates: int, size: int) -> Iterator[tuple[int, Rows]]:
+    """The same with (s, a, r, s', 1 - d) of these rows; states are standardised."""
+    mean, std = store.observations.mean(0), store.observations.std(0, correction=0)
+    for t, rows in drawn(store, random, updates, size):
         s, s2 = ((x[rows] - mean) / (std + 1e-3) for x in (store.observations, store.next_observations))
         yield t, (s, store.actions[rows], store.rewards[rows], s2, 1 - store.terminations[rows])

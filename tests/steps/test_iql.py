@@ -1,0 +1,218 @@
+"""IQL's update against a plain restatement of CORL's, in float64, and what its losses are known to have as optima."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_toy
+from plain import batches, difference, sequential
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from offrl.agent import Spec
+from offrl.agents.iql import IQL, IQLConfig
+from offrl.batch import Batch
+from offrl.engine import Eager
+from offrl.nets import dropout
+from offrl.random import LaneRandom
+from offrl.sampling import Replay, Uniform
+
+BATCH = 64
+
+
+class Plain:
+    """One seed of IQL in CORL's order, with ordinary modules, optimisers and schedule."""
+
+    def __init__(self, agent: IQL, random: LaneRandom) -> None:
+        self.cfg, self.random = agent.cfg, random
+        self.actor, self.value = sequential(agent.actor.mlp, 0), sequential(agent.value, 0)
+        self.critics = [sequential(agent.critics.mlp, 0, member) for member in (0, 1)]
+        self.critics_target = copy.deepcopy(self.critics)
+        self.log_std = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        of_actor = [*self.actor.parameters(), *([] if self.cfg.deterministic else [self.log_std])]
+        both = [p for critic in self.critics for p in critic.parameters()]
+        self.actor_adam = torch.optim.Adam(of_actor, lr=self.cfg.actor_lr)
+        self.value_adam = torch.optim.Adam(self.value.parameters(), lr=self.cfg.value_lr)
+        self.critic_adam = torch.optim.Adam(both, lr=self.cfg.critic_lr)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_adam, self.cfg.actor_decay)
+
+    def mean(self, s: Tensor) -> Tensor:
+        """tanh of the actor's network, with a share of its hidden units dropped."""
+        coins = iter(("actor/0", "actor/1"))
+        for layer in self.actor:
+            s = layer(s)
+            if isinstance(layer, nn.ReLU) and self.cfg.dropout:
+                s = s * dropout(torch.ones_like(s).unsqueeze(0), self.cfg.dropout, self.random, next(coins))[0]
+        return torch.tanh(s)
+
+    def q(self, critics: list[nn.Sequential], s: Tensor, a: Tensor) -> list[Tensor]:
+        return [critic(torch.cat([s, a], 1)).squeeze(1) for critic in critics]
+
+    def minimise(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def step(self, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, not_done: Tensor) -> None:
+        cfg = self.cfg
+        next_v = self.value(s2).squeeze(1).detach()
+        u = torch.minimum(*self.q(self.critics_target, s, a)).detach() - self.value(s).squeeze(1)
+        weight = torch.abs(cfg.expectile - (u < 0).double())
+        self.minimise(self.value_adam, torch.mean(weight * u**2))
+
+        y = r + cfg.discount * not_done * next_v
+        self.minimise(self.critic_adam, sum(nn.functional.mse_loss(q, y) for q in self.q(self.critics, s, a)) / 2)
+        for online, target in zip(self.critics, self.critics_target):
+            for p, p2 in zip(online.parameters(), target.parameters()):
+                p2.data = (1 - cfg.tau) * p2.data + cfg.tau * p.data
+
+        weight = torch.exp(cfg.beta * u.detach()).clamp(max=100.0)
+        mean = self.mean(s)
+        if cfg.deterministic:
+            error = ((mean - a) ** 2).sum(1)
+        else:
+            error = -Normal(mean, self.log_std.clamp(-20, 2).exp()).log_prob(a).sum(1)
+        self.minimise(self.actor_adam, torch.mean(weight * error))
+        self.schedule.step()
+
+    def distance(self, agent: IQL) -> float:
+        """Largest difference of any parameter from lane 0 of the agent."""
+        largest = max(
+            difference(sequential(agent.actor.mlp, 0), self.actor), difference(sequential(agent.value, 0), self.value)
+        )
+        for network, mines in ((agent.critics, self.critics), (agent.critics_target, self.critics_target)):
+            for member, mine in enumerate(mines):
+                largest = max(largest, difference(sequential(network.mlp, 0, member), mine))
+        if not self.cfg.deterministic:
+            largest = max(largest, (agent.actor.log_std[0] - self.log_std).abs().max().item())
+        return largest
+
+
+def pair(**settings: Any) -> tuple[IQL, Plain, LaneRandom, Any]:
+    store = make_toy(512, bias=0.2, dtype=torch.float64)
+    spec = Spec(3, 2, (11,), *store.observation_statistics())
+    agent, random = IQL(spec, IQLConfig(hidden=(24, 16), **settings)).double(), LaneRandom((11,))
+    return agent, Plain(agent, random), random, store
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"actor_decay": 100},
+        {"deterministic": True, "tau": 0.001, "actor_decay": 1000},
+        {"expectile": 0.9, "beta": 10.0, "dropout": 0.25, "actor_decay": 100},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (3, 1e-10), (100, 1e-8)])
+def test_updates_equal_the_reference(updates: int, tolerance: float, settings: dict[str, Any]) -> None:
+    """Same weights, batches and coins; rounding differences grow with the updates, hence the second tolerance."""
+    agent, plain, random, store = pair(**settings)
+    for _, rows in batches(store, random, updates, BATCH):
+        plain.step(*rows)
+    before = plain.distance(agent)
+    Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH)).run(0, updates)
+    assert plain.distance(agent) < tolerance < before
+
+
+def test_the_value_loss_is_least_at_the_expectile() -> None:
+    """Q is 1 with probability p, else 0: V = t p / (t p + (1 - t) (1 - p)) has no gradient, and neighbours are worse."""
+    t, p = torch.tensor([0.5, 0.7, 0.9, 0.99]).double(), 0.3
+    agent = IQL(Spec(3, 2, (0, 1, 2, 3)), IQLConfig(hidden=(8, 8)))
+    agent.cfg.expectile = t
+    q = (torch.arange(1000) < 1000 * p).double().expand(4, -1)
+    best = t * p / (t * p + (1 - t) * (1 - p))
+    value = best.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(agent.value_loss(q - value.unsqueeze(1)).sum(), value)
+    torch.testing.assert_close(gradient, torch.zeros(4).double(), rtol=0, atol=1e-12)
+    least = agent.value_loss(q - best.unsqueeze(1))
+    for other in (best - 0.01, best + 0.01):
+        assert (agent.value_loss(q - other.unsqueeze(1)) > least).all()
+    torch.testing.assert_close(best[0].item(), p)  # t = 0.5: the mean
+
+
+def one_state(actions: int) -> Batch:
+    """Actions of one state that is all zeros."""
+    generator = torch.Generator().manual_seed(0)
+    action = torch.rand(1, actions, 2, generator=generator, dtype=torch.float64) - 0.3
+    obs = torch.zeros(1, actions, 3, dtype=torch.float64)
+    row = torch.zeros(1, actions, dtype=torch.float64)
+    return Batch(obs, action, row, obs, row, row.long())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_policy_loss_is_least_at_the_weighted_moments(deterministic: bool) -> None:
+    """In one state the optimum is known: mean and deviation of the actions under the weights."""
+    batch, generator = one_state(1000), torch.Generator().manual_seed(1)
+    weight = torch.rand(1, 1000, generator=generator, dtype=torch.float64) * 5
+    agent = IQL(Spec(3, 2), IQLConfig(hidden=(8, 8), deterministic=deterministic)).double()
+    share = (weight / weight.sum()).unsqueeze(-1)
+    mean = (share * batch.action).sum(1)
+    std = (share * (batch.action - mean.unsqueeze(1)).square()).sum(1).sqrt()
+    with torch.no_grad():
+        agent.actor.mlp.weights[-1].zero_()
+        agent.actor.mlp.biases[-1].copy_(mean.atanh())
+        if not deterministic:
+            agent.actor.log_std.copy_(std.log())
+    parameters = list(agent.actor.parameters())
+    at_best = torch.autograd.grad(agent.policy_loss(batch, weight).sum(), parameters, allow_unused=True)
+    assert max(g.abs().max() for g in at_best if g is not None) < 1e-12
+    elsewhere = torch.autograd.grad(
+        agent.policy_loss(batch, torch.ones_like(weight)).sum(), parameters, allow_unused=True
+    )
+    assert max(g.abs().max() for g in elsewhere if g is not None) > 1e-3
+
+
+def test_weights_are_bounded_and_one_without_beta() -> None:
+    for beta, bound, expected in ((0.0, 100.0, 1.0), (1e6, 7.0, 7.0)):
+        agent, _, _, store = pair(beta=beta, max_weight=bound)
+        with torch.no_grad():
+            agent.value.biases[-1].sub_(1e3)  # Q above V everywhere
+        metrics = Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH)).run(0, 1)
+        assert metrics["weight"].item() == pytest.approx(expected)
+        assert metrics["clipped"].item() == float(beta > 0)
+
+
+def test_the_actor_rests_when_its_rate_has_fallen_to_zero() -> None:
+    agent, _, _, store = pair(actor_decay=5)
+    engine = Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH))
+    engine.run(0, 6)
+    before = copy.deepcopy(agent.state_dict())
+    engine.run(6, 3)
+    moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(before[name], value)}
+    assert {"critics", "critics_target", "value"} <= moved
+    assert "actor" not in moved
+
+
+def test_acting_drops_nothing_and_the_density_is_that_of_the_policy() -> None:
+    agent, _, _, store = pair(dropout=0.5, actor_decay=100)
+    Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH)).run(0, 5)
+    obs, action = store.observations[:9].unsqueeze(0), store.actions[:9].unsqueeze(0)
+    normalised = agent.normalize(obs)
+    mean, std = agent.policy_gaussian(normalised)
+    assert torch.equal(agent.select_action(obs), mean.clamp(-1, 1))
+    torch.testing.assert_close(mean[0], torch.tanh(sequential(agent.actor.mlp, 0)(normalised[0])))
+    torch.testing.assert_close(std, agent.actor.log_std.exp().unsqueeze(1).expand(1, 9, 2))
+    expected = Normal(mean, std).log_prob(action).sum(-1)
+    torch.testing.assert_close(agent.log_prob(normalised, action), expected)
+    assert torch.equal(agent.log_prob(normalised, action), agent.log_prob(normalised, action))
+    silent, *_ = pair(deterministic=True)
+    assert silent.policy_gaussian(normalised) is None
+    with pytest.raises(NotImplementedError, match="IQL: the policy has no density"):
+        silent.log_prob(normalised, action)
+
+
+def test_lanes_may_drop_different_shares() -> None:
+    store = make_toy(512, dtype=torch.float64)
+    both, none = (
+        IQL(Spec(3, 2, seeds), IQLConfig(hidden=(8, 8), dropout=rate)).double()
+        for seeds, rate in (((5, 6), [0.0, 0.3]), ((5,), 0.0))
+    )
+    for agent in (both, none):
+        Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH)).run(0, 5)
+    for many, one in zip(both.actor.parameters(), none.actor.parameters()):
+        torch.testing.assert_close(many[0], one[0], rtol=0, atol=1e-10)
+    assert not torch.equal(both.actor.mlp.weights[0][0], both.actor.mlp.weights[0][1])
