@@ -136,8 +136,8 @@ class Agent(nn.Module):
     def attach(self, store: Store) -> None:
         """Take the whole dataset, before the first update; a method that looks things up in it keeps what it needs.
 
-        Rows of the Store are the `index` of the batches that follow. What is to stay is put under `self.attached`: it is
-        in no checkpoint and in no copy, since a copy only acts.
+        Rows of the Store are the `index` of the batches that follow (-1: a synthetic row, which it doesn't hold). What is to
+        stay is put under `self.attached`: it is in no checkpoint and in no copy, since a copy only acts.
         """
 
     def __getstate__(self) -> dict[str, Any]:

@@ -36,15 +36,20 @@ def save(path: Path, agent: Agent, facts: dict[str, Any], sampler: Mapping[str, 
         OffrlError: the disk is full or the folder can't be written; the old checkpoint is intact.
     """
     state = agent.state_dict() | {_SAMPLER + name: tensor for name, tensor in (sampler or {}).items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={_KEY: json.dumps(facts)})
+        write(path, state, facts)
     except (OSError, SafetensorError) as error:
         raise OffrlError(
             f"{path}: the checkpoint could not be written ({error}); free some space or choose another folder with "
             "out=DIR. The last good checkpoint is untouched."
         ) from error
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Any tensors and facts in a checkpoint's format, whole or not at all; `load` reads them."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata={_KEY: json.dumps(facts)})
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -29,6 +29,9 @@ class Engine(Protocol):
     def run(self, step: int, updates: int) -> dict[str, Tensor]:
         """Make updates number `step + 1 ... step + updates`; the last value of each metric, `[lanes]`."""
 
+    def renew(self) -> None:
+        """Look at the replay again: a source was replaced."""
+
 
 class Eager:
     """Draws a chunk of batches at once, then updates one by one."""
@@ -53,6 +56,9 @@ class Eager:
             step += count
         self.agent.random.look_ahead(end, 0)
         return metrics
+
+    def renew(self) -> None:
+        """Nothing to do: every draw asks the replay."""
 
     def _announce(self, first: int, count: int) -> None:
         self.agent.random.look_ahead(first, count)
@@ -123,6 +129,10 @@ class CudaGraph:
         if step < end:
             metrics |= self.eager.run(step, end - step)
         return metrics
+
+    def renew(self) -> None:
+        """Capture again: the graph reads the Stores that it was captured with."""
+        self.graph = None
 
     def _capture(self) -> None:
         torch.cuda.synchronize()

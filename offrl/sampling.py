@@ -444,7 +444,8 @@ def warn(reason: str) -> None:
 class Replay:
     """Batches for the engine: one Store and sampler, or several mixed with fixed shares of each batch.
 
-    This is the seam for augmentations: a source can be replaced by a fresh Store while training goes on.
+    This is the seam for augmentations: a source can be replaced by a fresh Store while training goes on. A batch's `index` is
+    the row of the first source's Store, and -1 in rows of the others.
 
     Args:
         sources: (store, sampler, share) triples; shares are rounded to whole rows, the first source takes the rest.
@@ -471,11 +472,12 @@ class Replay:
 
     def draw(self, random: LaneRandom, steps: Tensor) -> Batch:
         """`[updates, lanes, batch, ...]` for the updates numbered `steps`."""
-        parts = [
-            self._gather(store, sampler.draw(random, steps, count, f"sampler/{i}"))
-            for i, ((store, sampler, _), count) in enumerate(zip(self.sources, self.counts))
-            if count
-        ]
+        parts = []
+        for i, ((store, sampler, _), count) in enumerate(zip(self.sources, self.counts)):
+            if count:
+                parts.append(self._gather(store, sampler.draw(random, steps, count, f"sampler/{i}")))
+                if i:
+                    parts[-1].index = torch.full_like(parts[-1].index, -1)
         return parts[0] if len(parts) == 1 else _join(parts)
 
     def _gather(self, store: Store, index: Tensor) -> Batch:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from offrl import checkpoint, config, results
 from offrl.agent import Agent, Spec
+from offrl.augment.base import Synthetic, augmentation_config, check_agent, make_augmentation
 from offrl.config import DataConfig, TrainConfig
 from offrl.data.info import return_spread
 from offrl.data.store import DatasetInfo, Store, concatenate
@@ -31,6 +32,7 @@ from offrl.engine import make_engine
 from offrl.errors import OffrlError
 from offrl.evaluate import Episodes, Evaluator
 from offrl.paths import replacing
+from offrl.progress import Bar
 from offrl.sampling import Replay, further_datasets, make_sampler, sampler_config
 from offrl.trackers import make_tracker
 
@@ -65,6 +67,7 @@ class Plan:
     train: TrainConfig
     agent: dict[str, Any]  # `_target_` and the settings that differ from the dataclass
     sampler: dict[str, Any]
+    augment: dict[str, Any] = field(default_factory=dict)  # empty: no augmentation
 
     @property
     def agent_name(self) -> str:
@@ -72,14 +75,18 @@ class Plan:
 
     @property
     def method(self) -> str:
-        """The agent's name, and the sampler's where it is not the uniform one: `td3_bc+AW`."""
-        cls, cfg = sampler_config(self.sampler, len(self.train.lane_seeds()))
-        return "+".join(filter(None, (self.agent_name, cls.label(cfg))))
+        """The agent's name, the sampler's where it is not the uniform one, the augmentation's: `td3_bc+AW+PGD`."""
+        lanes = len(self.train.lane_seeds())
+        cls, cfg = sampler_config(self.sampler, lanes)
+        augmentation = augmentation_config(self.augment, lanes)[0].name if self.augment else ""
+        return "+".join(filter(None, (self.agent_name, cls.label(cfg), augmentation)))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is kept with the run; `plan` reads it back."""
         train = asdict(self.train)
-        return {"method": self.train.label or self.method, "agent": self.agent, "sampler": self.sampler, **train}
+        augment = {"augment": self.augment} if self.augment else {}
+        method = self.train.label or self.method
+        return {"method": method, "agent": self.agent, "sampler": self.sampler, **augment, **train}
 
     def identity(self) -> str:
         """8 hex digits of everything that changes the training's numbers, seeds apart."""
@@ -108,7 +115,8 @@ def plan(values: Mapping[str, Any]) -> Plan:
         OffrlError: an unknown key or a wrong value.
     """
     values = {k: v for k, v in values.items() if k not in ("method", "hydra")}
-    agent, sampler, given_data, sizes = (_table(values, name) for name in ("agent", "sampler", "data", "sizes"))
+    tables = ("agent", "sampler", "augment", "data", "sizes")
+    agent, sampler, augment, given_data, sizes = (_table(values, name) for name in tables)
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
     chosen = config.chosen_settings(agent.pop("settings", None), str(values.get("dataset", "")))
@@ -119,7 +127,7 @@ def plan(values: Mapping[str, Any]) -> Plan:
             values.setdefault(key, value)
         else:
             agent.setdefault(key, value)
-    groups = ("agent", "sampler", "preset", "experiment")
+    groups = ("agent", "sampler", "augment", "preset", "experiment")
     train = config.build(TrainConfig, {**values, "data": given_data}, others=groups)
     if not train.dataset:
         raise OffrlError("dataset is empty; name one with dataset=ID, `offrl data list` shows the known ones.")
@@ -134,7 +142,13 @@ def plan(values: Mapping[str, Any]) -> Plan:
             agent.setdefault(f.name, sizes[f.name])
     sampler.setdefault("_target_", "offrl.sampling.Uniform")
     sampler_config(sampler, len(train.lane_seeds()))
-    return Plan(train, agent, sampler)
+    if augment and "_target_" not in augment:
+        raise OffrlError(
+            f"augment.{next(iter(augment))}: there is no augmentation to set; choose one with augment=NAME."
+        )
+    if augment:
+        augmentation_config(augment, len(train.lane_seeds()))
+    return Plan(train, agent, sampler, augment)
 
 
 def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -213,7 +227,7 @@ def _check_same(job: Plan, folder: Path) -> None:
         return
     kept = checkpoint.facts(path)
     now = json.loads(json.dumps(job.to_dict()))
-    pairs = {key: (kept["config"].get(key), now[key]) for key in now.keys() - _FREE - {"method"}}
+    pairs = {key: (kept["config"].get(key), now.get(key)) for key in now.keys() - _FREE - {"method"} | {"augment"}}
     pairs["seeds"] = (list(kept["spec"]["seeds"]), job.train.lane_seeds())
     for key, (before, after) in sorted(pairs.items()):
         if before != after:
@@ -302,15 +316,19 @@ def read_data(job: TrainConfig, device: torch.device | str) -> Store:
 
 def transform_rewards(store: Store, options: DataConfig) -> Store:
     """r <- scale r + shift, as the configuration says."""
+    scale, shift = reward_transform(store, options)
+    return store if (scale, shift) == (1.0, 0.0) else store.with_rewards(scale, shift)
+
+
+def reward_transform(store: Store, options: DataConfig) -> tuple[float, float]:
+    """Scale and shift of a dataset's rewards."""
     scale = options.reward_scale
     if options.reward_normalize:
         spread = float(store.returns.max() - store.returns.min())
         if spread <= 0:
             raise OffrlError("data.reward_normalize=true needs episodes of different return; set it to false.")
         scale *= 1000.0 / spread
-    if scale != 1.0 or options.reward_shift != 0.0:
-        store = store.with_rewards(scale, options.reward_shift)
-    return store
+    return scale, options.reward_shift
 
 
 class Trainer:
@@ -342,14 +360,22 @@ class Trainer:
         self.agent = make_agent(job.agent, self.spec)
         self.agent.attach(self.store)
         self.sampler = make_sampler(job.sampler, parts, self.seeds)  # by the rewards as recorded
-        self.replay = Replay(
-            [(self.store, self.sampler, 1.0)], self.cfg.batch_size, self.agent.window, self.agent.extra
-        )
+        self.synthetic = self._synthetic(recorded)
+        sources = self.synthetic.sources if self.synthetic else [(self.store, self.sampler, 1.0)]
+        self.replay = Replay(sources, self.cfg.batch_size, self.agent.window, self.agent.extra)
         self.engine = make_engine(
             self.cfg.engine, self.agent, self.replay, self.cfg.precision, self.cfg.updates_per_launch
         )
         self.step, self.stop = 0, False
         self.last: Episodes | None = None
+
+    def _synthetic(self, recorded: Store) -> Synthetic | None:
+        if not self.job.augment:
+            return None
+        check_agent(self.agent)
+        augmentation = make_augmentation(self.job.augment, recorded, self.seeds)
+        rewards = reward_transform(recorded, self.cfg.data)
+        return Synthetic(augmentation, (self.store, self.sampler), rewards, self.folder)
 
     # ---- the run ----------------------------------------------------------------------------------------------
 
@@ -360,6 +386,8 @@ class Trainer:
         resumed = self._restore()
         if not resumed:
             self.sampler.start()
+        if self.synthetic:
+            self.synthetic.begin(self.replay, self.agent, self.step, self.cfg.progress)
         self._describe()
         self.writer = results.RunWriter(self.folder, self._row_facts(), resume_step=self.step if resumed else -1)
         self.tracker = make_tracker(
@@ -379,7 +407,7 @@ class Trainer:
 
     def _loop(self, evaluator: Evaluator | None) -> None:
         cfg = self.cfg
-        with _Bar(cfg.progress, self.folder, self.step, cfg.updates) as bar:
+        with Bar(cfg.progress, "/".join(self.folder.parts[-3:-1]), self.step, cfg.updates) as bar:
             burst, since, mark = 1, self.step, time.perf_counter()
             while self.step < cfg.updates and not self.stop:
                 updates = self._next_burst(burst)
@@ -401,6 +429,12 @@ class Trainer:
                 if self.sampler.refresh_every and self.step % self.sampler.refresh_every == 0:
                     paused = time.perf_counter()
                     self.sampler.refresh()
+                    mark += time.perf_counter() - paused
+                if self.synthetic and self.synthetic.due(self.step) and self.step < cfg.updates:
+                    paused = time.perf_counter()
+                    bar.note("generating")
+                    self.synthetic.refresh(self.agent, self.step)
+                    self.engine.renew()
                     mark += time.perf_counter() - paused
                 if self.step % cfg.checkpoint_every == 0 and self.step < cfg.updates:
                     paused = time.perf_counter()
@@ -425,9 +459,10 @@ class Trainer:
         """Updates until something happens besides training."""
         cadences = [self.cfg.log_every, self.cfg.checkpoint_every, self.cfg.eval.every or self.cfg.updates]
         cadences.append(self.sampler.refresh_every or self.cfg.updates)
+        cadences.append((self.synthetic and self.synthetic.every) or self.cfg.updates)
         return min(self.cfg.updates - self.step, *(c - self.step % c for c in cadences))
 
-    def _evaluate(self, evaluator: Evaluator, episodes: int, bar: _Bar) -> None:
+    def _evaluate(self, evaluator: Evaluator, episodes: int, bar: Bar) -> None:
         if episodes < 1:
             return
         bar.note("evaluating")
@@ -463,9 +498,13 @@ class Trainer:
             "info": asdict(self.store.info),
         }
         learnt = self.sampler.tensors()
+        if self.synthetic:
+            self.synthetic.save()
         checkpoint.save(self.folder / checkpoint.NAME, self.agent, facts, learnt)
         if self.cfg.keep_checkpoints:
             checkpoint.save(self.folder / "checkpoints" / f"{self.step:08d}.safetensors", self.agent, facts, learnt)
+        if self.synthetic:
+            self.synthetic.sweep()
 
     def _restore(self) -> bool:
         """Take up the last checkpoint; False when there is none (or the run is to start over)."""
@@ -474,6 +513,8 @@ class Trainer:
             for old in (path, *(self.folder / "checkpoints").glob("*.safetensors")):
                 old.unlink(missing_ok=True)
         if not path.exists():
+            if self.synthetic:
+                self.synthetic.clear()
             (self.folder / "result.json").unlink(missing_ok=True)
             return False
         tensors, facts = checkpoint.load(path)
@@ -494,6 +535,7 @@ class Trainer:
             "run_id": self.folder.name,
             "method": self.job.method,
             "sampler": {**self.sampler.facts(), "positive_sided_variance": self.spread},
+            **({"augment": self.synthetic.augmentation.facts()} if self.synthetic else {}),
             "fingerprint": self.store.fingerprint,
             "dataset_info": asdict(self.store.info),
             "transitions": len(self.store),
@@ -610,54 +652,6 @@ class _Nothing:
 
     def __exit__(self, *_: object) -> None:
         return None
-
-
-class _Bar:
-    """Progress with rate and time left; silent when not wanted or when nobody watches."""
-
-    def __init__(self, wanted: bool, folder: Path, step: int, updates: int) -> None:
-        self.wanted, self.title, self.start, self.updates = wanted, folder.parts[-3:], step, updates
-        self.progress: Any = None
-
-    def __enter__(self) -> _Bar:
-        if self.wanted and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self.progress = Progress(*columns, console=Console(stderr=True))
-            self.progress.start()
-            fields = {"rate": "", "note": ""}
-            self.task = self.progress.add_task(
-                "/".join(self.title[:-1]), total=self.updates, completed=self.start, **fields
-            )
-        self.began, self.printed = time.perf_counter(), 0.0
-        return self
-
-    def update(self, step: int) -> None:
-        rate = (step - self.start) / max(1e-9, time.perf_counter() - self.began)
-        if self.progress:
-            self.progress.update(self.task, completed=step, rate=f"{rate:.0f} updates/s")
-        elif self.wanted and time.perf_counter() - self.began - self.printed > 15:
-            self.printed = time.perf_counter() - self.began
-            left = (self.updates - step) / max(rate, 1e-9)
-            line = f"{'/'.join(self.title[:-1])}: {step}/{self.updates} updates, {rate:.0f}/s, {left:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
-
-    def note(self, text: str) -> None:
-        if self.progress:
-            self.progress.update(self.task, note=text)
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress:
-            self.progress.stop()
 
 
 # ---- small things --------------------------------------------------------------------------------------------

@@ -259,8 +259,8 @@ def test_a_source_can_be_replaced_while_training_runs() -> None:
 
 def test_sources_do_not_share_random_numbers() -> None:
     """Two samplers over stores of one size must not draw the same rows."""
-    index = Replay(sources(0.5, 0.5), 4000).draw(LaneRandom((0,)), torch.tensor([1])).index[0, 0]
-    agree = (index[:2000] == index[2000:]).double().mean().item()
+    rows = Replay(sources(0.5, 0.5), 4000).draw(LaneRandom((0,)), torch.tensor([1])).obs[0, 0, :, 0]
+    agree = (rows[:2000] == rows[2000:]).double().mean().item()
     assert agree == pytest.approx(1 / 12, abs=5 * (1 / 12 / 2000) ** 0.5)
 
 
@@ -269,9 +269,11 @@ def test_extra_fields_of_mixed_sources_line_up() -> None:
     batch = replay.draw(LaneRandom((0, 1)), torch.arange(1, 4))
     assert batch.timestep is not None
     assert batch.return_to_go is not None
-    assert torch.equal(batch.timestep, batch.index % 6)
-    assert torch.equal(batch.return_to_go, batch.reward * (6 - batch.index % 6))
-    assert torch.equal(batch.obs[..., 0], batch.index.float())
+    row = batch.obs[..., 0].long()
+    assert torch.equal(batch.timestep, row % 6)
+    assert torch.equal(batch.return_to_go, batch.reward * (6 - row % 6))
+    assert torch.equal(batch.index[..., :5], row[..., :5])
+    assert (batch.index[..., 5:] == -1).all()  # rows of another Store than the agent was given
 
 
 def test_windows_never_cross_an_episodes_end() -> None:

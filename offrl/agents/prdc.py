@@ -47,7 +47,8 @@ class PRDC(TD3BC):
                 "PRDC looks neighbours up in the dataset; call agent.attach(store) before the first update"
             )
         neighbors, dataset_action = self.attached
-        nearest = neighbors.query(batch.index, action.detach(), self.cfg.beta, self.cfg.k)
+        # Synthetic rows (index -1) are asked about by their state.
+        nearest = neighbors.query(batch.index, action.detach(), self.cfg.beta, self.cfg.k, batch.obs)
         target = dataset_action[nearest.rows]
         loss = (action - target).square().mean((-2, -1))
         metrics = {

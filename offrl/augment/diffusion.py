@@ -1,0 +1,323 @@
+"""A diffusion model of whole trajectories, and the augmentation that samples from it without guidance.
+
+The trajectory denoiser of Jackson, Matthews, Lu, Ellis, Whiteson & Foerster, "Policy-Guided Diffusion", RLC 2024 (arXiv
+2404.06356; authors' code EmptyJackson/policy-guided-diffusion), in the frame of EDM (`offrl.augment.edm`). Unguided it plays
+the part of SynthER (Lu et al., NeurIPS 2023), for trajectories instead of single transitions.
+
+A denoiser is trained once for a dataset and its settings, kept in the cache, and shared by all runs and lanes.
+
+Deviations from the authors: time-limited steps are proper transitions here, so no row is dropped; flags are coded -1 and 1, and
+windows run past a termination (`terminal_padding`), since theirs only have a flag in a window's last row, which sampling then
+discards; lengths of training and sampling agree by default (theirs: 32 and 129 rows).
+`conf/experiment/policy_guided_diffusion/gym.yaml` has their settings.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from offrl import checkpoint
+from offrl.agent import Agent
+from offrl.augment import edm
+from offrl.augment.base import Augmentation, SyntheticConfig
+from offrl.augment.trajectories import Codec, Windows, split_episodes, synthetic_store
+from offrl.augment.unet import UNet
+from offrl.data.store import Store
+from offrl.errors import OffrlError
+from offrl.nets import Adam, polyak, target_of
+from offrl.paths import cache_dir
+from offrl.progress import Bar
+from offrl.random import LaneRandom
+
+_VERSION = 1  # raise it when the same settings give other weights
+_SAVE_EVERY = 500  # updates of a denoiser between checkpoints of its training
+_CHUNK = 8192  # steps of each lane that go through the network at once
+
+
+@dataclass
+class DenoiserConfig:
+    features: int = 64  # channels of the U-Net's first level (the authors: 1024)
+    blocks: int = 3  # its levels
+    window: int = 32  # steps of a training trajectory
+    updates: int = 10_000
+    batch_size: int = 64  # windows (the authors: 32)
+    lr: float = 1e-3  # after a warm-up over the first tenth, then down to 0 along a cosine (the authors: 2e-3)
+    ema_decay: float = 0.995  # of the averaged weights, which are the ones used
+    ema_every: int = 10  # updates between steps of that average
+    stride: int = 8  # every how manieth window start is taken
+    holdout: float = 0.05  # share of the episodes kept for the validation loss
+    terminal_padding: bool = True  # windows run past a termination (the authors: no)
+    terminals: Literal["sign", "zscore"] = "sign"  # flags as -1 and 1, or standardised like all else (the authors)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("window", "updates", "batch_size", "ema_every", "stride"):
+            if getattr(self, name) < 1:
+                raise OffrlError(f"augment.denoiser.{name}={getattr(self, name)} should be at least 1.")
+        if self.lr <= 0 or not 0 <= self.ema_decay < 1 or not 0 <= self.holdout < 1:
+            raise OffrlError("augment.denoiser: lr should be above 0, ema_decay and holdout from 0 to below 1.")
+
+
+class Denoiser(nn.Module):
+    """The network with its coding of trajectories: all that sampling needs.
+
+    Attributes:
+        action_variance: `[A]`, how much the behaviour's coded actions vary in a given state (at most 1): what a linear
+            regression on the state leaves.
+    """
+
+    action_variance: Tensor
+
+    def __init__(self, store: Store, cfg: DenoiserConfig) -> None:
+        super().__init__()
+        info, sizes = store.info, (store.obs_dim, store.action_dim)
+        self.codec = Codec(*sizes, info.action_low, info.action_high, cfg.terminals)
+        self.network = UNet(self.codec.width, cfg.features, cfg.blocks, cfg.seed)
+        self.register_buffer("action_variance", torch.ones(store.action_dim))
+
+    def forward(self, noised: Tensor, sigma: float) -> Tensor:
+        """D(y; sigma) for trajectories `[n, L, D]`."""
+        return edm.precondition(self.network, noised, noised.new_tensor([sigma], dtype=torch.float64))
+
+
+@dataclass
+class Trained:
+    """A denoiser and how it came about: `losses` by name, `path` of its file."""
+
+    denoiser: Denoiser
+    facts: dict[str, Any]
+    path: Path
+
+
+# ---- training ----------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """The training of one denoiser, from its last checkpoint (if there is one) on."""
+
+    def __init__(self, store: Store, cfg: DenoiserConfig) -> None:
+        self.cfg, self.device = cfg, store.device
+        self.average = Denoiser(store, cfg).to(self.device).requires_grad_(False)
+        learn, held = (part.to(self.device) for part in split_episodes(store, cfg.holdout, cfg.seed))
+        self.windows = self._windows(store, learn)
+        self.windows.fit()
+        self.held = self._held_out(store, held)
+        self.average.action_variance.copy_(_action_variance(self.windows))
+        self.online = target_of(self.average.network).requires_grad_(True)
+        self.optimizer = Adam(self.online.parameters(), cfg.lr).to(self.device)
+        self.random = LaneRandom((cfg.seed,), self.device)
+        self.step = 0
+
+    def _windows(self, store: Store, episodes: Tensor) -> Windows:
+        cfg = self.cfg
+        return Windows(store, self.average.codec, cfg.window, cfg.stride, cfg.terminal_padding, episodes)
+
+    def _held_out(self, store: Store, episodes: Tensor) -> Windows | None:
+        try:
+            return self._windows(store, episodes) if len(episodes) else None
+        except OffrlError:  # those episodes are too short
+            return None
+
+    def run(self, path: Path, progress: bool, title: str) -> None:
+        """All updates that are left; the training's state goes to `path` now and then."""
+        self._restore(path)
+        with Bar(progress, title, self.step, self.cfg.updates) as bar:
+            while self.step < self.cfg.updates:
+                loss = self.update()
+                if self.step % _SAVE_EVERY == 0:
+                    bar.note(f"loss {float(loss):.3f}")
+                    if not bool(loss.isfinite()):
+                        raise OffrlError(f"{title}: the loss is no longer finite; lower augment.denoiser.lr.")
+                    self._save(path)
+                bar.update(self.step)
+
+    def update(self) -> Tensor:
+        """One step of Adam on a batch of windows; the loss."""
+        self.step += 1
+        self.random.step.fill_(self.step)
+        index = self.random.integers("windows", len(self.windows), (self.cfg.batch_size,))[0]
+        loss = self._loss(self.online, self.windows.gather(index), "train")
+        self.optimizer.lr = self.rate(self.step)
+        self.optimizer.step(loss)
+        if self.step % self.cfg.ema_every == 0:
+            polyak(self.average.network, self.online, 1 - self.cfg.ema_decay)
+        return loss.detach()
+
+    def rate(self, step: int) -> float:
+        """From a tenth of `lr` up over the first tenth of the updates, then down to 0 along a cosine."""
+        warm = max(1, self.cfg.updates // 10)
+        if step <= warm:
+            return self.cfg.lr * (0.1 + 0.9 * step / warm)
+        return self.cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.cfg.updates - warm)))
+
+    def _loss(self, network: nn.Module, clean: Tensor, draw: str) -> Tensor:
+        log_sigma = self.random.normal(f"{draw}/sigma", clean.new_empty(1, len(clean)))[0]
+        sigma = (edm.LOG_SIGMA_MEAN + edm.LOG_SIGMA_STD * log_sigma).exp()
+        return edm.loss(network, clean, sigma, self.random.normal(f"{draw}/noise", clean.unsqueeze(0))[0])
+
+    @torch.no_grad()
+    def validation_loss(self, most: int = 2048) -> float | None:
+        """The averaged network's loss on (at most so many of) the held-out windows."""
+        if self.held is None:
+            return None
+        self.random.step.zero_()
+        index = torch.arange(min(len(self.held), most), device=self.device)
+        index = index * len(self.held) // len(index)
+        parts = [
+            (float(self._loss(self.average.network, self.held.gather(rows), f"held/{i}")), len(rows))
+            for i, rows in enumerate(index.split(256))
+        ]
+        return sum(value * n for value, n in parts) / len(index)
+
+    def _state(self) -> dict[str, Tensor]:
+        modules = {"average": self.average.network, "online": self.online, "optimizer": self.optimizer}
+        return {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
+
+    def _save(self, path: Path) -> None:
+        write(path, self._state(), {"step": self.step})
+
+    def _restore(self, path: Path) -> None:
+        try:
+            tensors, facts = checkpoint.load(path)
+        except OffrlError:  # none, or a damaged one: from the beginning
+            return
+        for key, tensor in self._state().items():
+            tensor.copy_(tensors[key])
+        self.step = facts["step"]
+
+
+def _action_variance(windows: Windows) -> Tensor:
+    """`[A]`: variance of the coded actions that a linear function of the coded state doesn't explain, at most 1."""
+    x = windows.gather(torch.arange(0, len(windows), max(1, len(windows) // 4096), device=windows.starts.device))
+    x = x.flatten(0, 1).double()
+    states, actions = x[:, windows.codec.obs], x[:, windows.codec.act]
+    states = torch.cat([states, torch.ones_like(states[:, :1])], 1)
+    gram = states.T @ states + 1e-6 * len(states) * torch.eye(states.shape[1], dtype=x.dtype, device=x.device)
+    rest = actions - states @ torch.linalg.solve(gram, states.T @ actions)
+    return rest.square().mean(0).clamp(1e-6, 1.0)
+
+
+def trained_denoiser(store: Store, cfg: DenoiserConfig, progress: bool = False) -> Trained:
+    """The denoiser of a dataset: from the cache, else trained (or trained on) and left there.
+
+    Another process that trains the same one is waited for.
+    """
+    path = denoiser_path(store, cfg)
+    with _locked(path):
+        try:
+            return read_denoiser(store, cfg, path)
+        except OffrlError:
+            pass  # none, or a damaged one
+        training = Training(store, cfg)
+        unfinished = path.with_suffix(".training.safetensors")
+        training.run(unfinished, progress, f"denoiser of {store.info.id}")
+        facts = {
+            "dataset": store.info.id,
+            "fingerprint": store.fingerprint,
+            "settings": asdict(cfg),
+            "windows": len(training.windows),
+            "validation_loss": training.validation_loss(),
+            "parameters": sum(p.numel() for p in training.average.parameters()),
+        }
+        write(path, training.average.state_dict(), facts)
+        unfinished.unlink(missing_ok=True)
+        return read_denoiser(store, cfg, path)
+
+
+def denoiser_path(store: Store, cfg: DenoiserConfig) -> Path:
+    """One file for a dataset's numbers and the settings."""
+    key = json.dumps([_VERSION, store.fingerprint, asdict(cfg)], sort_keys=True)
+    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    stem = re.sub(r"[^\w.-]+", "_", store.info.id)[-60:]
+    return cache_dir() / "augment" / f"denoiser-{stem}-{digest}.safetensors"
+
+
+def read_denoiser(store: Store, cfg: DenoiserConfig, path: Path) -> Trained:
+    """A denoiser that was trained before, on the Store's device."""
+    tensors, facts = checkpoint.load(path)
+    denoiser = Denoiser(store, cfg)
+    denoiser.load_state_dict(tensors)
+    return Trained(denoiser.to(store.device).requires_grad_(False).eval(), facts, path)
+
+
+def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Tensors and facts into the cache, as checkpoints hold them."""
+    try:
+        checkpoint.write(path, tensors, facts)
+    except (OSError, SafetensorError) as error:
+        raise OffrlError(f"{path} can't be written ({error}); free some space, or set OFFRL_HOME.") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ---- the augmentation ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DiffusionConfig(SyntheticConfig):
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    sampling: edm.SamplerConfig = field(default_factory=edm.SamplerConfig)
+
+
+class Diffusion(Augmentation):
+    """Trajectories as the dataset has them: samples of the denoiser, no guidance."""
+
+    Config: ClassVar[type] = DiffusionConfig
+    name = "diffusion"
+
+    def prepare(self, progress: bool = False) -> None:
+        self.trained = trained_denoiser(self.store, self.cfg.denoiser, progress)
+        self.denoiser = self.trained.denoiser
+
+    def guide(self, policy: Agent | None) -> edm.Guide | None:
+        """What guides samples by the policy; None: nothing."""
+        return None
+
+    @torch.no_grad()
+    def generate(self, policy: Agent | None, step: int) -> Store:
+        rows = self.denoiser.codec.decode(self.sample(policy, step).flatten(0, 1))
+        return synthetic_store(rows, self.store, self.name)
+
+    @torch.no_grad()
+    def sample(self, policy: Agent | None, step: int) -> Tensor:
+        """`[lanes, trajectories, T + 1, D]`, coded as the denoiser has them."""
+        cfg, random, guide = self.cfg, self.random(step), self.guide(policy)
+        lanes, rows = len(self.seeds), cfg.length + 1
+        at_once = max(1, _CHUNK // rows)  # whatever the number of lanes: it names the random numbers
+
+        def denoise(noised: Tensor, sigma: float) -> Tensor:
+            return self.denoiser(noised.flatten(0, 1), sigma).unflatten(0, noised.shape[:2])
+
+        parts = []
+        for first in range(0, cfg.trajectories, at_once):
+            like = self.denoiser.codec.mean.new_empty(
+                lanes, min(at_once, cfg.trajectories - first), rows, self.denoiser.codec.width
+            )
+
+            def noise(name: str, like: Tensor = like, first: int = first) -> Tensor:
+                return random.normal(f"synthetic/{first}/{name}", like)
+
+            parts.append(edm.sample(denoise, noise, cfg.sampling, guide))
+        return torch.cat(parts, 1)
+
+    def facts(self) -> dict[str, Any]:
+        return {"denoiser": {"file": self.trained.path.name, **self.trained.facts}}
