@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -156,9 +158,12 @@ class MLP(nn.Module):
         run = self._layer_by_layer if norms or drop else _fused
         if self.members is None or member is not None:
             return run(x, layers, norms, drop)
-        lanes, batch, width = x.shape
-        x = x.unsqueeze(1).expand(lanes, self.members, batch, width).reshape(-1, batch, width)
-        return run(x, layers, norms, drop).unflatten(0, (lanes, self.members))
+        return run(self._for_each_member(x), layers, norms, drop).unflatten(0, (len(x), self.members))
+
+    def _for_each_member(self, x: Tensor) -> Tensor:
+        """`[lanes, batch, in]` to `[lanes * members, batch, in]`."""
+        assert self.members is not None
+        return x.unsqueeze(1).expand(-1, self.members, -1, -1).flatten(0, 1)
 
     def _of(self, parameters: Sequence[Tensor], member: int | None, frozen: bool) -> Sequence[Tensor]:
         """Parameters of one member, as constants when frozen."""
@@ -177,6 +182,27 @@ class MLP(nn.Module):
             if drop is not None:
                 x = drop(f"{self.name}/{i // 2}", x)
         return _ReluMLP.apply(x, *layers[-2:])
+
+    def with_input_gradient(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Outputs of an ensemble without norms, and the gradient of their sum by the input's columns from `first` on.
+
+        Returns:
+            `[lanes, members, batch, out]` and `[lanes, members, batch, in - first]`, both differentiable by the weights
+            and not by `x`. The gradient is written out, W_1^T (m_1 * W_2^T (m_2 * ...)) with m = [h > 0], which costs what
+            differentiating twice would, and can be compiled.
+        """
+        weights, biases = [w.flatten(0, 1) for w in self.weights], [b.flatten(0, 1) for b in self.biases]
+        h, open_units = self._for_each_member(x.detach()), []
+        for weight, bias in zip(weights[:-1], biases[:-1]):
+            h = torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2)).relu()
+            open_units.append(h.detach().sign())
+        out = _narrow_product(h, weights[-1], biases[-1])
+        slope = weights[-1].sum(1, keepdim=True)
+        for weight, mask in zip(weights[-2::-1], open_units[::-1]):
+            weight = weight if weight is not weights[0] else weight[..., first:]
+            slope = torch.bmm(slope * mask, weight)
+        shape = (len(x), self.members or 1)
+        return out.unflatten(0, shape), slope.unflatten(0, shape)
 
 
 def _fused(x: Tensor, layers: Sequence[Tensor], *_: Any) -> Tensor:
@@ -206,6 +232,16 @@ def dropout(x: Tensor, rate: float | Tensor, random: LaneRandom, name: str) -> T
         scale = 2**16 / (2**16 - dropped)
         kept = bits >= dropped - 2**15
     return x * (kept.to(x.dtype) * scale)
+
+
+@torch.no_grad()
+def orthogonal_(mlp: MLP, seeds: Sequence[int], gain: float, last: float) -> None:
+    """Start each layer of each member with a (semi-)orthogonal matrix times `gain`, the last one times `last`, and no bias."""
+    for lane, generator in enumerate(lane_generators(seeds, "orthogonal")):
+        for i, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases)):
+            for matrix in weight[lane].reshape(-1, *weight.shape[-2:]):
+                nn.init.orthogonal_(matrix, gain if i < len(mlp.weights) - 1 else last, generator)
+            bias.zero_()
 
 
 class DeterministicActor(nn.Module):
@@ -288,6 +324,108 @@ class Critics(nn.Module):
     def forward(self, obs: Tensor, action: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
         """`[lanes, members, batch]`, or `[lanes, batch]` of one member; `frozen` as in `MLP`."""
         return self.mlp(torch.cat([obs, action], -1), member, frozen).squeeze(-1)
+
+    def of_many(self, obs: Tensor, actions: Tensor, frozen: bool = False) -> Tensor:
+        """`[lanes, members, batch, n]`: n actions `[lanes, batch, n, A]` judged in each state `[lanes, batch, obs]`."""
+        lanes, batch, n, _ = actions.shape
+        obs = obs.unsqueeze(2).expand(lanes, batch, n, -1)
+        return self(obs.flatten(1, 2), actions.flatten(1, 2), frozen=frozen).unflatten(-1, (batch, n))
+
+    def with_action_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Values `[lanes, members, batch]` and dQ_i/da `[lanes, members, batch, A]`, both differentiable by the weights."""
+        q, slope = self.mlp.with_input_gradient(torch.cat([obs, action], -1), first=obs.shape[-1])
+        return q.squeeze(-1), slope
+
+
+@dataclass(frozen=True)
+class TanhGaussian:
+    """The distribution of a = centre + scale tanh(u), u ~ N(mean, exp(log_std)^2), for each dimension of an action.
+
+    Attributes:
+        mean, log_std: of u, `[..., A]`.
+        low, high: the box of actions.
+    """
+
+    mean: Tensor
+    log_std: Tensor
+    low: float = -1.0
+    high: float = 1.0
+
+    def detach(self) -> TanhGaussian:
+        return replace(self, mean=self.mean.detach(), log_std=self.log_std.detach())
+
+    def repeated(self) -> TanhGaussian:
+        """With an axis before the action's, along which many actions can be drawn or judged."""
+        return replace(self, mean=self.mean.unsqueeze(-2), log_std=self.log_std.unsqueeze(-2))
+
+    def median(self) -> Tensor:
+        """The action of the mean u, `[..., A]`, which evaluation takes."""
+        return self._to_box(self.mean.tanh())
+
+    def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions `[..., A]` from standard normals of that shape, and the log-density `[...]` of tanh(u).
+
+        That density is of actions in units of half the box, so that entropies don't depend on the box.
+        """
+        u = self.mean + self.log_std.exp() * noise
+        return self._to_box(u.tanh()), self._log_density(noise, u)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-density `[...]` of actions `[..., A]`; those nearer than 1e-6 to the box's edge count as so near."""
+        inside = (2 * action - (self.high + self.low)) / (self.high - self.low)
+        u = inside.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
+        density = self._log_density((u - self.mean) * (-self.log_std).exp(), u)
+        return density - action.shape[-1] * math.log((self.high - self.low) / 2)
+
+    def _to_box(self, x: Tensor) -> Tensor:
+        return x * ((self.high - self.low) / 2) + (self.high + self.low) / 2
+
+    def _log_density(self, noise: Tensor, u: Tensor) -> Tensor:
+        """log N(noise) - log std - log(1 - tanh^2 u), the last as 2 (log 2 - u - softplus(-2 u)), which can't overflow."""
+        normal = -0.5 * noise.square() - self.log_std - 0.5 * math.log(2 * math.pi)
+        return (normal - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the actions, `[..., A]` each, by Gauss and Hermite's rule with 32 nodes."""
+        nodes, weights = (torch.as_tensor(x).to(self.mean) for x in np.polynomial.hermite_e.hermegauss(32))
+        weights = weights / weights.sum()
+        values = (self.mean.unsqueeze(-1) + self.log_std.exp().unsqueeze(-1) * nodes).tanh()
+        mean = (values * weights).sum(-1)
+        variance = ((values - mean.unsqueeze(-1)).square() * weights).sum(-1)
+        return self._to_box(mean), variance.sqrt() * ((self.high - self.low) / 2)
+
+
+class TanhGaussianActor(nn.Module):
+    """pi(.|s), a `TanhGaussian` whose mean and log deviation are the two halves of an MLP's output.
+
+    Args:
+        log_std: bounds of the log deviation.
+        options: further arguments of `MLP`.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        low: float,
+        high: float,
+        log_std: tuple[float, float] = (-20.0, 2.0),
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.mlp = MLP(seeds, [obs_dim, *hidden, 2 * action_dim], name="actor", **options)
+        self.bounds, self.box = log_std, (low, high)
+
+    def forward(self, obs: Tensor) -> TanhGaussian:
+        """The distribution at `[lanes, batch, obs]`."""
+        mean, log_std = self.mlp(obs).chunk(2, -1)
+        return TanhGaussian(mean, self.rescale(log_std).clamp(*self.bounds), *self.box)
+
+    def rescale(self, log_std: Tensor) -> Tensor:
+        """What is done to the network's log deviation before it is clipped; relatives replace it."""
+        return log_std
 
 
 _UNCOMPILED: list[tuple[type, str]] = []

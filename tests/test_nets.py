@@ -19,11 +19,13 @@ from offrl.nets import (
     Critics,
     DeterministicActor,
     GaussianActor,
+    TanhGaussian,
     _ReluMLP,
     clip_by_lane,
     column,
     lane_generators,
     normal_log_prob,
+    orthogonal_,
     polyak,
     relu_mlp_reference,
     target_of,
@@ -329,6 +331,116 @@ def test_generators_of_lanes_are_reproducible_and_differ() -> None:
     draws = [torch.rand(8, generator=g) for g in lane_generators((0, 1, 0), "x")]
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])
+
+
+def test_orthogonal_layers_start_orthogonal() -> None:
+    """Of every lane and member: the shorter side's vectors are orthogonal and of norm `gain`; a lane's are its own."""
+    mlp, alone = MLP((1, 2), [5, 24, 16, 1], members=3), MLP((2,), [5, 24, 16, 1], members=3)
+    orthogonal_(mlp, (1, 2), gain=math.sqrt(2), last=0.01)
+    orthogonal_(alone, (2,), gain=math.sqrt(2), last=0.01)
+    for weight, square in zip(mlp.weights, (2.0, 2.0, 1e-4)):
+        tall = weight if weight.shape[-2] >= weight.shape[-1] else weight.transpose(-1, -2)
+        gram = tall.transpose(-1, -2) @ tall
+        torch.testing.assert_close(gram, square * torch.eye(gram.shape[-1]).expand_as(gram), rtol=0, atol=1e-5 * square)
+    assert all((bias == 0).all() for bias in mlp.biases)
+    assert all(torch.equal(many[1], one[0]) for many, one in zip(mlp.parameters(), alone.parameters()))
+    assert not torch.equal(mlp.weights[1][0, 0], mlp.weights[1][0, 1])
+
+
+# ---- ensembles ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", [(12,), (20, 16, 12)], ids=str)
+def test_the_written_out_gradient_equals_automatic_differentiation(hidden: tuple[int, ...]) -> None:
+    """dQ/da, and through it the second derivatives by all weights, against differentiating the plain network twice."""
+    critics = Critics((1, 2), 4, 3, hidden, members=5).double()
+    generator = torch.Generator().manual_seed(0)
+    obs, action = (torch.randn(2, 9, n, generator=generator, dtype=torch.float64) for n in (4, 3))
+    q, slope = critics.with_action_gradient(obs, action)
+    torch.testing.assert_close(q, critics(obs, action), rtol=1e-12, atol=1e-12)
+
+    x = torch.cat([obs, action], -1).unsqueeze(1).expand(2, 5, 9, 7).flatten(0, 1).requires_grad_()
+    plain = relu_mlp_reference(x, [p.flatten(0, 1) for p in critics.mlp.layers])
+    (expected,) = torch.autograd.grad(plain.sum(), x, create_graph=True)
+    expected = expected[..., 4:].unflatten(0, (2, 5))
+    torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(
+        torch.autograd.grad(q.sin().sum() + slope.sin().sum(), critics.mlp.layers, allow_unused=True),
+        torch.autograd.grad(plain.sin().sum() + expected.sin().sum(), critics.mlp.layers, allow_unused=True),
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_many_actions_are_judged_as_one_by_one() -> None:
+    critics = Critics((1, 2), 4, 3, (8,), members=2).double()
+    obs, actions = torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(2, 5, 6, 3, dtype=torch.float64)
+    expected = torch.stack([critics(obs, actions[:, :, i]) for i in range(6)], -1)
+    torch.testing.assert_close(critics.of_many(obs, actions), expected, rtol=1e-12, atol=1e-12)
+
+
+# ---- squashed Gaussians ---------------------------------------------------------------------------------------
+
+
+def squashed(seed: int = 0, spread: float = 1.0, low: float = -1.0, high: float = 1.0) -> TanhGaussian:
+    generator = torch.Generator().manual_seed(seed)
+    mean, log_std = (torch.randn(2, 7, 3, generator=generator, dtype=torch.float64) * spread for _ in range(2))
+    return TanhGaussian(mean, log_std.clamp(-3, 1), low, high)
+
+
+def test_the_squashed_density_equals_pytorchs() -> None:
+    """Value and gradient, by the sample and by an action, against `TransformedDistribution`."""
+    pi = squashed()
+    mean, log_std = pi.mean.requires_grad_(), pi.log_std.requires_grad_()
+    noise = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    action, log_pi = pi.sample(noise)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    plain = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform(cache_size=1))
+    expected = plain.log_prob((mean + log_std.exp() * noise).tanh()).sum(-1)
+    torch.testing.assert_close(log_pi, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(pi.log_prob(action), expected, rtol=1e-9, atol=1e-9)
+    for mine, theirs in zip(
+        torch.autograd.grad(log_pi.sum(), (mean, log_std)), torch.autograd.grad(expected.sum(), (mean, log_std))
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-0.4, 2.0)])
+def test_the_squashed_density_is_one(low: float, high: float) -> None:
+    """Integrated over the box, and its first two moments, by a fine grid in one dimension."""
+    pi = TanhGaussian(torch.tensor([0.7], dtype=torch.float64), torch.tensor([-0.5], dtype=torch.float64), low, high)
+    u = torch.linspace(-6, 6, 400_001, dtype=torch.float64)
+    grid = (high - low) / 2 * u.tanh() + (high + low) / 2
+    density = pi.log_prob(grid.unsqueeze(-1)).exp()
+    total, mean, square = (torch.trapezoid(density * f, grid).item() for f in (grid**0, grid, grid**2))
+    assert total == pytest.approx(1, abs=1e-6)
+    middle, deviation = pi.moments()
+    assert middle.item() == pytest.approx(mean, abs=1e-5)
+    assert deviation.item() == pytest.approx(math.sqrt(square - mean**2), abs=1e-5)
+
+
+def test_the_squashed_density_is_safe_at_the_box_edge() -> None:
+    """Means of +-100 in float32: log(1 - tanh^2) is -197 there, where the plain formula has log 0."""
+    pi = TanhGaussian(torch.tensor([[[100.0, -100.0]]], requires_grad=True), torch.zeros(1, 1, 2))
+    action, log_pi = pi.sample(torch.zeros(1, 1, 2))
+    (gradient,) = torch.autograd.grad(log_pi.sum(), pi.mean)
+    assert action.flatten().tolist() == [1, -1]
+    expected = -math.log(2 * math.pi) - 4 * (math.log(2) - 100)
+    assert log_pi.item() == pytest.approx(expected, rel=1e-6)
+    assert gradient.flatten().tolist() == [2, -2]  # of -log(1 - tanh^2 u): 2 tanh u
+    assert pi.log_prob(action).isfinite().all()
+
+
+def test_samples_of_a_squashed_gaussian_follow_its_law() -> None:
+    """Kolmogorov and Smirnov's test against the normal law of atanh, per dimension, and the box."""
+    pi = TanhGaussian(torch.tensor([[0.3, -1.0]]).double(), torch.tensor([[-0.2, 0.1]]).double(), -2.0, 3.0)
+    noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    action, _ = pi.sample(noise)
+    assert action.min() > -2
+    assert action.max() < 3
+    u = ((action - 0.5) / 2.5).atanh()
+    for column_of_u, mean, log_std in zip(u.T, pi.mean[0], pi.log_std[0]):
+        assert stats.kstest(column_of_u.numpy(), "norm", args=(mean.item(), log_std.exp().item())).pvalue > 1e-3
+    assert ((action < pi.median()).double().mean(0) - 0.5).abs().max() < 0.015  # four deviations of 20,000 coin tosses
 
 
 # ---- optimiser ------------------------------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""SAC-N: soft actor-critic whose targets take the smallest of N critics.
+
+An, Moon, Kim & Song, "Uncertainty-Based Offline Reinforcement Learning with Diversified Q-Ensemble", NeurIPS 2021 (arXiv
+2110.01548), section 3; the update is that of corl-team/CORL `sac_n.py`, whose scores are the ones to compare with. Where
+critics disagree, which is where the data are thin, the smallest of many is far below the mean: pessimism without a
+term that says so.
+
+Deviations from CORL: one sample of the policy serves the temperature's loss and the actor's (as in the authors' code,
+snu-mllab/EDAC; CORL draws two); the log-density is exact where CORL and the authors add 1e-6 inside a logarithm; mean and
+log deviation are the two halves of one layer, which has the same law of initial weights and the same gradients as two layers.
+Kept from CORL, unlike the authors' code: temperature, actor and critics step one after the other, each seeing the steps before
+it; the authors compute all losses first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from offrl.agent import Agent, Batch
+from offrl.nets import Adam, Critics, TanhGaussianActor, column, polyak, target_of
+
+
+@dataclass
+class SACNConfig:
+    members: int = 10  # N, critics whose smallest value counts
+    target_entropy: float | None = None  # of the policy, actions in units of half their box; None: minus their number
+    discount: float = 0.99  # gamma
+    tau: float = 0.005  # rate of the targets
+    actor_lr: float = 3e-4
+    critic_lr: float = 3e-4
+    alpha_lr: float = 3e-4  # of the temperature's logarithm
+    hidden: tuple[int, ...] = (256, 256, 256)  # widths of all hidden layers
+    normalize_obs: bool = False  # standardise observations with the dataset's statistics
+
+
+class SACN(Agent):
+    """max_pi E [min_i Q_i(s, a) - alpha log pi(a|s)], a ~ pi(.|s)."""
+
+    Config = SACNConfig
+
+    def build(self) -> None:
+        spec, cfg = self.spec, self.cfg
+        if cfg.members < 1:
+            raise ValueError(f"members={cfg.members} should be at least 1.")
+        sizes, box = (spec.obs_dim, spec.action_dim, cfg.hidden), (spec.action_low, spec.action_high)
+        self.actor = TanhGaussianActor(spec.seeds, *sizes, *box, log_std=(-5.0, 2.0), bias=0.1, last=1e-3)
+        self.critics = Critics(spec.seeds, *sizes, members=cfg.members, bias=0.1, last=3e-3)
+        self.critics_target = target_of(self.critics)
+        self.log_alpha = nn.Parameter(torch.zeros(spec.lanes))
+        self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
+        self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
+        self.alpha_optimizer = Adam([self.log_alpha], cfg.alpha_lr)
+        self.target_entropy = -float(spec.action_dim) if cfg.target_entropy is None else cfg.target_entropy
+
+    def act(self, obs: Tensor) -> Tensor:
+        return self.actor(obs).median()
+
+    def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the squashed policy: the nearest normal distribution, not the policy itself."""
+        return self.actor(obs).moments()
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.actor(obs).log_prob(action)
+
+    def alpha_loss(self, log_pi: Tensor) -> Tensor:
+        """`[lanes]`: raises the temperature while the policy's entropy is below its target."""
+        return -self.log_alpha * (log_pi.detach().mean(-1) + self.target_entropy)
+
+    def actor_loss(
+        self, batch: Batch, action: Tensor, log_pi: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`[lanes]`: mean of alpha log pi(a|s) - min_i Q_i(s, a) at the policy's sample."""
+        q = self.critics(batch.obs, action, frozen=True)
+        smallest = q.amin(1)
+        loss = (column(alpha) * log_pi - smallest).mean(-1)
+        spread = q.detach().std(1, correction=0).mean(-1)
+        return loss, {"actor_loss": loss.detach(), "q": smallest.detach().mean(-1), "q_std": spread}
+
+    @torch.no_grad()
+    def target_value(self, batch: Batch, alpha: Tensor) -> Tensor:
+        """`[lanes, batch]`: r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s'))."""
+        action, log_pi = self.actor(batch.next_obs).sample(self.random.normal("target", batch.action))
+        next_value = self.critics_target(batch.next_obs, action).amin(1) - column(alpha) * log_pi
+        return batch.reward + batch.mask * column(self.cfg.discount) * next_value
+
+    def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`[lanes]`: sum over the critics of the mean squared error; EDAC adds to it."""
+        q = self.critics(batch.obs, batch.action)
+        loss = (q - target.unsqueeze(1)).square().mean(-1).sum(-1)
+        return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean((1, 2))}
+
+    def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
+        action, log_pi = self.actor(batch.obs).sample(self.random.normal("policy", batch.action))
+        self.alpha_optimizer.step(self.alpha_loss(log_pi))
+        alpha = self.log_alpha.detach().exp()
+
+        actor_loss, metrics = self.actor_loss(batch, action, log_pi, alpha)
+        self.actor_optimizer.step(actor_loss)
+
+        critic_loss, more = self.critic_loss(batch, self.target_value(batch, alpha))
+        self.critic_optimizer.step(critic_loss)
+        polyak(self.critics_target, self.critics, self.cfg.tau)
+        return {**metrics, **more, "alpha": alpha, "entropy": -log_pi.detach().mean(-1)}
