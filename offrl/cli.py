@@ -20,6 +20,7 @@ offrl train [key=value ...]      train and score a policy; -m sweeps comma-separ
 offrl train resume=RUN           go on with a run that was stopped
 offrl evaluate RUN               play episodes with a run's policy
 offrl data list|info|build|fetch|convert
+offrl status RUNS...             how far runs are, and what failed
 offrl report RUNS...             tables and curves of runs
 offrl agents [NAME]              the methods and their settings
 """
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from offrl import report
+    from offrl import report, status
     from offrl.data import commands
 
     parser = argparse.ArgumentParser("offrl", usage=USAGE, description=offrl.__doc__)
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     agents.add_argument("name", nargs="?")
     agents.set_defaults(run=_agents)
     commands.add_parser(subparsers)
+    status.add_parser(subparsers)
     report.add_parser(subparsers)
     return parser
 
@@ -88,60 +90,59 @@ def _train(words: list[str]) -> int:
         if odd := [w for w in words if not re.match(r"[a-z]", w) or "=" not in w]:
             raise OffrlError(f"{odd[0]} can't stand beside resume=RUN; only key=value can.")
         changes = dict(w.split("=", 1) for w in words if not w.startswith("resume="))
-        return _show(resume(folder, {key: _value(text) for key, text in changes.items()}))
+        return show(resume(folder, {key: _value(text) for key, text in changes.items()}))
     return _hydra(tolerant(words))
 
 
 def _hydra(words: list[str]) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import CompactHydraException
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
     from offrl.compose import plain, register
+    from offrl.sweep import Sweep, run_job
     from offrl.train import train
 
-    status = 0
+    status, notes = 0, ""
     register()
 
     @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
     def task(cfg: DictConfig) -> None:
+        """A single run, or a job of a sweep; of that a launcher sends a copy of this function to its processes."""
         nonlocal status
-        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if run_job(plain(cfg), Path(notes) / f"{HydraConfig.get().job.num}.json") == 130:
+                raise KeyboardInterrupt  # no further job
+            return
         try:
-            status = max(status, _show(train(plain(cfg))))
+            status = show(train(plain(cfg)))
         except OffrlError as error:
             print(f"offrl: error: {error}", file=sys.stderr)
-            if sweeping:  # Hydra goes on with the other jobs and reports this one at the end
-                raise CompactHydraException(str(error)) from None
             status = 2
-        if sweeping and status == 130:
-            raise KeyboardInterrupt  # no further job
+
+    def begun(folder: Path) -> None:
+        nonlocal notes
+        notes = str(folder)
 
     before, sys.argv = sys.argv, ["offrl train", *words]
+    sweep = Sweep(begun)
     try:
-        task()
+        with sweep:
+            task()
     finally:
         sys.argv = before
-    return status
+        for line in sweep.summary():
+            print(line, file=sys.stderr)
+    return sweep.status() or status
 
 
-def _show(result: Any) -> int:
+def show(result: Any) -> int:
     """Print a run's result; 0, or 130 when it was interrupted."""
-    import numpy as np
+    from offrl.train import summary
 
-    if result.status == "interrupted":
-        print(f"stopped at update {result.step}; go on with: offrl train resume={result.folder}")
-        return 130
-    scores = result.scores if result.scores is not None else result.returns
-    name = "normalised score" if result.scores is not None else "return"
-    text = "not evaluated"
-    if scores:
-        spread = f" +- {np.std(scores, ddof=1):.1f} (std over {len(scores)} lanes)" if len(scores) > 1 else ""
-        text = f"{name} {np.mean(scores):.1f}{spread}"
-    print(f"{result.status}: {text} after {result.step} updates; {result.folder}")
-    return 0
+    print(summary(result))
+    return 130 if result.status == "interrupted" else 0
 
 
 def _train_help() -> str:

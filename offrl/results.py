@@ -13,6 +13,7 @@ The JSON lines are the truth: they are only ever appended to, and every line sta
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -318,6 +319,28 @@ def read_metrics(paths: Iterable[Path | str]) -> pl.DataFrame:
     return _read_rows(paths, "metrics", METRIC_COLUMNS, _METRIC_KEY)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: updates made and wanted (0: unknown), and updates per second where it has told."""
+
+    step: int
+    updates: int
+    rate: float | None
+
+
+def progress(folder: Path) -> Progress:
+    """What a run's files say of its progress; cheap, and never an error: the run may be writing them."""
+    step, rate, config = 0, None, {}
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_bytes())
+    with contextlib.suppress(OSError, ValueError, KeyError), open(folder / "metrics.jsonl", "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+        last = json.loads(file.read().split(b"\n")[-2:][0])
+        step = int(last["step"])
+        rate = last["value"] if last["metric"] == "updates_per_second" else None
+    return Progress(step, int(config.get("updates") or 0), rate)
+
+
 def _folders(paths: Iterable[Path | str]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
@@ -330,7 +353,7 @@ def _folders(paths: Iterable[Path | str]) -> list[Path]:
 
 def _below(top: Path) -> Iterator[Path]:
     for folder, children, files in os.walk(top):
-        if "manifest.json" in files or "episodes.jsonl" in files:
+        if not {"manifest.json", "episodes.jsonl", "failed.json"}.isdisjoint(files):
             children.clear()  # checkpoints and reports inside a run are no runs
             yield Path(folder)
 

@@ -180,11 +180,7 @@ def train(values: Mapping[str, Any]) -> Result:
     job = plan(values)
     folder = job.folder()
     with _locked(folder):
-        if not job.train.fresh:
-            _check_same(job, folder)
-            if done := finished(folder, job.train.updates):
-                return done
-        return Trainer(job, folder).run()
+        return done_before(job) or Trainer(job, folder).run()
 
 
 def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Result:
@@ -237,6 +233,18 @@ def _check_same(job: Plan, folder: Path) -> None:
             )
 
 
+def done_before(job: Plan) -> Result | None:
+    """The result of a run that has nothing left to do; None otherwise, or when it is to start over.
+
+    Raises:
+        OffrlError: a run of other settings stands in the job's folder.
+    """
+    if job.train.fresh:
+        return None
+    _check_same(job, job.folder())
+    return finished(job.folder(), job.train.updates)
+
+
 def finished(folder: Path, updates: int) -> Result | None:
     """The result of a run that has made its updates; None otherwise."""
     try:
@@ -246,6 +254,19 @@ def finished(folder: Path, updates: int) -> Result | None:
     if kept["step"] < updates:
         return None
     return Result(folder, kept["step"], kept["returns"], kept["scores"], "already finished")
+
+
+def summary(result: Result) -> str:
+    """A run's result in a line."""
+    if result.status == "interrupted":
+        return f"stopped at update {result.step}; go on with: offrl train resume={result.folder}"
+    scores = result.scores if result.scores is not None else result.returns
+    name = "normalised score" if result.scores is not None else "return"
+    text = "not evaluated"
+    if scores:
+        spread = f" +- {np.std(scores, ddof=1):.1f} (std over {len(scores)} lanes)" if len(scores) > 1 else ""
+        text = f"{name} {np.mean(scores):.1f}{spread}"
+    return f"{result.status}: {text} after {result.step} updates; {result.folder}"
 
 
 def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
@@ -638,7 +659,11 @@ def _locked(folder: Path) -> Iterator[None]:
         ) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # `offrl status` may be looking
+                time.sleep(0.2)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise OffrlError(f"{folder}: another process is training this run; wait for it or choose name=.") from error
         yield

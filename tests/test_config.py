@@ -399,7 +399,8 @@ def test_every_recipe_composes_to_a_plan(name: str) -> None:
     """Each value that a recipe sweeps over gives a checked configuration: no key is unknown, no group is missing."""
     recipe = OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml")
     params = OmegaConf.select(recipe, "hydra.sweeper.params")
-    swept = {key: str(value).split(",") for key, value in params.items()}
+    every = {key: [path.stem for path in (conf_dir() / key).glob("*.yaml")] for key in params}
+    swept = {key: every[key] if value == "glob(*)" else str(value).split(",") for key, value in params.items()}
     for key, values in swept.items():
         for value in values:
             first = {other: options[0] for other, options in swept.items()}

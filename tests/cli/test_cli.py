@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from offrl import cli
 from offrl.config import DataConfig, EvalConfig, TrainConfig
 from offrl.errors import OffrlError
 from offrl.paths import conf_dir
-from offrl.train import Result, plan
+from offrl.train import plan
 
 
 @pytest.fixture(autouse=True)
@@ -202,69 +201,6 @@ def test_evaluate(world: Path, capsys: pytest.CaptureFixture[str]) -> None:  # n
     assert main("evaluate", "runs", "--episodes", "1") == 2
     assert "there is no checkpoint" in capsys.readouterr().err
     assert main("evaluate", "runs/mine", "--episodes", "0") == 2
-
-
-# ---- sweeps ---------------------------------------------------------------------------------------------------
-
-
-def test_a_sweep_makes_one_run_a_value(toy_file: Path) -> None:
-    values = options(toy_file, 60, lanes=1)
-    assert main("train", "-m", *words(values), "seed=0,1") == 0
-    for seed in (0, 1):
-        one = {**values, "seed": seed}
-        alone = offrl.train.train({**one, "out": "alone"})
-        assert same_tensors(plan(one).folder(), alone.folder)
-
-
-def test_a_word_replaces_what_an_experiment_sweeps(toy_file: Path) -> None:
-    """The experiment asks for two seeds, the command line for one other: one run."""
-    folder = Path("mine/experiment")
-    folder.mkdir(parents=True)
-    sweep = "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\n"
-    (folder / "two.yaml").write_text("# @package _global_\n" + sweep)
-    given = [*words(options(toy_file, 5)), "--config-dir", "mine", "experiment=two"]
-    assert main("train", *given, "out=both") == 0
-    assert len(list(Path("both").rglob("config.json"))) == 2
-    assert main("train", *given, "out=one", "seed=7") == 0
-    assert [json.loads(p.read_text())["seed"] for p in Path("one").rglob("config.json")] == [7]
-
-
-def test_a_failing_job_does_not_stop_a_sweep(toy_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    values = options(toy_file, 60, lanes=1)
-    assert main("train", "-m", *words(values), "agent.critic_lr=1.0e30,3.0e-4") == 1
-    errors = capfd.readouterr().err
-    assert "is no longer finite" in errors
-    assert "Traceback" not in errors
-    second = options(toy_file, 60, lanes=1, agent={"critic_lr": 3e-4})
-    assert step_of(plan(second).folder()) == 60
-
-
-def test_an_interrupt_ends_the_whole_sweep(toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job under way is saved as any other; the next one is not begun."""
-    begun = []
-
-    def interrupted(values: Any) -> Result:
-        begun.append(values)
-        return Result(Path("x"), 3, [], None, "interrupted")
-
-    monkeypatch.setattr(offrl.train, "train", interrupted)
-    assert main("train", "-m", *words(options(toy_file)), "seed=0,1") == 130
-    assert len(begun) == 1
-
-
-@pytest.mark.slow
-def test_a_sweep_by_joblib(toy_file: Path) -> None:
-    """Jobs in processes, one of them failing: the other runs are those of the basic launcher."""
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    values = options(toy_file, 60, lanes=1)
-    sweep = ["train", "-m", *words(values), "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    status, _, errors = offrl_command(*sweep, "seed=0,1", "agent.critic_lr=1.0e30,3.0e-4")
-    assert status == 1
-    assert "is no longer finite" in errors
-    for seed in (0, 1):
-        good = options(toy_file, 60, lanes=1, seed=seed, agent={"critic_lr": 3e-4})
-        alone = offrl.train.train({**good, "out": "alone"})
-        assert same_tensors(plan(good).folder(), alone.folder)
 
 
 # ---- a user's own agent ---------------------------------------------------------------------------------------

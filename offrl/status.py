@@ -1,0 +1,113 @@
+"""`offrl status`: how far the runs of a folder are, and what failed, from their own files."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offrl import results
+from offrl.sweep import FAILURE, describe
+
+
+@dataclass(frozen=True)
+class State:
+    """A run: `finished`, `running` (somebody holds its lock), `failed` (the last try, in a sweep) or `stopped`."""
+
+    folder: Path
+    method: str
+    dataset: str
+    state: str
+    progress: results.Progress
+    message: str
+
+
+def states(paths: Iterable[Path | str]) -> list[State]:
+    """The state of every run in or below the given folders.
+
+    Raises:
+        OffrlError: a path is no folder, or a run's configuration is damaged.
+    """
+    return [_state(run) for run in results.runs(paths)]
+
+
+def _state(run: results.Run) -> State:
+    now, kept, failure = results.progress(run.folder), _json(run.folder / "result.json"), _json(run.folder / FAILURE)
+    if _held(run.folder / ".lock"):
+        state, message = "running", describe(now)
+    elif kept and kept["step"] >= now.updates:
+        scores = kept["scores"] or kept["returns"]
+        name = "normalised score" if kept["scores"] else "return"
+        state, message = "finished", f"{name} {np.mean(scores):.1f}" if scores else "not evaluated"
+    elif failure:
+        state, message = "failed", str(failure.get("message"))
+    else:
+        state, message = "stopped", f"{now.step}/{now.updates} updates; offrl train resume={run.folder}"
+    method = run.config.get("label") or run.config.get("method") or run.folder.parent.parent.name
+    return State(run.folder, method, run.config.get("dataset") or run.folder.parent.name, state, now, message)
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process trains the run; a shared lock is tried and let go at once."""
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError):
+        return {}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `offrl status`; the parsed arguments carry `run`, which returns the exit status."""
+    parser = subparsers.add_parser(
+        "status",
+        help="how far runs are, and what failed",
+        description="Show the state of all runs in or below the given folders.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of runs, or folders above them")
+    parser.add_argument("--json", action="store_true", help="one JSON object a run")
+    parser.set_defaults(run=_command)
+
+
+def _command(arguments: argparse.Namespace) -> int:
+    found = states(arguments.runs)
+    if arguments.json:
+        for s in found:
+            numbers = {"step": s.progress.step, "updates": s.progress.updates, "updates_per_second": s.progress.rate}
+            words = {"folder": str(s.folder), "method": s.method, "dataset": s.dataset, "state": s.state}
+            print(json.dumps({**words, **numbers, "message": s.message}))
+        return 0
+    counts = Counter(s.state for s in found)
+    total = f"{len(found)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    if not sys.stdout.isatty():
+        for s in found:
+            print(f"{s.state:9} {s.method:20} {s.dataset:40} {s.folder.name}  {s.message}")
+        print(total)
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
+    table = Table("state", "method", "dataset", "run", "", box=None)
+    for s in found:
+        table.add_row(Text(s.state, styles[s.state]), *map(Text, (s.method, s.dataset, s.folder.name, s.message)))
+    Console().print(table, total)
+    return 0

@@ -1,0 +1,206 @@
+"""Sweeps: each job once, failures told and isolated, nothing repeated; and `offrl status`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import main
+from test_train import options, same_tensors, start, step_of, words
+
+import offrl.train
+from offrl import sweep
+from offrl.train import finished, plan
+
+
+@pytest.fixture(autouse=True)
+def _in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def make_run(folder: Path, step: int, **files: Any) -> None:
+    """What a run leaves in its folder, without running it."""
+    folder.mkdir(parents=True)
+    config = {"method": "bc", "dataset": "toy", "updates": 100}
+    rows = [{"step": s, "metric": m, "value": 5.0} for s in (10, step) for m in ("bc_loss", "updates_per_second")]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+
+
+# ---- in this process ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Configurations of the jobs whose training process would have been started; each ends by its seed as status."""
+    begun: list[dict[str, Any]] = []
+
+    def instead(values: dict[str, Any], log: Path) -> int:
+        begun.append(values)
+        log.write_text("loading\nTraceback\nOSError: no such sector\n")
+        if values["seed"] == 0:
+            (log.parent / "result.json").write_text(json.dumps({"step": 9, "returns": [1.5], "scores": None}))
+        return int(values["seed"])
+
+    monkeypatch.setattr(sweep, "_train_in_child", instead)
+    return begun
+
+
+def test_jobs_end_as_their_processes_do(toy_file: Path, jobs: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
+    """Finished, killed, broken: each has its line, the failures their reason and log; the next time two are left."""
+    given = ["train", "-m", *words(options(toy_file, 9, lanes=1)), "seed=0,-9,1"]
+    assert main(*given) == 1
+    output, errors = capfd.readouterr()
+    assert re.search(r"^\[0\] seed=0: finished: return 1\.5 after 9 updates; runs/td3_bc/", output, re.M)
+    assert re.search(r"^\[1\] seed=-9: failed: its process was ended by SIGKILL \(out of memory\?\)$", output, re.M)
+    assert "3 jobs: 1 finished, 2 failed" in errors
+    assert "job 2 failed: seed=1: OSError: no such sector\n  log: " in errors
+    assert "  | loading\n  | Traceback\n" in errors
+    folder = plan(options(toy_file, 9, lanes=1, seed=1)).folder()
+    assert json.loads((folder / "failed.json").read_text())["message"] == "OSError: no such sector"
+    assert not Path("runs/.sweep").exists()
+    assert main(*given) == 1
+    assert [values["seed"] for values in jobs] == [0, -9, 1, -9, 1]
+    assert re.search(r"^\[0\] seed=0: already finished", capfd.readouterr().out, re.M)
+
+
+def test_an_interrupt_ends_the_whole_sweep(toy_file: Path, jobs: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main("train", "-m", *words(options(toy_file, 9, lanes=1)), "seed=130,1") == 130
+    assert len(jobs) == 1
+    assert "2 jobs: 1 waiting, 1 stopped\nthe same command goes on" in capfd.readouterr().err
+
+
+def test_bad_words_fail_their_job_alone(toy_file: Path, jobs: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main("train", "-m", *words(options(toy_file, 9, lanes=1)), "seed=0", "agent.tau=x,0.01") == 1
+    assert len(jobs) == 1
+    assert "job 0 failed: agent.tau=x: agent.tau='x' should be a number" in capfd.readouterr().err
+
+
+def test_a_word_replaces_what_an_experiment_sweeps(toy_file: Path, jobs: list[Any]) -> None:
+    """The experiment asks for two seeds, the command line for one other: one run."""
+    folder = Path("mine/experiment")
+    folder.mkdir(parents=True)
+    params = "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\n"
+    (folder / "two.yaml").write_text("# @package _global_\n" + params)
+    given = [*words(options(toy_file, 9)), "--config-dir", "mine", "experiment=two"]
+    main("train", *given)
+    main("train", *given, "seed=7")
+    assert [values["seed"] for values in jobs] == [0, 1, 7]
+
+
+def test_every_agent_is_swept_by_the_zoos_recipe(jobs: list[Any]) -> None:
+    main("train", "experiment=zoo/forge", "dataset=forge/hopper/medium-v0")
+    targets = [values["agent"]["_target_"] for values in jobs]
+    assert len(targets) == len(set(targets)) >= 5
+    assert {"offrl.agents.bc.BC", "offrl.agents.td3_bc.TD3BC"} <= set(targets)
+
+
+def test_status_tells_the_states_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"step": 100, "returns": [7.0], "scores": [40.0, 42.0]}
+    make_run(Path("runs/bc/toy/a"), 100, result=result)
+    make_run(Path("runs/bc/toy/b"), 40)
+    make_run(Path("runs/bc/toy/c"), 40, failed={"message": "the disk is full"})
+    make_run(Path("runs/bc/toy/d"), 40, result={**result, "step": 50})  # its budget was raised
+    Path("runs/bc/gone/e").mkdir(parents=True)
+    Path("runs/bc/gone/e/failed.json").write_text('{"message": "no such dataset"}')
+    make_run(Path("runs/bc/toy/f"), 40)
+    with offrl.train._locked(Path("runs/bc/toy/f")):
+        assert main("status", "runs", "--json") == 0
+    shown = {Path(s["folder"]).name: s for s in map(json.loads, capsys.readouterr().out.splitlines())}
+    states = {name: s["state"] for name, s in shown.items()}
+    expected = {"a": "finished", "b": "stopped", "c": "failed", "d": "stopped", "e": "failed", "f": "running"}
+    assert states == expected
+    assert shown["a"]["message"] == "normalised score 41.0"
+    assert (shown["b"]["step"], shown["b"]["updates"], shown["b"]["updates_per_second"]) == (40, 100, 5.0)
+    assert shown["e"]["dataset"] == "gone"
+    assert main("status", "runs") == 0
+    text = capsys.readouterr().out
+    assert "6 runs: 3 stopped, 2 failed, 1 finished" in text
+    assert "the disk is full" in text
+
+
+# ---- with processes -------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_makes_the_runs_that_single_commands_make(toy_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One job diverges; the other's parameters are bitwise those of the same run outside a sweep."""
+    values = options(toy_file, 60, lanes=1)
+    assert main("train", "-m", *words(values), "agent.critic_lr=1.0e30,3.0e-4") == 1
+    output, errors = capfd.readouterr()
+    assert "job 0 failed: agent.critic_lr=1e+30" in errors
+    assert "is no longer finite" in errors
+    assert "Traceback" not in output + errors
+    good = options(toy_file, 60, lanes=1, agent={"critic_lr": 3e-4})
+    assert same_tensors(plan(good).folder(), offrl.train.train({**good, "out": "alone"}).folder)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Training processes whose output goes to the log of a run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            log = (entry / "fd" / "1").readlink()
+            if log == (folder / sweep.LOG).resolve() and b"offrl.sweep" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+LAUNCHERS = {
+    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "ray": [
+        "hydra/launcher=ray",
+        "+hydra.launcher.ray.init.num_cpus=2",
+        "+hydra.launcher.ray.init.include_dashboard=false",
+    ],
+    "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_twelve_jobs_with_one_killed_and_one_failing(toy_file: Path, launcher: str) -> None:
+    """The others end well; the same command then makes the killed one whole, and repeats nothing."""
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher", reason=f"offrl[{launcher}] is not installed")
+    values = options(toy_file, 1200, lanes=1, checkpoint_every=100)
+    sweep_of = ["train", "-m", *words(values), *LAUNCHERS[launcher]]
+    sweep_of += ["seed=0,1,2,3,4,5", "agent.critic_lr=3.0e-4,3.1e-4"]
+    victim = plan(options(toy_file, 1200, lanes=1, seed=1, agent={"critic_lr": 3e-4})).folder()
+    broken = plan(options(toy_file, 1200, lanes=1, seed=4, agent={"critic_lr": 3e-4})).folder()
+    broken.mkdir(parents=True)
+    (broken / "checkpoint.safetensors").write_text("no checkpoint")  # it can't go on from that
+    process = start(*sweep_of, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline, killed = time.monotonic() + 400, 0
+    while not killed and time.monotonic() < deadline:
+        for pid in processes_of(victim) if step_of(victim) else []:
+            os.kill(pid, signal.SIGKILL)
+            killed = pid
+        time.sleep(0.02)
+    output, errors = process.communicate(timeout=900)
+    assert killed, errors
+    assert process.returncode == 1
+    assert "12 jobs: 10 finished, 2 failed" in errors
+    assert "its process was ended by SIGKILL" in errors
+    assert "this is no offrl checkpoint, or it is damaged" in errors
+    assert 0 < step_of(victim) < 1200
+    results = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("result.json")}
+    assert len(results) == 10
+    (broken / "checkpoint.safetensors").unlink()
+    again = start(*sweep_of, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = again.communicate(timeout=900)
+    assert again.returncode == 0, errors
+    assert len(re.findall("already finished", output)) == 10
+    assert {p: p.stat().st_mtime_ns for p in results} == results
+    assert finished(broken, 1200)
+    alone = offrl.train.train({**options(toy_file, 1200, lanes=1, seed=1, agent={"critic_lr": 3e-4}), "out": "alone"})
+    assert same_tensors(victim, alone.folder)
