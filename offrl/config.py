@@ -35,7 +35,7 @@ class EvalConfig:
     final_episodes: int = 100  # per lane, after the last update
     seed: int = 1_000_000  # environment seed of the first episode, apart from training's seeds
     workers: int | None = None  # processes that step environments; None: one per usable core
-    slots: int = 100  # environments at once
+    slots: int | None = None  # environments at once; None: 100, or 1000 where one call steps them all
 
 
 TABLED = ("batch_size",)  # options of training, besides those of `data`, that a method's table may set for a dataset

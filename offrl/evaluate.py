@@ -53,6 +53,36 @@ class Episodes:
     promised: Array | None = None
 
 
+class VectorSlots:
+    """All environments of a wave as one vector, which makes a step of all of them in a few array operations.
+
+    Its rows are as those of `Slots`. Finished ones go on unseen.
+
+    Args:
+        env: Gymnasium's vector of a finite task.
+    """
+
+    def __init__(self, env: Any, arrays: dict[str, Array]) -> None:
+        from offrl.envs.stepping import features
+
+        self.env, self.arrays, self.features = env, arrays, features(env.task)
+
+    def reset(self, seeds: list[int | None]) -> None:
+        self.env.reset(seed=seeds)
+        self.arrays["done"][:] = [seed is None for seed in seeds]
+        self.arrays["observation"][:] = self.features[self.env.state]
+
+    def step(self) -> None:
+        _, reward, terminated, truncated, _ = self.env.step(self.arrays["action"])
+        running = ~self.arrays["done"]
+        self.arrays["reward"][running] = reward[running]
+        self.arrays["done"] |= terminated | truncated
+        self.arrays["observation"][running] = self.features[self.env.state[running]]
+
+    def close(self) -> None:
+        self.env.close()
+
+
 class Slots:
     """Environments `first ... last - 1` of a wave, stepped one after another into shared arrays.
 
@@ -157,7 +187,7 @@ class Evaluator:
         info: the dataset's; names the environment and the reference scores.
         lanes: of the agents to come.
         workers: processes that step environments; 1 steps them here. None: one per usable core.
-        slots: environments at once, over all lanes.
+        slots: environments at once, over all lanes; None: 100, or 1000 where one call steps them all.
         make_env: makes one environment; the default follows `info`.
 
     Raises:
@@ -169,13 +199,15 @@ class Evaluator:
         info: DatasetInfo,
         lanes: int,
         workers: int | None = None,
-        slots: int = 100,
+        slots: int | None = None,
         make_env: MakeEnv | None = None,
     ) -> None:
         from offrl.envs import make_env as make_env_of
+        from offrl.envs import make_vector_env
 
         self.info, self.lanes = info, lanes
-        self.width = max(1, slots // lanes)  # slots of each lane
+        self.vector = make_env is None and make_vector_env(info, 1) is not None
+        self.width = max(1, (slots or (1000 if self.vector else 100)) // lanes)  # slots of each lane
         self.make_env: MakeEnv = make_env or partial(make_env_of, info)  # a fresh interpreter can be sent this
         probe = self.make_env()
         self.obs_shape = tuple(probe.observation_space.shape or ())
@@ -184,7 +216,7 @@ class Evaluator:
         self.workers = workers or min(8, usable_cores())
         self.arrays: dict[str, Array] = {}
         self.processes: list[_Process] = []
-        self.local: Slots | None = None
+        self.local: Slots | VectorSlots | None = None
 
     def __enter__(self) -> Evaluator:
         return self
@@ -267,6 +299,8 @@ class Evaluator:
 
     def _open(self, width: int) -> None:
         """Make the environments, unless enough of them are there."""
+        from offrl.envs import make_vector_env
+
         if self.arrays and len(self.arrays["done"]) >= width * self.lanes:
             return
         self.close()
@@ -279,9 +313,12 @@ class Evaluator:
             "done": ((total,), "?"),
         }
         workers = min(self.workers, total)
-        if workers == 1:
+        if workers == 1 or self.vector:
             self.arrays = {k: np.zeros(shape, dtype=np.dtype(code)) for k, (shape, code) in shapes.items()}
-            self.local = Slots(self.make_env, range(total), self.arrays)
+            if self.vector:
+                self.local = VectorSlots(make_vector_env(self.info, total), self.arrays)
+            else:
+                self.local = Slots(self.make_env, range(total), self.arrays)
             return
         # Forking is instant and the children touch neither torch nor CUDA; elsewhere a fresh interpreter is the safe way.
         can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()

@@ -21,14 +21,14 @@ from offrl.data import catalogue
 from offrl.data.arrays import from_arrays, read_npz
 from offrl.data.cache import cached, read_flat
 from offrl.data.d4rl import read_d4rl, read_d4rl_package
-from offrl.data.minari import data_folder, local_datasets, local_folder, read_minari
+from offrl.data.minari import data_folder, local_datasets, local_folder, read_minari, read_noise
 from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
 from offrl.data.reading import ReadOptions, Semantics, file_kind
 from offrl.data.store import DatasetInfo, Store, concatenate
 from offrl.errors import OffrlError
 from offrl.paths import cache_dir
 
-__all__ = ["DatasetInfo", "ReadOptions", "Store", "concatenate", "from_arrays", "load"]
+__all__ = ["DatasetInfo", "ReadOptions", "Store", "concatenate", "exogenous_noise", "from_arrays", "load"]
 
 MINARI_ID = re.compile(r"(hf://)?[\w.-]+(/[\w.-]+)*-v\d+")
 FILE_SUFFIXES = (".hdf5", ".h5", ".gz", ".npz", ".npy", ".safetensors", ".pkl", ".pickle", ".pt")
@@ -92,6 +92,20 @@ def _load(name: str | Path, options: ReadOptions, cache: bool) -> Store:
     if store is None:
         raise unknown(text)
     return store
+
+
+def exogenous_noise(store: Store) -> torch.Tensor:
+    """`[N, ...]`: what the environment drew at each row of a forge dataset, for probes of what a method has learnt.
+
+    It is read from the dataset's files anew and is neither in the Store nor in any batch, so that no learner sees it.
+
+    Raises:
+        OffrlError: the dataset recorded none, or the Store is not the whole of one.
+    """
+    noise = read_noise(Path(store.info.source))
+    if len(noise) != len(store):
+        raise OffrlError(f"{store.info.id}: the noise of {len(noise)} rows is known, this Store has {len(store)}.")
+    return noise
 
 
 def unknown(name: str) -> OffrlError:

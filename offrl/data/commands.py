@@ -136,11 +136,7 @@ def _forge_rows() -> list[tuple[str, ...]]:
     folders = {cache_dir() / name: name for name in local_datasets(cache_dir()) if name.startswith("forge/")}
     here = {name: folders.pop(forge.folder_of(name), None) is not None for name in forge.names()}
     here |= dict.fromkeys(folders.values(), True)  # of another size or seed
-    families = {True: "maze2d", False: "gym-mujoco"}
-    return [
-        (name, "forge", families[name.startswith("forge/pointmaze/")], "", "yes" if built else "")
-        for name, built in here.items()
-    ]
+    return [(name, "forge", forge.family(name), "", "yes" if built else "") for name, built in here.items()]
 
 
 def _d4rl_rows() -> list[tuple[str, ...]]:

@@ -8,6 +8,7 @@ Robots (`forge/hopper/medium-v0`): Gymnasium's v5 Hopper, Walker2d and HalfCheet
 `medium-expert` is half and half; `medium-replay` replays the training up to `medium`. Scores use D4RL's reference
 returns. Mixtures (`forge/hopper/random-expert-0.1-v0`) hold a small share of good trajectories among random ones.
 Mazes (`forge/pointmaze/umaze-v0`, `...-dense-v0`): see `offrl.data.pointmaze`.
+Finite stochastic tasks (`forge/bandit/p0.1-v0`, `forge/lake/p0.7-eps0.4-n1000-v0`): see `offrl.data.stochastic`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,9 +29,9 @@ import gymnasium
 import numpy as np
 import torch
 
-from offrl.data import pointmaze
+from offrl.data import pointmaze, stochastic
 from offrl.data.minari import read_metadata, read_minari
-from offrl.data.minari_write import write_minari
+from offrl.data.minari_write import box, discrete, write_minari
 from offrl.data.mixtures import build_mixture
 from offrl.data.rollout import (
     TIME_LIMIT,
@@ -79,15 +80,22 @@ MIXTURES = tuple(f"random-{good}-{share}" for good in ("medium", "expert") for s
 
 
 def names() -> list[str]:
-    """Every id that `ensure` can build."""
+    """The ids that `ensure` can build; finite tasks can have other numbers in theirs."""
     robots = [f"{robot}/{level}" for robot in ROBOTS for level in (*LEVELS, *MIXTURES)]
     mazes = [f"pointmaze/{maze}{kind}" for maze in pointmaze.MAZES for kind in ("", "-dense")]
-    return [f"{PREFIX}{name}{SUFFIX}" for name in (*robots, *mazes)]
+    return [f"{PREFIX}{name}{SUFFIX}" for name in (*robots, *mazes, *stochastic.names())]
+
+
+def family(name: str) -> str:
+    """Family of a forge dataset."""
+    if _recipe(name):
+        return "tabular"
+    return "maze2d" if name.startswith(f"{PREFIX}pointmaze/") else "gym-mujoco"
 
 
 def folder_of(name: str, size: int | None = None, seed: int = 0) -> Path:
     """Where a dataset lies; a size or seed other than the default is part of the folder's name."""
-    return cache_dir() / _minari_id(_known(name), size or DEFAULT_SIZE, seed)
+    return cache_dir() / _minari_id(_known(name), size, seed)
 
 
 def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = False, progress: bool = True) -> Path:
@@ -96,8 +104,8 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
     With `MINARI_DATASETS_PATH` set to the cache folder, `minari.load_dataset` finds it as well.
 
     Args:
-        name: one of `names()`.
-        size: transitions; default 100,000 (D4RL's sets have 1,000,000).
+        name: one of `names()`, or a finite task with other numbers.
+        size: transitions; default 100,000 (D4RL's sets have 1,000,000), of a finite task its number of episodes.
         seed: of resets, action noise and draws.
         force: build it again.
         progress: show a progress bar.
@@ -105,12 +113,17 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
     Raises:
         OffrlError: an unknown name, a bad size, a missing package, or an unwritable folder.
     """
-    name, size = _known(name), DEFAULT_SIZE if size is None else size
-    if size < 1 or seed < 0:
+    name = _known(name)
+    if (size is not None and size < 1) or seed < 0:
         raise OffrlError(f"{name}: size={size} must be at least 1 and seed={seed} at least 0.")
     folder = folder_of(name, size, seed)
     if not force and (folder / "data" / "metadata.json").is_file():
         return folder
+    if recipe := _recipe(name):
+        with _progress(name, size, progress) as advance:
+            _build_tabular(folder, name, recipe, size, seed, advance)
+        return folder
+    size = DEFAULT_SIZE if size is None else size
     subject, level = name.removeprefix(PREFIX).removesuffix(SUFFIX).split("/")
     if match := re.fullmatch(r"random-(medium|expert)-([\d.]+)", level):
         good, bad = (f"{PREFIX}{subject}/{source}{SUFFIX}" for source in (match[1], "random"))
@@ -129,16 +142,23 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
 
 
 def _known(name: str) -> str:
-    if name in names():
+    if name in names() or _recipe(name):
         return name
     close = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "`offrl data list` shows the known ones."
     raise OffrlError(f"{name}: the forge can't build that; {hint}")
 
 
-def _minari_id(name: str, size: int, seed: int) -> str:
+def _recipe(name: str) -> stochastic.Recipe | None:
+    if not (name.startswith(PREFIX) and name.endswith(SUFFIX)):
+        return None
+    return stochastic.recipe(name.removeprefix(PREFIX).removesuffix(SUFFIX))
+
+
+def _minari_id(name: str, size: int | None, seed: int) -> str:
     """The id under which Minari knows the set (it allows no dot), with a size or seed that is not the default."""
-    options = ("" if size == DEFAULT_SIZE else f"-n{size}") + (f"-s{seed}" if seed else "")
+    usual = size is None or (size == DEFAULT_SIZE and not _recipe(name))
+    options = ("" if usual else f"-n{size}") + (f"-s{seed}" if seed else "")
     return name.removesuffix(SUFFIX).replace(".", "_") + options + SUFFIX
 
 
@@ -181,7 +201,7 @@ def _build_robot(folder: Path, name: str, robot: str, level: str, size: int, see
         info,
         dataset_id=_minari_id(name, size, seed),
         env_spec=gymnasium.spec(spec.env_id).to_json(),
-        action_bounds=(space.low.tolist(), space.high.tolist()),
+        action_space=box(space.low.tolist(), space.high.tolist()),
         description=f"{spec.env_id}, {level}: rollouts of offrl's behaviour policies with their exploration noise.",
     )
 
@@ -206,7 +226,6 @@ def _build_mixture(folder: Path, name: str, sources: list[Path], sigma: float, s
     mixture, manifest = build_mixture(good, bad, sigma, size, seed)
     summary = {key: value for key, value in manifest.items() if key != "episodes"}
     metadata = read_metadata(sources[0])
-    space = json.loads(metadata["action_space"])
     robot = name.removeprefix(PREFIX).split("/")[0]
     write_minari(
         folder,
@@ -214,7 +233,7 @@ def _build_mixture(folder: Path, name: str, sources: list[Path], sigma: float, s
         _robot_info(name, ROBOTS[robot], _provenance(size, seed, mixture=summary)),
         dataset_id=_minari_id(name, size, seed),
         env_spec=metadata["env_spec"],
-        action_bounds=(space["low"], space["high"]),
+        action_space=json.loads(metadata["action_space"]),
         description=f"Whole trajectories of {good.info.id} ({sigma:.0%} of the transitions) and {bad.info.id}.",
         manifest=manifest,
     )
@@ -256,8 +275,50 @@ def _build_maze(folder: Path, name: str, level: str, size: int, seed: int, advan
         info,
         dataset_id=_minari_id(name, size, seed),
         env_spec=spec.to_json(),
-        action_bounds=([-1.0, -1.0], [1.0, 1.0]),
+        action_space=box([-1.0, -1.0], [1.0, 1.0]),
         description=f"{spec.id}, goal fixed as in D4RL: a noisy waypoint controller walks between random places.",
+    )
+
+
+# ---- finite stochastic tasks ---------------------------------------------------------------------------------------
+
+
+def _build_tabular(
+    folder: Path, name: str, recipe: stochastic.Recipe, size: int | None, seed: int, advance: Progress
+) -> None:
+    episodes = stochastic.play(recipe, size, _seeds(name, seed), advance)
+    task, exact = recipe.table, recipe.exact()
+    returns = [float(episode.rewards.sum()) for episode in episodes]
+    facts: dict[str, Any] = {"behaviour": recipe.described, "mean_return": float(np.mean(returns)), "exact": exact}
+    if recipe.success is not None:
+        facts["successes"] = sum(total >= recipe.success for total in returns)
+    facts["references"] = "exact returns of uniform actions and of the best policy"
+    spec = gymnasium.spec(recipe.env_id)
+    spec.kwargs = spec.kwargs | recipe.parameters
+    info = DatasetInfo(
+        id=name,
+        source="forge",
+        env_id=recipe.env_id,
+        env_kwargs=dict(recipe.parameters),
+        family="tabular",
+        ref_min=exact["uniform"],
+        ref_max=exact["optimal"],
+        max_episode_steps=task.limit,
+        discrete=task.actions,
+        provenance=_provenance(size, seed, **facts),
+    )
+    places = task.coordinates
+    write_minari(
+        folder,
+        episodes,
+        info,
+        dataset_id=_minari_id(name, size, seed),
+        env_spec=spec.to_json(),
+        action_space=discrete(task.actions),
+        description=f"{recipe.env_id}: {recipe.described}.",
+        observation_space=discrete(task.states)
+        if places is None
+        else box(places.min(0).tolist(), places.max(0).tolist()),
     )
 
 
@@ -268,13 +329,16 @@ def _seeds(name: str, seed: int) -> np.random.SeedSequence:
     return np.random.SeedSequence([zlib.crc32(name.encode()), seed])
 
 
-def _provenance(size: int, seed: int, **more: Any) -> dict[str, Any]:
-    packages = {name: version(name) for name in ("gymnasium", "mujoco", "numpy", "torch")}
+def _provenance(size: int | None, seed: int, **more: Any) -> dict[str, Any]:
+    packages = {}
+    for name in ("gymnasium", "mujoco", "numpy", "torch"):
+        with suppress(PackageNotFoundError):  # finite tasks need no simulator
+            packages[name] = version(name)
     return {"made_by": "offrl forge", "size": size, "seed": seed, "versions": packages} | more
 
 
 @contextmanager
-def _progress(name: str, size: int, show: bool) -> Iterator[Progress]:
+def _progress(name: str, size: int | None, show: bool) -> Iterator[Progress]:
     """A bar with rate and time left; yields the function that takes the number of steps done."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

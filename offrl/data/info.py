@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,8 @@ def print_info(description: dict[str, Any]) -> None:
             "behaviour's score",
             f"{d['score']['mean']:.1f} (0 is a return of {d['references'][0]:g}, 100 of {d['references'][1]:g})",
         )
+    for row in _exact_rows(d["provenance"].get("exact")):
+        facts.add_row(*row)
     facts.add_row("positive-sided variance", f"{d['positive_sided_variance']:.4g} (of {d['normalisation']})")
     facts.add_row("environment", f"{d['env_id'] or 'none'} (family {d['family']})")
     facts.add_row("source", d["source"])
@@ -171,6 +174,21 @@ def print_info(description: dict[str, Any]) -> None:
         if len(rows) > SHOWN_DIMENSIONS:
             ranges.add_row(f"{name} ...", "", "", "", "", f"{len(rows) - SHOWN_DIMENSIONS} more with --json")
     console.print(ranges)
+
+
+def _exact_rows(exact: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """What is exactly known of the dataset of a finite task."""
+    if exact is None:
+        return
+    singles = ("optimal", "behaviour", "one_step_improvement", "uniform")
+    words = ("the best policy", "the behaviour", "one step of improvement", "uniform actions")
+    yield "exact returns", ", ".join(f"{exact[key]:.4g} of {text}" for key, text in zip(singles, words))
+    for told in exact["rcsl"]:
+        yield (
+            f"exact RCSL on {told['target']}",
+            f"{told['sampled']:.4g} sampled, {told['likeliest']:.4g} likeliest action "
+            f"(the behaviour returns {told['target']} with probability {told['probability']:.3g})",
+        )
 
 
 def _short(value: float) -> str:

@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 import torch
 from h5py import h5d, h5g, h5s, h5t
+from torch import Tensor
 
 from offrl.data.catalogue import environment_references, family_of
 from offrl.data.catalogue import minari as minari_catalogue
@@ -329,6 +330,27 @@ def _read_hdf5(path: Path, leaves: list[Leaf], memory: _Memory) -> None:
             arrays = {name: column.read(group, episode) for name, column in columns.items()}
             observations = [arrays.pop(name) for name in names]
             _add_episode(memory, episode, observations, leaves, arrays, str(path))
+
+
+def read_noise(path: Path) -> Tensor:
+    """`[N, ...]`: what the environment drew at each step (`info["noise"]`), row for row as `read_minari` has them.
+
+    Raises:
+        OffrlError: the dataset has none.
+    """
+    file_path = (data_folder(path) or path) / "main_data.hdf5"
+    if not file_path.is_file():
+        raise OffrlError(f"{path}: this is no Minari dataset in HDF5, so it tells no noise.")
+    parts = []
+    with open_hdf5(file_path) as file:
+        episodes = sorted((key for key in file if key.startswith("episode_")), key=lambda key: int(key[8:]))
+        stored = file[episodes[0]].get("infos/noise") if episodes else None
+        if stored is None:
+            raise OffrlError(f"{path}: its environment's noise was not recorded.")
+        column = _Column(file[episodes[0]], "infos/noise", stored.dtype, file_path)
+        for episode in episodes:
+            parts.append(column.read(h5g.open(file.id, episode.encode()), episode)[1:])  # the first is the reset's
+    return torch.from_numpy(np.concatenate(parts))
 
 
 class _Column:

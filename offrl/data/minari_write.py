@@ -24,6 +24,7 @@ from offrl.data.store import DatasetInfo
 from offrl.errors import OffrlError
 
 MINARI_VERSION = "0.5.4"
+Space = dict[str, Any]
 
 
 def write_minari(
@@ -32,9 +33,10 @@ def write_minari(
     info: DatasetInfo,
     dataset_id: str,
     env_spec: str,
-    action_bounds: tuple[Sequence[float], Sequence[float]],
+    action_space: Space,
     description: str,
     manifest: dict[str, Any] | None = None,
+    observation_space: Space | None = None,
 ) -> None:
     """Write `folder` whole or not at all; an older one is replaced.
 
@@ -43,8 +45,9 @@ def write_minari(
     Args:
         dataset_id: id under which Minari knows the set.
         env_spec: JSON of the Gymnasium spec of the environment that made the data.
-        action_bounds: lower and upper bounds `[A]`.
+        action_space: `box` or `discrete`.
         manifest: what the data were drawn from, kept as `manifest.json` beside `data/`.
+        observation_space: likewise; None: unbounded numbers.
 
     Raises:
         OffrlError: the folder cannot be written.
@@ -53,14 +56,13 @@ def write_minari(
         data = temporary / "data"
         data.mkdir()
         _write_hdf5(data / "main_data.hdf5", episodes)
-        low, high = action_bounds
         metadata = {
             "total_episodes": len(episodes),
             "total_steps": sum(map(len, episodes)),
             "data_format": "hdf5",
             "jpeg_encoding": False,
-            "observation_space": json.dumps(_space(episodes[0].observations)),
-            "action_space": json.dumps(_box(len(low), low, high)),
+            "observation_space": json.dumps(observation_space or _unbounded(episodes[0].observations)),
+            "action_space": json.dumps(action_space),
             "env_spec": env_spec,
             "dataset_id": dataset_id,
             "minari_version": MINARI_VERSION,
@@ -100,26 +102,33 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _space(observations: Any) -> dict[str, Any]:
-    """Minari's JSON form of an unbounded float32 space for `[T + 1, O]` observations or a dict of them."""
+def box(low: Sequence[float], high: Sequence[float]) -> Space:
+    """Minari's JSON form of a box of float32 numbers."""
+    return {"type": "Box", "dtype": "float32", "shape": [len(low)], "low": list(low), "high": list(high)}
+
+
+def discrete(n: int) -> Space:
+    """Minari's JSON form of the numbers 0 to n - 1."""
+    return {"type": "Discrete", "dtype": "int64", "start": 0, "n": n}
+
+
+def _unbounded(observations: Any) -> Space:
+    """The space of `[T + 1, O]` observations or a dict of them."""
     if isinstance(observations, Mapping):
-        return {"type": "Dict", "subspaces": {key: _space(observations[key]) for key in sorted(observations)}}
+        return {"type": "Dict", "subspaces": {key: _unbounded(observations[key]) for key in sorted(observations)}}
     size = observations.shape[-1]
-    return _box(size, [-np.inf] * size, [np.inf] * size)
-
-
-def _box(size: int, low: Sequence[float], high: Sequence[float]) -> dict[str, Any]:
-    return {"type": "Box", "dtype": "float32", "shape": [size], "low": list(low), "high": list(high)}
+    return box([-np.inf] * size, [np.inf] * size)
 
 
 def _write_hdf5(path: Path, episodes: Sequence[Episode]) -> None:
     """One group an episode, as Minari lays them out.
 
     A short episode costs HDF5's calls and not its bytes, so h5py's low level is used with every description made
-    once, small arrays stand inside their object headers, and each distinct pair of end flags is stored once and linked.
+    once, small arrays stand inside their object headers, and what is short (end flags above all) is stored once and linked
+    wherever it comes again.
     """
     scalar, integer = h5s.create(h5s.SCALAR), h5t.py_create(np.dtype(np.int64))
-    flags: dict[tuple[int, bool], Any] = {}
+    stored: dict[Any, Any] = {}
     with h5py.File(path, "w", track_order=True) as file:
         for number, episode in enumerate(episodes):
             group = h5g.create(file.id, f"episode_{number}".encode())
@@ -127,17 +136,33 @@ def _write_hdf5(path: Path, episodes: Sequence[Episode]) -> None:
             for key, value in attributes.items():
                 if value is not None:
                     h5a.create(group, key.encode(), integer, scalar).write(np.array(value, np.int64))
-            _write(group, "observations", episode.observations)
-            _write(group, "actions", episode.actions)
-            _write(group, "rewards", episode.rewards)
-            shared = flags.setdefault((len(episode), episode.terminated), group)
-            for key, ended in (("terminations", episode.terminated), ("truncations", not episode.terminated)):
-                if shared is group:
-                    flag = np.zeros(len(episode), np.bool_)
-                    flag[-1] = ended
-                    _write(group, key, flag)
+            ends = np.zeros((2, len(episode)), np.bool_)
+            ends[0 if episode.terminated else 1, -1] = True
+            arrays = {"observations": episode.observations, "actions": episode.actions, "rewards": episode.rewards}
+            arrays |= {"terminations": ends[0], "truncations": ends[1]}
+            if episode.noise is not None:
+                arrays["infos"] = {"noise": _behind_reset(episode.noise)}
+            for key, value in arrays.items():
+                content = _content(value)
+                first = group if content is None else stored.setdefault((key, content), group)
+                if first is group:
+                    _write(group, key, value)
                 else:
-                    group.links.create_hard(key.encode(), shared, key.encode())
+                    group.links.create_hard(key.encode(), first, key.encode())
+
+
+def _content(value: Any) -> Any:
+    """Something to recognise a short array, or a dict of such, by; None for a long one."""
+    if isinstance(value, Mapping):
+        contents = [(key, _content(value[key])) for key in sorted(value)]
+        return None if any(content is None for _, content in contents) else tuple(contents)
+    return None if value.nbytes > 1024 else (value.dtype.str, value.shape, value.tobytes())
+
+
+def _behind_reset(noise: Any) -> Any:
+    """`[T + 1, ...]`: Minari's infos begin with that of the reset, which draws nothing (-1, or 0 for numbers)."""
+    nothing = np.full_like(noise[:1], -1 if noise.dtype.kind == "i" else 0)
+    return np.concatenate((nothing, noise))
 
 
 def _write(group: Any, key: str, value: Any) -> None:

@@ -1,5 +1,34 @@
-"""Evaluation environments: `make_env(info)` gives the one that a dataset's policies are scored in."""
+"""Environments: those that score a dataset's policies, and the stochastic benchmarks, as Gymnasium ids.
 
-from offrl.envs.adapters import make_env, make_gymnasium
+`make_env(info)` gives the environment that a dataset's policies are scored in. Importing this package registers
+`offrl/BernoulliBandit-v0`, `offrl/SlipperyLake-v0` and the others of docs/stochastic_benchmarks.md:
 
-__all__ = ["make_env", "make_gymnasium"]
+import offrl.envs
+env = gymnasium.make("offrl/SlipperyLake-v0", no_slip_prob=0.7)
+envs = gymnasium.make_vec("offrl/SlipperyLake-v0", 1000, no_slip_prob=0.7)
+"""
+
+import gymnasium
+
+from offrl.envs.adapters import make_env, make_gymnasium, make_vector_env
+from offrl.envs.tasks import TASKS
+
+__all__ = ["TABULAR_IDS", "make_env", "make_gymnasium", "make_vector_env"]
+
+TABULAR_IDS = {
+    "bandit": "offrl/BernoulliBandit-v0",
+    "lake": "offrl/SlipperyLake-v0",
+    "cliff": "offrl/CliffWalk-v0",
+    "gambling": "offrl/Gambling-v0",
+    "toy": "offrl/Toy-v0",
+    "mstoy": "offrl/MSToy-v0",
+}
+
+for _name, _id in TABULAR_IDS.items():
+    gymnasium.register(
+        _id,
+        entry_point="offrl.envs.stepping:TabularEnv",
+        vector_entry_point="offrl.envs.stepping:TabularVectorEnv",
+        max_episode_steps=TASKS[_name]().limit,
+        kwargs={"task": _name},
+    )

@@ -74,6 +74,18 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
     return ClipAction(env) if isinstance(env.action_space, spaces.Box) else env
 
 
+def make_vector_env(info: DatasetInfo, count: int) -> gymnasium.vector.VectorEnv | None:
+    """`count` environments of a dataset that step in one call; None where there is no such version of them."""
+    if info.env_id is None or not info.env_id.startswith("offrl/"):
+        return None
+    if gymnasium.spec(info.env_id).vector_entry_point is None:
+        return None
+    kwargs = dict(info.env_kwargs)
+    if info.max_episode_steps is not None:
+        kwargs["max_episode_steps"] = info.max_episode_steps
+    return gymnasium.make_vec(info.env_id, count, **kwargs)
+
+
 def make_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:
     """`gymnasium.make` with the packages registered that an id needs, and errors that say what to install."""
     robotics = env_id.rsplit(":", 1)[-1].startswith(ROBOTICS)
