@@ -21,6 +21,7 @@ offrl train resume=RUN           go on with a run that was stopped
 offrl evaluate RUN               play episodes with a run's policy
 offrl data list|info|build|fetch|convert
 offrl status RUNS...             how far runs are, and what failed
+offrl augment train|sample|metrics   synthetic trajectories: their model, a file of them, what they are worth
 offrl report RUNS...             tables and curves of runs
 offrl agents [NAME]              the methods and their settings
 """
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if words[:1] == ["train"]:
             return _train(words[1:])
-        arguments = _parser().parse_args(words)
+        arguments = _parse(words)
         status: int = arguments.run(arguments)
         return status
     except OffrlError as error:
@@ -45,8 +46,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if rest and not hasattr(arguments, "words"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value words, which may stand behind options
+        arguments.words = [*arguments.words, *rest]
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     from offrl import report, status
+    from offrl.augment import commands as augment
     from offrl.data import commands
 
     parser = argparse.ArgumentParser("offrl", usage=USAGE, description=offrl.__doc__)
@@ -71,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     agents.set_defaults(run=_agents)
     commands.add_parser(subparsers)
     status.add_parser(subparsers)
+    augment.add_parser(subparsers)
     report.add_parser(subparsers)
     return parser
 

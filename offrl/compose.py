@@ -59,13 +59,18 @@ def tolerant(arguments: Sequence[str]) -> list[str]:
 
 def compose(options: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration that `offrl train key=value ...` would have, from `{key: value}`."""
+    known = groups()
+    return compose_words([f"{key}={value if key in known else _literal(value)}" for key, value in options.items()])
+
+
+def compose_words(arguments: Sequence[str]) -> dict[str, Any]:
+    """The same from the words of a command line."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    known = groups()
-    words = tolerant([f"{key}={value if key in known else _literal(value)}" for key, value in options.items()])
+    words = tolerant(arguments)
     register()
     GlobalHydra.instance().clear()
     try:

@@ -191,7 +191,7 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
     """
     folder = Path(folder)
     folder = folder if folder.name not in ("", "..") else folder.resolve()
-    values = _read_config(folder)
+    values = read_config(folder, "resume=")
     for key, value in (changes or {}).items():
         top = key.split(".")[0]
         if top not in _FREE - {"out", "name", "fresh", "lanes", "seed", "seeds"}:
@@ -206,10 +206,11 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
         return finished(folder, job.train.updates) or Trainer(job, folder).run()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, option: str = "") -> dict[str, Any]:
+    """The configuration of the run in a folder, which was named by `option`."""
     path = folder / "config.json"
     if not path.is_file():
-        raise OffrlError(f"resume={folder}: there is no config.json; name the folder of a run.")
+        raise OffrlError(f"{option}{folder}: there is no config.json; name the folder of a run.")
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
@@ -358,7 +359,7 @@ class Trainer:
     def __init__(self, job: Plan, folder: Path) -> None:
         self.job, self.cfg, self.folder = job, job.train, folder
         tune_process(self.cfg.threads)
-        self.device = _device(self.cfg.device)
+        self.device = pick_device(self.cfg.device)
         names = [self.cfg.dataset, *further_datasets(job.sampler)]
         parts = [read_data(replace(self.cfg, dataset=name), self.device) for name in names]
         recorded = parts[0] if len(parts) == 1 else concatenate(parts)
@@ -690,7 +691,8 @@ def write_json(path: Path, value: Any) -> None:
         raise OffrlError(f"{path} can't be written ({error.strerror}); choose another folder with out=DIR.") from error
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device that `device=` names; `auto` is a GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -14,36 +14,26 @@ discards; lengths of training and sampling agree by default (theirs: 32 and 129 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from offrl import checkpoint
 from offrl.agent import Agent
 from offrl.augment import edm
 from offrl.augment.base import Augmentation, SyntheticConfig
+from offrl.augment.fitting import Fit, kept, model_path
 from offrl.augment.trajectories import Codec, Windows, split_episodes, synthetic_store
 from offrl.augment.unet import UNet
 from offrl.data.store import Store
 from offrl.errors import OffrlError
 from offrl.nets import Adam, polyak, target_of
-from offrl.paths import cache_dir
-from offrl.progress import Bar
 from offrl.random import LaneRandom
 
 _VERSION = 1  # raise it when the same settings give other weights
-_SAVE_EVERY = 500  # updates of a denoiser between checkpoints of its training
 _CHUNK = 8192  # steps of each lane that go through the network at once
 
 
@@ -95,7 +85,7 @@ class Denoiser(nn.Module):
 
 @dataclass
 class Trained:
-    """A denoiser and how it came about: `losses` by name, `path` of its file."""
+    """A denoiser, facts about its training, and its file."""
 
     denoiser: Denoiser
     facts: dict[str, Any]
@@ -105,11 +95,11 @@ class Trained:
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 
-class Training:
-    """The training of one denoiser, from its last checkpoint (if there is one) on."""
+class Training(Fit):
+    """The training of one denoiser."""
 
     def __init__(self, store: Store, cfg: DenoiserConfig) -> None:
-        self.cfg, self.device = cfg, store.device
+        self.store, self.cfg, self.device, self.updates = store, cfg, store.device, cfg.updates
         self.average = Denoiser(store, cfg).to(self.device).requires_grad_(False)
         learn, held = (part.to(self.device) for part in split_episodes(store, cfg.holdout, cfg.seed))
         self.windows = self._windows(store, learn)
@@ -119,7 +109,6 @@ class Training:
         self.online = target_of(self.average.network).requires_grad_(True)
         self.optimizer = Adam(self.online.parameters(), cfg.lr).to(self.device)
         self.random = LaneRandom((cfg.seed,), self.device)
-        self.step = 0
 
     def _windows(self, store: Store, episodes: Tensor) -> Windows:
         cfg = self.cfg
@@ -131,22 +120,8 @@ class Training:
         except OffrlError:  # those episodes are too short
             return None
 
-    def run(self, path: Path, progress: bool, title: str) -> None:
-        """All updates that are left; the training's state goes to `path` now and then."""
-        self._restore(path)
-        with Bar(progress, title, self.step, self.cfg.updates) as bar:
-            while self.step < self.cfg.updates:
-                loss = self.update()
-                if self.step % _SAVE_EVERY == 0:
-                    bar.note(f"loss {float(loss):.3f}")
-                    if not bool(loss.isfinite()):
-                        raise OffrlError(f"{title}: the loss is no longer finite; lower augment.denoiser.lr.")
-                    self._save(path)
-                bar.update(self.step)
-
     def update(self) -> Tensor:
-        """One step of Adam on a batch of windows; the loss."""
-        self.step += 1
+        """One step of Adam on a batch of windows."""
         self.random.step.fill_(self.step)
         index = self.random.integers("windows", len(self.windows), (self.cfg.batch_size,))[0]
         loss = self._loss(self.online, self.windows.gather(index), "train")
@@ -182,21 +157,20 @@ class Training:
         ]
         return sum(value * n for value, n in parts) / len(index)
 
-    def _state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         modules = {"average": self.average.network, "online": self.online, "optimizer": self.optimizer}
         return {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
 
-    def _save(self, path: Path) -> None:
-        write(path, self._state(), {"step": self.step})
-
-    def _restore(self, path: Path) -> None:
-        try:
-            tensors, facts = checkpoint.load(path)
-        except OffrlError:  # none, or a damaged one: from the beginning
-            return
-        for key, tensor in self._state().items():
-            tensor.copy_(tensors[key])
-        self.step = facts["step"]
+    def result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        facts = {
+            "dataset": self.store.info.id,
+            "fingerprint": self.store.fingerprint,
+            "settings": asdict(self.cfg),
+            "windows": len(self.windows),
+            "validation_loss": self.validation_loss(),
+            "parameters": sum(p.numel() for p in self.average.parameters()),
+        }
+        return self.average.state_dict(), facts
 
 
 def _action_variance(windows: Windows) -> Tensor:
@@ -211,62 +185,17 @@ def _action_variance(windows: Windows) -> Tensor:
 
 
 def trained_denoiser(store: Store, cfg: DenoiserConfig, progress: bool = False) -> Trained:
-    """The denoiser of a dataset: from the cache, else trained (or trained on) and left there.
-
-    Another process that trains the same one is waited for.
-    """
+    """The denoiser of a dataset, on its device; trained only where it is not in the cache."""
     path = denoiser_path(store, cfg)
-    with _locked(path):
-        try:
-            return read_denoiser(store, cfg, path)
-        except OffrlError:
-            pass  # none, or a damaged one
-        training = Training(store, cfg)
-        unfinished = path.with_suffix(".training.safetensors")
-        training.run(unfinished, progress, f"denoiser of {store.info.id}")
-        facts = {
-            "dataset": store.info.id,
-            "fingerprint": store.fingerprint,
-            "settings": asdict(cfg),
-            "windows": len(training.windows),
-            "validation_loss": training.validation_loss(),
-            "parameters": sum(p.numel() for p in training.average.parameters()),
-        }
-        write(path, training.average.state_dict(), facts)
-        unfinished.unlink(missing_ok=True)
-        return read_denoiser(store, cfg, path)
-
-
-def denoiser_path(store: Store, cfg: DenoiserConfig) -> Path:
-    """One file for a dataset's numbers and the settings."""
-    key = json.dumps([_VERSION, store.fingerprint, asdict(cfg)], sort_keys=True)
-    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-    stem = re.sub(r"[^\w.-]+", "_", store.info.id)[-60:]
-    return cache_dir() / "augment" / f"denoiser-{stem}-{digest}.safetensors"
-
-
-def read_denoiser(store: Store, cfg: DenoiserConfig, path: Path) -> Trained:
-    """A denoiser that was trained before, on the Store's device."""
-    tensors, facts = checkpoint.load(path)
+    tensors, facts = kept(path, lambda: Training(store, cfg), progress, f"denoiser of {store.info.id}")
     denoiser = Denoiser(store, cfg)
     denoiser.load_state_dict(tensors)
     return Trained(denoiser.to(store.device).requires_grad_(False).eval(), facts, path)
 
 
-def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Tensors and facts into the cache, as checkpoints hold them."""
-    try:
-        checkpoint.write(path, tensors, facts)
-    except (OSError, SafetensorError) as error:
-        raise OffrlError(f"{path} can't be written ({error}); free some space, or set OFFRL_HOME.") from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def denoiser_path(store: Store, cfg: DenoiserConfig) -> Path:
+    """Where the denoiser of a dataset is kept."""
+    return model_path("denoiser", _VERSION, store, cfg)
 
 
 # ---- the augmentation ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -205,18 +205,30 @@ def run_build(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Write any dataset in the format that the destination's suffix names."""
-    dest: Path = arguments.dest
+    write = writer(arguments.dest)
+    write(_load(arguments))
+    print(arguments.dest)
+    return 0
+
+
+def writer(dest: Path) -> Callable[[Store], None]:
+    """What writes a Store to a destination, in the format that its suffix names.
+
+    Raises:
+        OffrlError: no such format; later, when it is called, the destination can't be written.
+    """
     writers = {".npz": write_npz, ".hdf5": write_hdf5, ".h5": write_hdf5, ".safetensors": write_flat}
     if dest.suffix and dest.suffix not in writers:
         raise OffrlError(f"{dest}: unknown format; use {', '.join(writers)} or a folder NAME-v0 for Minari.")
     write = writers[dest.suffix] if dest.suffix else write_minari
-    store = _load(arguments)
-    try:
-        write(store, dest)
-    except OSError as error:
-        raise OffrlError(f"{dest}: cannot be written ({error.strerror or error}).") from error
-    print(dest)
-    return 0
+
+    def run(store: Store) -> None:
+        try:
+            write(store, dest)
+        except OSError as error:
+            raise OffrlError(f"{dest}: cannot be written ({error.strerror or error}).") from error
+
+    return run
 
 
 def write_hdf5(store: Store, path: Path) -> None:

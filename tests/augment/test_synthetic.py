@@ -450,13 +450,13 @@ def test_training_learns_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_goes_on_where_it_was_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     store = make_toy(512, seed=7)
     cfg = DenoiserConfig(features=16, blocks=2, window=4, updates=40, batch_size=8)
-    monkeypatch.setattr("offrl.augment.diffusion._SAVE_EVERY", 6)
+    monkeypatch.setattr("offrl.augment.fitting.SAVE_EVERY", 6)
     through = Training(store, cfg)
     through.run(tmp_path / "a.safetensors", False, "")
     killed, real = Training(store, cfg), Training.update
 
     def update(self: Training) -> Tensor:
-        if self.step == 21:
+        if self.step == 22:
             raise KeyboardInterrupt
         return real(self)
 
@@ -467,7 +467,7 @@ def test_training_goes_on_where_it_was_killed(monkeypatch: pytest.MonkeyPatch, t
     again = Training(store, cfg)
     again.run(tmp_path / "b.safetensors", False, "")
     assert again.step == 40
-    assert all(torch.equal(a, b) for a, b in zip(through._state().values(), again._state().values()))
+    assert all(torch.equal(a, b) for a, b in zip(through.state().values(), again.state().values()))
 
 
 def test_the_average_moves_on_every_tenth_update() -> None:
@@ -475,6 +475,7 @@ def test_the_average_moves_on_every_tenth_update() -> None:
     average = training.average.network.out.weight
     for step in range(1, 22):
         before = average.clone()
+        training.step = step
         training.update()
         if step % 10:
             assert torch.equal(average, before)

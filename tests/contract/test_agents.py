@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offrl import checkpoint
 from offrl.agent import Agent, Spec
+from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.store import Store
 from offrl.engine import CudaGraph, Eager, make_engine
 from offrl.errors import OffrlError
@@ -218,6 +219,30 @@ def test_compiled_equals_eager(name: str, toy: Store) -> None:
     for key, value in metrics.items():
         torch.testing.assert_close(others[key], value, rtol=1e-4, atol=1e-5)
     assert distance(eager, compiled) < 1e-4
+
+
+@every_agent
+def test_learns_from_synthetic_rows_too(name: str, toy: Store, tmp_path: Path) -> None:
+    """Half of each batch from trajectories guided by the agent, made anew on the way; no row of the dataset (index -1)."""
+    agent = make(name, toy, seeds=(0, 1))
+    if "return_to_go" in agent.extra:  # pieces of episodes have none
+        with pytest.raises(OffrlError, match="set augment=none"):
+            check_agent(agent)
+        return
+    guided = "offrl.augment.policy_guided.PolicyGuidedDiffusion"
+    denoiser = {"features": 16, "blocks": 2, "window": 4, "updates": 5}
+    settings = {"_target_": guided, "trajectories": 8, "length": 3, "denoiser": denoiser, "sampling": {"steps": 4}}
+    source = (toy, Uniform(toy))
+    synthetic = Synthetic(make_augmentation(settings, toy, (0, 1)), source, (1.0, 0.0), tmp_path)
+    data = Replay(synthetic.sources, 32, agent.window, agent.extra)
+    synthetic.begin(data, agent, 0)
+    engine = Eager(agent, data)
+    engine.run(0, 5)
+    synthetic.refresh(agent, synthetic.every)
+    metrics = engine.run(5, 5)
+    assert metrics
+    assert all(m.isfinite().all() for m in metrics.values())
+    assert all(v.isfinite().all() for v in agent.state_dict().values())
 
 
 @every_agent

@@ -1,0 +1,116 @@
+"""Models that are fitted to a dataset once and kept in the cache; a fit that was cut short goes on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from offrl import checkpoint
+from offrl.data.store import Store
+from offrl.errors import OffrlError
+from offrl.paths import cache_dir
+from offrl.progress import Bar
+
+SAVE_EVERY = 500  # updates between checkpoints of a fit
+
+
+class Fit:
+    """A fit under way.
+
+    Attributes:
+        step, updates: how many updates are made, and how many there will be.
+    """
+
+    step: int = 0
+    updates: int
+
+    def update(self) -> Tensor:
+        """The next update; its loss."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """All that updates change besides `step`."""
+        raise NotImplementedError
+
+    def result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What is kept in the end: the model's tensors, and facts about it."""
+        raise NotImplementedError
+
+    def run(self, path: Path, progress: bool, title: str) -> None:
+        """All updates that are left; the state goes to `path` now and then."""
+        self._restore(path)
+        with Bar(progress, title, self.step, self.updates) as bar:
+            while self.step < self.updates:
+                self.step += 1
+                loss = self.update()
+                if self.step % SAVE_EVERY == 0:
+                    bar.note(f"loss {float(loss):.3f}")
+                    if not bool(loss.isfinite()):
+                        raise OffrlError(f"{title}: the loss is no longer finite; lower the learning rate (lr).")
+                    write(path, self.state(), {"step": self.step})
+                bar.update(self.step)
+
+    def _restore(self, path: Path) -> None:
+        try:
+            tensors, facts = checkpoint.load(path)
+        except OffrlError:  # none, or a damaged one: from the beginning
+            return
+        for key, tensor in self.state().items():
+            tensor.copy_(tensors[key])
+        self.step = facts["step"]
+
+
+def kept(path: Path, start: Callable[[], Fit], progress: bool, title: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The result of a fit: from the cache, else fitted (or fitted on) and left there.
+
+    Another process that makes the same one is waited for.
+    """
+    with _locked(path):
+        try:
+            return checkpoint.load(path)
+        except OffrlError:
+            pass  # none, or a damaged one
+        fit = start()
+        unfinished = path.with_suffix(".training.safetensors")
+        fit.run(unfinished, progress, title)
+        write(path, *fit.result())
+        unfinished.unlink(missing_ok=True)
+        return checkpoint.load(path)
+
+
+def model_path(kind: str, version: int, store: Store, cfg: Any) -> Path:
+    """One file for a kind of model, a dataset's numbers and the settings."""
+    key = json.dumps([version, store.fingerprint, asdict(cfg)], sort_keys=True)
+    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    stem = re.sub(r"[^\w.-]+", "_", store.info.id)[-60:]
+    return cache_dir() / "augment" / f"{kind}-{stem}-{digest}.safetensors"
+
+
+def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Tensors and facts into the cache, as checkpoints hold them."""
+    try:
+        checkpoint.write(path, tensors, facts)
+    except (OSError, SafetensorError) as error:
+        raise OffrlError(f"{path} can't be written ({error}); free some space, or set OFFRL_HOME.") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_suffix(".lock"), "w")  # noqa: SIM115 - held until the fit ends
+    except OSError as error:
+        raise OffrlError(f"{path.parent} can't be written ({error.strerror}); set OFFRL_HOME.") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

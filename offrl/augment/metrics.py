@@ -1,0 +1,243 @@
+"""What synthetic trajectories are worth: are they possible, are they the policy's, and what of the data do they cover?
+
+The measures of Jackson et al. 2024 as this project defines them (their code for them is not published):
+
+- dynamics error: the simulator is set to a synthetic state and takes the synthetic action; squared difference between where it
+  arrives and the synthetic next state, each dimension in units of the dataset's variance, averaged over dimensions. The same
+  on real transitions is the floor: what is left there comes from rounding and from differences between simulators.
+- likelihood: mean log-density of the synthetic actions under the policy, of a fixed deviation where it is deterministic.
+- coverage: with balls around real states that reach to their fifth-nearest real neighbour, the share of balls that hold a
+  synthetic state, and the share of synthetic states in no ball (novelty).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from offrl.agent import Agent
+from offrl.augment.policy_guided import policy_gaussian
+from offrl.data.store import DatasetInfo, Store
+from offrl.errors import OffrlError
+
+
+class Simulator:
+    """A MuJoCo robot that can be put into the state that an observation tells.
+
+    Its observations are all positions (but for the first ones, on which nothing depends) and velocities; Hopper's and
+    Walker2d's velocities are cut off at 10, and states beyond can't be told.
+
+    Raises:
+        OffrlError: the dataset's environment is no such robot.
+    """
+
+    def __init__(self, info: DatasetInfo) -> None:
+        from offrl.envs.adapters import make_env
+
+        self.env = make_env(info)
+        self.robot: Any = self.env.unwrapped
+        self.observation, _ = self.env.reset(seed=0)
+        model: Any = getattr(self.robot, "model", None)
+        self.hidden = model.nq + model.nv - len(self.observation) if model is not None else -1
+        if not 0 <= self.hidden <= 2 or not hasattr(self.robot, "set_state"):
+            raise OffrlError(
+                f"{info.id}: the state of {info.env_id} can't be read off its observation; dynamics errors exist for Hopper, "
+                "HalfCheetah, Walker2d and their like."
+            )
+        self.positions = model.nq - self.hidden
+        self.limit = 10.0 if (info.env_id or "").startswith(("Hopper", "Walker2d")) else np.inf
+
+    def tells(self, obs: np.ndarray) -> np.ndarray:
+        """`[n]` bool: whether observations `[n, O]` tell the whole state."""
+        return (np.abs(obs[:, self.positions :]) < self.limit).all(-1)
+
+    def step(self, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        """Next observation, reward and termination of one step from the state that `obs` tells."""
+        qpos = np.concatenate([np.zeros(self.hidden), obs[: self.positions]])
+        self.robot.set_state(qpos, obs[self.positions :])
+        self.robot.data.qacc_warmstart[:] = 0.0  # the solver's memory of whatever came before
+        following, reward, terminated, _, _ = self.robot.step(action)
+        return following, float(reward), bool(terminated)
+
+    def close(self) -> None:
+        self.env.close()
+
+
+@dataclass
+class DynamicsError:
+    """Per row of a Store that could be simulated: `rows` its numbers, and squared errors of state and reward.
+
+    `states` is the mean over dimensions in units of the dataset's variance, `rewards` in units of the variance of rewards;
+    `flags` whether the termination agrees. `left_out` counts rows whose state can't be told.
+    """
+
+    rows: Tensor
+    states: Tensor
+    rewards: Tensor
+    flags: Tensor
+    left_out: int
+
+
+def dynamics_error(simulator: Simulator, synthetic: Store, real: Store) -> DynamicsError:
+    """Simulate every transition of `synthetic`; units are the variances of `real`."""
+    obs, action, wanted, reward, flag = (
+        part.cpu().double().numpy()
+        for part in (
+            synthetic.observations,
+            synthetic.actions,
+            synthetic.next_observations,
+            synthetic.rewards,
+            synthetic.terminations,
+        )
+    )
+    _, std = real.observation_statistics()
+    unit = np.where(std.cpu().numpy() > 1e-6, std.cpu().numpy(), 1.0)
+    reward_unit = max(float(real.rewards.double().std(correction=0)), 1e-6)
+    rows = np.flatnonzero(simulator.tells(obs))
+    states, rewards, flags = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+    for i, row in enumerate(rows):
+        following, got, done = simulator.step(obs[row], action[row])
+        states[i] = np.square((following - wanted[row]) / unit).mean()
+        rewards[i] = ((got - reward[row]) / reward_unit) ** 2
+        flags[i] = done == (flag[row] > 0)
+    numbers = torch.from_numpy(rows)
+    return DynamicsError(
+        numbers, torch.from_numpy(states), torch.from_numpy(rewards), torch.from_numpy(flags), len(obs) - len(rows)
+    )
+
+
+class OneLane(Agent):
+    """The policy of one of an agent's lanes, as an agent of one lane that can only act."""
+
+    def __init__(self, agent: Agent, lane: int) -> None:
+        nn.Module.__init__(self)
+        if not 0 <= lane < agent.spec.lanes:
+            raise OffrlError(f"lane {lane}: the agent has lanes 0 to {agent.spec.lanes - 1}.")
+        self.agent, self.lane = agent, lane
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        return self.agent.normalize(obs)
+
+    def act(self, obs: Tensor) -> Tensor:
+        return self._own(self.agent.act(self._all(obs)))
+
+    def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor] | None:
+        gaussian = self.agent.policy_gaussian(self._all(obs))
+        return None if gaussian is None else (self._own(gaussian[0]), self._own(gaussian[1]))
+
+    def _all(self, obs: Tensor) -> Tensor:
+        return obs.expand(self.agent.spec.lanes, *obs.shape[1:])
+
+    def _own(self, part: Tensor) -> Tensor:
+        return part[self.lane : self.lane + 1]
+
+
+@torch.no_grad()
+def log_likelihood(policy: Agent, synthetic: Store, std: float) -> Tensor:
+    """`[N]`: log-density of each action under a policy of one lane, summed over dimensions.
+
+    Args:
+        std: the deviation of a policy that is no Gaussian, in units of the actions.
+    """
+    found = []
+    for obs, action in zip(synthetic.observations.split(8192), synthetic.actions.split(8192)):
+        mean, deviation = policy_gaussian(policy, obs.unsqueeze(0), std)
+        found.append(torch.distributions.Normal(mean[0], deviation[0]).log_prob(action).sum(-1))
+    return torch.cat(found).double()
+
+
+def coverage(synthetic: Store, real: Store, k: int = 5, most: int = 10_000, seed: int = 0) -> dict[str, float]:
+    """Coverage and novelty of states, and the ratio of deviations synthetic / real (smallest and largest over dimensions)."""
+    mean, std = real.observation_statistics()
+    scale = torch.where(std > 1e-6, std, torch.ones_like(std))
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(store: Store) -> Tensor:
+        rows = torch.randperm(len(store), generator=generator)[:most].to(store.device)
+        return (store.observations[rows] - mean) / scale
+
+    ours, theirs = some(synthetic), some(real)
+    k = min(k, len(theirs) - 1)
+    radius = torch.cat([torch.cdist(part, theirs).kthvalue(k + 1).values for part in theirs.split(1024)])  # 1st: itself
+    covered, inside = torch.zeros(len(theirs), dtype=torch.bool, device=ours.device), []
+    for part in ours.split(1024):
+        near = torch.cdist(part, theirs) <= radius
+        covered |= near.any(0)
+        inside.append(near.any(1))
+    ratio = (synthetic.observation_statistics()[1] / scale)[std > 1e-6]
+    return {
+        "coverage": float(covered.double().mean()),
+        "novelty": float((~torch.cat(inside)).double().mean()),
+        "std_ratio_min": float(ratio.min()),
+        "std_ratio_max": float(ratio.max()),
+    }
+
+
+def displacement(store: Store) -> Tensor:
+    """`[N]`: distance of each state from its trajectory's first, in units of the Store's own deviations."""
+    _, std = store.observation_statistics()
+    scale = torch.where(std > 1e-6, std, torch.ones_like(std))
+    first = store.observations[store.offsets[:-1]][store.episode_of_row]
+    return torch.linalg.vector_norm((store.observations - first) / scale, dim=-1).double()
+
+
+def along_horizon(store: Store, rows: Tensor, values: Tensor) -> list[float | None]:
+    """Mean of `values` (of these rows) at each position in the trajectories; None where there is no row."""
+    at = store.timesteps.cpu()[rows.cpu()]
+    count = torch.zeros(int(store.lengths.max()), dtype=torch.float64).index_add_(0, at, torch.ones(len(at)).double())
+    total = torch.zeros_like(count).index_add_(0, at, values.cpu().double())
+    return [float(t / n) if n else None for t, n in zip(total, count)]
+
+
+def real_pieces(store: Store, count: int, length: int, seed: int = 0) -> Store:
+    """Pieces of a dataset's episodes as synthetic trajectories are: from random rows on, at most `length` transitions."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(len(store), (count,), generator=generator).to(store.device)
+    lengths = (store.offsets[1:][store.episode_of_row[start]] - start).clamp(max=length)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    inside = torch.arange(int(offsets[-1]), device=store.device) - torch.repeat_interleave(offsets[:-1], lengths)
+    rows = torch.repeat_interleave(start, lengths) + inside
+    return Store(**{name: getattr(store, name)[rows] for name in Store.ROW_FIELDS}, offsets=offsets, info=store.info)
+
+
+def evaluate(
+    synthetic: Store,
+    real: Store,
+    simulator: Simulator | None,
+    policies: Mapping[str, tuple[Agent, float]],
+) -> dict[str, Any]:
+    """All measures of one Store of trajectories, as plain numbers; curves run along the horizon.
+
+    Args:
+        simulator: None leaves the dynamics error out.
+        policies: of one lane each, by name, with the deviation they are given where they are deterministic.
+    """
+    everything = torch.arange(len(synthetic))
+    found: dict[str, Any] = {
+        "trajectories": synthetic.episodes,
+        "transitions": len(synthetic),
+        "terminated": float(synthetic.terminations.sum()) / synthetic.episodes,
+        "return_per_transition": float(synthetic.rewards.double().mean()),
+        **coverage(synthetic, real),
+        "curves": {"displacement": along_horizon(synthetic, everything, displacement(synthetic))},
+    }
+    if simulator is not None:
+        error = dynamics_error(simulator, synthetic, real)
+        found |= {
+            "dynamics_error": float(error.states.mean()),
+            "dynamics_error_median": float(error.states.median()),
+            "reward_error": float(error.rewards.mean()),
+            "termination_agrees": float(error.flags.double().mean()),
+            "left_out": error.left_out,
+        }
+        found["curves"]["dynamics_error"] = along_horizon(synthetic, error.rows, error.states)
+    for name, (policy, std) in policies.items():
+        values = log_likelihood(policy, synthetic, std)
+        found[f"log_likelihood_{name}"] = float(values.mean())
+        found["curves"][f"log_likelihood_{name}"] = along_horizon(synthetic, everything, values)
+    return found

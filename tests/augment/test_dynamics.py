@@ -1,0 +1,205 @@
+"""Measures of synthetic trajectories, and the commands."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from offrl.augment import metrics
+from offrl.augment.metrics import OneLane, Simulator, along_horizon, coverage, dynamics_error, real_pieces
+from offrl.cli import main
+from offrl.data import forge
+from offrl.data import load as load_dataset
+from offrl.data.store import DatasetInfo, Store
+from offrl.errors import OffrlError
+from offrl.train import load_agent, train
+
+pytest.importorskip("mujoco")
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A little of the hopper."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("OFFRL_HOME", str(home))
+        patch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+        path = forge.ensure("forge/hopper/medium-replay-v0", size=2000, seed=0, progress=False)
+        return load_dataset(path)
+
+
+def changed(store: Store, **tensors: torch.Tensor) -> Store:
+    return Store(**{**store.tensors(), **tensors}, info=store.info)
+
+
+def test_real_transitions_have_no_dynamics_error(hopper: Store) -> None:
+    """But for rounding; with other next states or actions it is of the order of one."""
+    some = real_pieces(hopper, 30, 10)
+    simulator = Simulator(hopper.info)
+    floor = dynamics_error(simulator, some, hopper)
+    assert float(floor.states.median()) < 1e-8
+    assert float(floor.states.mean()) < 1e-3
+    assert float(floor.rewards.mean()) < 1e-3
+    assert float(floor.flags.double().mean()) == 1
+    shuffled = some.next_observations[torch.randperm(len(some), generator=torch.Generator().manual_seed(0))]
+    assert float(dynamics_error(simulator, changed(some, next_observations=shuffled), hopper).states.mean()) > 0.5
+    other = dynamics_error(simulator, changed(some, actions=-some.actions), hopper)
+    assert float(other.states.mean()) > 100 * float(floor.states.mean())
+    simulator.close()
+
+
+def test_errors_are_in_units_of_the_datasets_variance(hopper: Store) -> None:
+    some = real_pieces(hopper, 5, 4)
+    simulator = Simulator(hopper.info)
+    _, std = hopper.observation_statistics()
+    moved = changed(
+        some, next_observations=some.next_observations + 3 * std, rewards=some.rewards + 2 * hopper.rewards.std()
+    )
+    error = dynamics_error(simulator, moved, hopper)
+    torch.testing.assert_close(error.states.median(), torch.tensor(9.0).double(), rtol=0.01, atol=0)
+    torch.testing.assert_close(error.rewards.median(), torch.tensor(4.0).double(), rtol=0.01, atol=0)
+    simulator.close()
+
+
+def test_states_that_cannot_be_told_are_counted(hopper: Store) -> None:
+    some = real_pieces(hopper, 5, 4)
+    obs = some.observations.clone()
+    obs[[0, 3], -1] = 10.0  # a velocity at its cut-off
+    simulator = Simulator(hopper.info)
+    error = dynamics_error(simulator, changed(some, observations=obs), hopper)
+    assert error.left_out == 2 + int((some.observations[:, 5:].abs() >= 10).any(-1).sum())
+    assert not {0, 3} & set(error.rows.tolist())
+    simulator.close()
+
+
+def test_robots_that_cannot_be_set_are_refused() -> None:
+    with pytest.raises(OffrlError, match=r"can't be read off its observation"):
+        Simulator(DatasetInfo(id="x", env_id="Humanoid-v5"))
+    with pytest.raises(OffrlError, match=r"can't be read off its observation"):
+        Simulator(DatasetInfo(id="x", env_id="Pendulum-v1"))
+
+
+def pieces(*lengths: int) -> Store:
+    n = sum(lengths)
+    obs = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return Store(obs, torch.zeros(n, 1), torch.zeros(n), obs + 1, torch.zeros(n), offsets)
+
+
+def test_means_along_the_horizon() -> None:
+    store = pieces(3, 1, 2)
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert along_horizon(store, torch.arange(6), values) == pytest.approx([(1 + 4 + 5) / 3, 4.0, 3.0])
+    assert along_horizon(store, torch.tensor([0, 5]), values[[0, 5]])[2] is None
+
+
+def test_real_pieces_stay_in_their_episodes() -> None:
+    store = pieces(3, 9, 1, 12)
+    made = real_pieces(store, 200, 5)
+    assert made.episodes == 200
+    for first, last in zip(made.offsets[:-1], made.offsets[1:]):
+        rows = [int((store.observations == obs).all(-1).nonzero()[0]) for obs in made.observations[first:last]]
+        assert rows == list(range(rows[0], rows[0] + len(rows)))
+        end = int(store.offsets[1:][store.episode_of_row[rows[0]]])
+        assert len(rows) == min(5, end - rows[0])
+
+
+def test_coverage() -> None:
+    """Itself: all of it; half of it: about half; elsewhere: none, and all of it new."""
+    real = pieces(*[10] * 100)
+    same = coverage(real, real)
+    assert same["coverage"] == 1
+    assert same["novelty"] == 0
+    assert same["std_ratio_min"] == pytest.approx(1)
+    left = Store(**{**real.tensors(), "observations": -real.observations[:, :1].abs() * torch.tensor([[1.0, 0.0]])
+                    + real.observations * torch.tensor([[0.0, 1.0]])})  # fmt: skip
+    assert 0.4 < coverage(left, real)["coverage"] < 0.75
+    far = Store(**{**real.tensors(), "observations": real.observations + 50})
+    assert coverage(far, real)["coverage"] == 0
+    assert coverage(far, real)["novelty"] == 1
+
+
+def test_likelihoods(toy_file: Path, tmp_path: Path) -> None:
+    agent = {"_target_": "offrl.agents.td3_bc.TD3BC", "hidden": [8]}
+    quiet = {"progress": False, "eval": {"every": 0, "final_episodes": 0}, "out": str(tmp_path), "lanes": 2}
+    run = train({"agent": agent, "dataset": str(toy_file), "updates": 4, "batch_size": 8, **quiet})
+    both = load_agent(run.folder)
+    store = load_dataset(str(toy_file))
+    mean = both.act(both.normalize(store.observations.expand(2, -1, -1)))
+    for lane in range(2):
+        got = metrics.log_likelihood(OneLane(both, lane), store, 0.5)
+        square = (store.actions - mean[lane]).square().sum(-1) / 0.25
+        wanted = -0.5 * square - 2 * math.log(0.5 * math.sqrt(2 * math.pi))
+        torch.testing.assert_close(got, wanted.double(), rtol=0, atol=1e-5)
+    with pytest.raises(OffrlError, match="lanes 0 to 1"):
+        OneLane(both, 2)
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------------
+
+TINY = [
+    "augment.denoiser.features=16",
+    "augment.denoiser.updates=20",
+    "augment.denoiser.batch_size=8",
+    "augment.sampling.steps=4",
+    "augment.length=7",
+]
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["dataset=forge/hopper/random-v0", "data.size=1500"]
+    assert main(["augment", "train", *data, *TINY]) == 0
+    printed = capsys.readouterr().out
+    facts = json.loads(printed[printed.index("{") :])
+    assert facts["denoiser"]["settings"]["features"] == 16
+    small = ["agent.hidden=[8]", "updates=4", "batch_size=8", "progress=false", "eval.every=0", "eval.final_episodes=0"]
+    assert main(["train", *data, *small, f"out={tmp_path}", "name=run"]) == 0
+    run = str(tmp_path / "run")
+
+    made = tmp_path / "made.npz"
+    assert main(["augment", "sample", str(made), "--policy", run, *TINY, "augment.trajectories=5"]) == 0
+    store = load_dataset(str(made))
+    assert store.episodes == 5
+    assert len(store) <= 35
+
+    words = ["--trajectories", "6", "--coefficients", "0,2", "--behaviour", run, "world_model.model.updates=5"]
+    assert main(["augment", "metrics", run, *words, "world_model.model.hidden=[8]", *TINY]) == 0
+    out = tmp_path / "run" / "augment"
+    kinds = json.loads((out / "metrics.json").read_text())["kinds"]
+    assert list(kinds) == ["real", "unguided", "guided, 2", "world model"]
+    assert kinds["real"]["dynamics_error"] < 1e-3 < kinds["unguided"]["dynamics_error"]
+    assert kinds["real"]["coverage"] <= 1
+    curve = np.array(kinds["unguided"]["curves"]["dynamics_error"], dtype=float)
+    assert len(curve) <= 7
+    table = (out / "metrics.md").read_text().splitlines()
+    assert len(table) == 6
+    assert (out / "metrics.png").stat().st_size > 10_000
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nonsense"], "nonsense is no option"),
+        (["train", "augment=none"], "augment=none makes no trajectories"),
+        (["train", "augment.shape=3"], "augment.shape is no option; did you mean augment.share?"),
+        (["sample", "made.xyz"], "made.xyz: unknown format"),
+        (["metrics", "gone"], "gone: there is no config.json"),
+        (["metrics", "gone", "--coefficients", "a"], "--coefficients a should be numbers"),
+    ],
+    ids=str,
+)
+def test_bad_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["augment", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_usage_is_shown(capsys: pytest.CaptureFixture[Any]) -> None:
+    assert main(["augment"]) == 2
+    assert "offrl augment" in capsys.readouterr().out

@@ -1,0 +1,167 @@
+"""The ensemble of one-step models: its loss, what it learns of a system that is known, and its rollouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from offrl.agent import Spec
+from offrl.augment.base import make_augmentation
+from offrl.augment.world_model import Ensemble, EnsembleConfig, EnsembleFit, termination
+from offrl.data.store import DatasetInfo, Store
+from offrl.errors import OffrlError
+from offrl.train import make_agent
+
+WORLD = "offrl.augment.world_model.WorldModel"
+MODEL = {"hidden": [24], "updates": 40, "members": 3, "elites": 2, "batch_size": 32}
+
+
+def linear_system(n: int = 4000, info: DatasetInfo | None = None) -> Store:
+    """s' = s + 0.3 a + noise of deviation 0.1, r = s_0; episodes of 20."""
+    generator = torch.Generator().manual_seed(0)
+    obs = torch.randn(n, 2, generator=generator)
+    action = torch.rand(n, 2, generator=generator) * 2 - 1
+    following = obs + 0.3 * action + 0.1 * torch.randn(n, 2, generator=generator)
+    info = info or DatasetInfo(id="linear")
+    return Store(obs, action, obs[:, 0].clone(), following, torch.zeros(n), torch.arange(0, n + 1, 20), info)
+
+
+def test_the_loss() -> None:
+    """Gaussian likelihood with softly bounded variances, members apart, in plain steps."""
+    store = linear_system(200)
+    fit = EnsembleFit(store, EnsembleConfig(hidden=(8,), members=3, elites=2))
+    fit.model.double()
+    store64 = Store(**{k: v.double() if v.is_floating_point() else v for k, v in store.tensors().items()})
+    fit.store = store64
+    rows = torch.tensor([3, 50, 117])
+    x = torch.cat([store64.observations, store64.actions], -1)
+    y = torch.cat([store64.next_observations - store64.observations, store64.rewards[:, None]], -1)
+    x = (x - fit.model.in_mean) / fit.model.in_std
+    y = (y - fit.model.out_mean) / fit.model.out_std
+    total = torch.zeros((), dtype=torch.float64)
+    for member in range(3):
+        (w1, w2), (b1, b2) = ([p[0, member] for p in part] for part in (fit.model.mlp.weights, fit.model.mlp.biases))
+        out = (x[rows] @ w1.T + b1).clamp(min=0) @ w2.T + b2
+        mean, raw = out[:, :3], out[:, 3:]
+        bounded = 0.5 - torch.log1p((0.5 - raw).exp())
+        bounded = -10 + torch.log1p((bounded + 10).exp())
+        total += ((mean - y[rows]) ** 2 / bounded.exp() + bounded).mean()
+    total += 0.01 * (0.5 + 10) * 9
+    torch.testing.assert_close(fit.loss(rows), total, rtol=0, atol=1e-10)
+
+
+def test_it_learns_mean_and_noise_of_a_linear_system() -> None:
+    store = linear_system(8000)
+    fit = EnsembleFit(store, EnsembleConfig(hidden=(32,), members=3, elites=2, updates=400, lr=5e-3, batch_size=128))
+    for fit.step in range(1, 401):
+        fit.update()
+    obs, action = torch.tensor([[0.5, -0.4]]), torch.tensor([[0.2, -0.7]])
+    with torch.no_grad():
+        mean, log_variance = fit.model(obs, action)
+    change = mean[..., :2] * fit.model.out_std[:2] + fit.model.out_mean[:2]
+    std = (0.5 * log_variance[..., :2]).exp() * fit.model.out_std[:2]
+    torch.testing.assert_close(change, (0.3 * action).expand(3, 1, 2), rtol=0, atol=0.03)
+    torch.testing.assert_close(std, torch.full((3, 1, 2), 0.1), rtol=0, atol=0.02)
+    # Standardised: the noise is 0.01 of a change's variance 0.3^2 / 3 + 0.01, in two of three dimensions.
+    floor = 2 / 3 * 0.01 / (0.09 / 3 + 0.01)
+    assert float(fit.validation_errors().max()) == pytest.approx(floor, rel=0.15)
+
+
+def test_elites_are_the_best_members() -> None:
+    fit = EnsembleFit(linear_system(500), EnsembleConfig(hidden=(8,), members=5, elites=2))
+    tensors, facts = fit.result()
+    errors = facts["validation_errors"]
+    assert sorted(tensors["elites"].tolist()) == sorted(np.argsort(errors)[:2].tolist())
+    model = Ensemble(2, 2, fit.cfg)
+    model.load_state_dict(tensors)
+    obs, action = torch.randn(4, 2), torch.randn(4, 2)
+    nothing = torch.zeros(4, 3)
+    both = [model.draw(obs, action, torch.full((4,), elite), nothing)[1] for elite in (0, 1)]
+    mixed = model.draw(obs, action, torch.tensor([0, 1, 1, 0]), nothing)[1]
+    torch.testing.assert_close(mixed, torch.stack([both[0][0], both[1][1], both[1][2], both[0][3]]))
+
+
+def test_states_stay_in_the_datasets_range() -> None:
+    store = linear_system(500)
+    fit = EnsembleFit(store, EnsembleConfig(hidden=(8,), members=2, elites=2))
+    far = torch.full((3, 2), 1e6)
+    following, _ = fit.model.draw(far, torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3))
+    assert torch.equal(following, fit.model.high.expand(3, 2))
+
+
+# ---- rollouts ----------------------------------------------------------------------------------------------------------
+
+
+def rolled(seeds: tuple[int, ...], policy: bool = True, **changes: Any) -> tuple[Store, Any]:
+    store = linear_system(1000)
+    settings = {"_target_": WORLD, "trajectories": 6, "length": 4, "model": MODEL, **changes}
+    augmentation = make_augmentation(settings, store, seeds)
+    augmentation.prepare()
+    agent = make_agent({"_target_": "offrl.agents.td3_bc.TD3BC", "hidden": [16]}, Spec(2, 2, seeds))
+    return augmentation.generate(agent if policy else None, 7), agent
+
+
+def test_rollouts_start_in_the_dataset_and_follow_the_policy() -> None:
+    made, agent = rolled((3, 9))
+    assert made.offsets.tolist() == list(range(0, 49, 4))
+    known = {tuple(row) for row in linear_system(1000).observations.tolist()}
+    assert all(tuple(row) in known for row in made.initial_observations.tolist())
+    within = made.episode_of_row[1:] == made.episode_of_row[:-1]
+    assert torch.equal(made.next_observations[:-1][within], made.observations[1:][within])
+    obs = made.observations.view(2, 24, 2)
+    torch.testing.assert_close(made.actions.view(2, 24, 2), agent.act(agent.normalize(obs)))
+
+
+def test_lanes_roll_out_apart() -> None:
+    together, _ = rolled((3, 9))
+    for lane, seed in enumerate((3, 9)):
+        alone, _ = rolled((seed,))
+        rows = slice(24 * lane, 24 * lane + 24)
+        torch.testing.assert_close(together.observations[rows], alone.observations, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.rewards[rows], alone.rewards, rtol=0, atol=1e-5)
+
+
+def test_without_a_policy_recorded_actions_are_replayed() -> None:
+    made, _ = rolled((3,), policy=False)
+    store = linear_system(1000)
+    for start, action in zip(made.offsets[:-1].tolist(), made.initial_observations):
+        row = int((store.observations == action).all(-1).nonzero()[0])
+        last = int(store.offsets[1:][store.episode_of_row[row]]) - 1
+        wanted = [min(row + t, last) for t in range(4)]
+        assert torch.equal(made.actions[start : start + 4], store.actions[wanted])
+
+
+@pytest.mark.parametrize("bad", [{"elites": 4}, {"elites": 0}, {"updates": 0}, {"holdout": 0.0}])
+def test_settings_without_sense_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(OffrlError, match=r"augment.model"):
+        EnsembleConfig(**{"members": 3, "elites": 2, **bad})
+
+
+# ---- where trajectories terminate ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Walker2d-v5", "HalfCheetah-v5"])
+def test_terminations_are_gymnasiums(env_id: str) -> None:
+    """Of states at, around and beyond the limits."""
+    pytest.importorskip("mujoco")
+    import gymnasium
+
+    robot: Any = gymnasium.make(env_id, disable_env_checker=True).unwrapped
+    robot.reset(seed=0)
+    generator = np.random.default_rng(0)
+    nq, nv = robot.model.nq, robot.model.nv
+    states, wanted = [], []
+    for _ in range(300):
+        height, angle = generator.uniform(0.5, 2.3), generator.uniform(-1.2, 1.2) * generator.choice([0.2, 1.0])
+        qpos = np.concatenate([[0, height, angle], generator.normal(size=nq - 3) * 0.1])
+        qvel = generator.normal(size=nv) * 2
+        robot.set_state(qpos, qvel)
+        states.append(np.concatenate([qpos[1:], np.clip(qvel, -10, 10)]))
+        wanted.append(not getattr(robot, "is_healthy", True))
+    got: Tensor = termination(DatasetInfo(env_id=env_id))(torch.tensor(np.array(states)))
+    assert got.tolist() == wanted
+    assert env_id == "HalfCheetah-v5" or 30 < sum(wanted) < 280
