@@ -71,6 +71,11 @@ def network_pairs(mlp: MLP, linears: Iterable[nn.Linear], member: int | None = N
     return result
 
 
+def linears(network: nn.Module) -> list[nn.Linear]:
+    """The network's layers, in order."""
+    return [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+
+
 def layers(network: nn.Module, names: str) -> list[nn.Linear]:
     """The authors' layers, named with spaces between."""
     return [getattr(network, name) for name in names.split()]
@@ -113,15 +118,33 @@ class Fed:
         return self.batch
 
 
+@dataclass
+class Trains:
+    """An object of CORL's as `compare` wants it.
+
+    Attributes:
+        trainer: its method `name` takes a list (s, a, r, s', d).
+    """
+
+    trainer: Any
+    name: str = "train"
+
+    def train(self, buffer: Fed, size: int) -> None:
+        *rest, mask = buffer.sample(size)
+        getattr(self.trainer, self.name)([*rest, 1 - mask])
+
+
 @contextlib.contextmanager
 def dictated_noise(numbers: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, `torch.randn_like` hands out these numbers, one tensor a call."""
-    original, waiting = torch.randn_like, iter(numbers)
+    """Inside, `torch.randn_like` and samples of `torch.distributions.Normal` are these numbers, one tensor a call."""
+    waiting, normal = iter(numbers), torch.distributions.normal
+    originals = torch.randn_like, normal._standard_normal
     torch.randn_like = lambda like, **_: next(waiting).reshape(like.shape)  # type: ignore[assignment]
+    normal._standard_normal = lambda shape, **_: next(waiting).reshape(shape)  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.randn_like = original
+        torch.randn_like, normal._standard_normal = originals  # type: ignore[assignment]
 
 
 def compare(comparison: Comparison, dtype: torch.dtype, marks: Sequence[int]) -> None:
