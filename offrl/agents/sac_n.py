@@ -6,8 +6,9 @@ critics disagree, which is where the data are thin, the smallest of many is far 
 term that says so.
 
 Deviations from CORL: one sample of the policy serves the temperature's loss and the actor's (as in the authors' code,
-snu-mllab/EDAC; CORL draws two); the log-density is exact where CORL and the authors add 1e-6 inside a logarithm; mean and
-log deviation are the two halves of one layer, which has the same law of initial weights and the same gradients as two layers.
+snu-mllab/EDAC; CORL draws two); the log-density is exact where CORL adds 1e-6 inside a logarithm; mean and log
+deviation are the two halves of one layer, which has the same law of initial weights and the same gradients as two layers; the
+critics' first layers start as PyTorch's do, where CORL takes the number of outputs for that of inputs.
 Kept from CORL, unlike the authors' code: temperature, actor and critics step one after the other, each seeing the steps before
 it; the authors compute all losses first.
 """
