@@ -8,6 +8,7 @@ Robots (`forge/hopper/medium-v0`): Gymnasium's v5 Hopper, Walker2d and HalfCheet
 `medium-expert` is half and half; `medium-replay` replays the training up to `medium`. Scores use D4RL's reference
 returns. Mixtures (`forge/hopper/random-expert-0.1-v0`) hold a small share of good trajectories among random ones.
 Mazes (`forge/pointmaze/umaze-v0`, `...-dense-v0`): see `offrl.data.pointmaze`.
+Robots with unseen noise (`forge/noisy-hopper/medium-replay-s0.2-v0`): see `offrl.data.noisy`.
 Finite stochastic tasks (`forge/bandit/p0.1-v0`, `forge/lake/p0.7-eps0.4-n1000-v0`): see `offrl.data.stochastic`.
 """
 
@@ -19,7 +20,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -29,7 +30,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from offrl.data import pointmaze, stochastic
+from offrl.data import noisy, pointmaze, stochastic
 from offrl.data.minari import read_metadata, read_minari
 from offrl.data.minari_write import box, discrete, write_minari
 from offrl.data.mixtures import build_mixture
@@ -45,6 +46,7 @@ from offrl.data.rollout import (
     uniform_policy,
 )
 from offrl.data.store import DatasetInfo, Store
+from offrl.envs import TABULAR_IDS
 from offrl.errors import OffrlError
 from offrl.paths import cache_dir
 
@@ -80,17 +82,20 @@ MIXTURES = tuple(f"random-{good}-{share}" for good in ("medium", "expert") for s
 
 
 def names() -> list[str]:
-    """The ids that `ensure` can build; finite tasks can have other numbers in theirs."""
+    """The ids that `ensure` can build; finite tasks and noisy robots can have other numbers in theirs."""
     robots = [f"{robot}/{level}" for robot in ROBOTS for level in (*LEVELS, *MIXTURES)]
     mazes = [f"pointmaze/{maze}{kind}" for maze in pointmaze.MAZES for kind in ("", "-dense")]
-    return [f"{PREFIX}{name}{SUFFIX}" for name in (*robots, *mazes, *stochastic.names())]
+    return [f"{PREFIX}{name}{SUFFIX}" for name in (*robots, *mazes, *noisy.names(), *stochastic.names())]
 
 
 def family(name: str) -> str:
     """Family of a forge dataset."""
-    if _recipe(name):
+    subject = name.removeprefix(PREFIX).split("/")[0]
+    if subject in TABULAR_IDS:
         return "tabular"
-    return "maze2d" if name.startswith(f"{PREFIX}pointmaze/") else "gym-mujoco"
+    if subject.startswith("noisy-"):
+        return "noisy-mujoco"
+    return "maze2d" if subject == "pointmaze" else "gym-mujoco"
 
 
 def folder_of(name: str, size: int | None = None, seed: int = 0) -> Path:
@@ -104,7 +109,7 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
     With `MINARI_DATASETS_PATH` set to the cache folder, `minari.load_dataset` finds it as well.
 
     Args:
-        name: one of `names()`, or a finite task with other numbers.
+        name: one of `names()`, or a finite task or noisy robot with other numbers.
         size: transitions; default 100,000 (D4RL's sets have 1,000,000), of a finite task its number of episodes.
         seed: of resets, action noise and draws.
         force: build it again.
@@ -119,12 +124,13 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
     folder = folder_of(name, size, seed)
     if not force and (folder / "data" / "metadata.json").is_file():
         return folder
-    if recipe := _recipe(name):
+    recipe = _recipe(name)
+    if isinstance(recipe, stochastic.Recipe):
         with _progress(name, size, progress) as advance:
             _build_tabular(folder, name, recipe, size, seed, advance)
         return folder
     size = DEFAULT_SIZE if size is None else size
-    subject, level = name.removeprefix(PREFIX).removesuffix(SUFFIX).split("/")
+    subject, level = _parts(name)
     if match := re.fullmatch(r"random-(medium|expert)-([\d.]+)", level):
         good, bad = (f"{PREFIX}{subject}/{source}{SUFFIX}" for source in (match[1], "random"))
         sources = [ensure(source, size=size, seed=seed, progress=progress) for source in (good, bad)]
@@ -133,8 +139,12 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
     with _progress(name, size, progress) as advance, one_thread():
         if subject == "pointmaze":
             _build_maze(folder, name, level, size, seed, advance)
-        else:
+        elif recipe is None:
             _build_robot(folder, name, subject, level, size, seed, advance)
+        elif recipe.robot == "reacher":
+            _build_reacher(folder, name, recipe, size, seed, advance)
+        else:
+            _build_robot(folder, name, recipe.robot, recipe.level, size, seed, advance, recipe)
     return folder
 
 
@@ -149,15 +159,23 @@ def _known(name: str) -> str:
     raise OffrlError(f"{name}: the forge can't build that; {hint}")
 
 
-def _recipe(name: str) -> stochastic.Recipe | None:
+def _parts(name: str) -> tuple[str, str]:
+    """`forge/subject/level-v0` taken apart."""
+    subject, _, level = name.removeprefix(PREFIX).removesuffix(SUFFIX).partition("/")
+    return subject, level
+
+
+def _recipe(name: str) -> stochastic.Recipe | noisy.Recipe | None:
+    """The recipe of a finite task or a noisy robot, whose ids hold numbers; None of any other dataset."""
     if not (name.startswith(PREFIX) and name.endswith(SUFFIX)):
         return None
-    return stochastic.recipe(name.removeprefix(PREFIX).removesuffix(SUFFIX))
+    inner = "/".join(_parts(name))
+    return stochastic.recipe(inner) or noisy.recipe(inner)
 
 
 def _minari_id(name: str, size: int | None, seed: int) -> str:
     """The id under which Minari knows the set (it allows no dot), with a size or seed that is not the default."""
-    usual = size is None or (size == DEFAULT_SIZE and not _recipe(name))
+    usual = size is None or (size == DEFAULT_SIZE and not isinstance(_recipe(name), stochastic.Recipe))
     options = ("" if usual else f"-n{size}") + (f"-s{seed}" if seed else "")
     return name.removesuffix(SUFFIX).replace(".", "_") + options + SUFFIX
 
@@ -184,35 +202,77 @@ def segments(robot: str, level: str, size: int) -> list[tuple[int | None, int]]:
     return [(step, end - start) for step, start, end in zip(steps, [0, *ends], ends) if end > start]
 
 
-def _build_robot(folder: Path, name: str, robot: str, level: str, size: int, seed: int, advance: Progress) -> None:
+def _build_robot(
+    folder: Path,
+    name: str,
+    robot: str,
+    level: str,
+    size: int,
+    seed: int,
+    advance: Progress,
+    noise: noisy.Recipe | None = None,
+) -> None:
     spec, plan = ROBOTS[robot], segments(robot, level, size)
-    robots = Robots(spec.env_id)
+    robots = Robots(spec.env_id, law=noise.law if noise else None)
     parts = [
         Part(uniform_policy(robots.action_dim) if step is None else behavior_policy(robot, step), length, seeds)
         for (step, length), seeds in zip(plan, _seeds(name, seed).spawn(len(plan)))
     ]
     episodes = rollout(robots, parts, advance)
     policies = [["uniform actions" if step is None else f"SAC after {step} steps", length] for step, length in plan]
-    info = _robot_info(name, spec, _provenance(size, seed, policies=policies))
-    space = robots.env.action_space
+    provenance, trained = _provenance(size, seed, policies=policies), ""
+    if noise:
+        provenance |= {"noise": noise.strengths, "policies_trained": "without noise"}
+        trained = f" under noise {noise.strengths}, without which they were trained"
+    info, space = _robot_info(name, spec, provenance, noise), robots.env.action_space
     write_minari(
         folder,
         episodes,
         info,
         dataset_id=_minari_id(name, size, seed),
-        env_spec=gymnasium.spec(spec.env_id).to_json(),
+        env_spec=_env_spec(info),
         action_space=box(space.low.tolist(), space.high.tolist()),
-        description=f"{spec.env_id}, {level}: rollouts of offrl's behaviour policies with their exploration noise.",
+        description=f"{spec.env_id}, {level}: rollouts of offrl's behaviour policies with their exploration noise{trained}.",
     )
 
 
-def _robot_info(name: str, spec: Robot, provenance: dict[str, Any]) -> DatasetInfo:
-    references = "D4RL (infos.py), measured on gym's v2 environments"
+def _build_reacher(folder: Path, name: str, recipe: noisy.Recipe, size: int, seed: int, advance: Progress) -> None:
+    deviation = noisy.REACHER_NOISE[recipe.level]
+    episodes = noisy.drive(recipe.law, deviation, size, _seeds(name, seed), advance)
+    driver = "uniform actions" if deviation is None else f"inverse kinematics and PD control, noise {deviation}"
+    ref_min, ref_max = noisy.REACHER_REFERENCES
+    info = DatasetInfo(
+        id=name,
+        source="forge",
+        env_id=recipe.env_id,
+        env_kwargs=recipe.strengths,
+        family="noisy-mujoco",
+        ref_min=ref_min,
+        ref_max=ref_max,
+        max_episode_steps=noisy.REACHER_LIMIT,
+        provenance=_provenance(
+            size, seed, behaviour=driver, noise=recipe.strengths, references=noisy.REACHER_REFERENCES_SOURCE
+        ),
+    )
+    write_minari(
+        folder,
+        episodes,
+        info,
+        dataset_id=_minari_id(name, size, seed),
+        env_spec=_env_spec(info),
+        action_space=box([-1.0, -1.0], [1.0, 1.0]),
+        description=f"{recipe.env_id}, {recipe.level}: {driver}, under noise {recipe.strengths}.",
+    )
+
+
+def _robot_info(name: str, spec: Robot, provenance: dict[str, Any], noise: noisy.Recipe | None = None) -> DatasetInfo:
+    references = "D4RL (infos.py), measured on gym's v2 environments" + (" without noise" if noise else "")
     return DatasetInfo(
         id=name,
         source="forge",
-        env_id=spec.env_id,
-        family="gym-mujoco",
+        env_id=noise.env_id if noise else spec.env_id,
+        env_kwargs=noise.strengths if noise else {},
+        family="noisy-mujoco" if noise else "gym-mujoco",
         ref_min=spec.ref_min,
         ref_max=spec.ref_max,
         max_episode_steps=TIME_LIMIT,
@@ -293,8 +353,6 @@ def _build_tabular(
     if recipe.success is not None:
         facts["successes"] = sum(total >= recipe.success for total in returns)
     facts["references"] = "exact returns of uniform actions and of the best policy"
-    spec = gymnasium.spec(recipe.env_id)
-    spec.kwargs = spec.kwargs | recipe.parameters
     info = DatasetInfo(
         id=name,
         source="forge",
@@ -313,7 +371,7 @@ def _build_tabular(
         episodes,
         info,
         dataset_id=_minari_id(name, size, seed),
-        env_spec=spec.to_json(),
+        env_spec=_env_spec(info),
         action_space=discrete(task.actions),
         description=f"{recipe.env_id}: {recipe.described}.",
         observation_space=discrete(task.states)
@@ -327,6 +385,13 @@ def _build_tabular(
 
 def _seeds(name: str, seed: int) -> np.random.SeedSequence:
     return np.random.SeedSequence([zlib.crc32(name.encode()), seed])
+
+
+def _env_spec(info: DatasetInfo) -> str:
+    """JSON of the Gymnasium spec of the environment that made the data."""
+    assert info.env_id is not None
+    spec = gymnasium.spec(info.env_id)
+    return replace(spec, kwargs={**spec.kwargs, **info.env_kwargs}).to_json()
 
 
 def _provenance(size: int | None, seed: int, **more: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from offrl.envs.adapters import make_gymnasium
+from offrl.envs.noisy import NoiseLaw, noise_generator
 from offrl.paths import PACKAGE
 
 # Slots stepped abreast: enough to share the cost of the policy's matrix products, few enough for the cache.
@@ -114,9 +115,13 @@ class Robots:
 
     Args:
         env_id: `Hopper-v5`, `Walker2d-v5` or `HalfCheetah-v5`.
+        law: of noise on actions and rewards, as in `offrl/NoisyHopper-v0`; None: none.
+
+    Attributes:
+        drawn: `[n, A + 2]` what the law drew in the last step; None without one.
     """
 
-    def __init__(self, env_id: str, slots: int = SLOTS) -> None:
+    def __init__(self, env_id: str, slots: int = SLOTS, law: NoiseLaw | None = None) -> None:
         env: Any = make_gymnasium(env_id).unwrapped
         import mujoco
 
@@ -124,6 +129,10 @@ class Robots:
         self.model, self.dt, self.frame_skip = env.model, env.dt, env.frame_skip
         self.action_dim, self.obs_dim = self.model.nu, env.observation_space.shape[0]
         self.slots, self.data = slots, [mujoco.MjData(self.model) for _ in range(slots)]
+        self.law = law
+        self.drawn: NDArray[np.float64] | None = None
+        self._random: list[Any] = [None] * slots
+        self._clock, self._before = np.zeros(slots, np.int64), np.zeros((slots, self.action_dim))
         self._mj_step = mujoco.mj_step
         self._ctrl, self._qpos, self._qvel = ([getattr(d, k) for d in self.data] for k in ("ctrl", "qpos", "qvel"))
         self.qpos, self.qvel = np.zeros((slots, self.model.nq)), np.zeros((slots, self.model.nv))
@@ -141,6 +150,8 @@ class Robots:
         self.env.data = self.data[slot]
         obs, _ = self.env.reset(seed=seed)
         self.qpos[slot] = self._qpos[slot]
+        if self.law is not None:
+            self._random[slot], self._clock[slot] = noise_generator(self.env), 0
         return obs
 
     def step(
@@ -148,6 +159,8 @@ class Robots:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
         """One step of `n` slots: actions `[n, A]` -> observations `[n, O]`, rewards `[n]`, terminated `[n]`."""
         before = self.qpos[slots, 0]
+        if self.law is not None:
+            actions = self._disturbed(slots, actions)
         for i, ctrl in zip(slots.tolist(), actions.astype(np.float64)):  # one cast for all slots
             self._ctrl[i][:] = ctrl
             self._mj_step(self.model, self.data[i], self.frame_skip)
@@ -158,7 +171,19 @@ class Robots:
         healthy = ((self._healthy[0] < state) & (state < self._healthy[1])).all(-1)
         reward = self.env._forward_reward_weight * velocity + healthy * self._healthy_reward
         reward -= self.env._ctrl_cost_weight * np.square(actions).sum(-1)
+        if self.drawn is not None:
+            reward += self.drawn[:, -1]
         return np.clip(state, -self._clip, self._clip), reward, ~healthy
+
+    def _disturbed(self, slots: NDArray[np.int64], actions: NDArray[np.float32]) -> NDArray[Any]:
+        """The executed actions `[n, A]`; what was drawn is kept in `drawn`."""
+        assert self.law is not None
+        size, times = self.action_dim, self._clock[slots].tolist()
+        self.drawn = np.stack([self.law.draw(self._random[i], t, size) for i, t in zip(slots.tolist(), times)])
+        self._clock[slots] += 1
+        stuck = self.drawn[:, -2:-1] > 0
+        self._before[slots] = np.where(stuck, self._before[slots], actions)
+        return actions if self.law.silent else np.clip(self._before[slots] + self.drawn[:, :-2], -1, 1)
 
 
 @dataclass(frozen=True)
@@ -194,7 +219,7 @@ def rollout(
         slots = np.concatenate([play.slots for play in active])
         actions = np.concatenate([play.policy(buffers.current[play.slots], play.noise) for play in active])
         observations, rewards, terminated = robots.step(slots, actions)
-        buffers.record(slots, actions, rewards, observations)
+        buffers.record(slots, actions, rewards, observations, robots.drawn)
         for play, fell in zip(active, np.split(terminated, np.cumsum([len(play.slots) for play in active])[:-1])):
             free += play.settle(fell, buffers)
         progress(sum(min(play.steps, play.size) for play in playing))
@@ -208,6 +233,7 @@ class _Buffers:
         self.observations = np.empty((slots, TIME_LIMIT + 1, robots.obs_dim), np.float32)
         self.actions = np.empty((slots, TIME_LIMIT, robots.action_dim), np.float32)
         self.rewards = np.empty((slots, TIME_LIMIT), np.float32)
+        self.noise: NDArray[np.float32] | None = None  # made when there is some
         self.clock = np.zeros(slots, np.int64)
         self.current = torch.zeros(slots, robots.obs_dim)
 
@@ -216,8 +242,12 @@ class _Buffers:
         self.observations[slot, 0] = observation
         self.current[slot] = torch.from_numpy(observation)
 
-    def record(self, slots: NDArray[np.int64], actions: Any, rewards: Any, observations: Any) -> None:
+    def record(self, slots: NDArray[np.int64], actions: Any, rewards: Any, observations: Any, noise: Any) -> None:
         time, seen = self.clock[slots], observations.astype(np.float32)
+        if noise is not None:
+            if self.noise is None:
+                self.noise = np.empty((len(self.clock), TIME_LIMIT, noise.shape[-1]), np.float32)
+            self.noise[slots, time] = noise
         self.actions[slots, time], self.rewards[slots, time] = actions, rewards
         self.observations[slots, time + 1] = seen
         self.clock[slots] = time + 1
@@ -231,6 +261,7 @@ class _Buffers:
             rewards=self.rewards[slot, :t].copy(),
             terminated=terminated,
             seed=seed,
+            noise=None if self.noise is None else self.noise[slot, :t].copy(),
         )
 
 

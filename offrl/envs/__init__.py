@@ -6,14 +6,16 @@
 import offrl.envs
 env = gymnasium.make("offrl/SlipperyLake-v0", no_slip_prob=0.7)
 envs = gymnasium.make_vec("offrl/SlipperyLake-v0", 1000, no_slip_prob=0.7)
+robot = gymnasium.make("offrl/NoisyHopper-v0", sigma=0.2)
 """
 
 import gymnasium
 
 from offrl.envs.adapters import make_env, make_gymnasium, make_vector_env
+from offrl.envs.noisy import ROBOTS
 from offrl.envs.tasks import TASKS
 
-__all__ = ["TABULAR_IDS", "make_env", "make_gymnasium", "make_vector_env"]
+__all__ = ["NOISY_IDS", "TABULAR_IDS", "make_env", "make_gymnasium", "make_vector_env"]
 
 TABULAR_IDS = {
     "bandit": "offrl/BernoulliBandit-v0",
@@ -23,6 +25,7 @@ TABULAR_IDS = {
     "toy": "offrl/Toy-v0",
     "mstoy": "offrl/MSToy-v0",
 }
+NOISY_IDS = {robot: f"offrl/Noisy{robot}-v0" for robot in ROBOTS}
 
 for _name, _id in TABULAR_IDS.items():
     gymnasium.register(
@@ -31,4 +34,11 @@ for _name, _id in TABULAR_IDS.items():
         vector_entry_point="offrl.envs.stepping:TabularVectorEnv",
         max_episode_steps=TASKS[_name]().limit,
         kwargs={"task": _name},
+    )
+for _name, _id in NOISY_IDS.items():
+    gymnasium.register(
+        _id,
+        entry_point="offrl.envs.noisy:make_noisy",
+        max_episode_steps=50 if _name == "Reacher" else 1000,
+        kwargs={"robot": ROBOTS[_name]},
     )

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("mujoco")
 
-from offrl.data import forge, minari_write, stochastic
+from offrl.data import forge, minari_write, noisy, stochastic
 from offrl.data.minari import read_metadata, read_minari
 from offrl.data.rollout import TIME_LIMIT, Part, Robots, behavior_levels, behavior_policy, rollout, uniform_policy
 from offrl.errors import OffrlError
@@ -67,6 +67,7 @@ class Scripted:
     """Stands for `Robots`: the n-th episode started lasts as long as the script says and observes its number."""
 
     obs_dim = action_dim = 1
+    drawn = None
 
     def __init__(self, slots: int, lengths: list[int]) -> None:
         self.slots = slots
@@ -178,7 +179,7 @@ def test_plans_share_the_size(robot: str, size: int) -> None:
 
 def test_names_and_folders_are_distinct() -> None:
     names = forge.names()
-    assert len(names) == len(set(names)) == 3 * (5 + 8) + 6 + len(stochastic.names())
+    assert len(names) == len(set(names)) == 3 * (5 + 8) + 6 + len(noisy.names()) + len(stochastic.names())
     assert "forge/hopper/random-expert-0.1-v0" in names
     folders = [forge.folder_of(n, size, seed) for n in names for size in (None, 5000) for seed in (0, 1)]
     assert len(set(folders)) == len(folders)
