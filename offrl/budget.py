@@ -21,6 +21,10 @@ from numpy.typing import ArrayLike
 
 from offrl.stats import Array
 
+# Policies evaluated exactly, and episodes spent by a bandit, at which tables read the curves.
+KS, PULLS = (1, 2, 3, 5, 10), (1, 8, 16, 64, 200)
+
+
 # ---- the best of k -------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ offrl data list|info|build|fetch|convert
 offrl status RUNS...             how far runs are, and what failed
 offrl augment train|sample|metrics   synthetic trajectories: their model, a file of them, what they are worth
 offrl report RUNS...             tables and curves of runs
+offrl select RUNS...             rank policies without the environment
 offrl agents [NAME]              the methods and their settings
 """
 
@@ -57,7 +58,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from offrl import report, status
+    from offrl import report, select, status
     from offrl.augment import commands as augment
     from offrl.data import commands
 
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_parser(subparsers)
     augment.add_parser(subparsers)
     report.add_parser(subparsers)
+    select.add_parser(subparsers)
     return parser
 
 

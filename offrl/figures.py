@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from offrl import stats
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
     from offrl.report import Cell, Curve
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; a second round changes the line style.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
-_STYLE: dict[Any, Any] = {
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8.5,
     "axes.linewidth": 0.6,
@@ -27,8 +29,11 @@ _STYLE: dict[Any, Any] = {
 
 def _looks(cells: list[Cell]) -> dict[str, tuple[str, Any]]:
     """Colour and line style of each method, the same in all panels."""
-    methods = sorted({cell.method for cell in cells})
-    return {m: (_COLOURS[i % 8], ("-", "--", ":", "-.")[i // 8 % 4]) for i, m in enumerate(methods)}
+    return _looks_of(sorted({cell.method for cell in cells}))
+
+
+def _looks_of(methods: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    return {m: (COLOURS[i % 8], ("-", "--", ":", "-.")[i // 8 % 4]) for i, m in enumerate(methods)}
 
 
 def draw_curves(cells: list[Cell]) -> Figure:
@@ -41,7 +46,7 @@ def draw_curves(cells: list[Cell]) -> Figure:
     across = min(len(datasets), 3 if len(datasets) < 10 else 4)
     down = math.ceil(len(datasets) / across)
     looks, scales = _looks(cells), {cell.scale for cell in cells}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(3.1 * across, 4.2), 2.35 * down), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False).ravel()
         for panel in panels[len(datasets) :]:
@@ -55,7 +60,7 @@ def draw_curves(cells: list[Cell]) -> Figure:
                 panel.axhline(mean, color=colour, linewidth=0.8, linestyle=(0, (1, 2)))
             _fit(panel, here, [mean for mean, _ in published])
             panel.set_title(dataset)
-            _tidy(panel)
+            tidy(panel)
             panel.xaxis.set_major_formatter(lambda x, _: count(x))
             if len(scales) > 1:
                 panel.set_ylabel(here[0].scale)
@@ -99,13 +104,13 @@ def draw_scores(cells: list[Cell]) -> Figure:
     for cell in cells:
         axes.setdefault((cell.scale, "" if cell.normalized else cell.dataset), []).append(cell)
     heights = [0.35 + 0.17 * len(group) + 0.12 * len({c.dataset for c in group}) for group in axes.values()]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, sum(heights) + 0.35 * len(heights) + 0.3), layout="constrained")
         panels = figure.subplots(len(axes), 1, squeeze=False, gridspec_kw={"height_ratios": heights}).ravel()
         for ((scale, _), group), panel in zip(axes.items(), panels):
             _draw_points(panel, group, looks)
             panel.set_xlabel(scale)
-            _tidy(panel, grid="x")
+            tidy(panel, grid="x")
         marks = [Line2D([], [], color=colour, marker="o", markersize=4, linewidth=1.5) for colour, _ in looks.values()]
         names = list(looks)
         if any(cell.published for cell in cells):
@@ -139,7 +144,44 @@ def _draw_points(panel: Axes, cells: list[Cell], looks: Mapping[str, tuple[str, 
     panel.tick_params(axis="y", length=0)
 
 
-def _tidy(panel: Axes, grid: str = "y") -> None:
+def draw_profiles(groups: Mapping[str, Mapping[str, Sequence[Any]]]) -> Figure:
+    """A panel per family: share of runs with a score above tau, mean over datasets, with a stratified bootstrap band.
+
+    Args:
+        groups: family -> method -> scores `[S]` per dataset.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    methods = sorted({method for group in groups.values() for method in group})
+    looks = _looks_of(methods)
+    across = min(max(len(groups), 1), 3)
+    down = max(1, math.ceil(len(groups) / across))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(3.1 * across, 4.2), 2.35 * down), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False).ravel()
+        for panel in panels[len(groups) :]:
+            panel.set_visible(False)
+        for (family, group), panel in zip(groups.items(), panels):
+            pooled = np.concatenate([scores for tasks in group.values() for scores in tasks])
+            margin = 0.05 * (pooled.max() - pooled.min()) + 1e-9
+            tau = np.linspace(pooled.min() - margin, pooled.max() + margin, 101)
+            for method, tasks in group.items():
+                colour, style = looks[method]
+                panel.plot(tau, stats.performance_profile(tasks, tau), color=colour, linestyle=style, linewidth=1.4)
+                if min(map(len, tasks)) > 1:
+                    low, high = stats.profile_band(tasks, tau)
+                    panel.fill_between(tau, low, high, color=colour, alpha=0.18, linewidth=0)
+            panel.set(title=family, xlabel="score tau", ylabel="share of runs above tau", ylim=(-0.02, 1.02))
+            tidy(panel)
+        if methods:
+            lines = [Line2D([], [], color=colour, linestyle=style, linewidth=1.5) for colour, style in looks.values()]
+            _legend_above(figure, lines, methods, across)
+    return figure
+
+
+def tidy(panel: Axes, grid: str = "y") -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis=grid, color="0.9", linewidth=0.6)  # type: ignore[arg-type]
     panel.set_axisbelow(True)

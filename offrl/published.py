@@ -26,6 +26,13 @@ class Published:
     protocol: str
     source: str
 
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over seeds, 0 where deviation or seeds are unknown; a deviation with ddof 0 is made one with ddof 1."""
+        if math.isnan(self.std) or not self.seeds or self.seeds < 2:
+            return 0.0
+        return self.std / math.sqrt(self.seeds if "ddof 1" in self.protocol else self.seeds - 1)
+
     def __str__(self) -> str:
         return f"{self.mean:.1f}" if math.isnan(self.std) else f"{self.mean:.1f} ± {self.std:.1f}"
 
@@ -42,7 +49,8 @@ def lookup(method: str, dataset: str) -> list[Published]:
 
 def _same_name(method: str) -> str:
     """One spelling of a method: `td3_bc`, `TD3+BC` and `TD3+BC+Uniform` are the same."""
-    return re.sub(r"[^a-z0-9%()]", "", re.sub(r"\+uniform$", "", method.lower()))
+    name = re.sub(r"[^a-z0-9%()]", "", re.sub(r"\+uniform$", "", method.lower()))
+    return {"bctop10%": "10%bc", "bc10%": "10%bc"}.get(name, name)
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from offrl import figures, results, stats, tables
+from offrl import budget, figures, page, results, stats, tables
 from offrl.errors import OffrlError
 from offrl.paths import replacing
 from offrl.published import Published, lookup
@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     import polars as pl
 
 METRICS = ("score", "return", "length")
-FILES = ("report.md", "report.csv", "episodes.parquet", "curves.png", "scores.png")
+FIGURES = ("curves", "scores", "profiles")
+FILES = (
+    "report.html",
+    "report.md",
+    "report.tex",
+    "report.csv",
+    "episodes.parquet",
+    *(f"{name}.png" for name in FIGURES),
+)
 # Seeds below which a difference between methods is not called one.
 ENOUGH_SEEDS = 10
 
@@ -53,18 +61,24 @@ class Cell:
     """A method on a dataset.
 
     Attributes:
+        method: the label; `base` is the same without the settings that tell variants apart.
         last, average: `[S]` score at the last evaluation and mean over the last `k` evaluations, one per lane.
+        best: `[S]` the best evaluation of each lane: chosen by online scores, so no final number.
+        online: episodes of a lane over all its evaluations, which that choice costs.
         episodes, steps: fewest and most over lanes, at the last evaluation.
         budget: updates the runs were meant to do, 0 when unknown. `short`: lanes that have not got there.
         settled: the last k evaluations are at most half of all, so that they say something of the end of training.
     """
 
     method: str
+    base: str
     dataset: str
     family: str
     scale: str
     last: Array
     average: Array
+    best: Array
+    online: int
     k: int
     seeds: list[int]
     episodes: tuple[int, int]
@@ -93,6 +107,19 @@ class Cell:
         return stats.t_interval(self.last)
 
     @property
+    def difference(self) -> tuple[float, float]:
+        """Ours minus the published mean, in points and in standard errors of the difference (NaN where unknown).
+
+        The error is ours and theirs together where they gave deviation and seeds, else ours alone.
+        """
+        if not self.published:
+            return math.nan, math.nan
+        theirs = self.published[0]
+        points = self.mean - theirs.mean
+        error = math.hypot(self.std / math.sqrt(len(self.last)), theirs.standard_error)
+        return points, points / error if error else math.nan
+
+    @property
     def unstable(self) -> bool:
         """The last evaluation is no typical one: more than two standard deviations from the mean of the last k."""
         return self.settled and abs(self.mean - stats.mean_std(self.average)[0]) > 2 * self.std
@@ -113,6 +140,25 @@ class Aggregate:
     mean: float
     iqm: float
     interval: tuple[float, float]
+    gap: float  # optimality gap: by how much runs fall short of 100
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A method that was run with several settings: what choosing among them by online evaluations is worth.
+
+    Attributes:
+        where: a dataset, or a family: then each configuration was averaged over its datasets first.
+        configurations: how many; a score of one is the mean over its seeds.
+        best: k -> expected best of k configurations, and its deviation.
+        bandit: single episodes spent on the policies of a dataset by UCB; None for a family.
+    """
+
+    where: str
+    method: str
+    configurations: int
+    best: dict[int, tuple[float, float]]
+    bandit: budget.BanditCurve | None
 
 
 @dataclass(frozen=True)
@@ -139,12 +185,13 @@ class Comparison:
 
 @dataclass
 class Report:
-    """What `report` found; `folder` holds report.md, report.csv, episodes.parquet, curves.png and scores.png."""
+    """What `report` found; `folder` holds the files named by `FILES`."""
 
     folder: Path
     cells: list[Cell]
     aggregates: list[Aggregate]
     comparisons: list[Comparison]
+    tunings: list[Tuning]
     notes: list[str]
     last_k: int
 
@@ -167,7 +214,7 @@ def report(
 
     Args:
         paths: folders of runs, or folders with runs below them (a sweep).
-        out: folder for report.md, report.csv, episodes.parquet, curves.png and scores.png.
+        out: folder for the files named by `FILES`.
         last_k: how many of the last evaluations the second score averages.
         metric: "score" (normalised where the dataset has reference returns, else the return), "return" or "length".
         show: print the tables.
@@ -191,7 +238,7 @@ def report(
     rows, notes = _prepare(rows, runs, metric)
     cells = _cells(rows, runs, last_k)
     _mark_best(cells)
-    made = Report(Path(out), cells, _aggregates(cells), _comparisons(cells), notes, last_k)
+    made = Report(Path(out), cells, _aggregates(cells), _comparisons(cells), _tunings(cells, rows), notes, last_k)
     try:
         _write(made, rows)
     except OSError as error:
@@ -213,11 +260,11 @@ def _prepare(rows: pl.DataFrame, runs: list[results.Run], metric: str) -> tuple[
     empty = [run.folder.name for run in runs if str(run.folder) not in seen]
     if empty:
         notes.append(f"Left out, no evaluation yet: {_enumerate(empty)}.")
-    rows = rows.join(_labels(rows, runs), on=["folder", "lane"], how="left")
+    rows = rows.join(label_lanes(rows, runs), on=["folder", "lane"], how="left")
     if metric == "score":
         # A dataset is on the normalised scale only when all of its rows are.
         unscored = rows.filter(pl.col("normalized").is_null() & pl.col("return_raw").is_not_nan())["dataset"].unique()
-        scales = {name: "return" if name in unscored else _scale(name) for name in rows["dataset"].unique()}
+        scales = {name: "return" if name in unscored else scale_of(name) for name in rows["dataset"].unique()}
         score = pl.col("normalized").fill_null(math.nan)
         rows = rows.with_columns(scale=pl.col("dataset").replace_strict(scales)).with_columns(
             value=pl.when(pl.col("scale") == "return").then("return_raw").otherwise(score)
@@ -233,7 +280,7 @@ def _prepare(rows: pl.DataFrame, runs: list[results.Run], metric: str) -> tuple[
     return rows, notes
 
 
-def _scale(dataset: str) -> str:
+def scale_of(dataset: str) -> str:
     """Whose reference returns: scores of different collections are not comparable."""
     if dataset.startswith("forge/"):
         return "forge-normalised score"
@@ -270,6 +317,8 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
         lanes = group.group_by("folder", "lane", "seed", maintain_order=True).agg(
             pl.col("scale", "value", "step", "episodes").last(),
             average=pl.col("value").tail(last_k).mean(),
+            best=pl.col("value").max(),
+            online=pl.col("episodes").sum(),
             k=pl.col("value").tail(last_k).len(),
             evaluations=pl.len(),
         )
@@ -282,7 +331,10 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
                 method=label,
                 dataset=dataset,
                 family=str(dict(here[0].manifest.get("dataset_info") or {}).get("family", "other")),
+                base=_base(label),
                 scale=lanes["scale"][0],
+                best=lanes["best"].to_numpy(),
+                online=int(lanes["online"].to_numpy().max()),
                 last=lanes["value"].to_numpy(),
                 average=average,
                 k=k,
@@ -386,7 +438,7 @@ def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
     return key.startswith(("agent.", "sampler.")) and all(isinstance(v, int | float) for v in value)
 
 
-def _labels(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
+def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
     """`folder`, `lane`, `label`: the method and, where its runs on a dataset differ in settings, those settings."""
     import polars as pl
 
@@ -420,6 +472,11 @@ def _labels(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
     labels = [_label(method, settings, differing[method]) for _, _, _, method, settings in entries]
     frame = {"folder": [e[0] for e in entries], "lane": [e[1] for e in entries], "label": labels}
     return pl.DataFrame(frame, schema={"folder": pl.String, "lane": pl.Int64, "label": pl.String})
+
+
+def _base(label: str) -> str:
+    """A label without the settings that tell variants apart."""
+    return re.sub(r" \([^()]*=[^()]*\)$", "", label)
 
 
 def _label(method: str, settings: Mapping[str, Any], differing: Sequence[str]) -> str:
@@ -474,8 +531,8 @@ def _aggregates(cells: list[Cell]) -> list[Aggregate]:
             tasks = list(scores.values())
             seeds = _fewest_seeds(tasks)
             interval = stats.stratified_bootstrap(stats.iqm, tasks) if seeds > 1 else (math.nan, math.nan)
-            mean, middle = float(stats.task_mean(tasks)), float(stats.iqm(tasks))
-            made.append(Aggregate(family, method, sorted(scores), seeds, mean, middle, interval))
+            mean, middle, gap = (float(f(tasks)) for f in (stats.task_mean, stats.iqm, stats.optimality_gap))
+            made.append(Aggregate(family, method, sorted(scores), seeds, mean, middle, interval, gap))
     return made
 
 
@@ -510,6 +567,44 @@ def _compare(family: str, better: str, other: str, x: list[Array], y: list[Array
     )
 
 
+def _tunings(cells: list[Cell], rows: pl.DataFrame) -> list[Tuning]:
+    """Of every method that has several settings: per dataset, and per family on the settings that all its datasets have."""
+    made = []
+    variants: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        if not math.isnan(cell.mean) and cell.scale != "length":
+            variants.setdefault((cell.dataset, cell.base), []).append(cell)
+    for (dataset, base), here in variants.items():
+        if len(here) > 1:
+            episodes = _last_episodes(rows, dataset, [cell.method for cell in here])
+            made.append(_tuning(dataset, base, [cell.mean for cell in here], budget.bandit_curve(episodes)))
+    for family, group in _groups(cells).items():
+        for base in sorted({cell.base for cell in group}):
+            scores = _by_method([cell for cell in group if cell.base == base])
+            datasets = {dataset for found in scores.values() for dataset in found}
+            means = [
+                np.mean([s.mean() for s in found.values()]) for found in scores.values() if found.keys() == datasets
+            ]
+            if len(means) > 1 and len(datasets) > 1:
+                made.append(_tuning(family, base, means, None))
+    return made
+
+
+def _tuning(where: str, method: str, means: Sequence[Any], bandit: budget.BanditCurve | None) -> Tuning:
+    ks = [k for k in budget.KS if k <= len(means)]
+    best = {k: (float(mean), float(std)) for k, mean, std in zip(ks, *budget.expected_best(means, ks))}
+    return Tuning(where, method, len(means), best, bandit)
+
+
+def _last_episodes(rows: pl.DataFrame, dataset: str, methods: Sequence[str]) -> list[Array]:
+    """Scores of each lane's last evaluation, one array a lane."""
+    import polars as pl
+
+    mine = rows.filter(pl.col("dataset") == dataset, pl.col("label").is_in(methods), pl.col("value").is_not_nan())
+    last = mine.filter(pl.col("step") == pl.col("step").max().over("folder", "lane"))
+    return [group["value"].to_numpy() for _, group in last.group_by("folder", "lane", maintain_order=True)]
+
+
 # ---- files ---------------------------------------------------------------------------------------------------
 
 
@@ -522,11 +617,35 @@ def _write(report: Report, rows: pl.DataFrame) -> None:
         writer.writerows(records)
     with replacing(report.folder / "report.md") as path:
         path.write_text(tables.markdown(report), encoding="utf-8")
+    with replacing(report.folder / "report.tex") as path:
+        path.write_text(tables.latex(report), encoding="utf-8")
     with replacing(report.folder / "episodes.parquet") as path:
         _portable(rows).write_parquet(path, compression="zstd")
-    for name, draw in (("curves.png", figures.draw_curves), ("scores.png", figures.draw_scores)):
-        with replacing(report.folder / name) as path:
-            draw(report.cells).savefig(path, format="png", dpi=200, bbox_inches="tight")
+    drawn = {
+        "curves": figures.draw_curves(report.cells),
+        "scores": figures.draw_scores(report.cells),
+        "profiles": figures.draw_profiles(_profiles(report.cells)),
+    }
+    for name, figure in drawn.items():
+        with replacing(report.folder / f"{name}.png") as path:
+            figure.savefig(path, format="png", dpi=200, bbox_inches="tight")
+        figure.set_layout_engine("none")  # as it lies now; finding that again for the page would take as long
+    titles = ("Learning curves", "Last scores", "Performance profiles")
+    notes = [*tables.legend(report), *report.notes, *tables.sources(report)]
+    with replacing(report.folder / "report.html") as path:
+        text = page.page("Report", tables.full_tables(report), list(zip(titles, drawn.values())), notes)
+        path.write_text(text, encoding="utf-8")
+
+
+def _profiles(cells: list[Cell]) -> dict[str, dict[str, list[Array]]]:
+    """Scores by family and method, on the datasets that all methods of the family have."""
+    made = {}
+    for family, group in _groups(cells).items():
+        methods = _by_method(group)
+        common = set.intersection(*(set(scores) for scores in methods.values()))
+        if common:
+            made[family] = {m: [scores[dataset] for dataset in sorted(common)] for m, scores in methods.items()}
+    return made
 
 
 def _portable(rows: pl.DataFrame) -> pl.DataFrame:
@@ -555,6 +674,9 @@ def _record(cell: Cell) -> dict[str, Any]:
         "t95_high": cell.interval[1],
         "mean_last_k": average_mean,
         "std_last_k": average_std,
+        "best_mean": float(cell.best.mean()),
+        "best_online_selected": True,
+        "best_online_episodes": cell.online,
         "k": cell.k,
         "seeds": len(cell.seeds),
         "seed_list": " ".join(map(str, cell.seeds)),
@@ -569,6 +691,8 @@ def _record(cell: Cell) -> dict[str, Any]:
         "published_mean": first and first.mean,
         "published_std": first and first.std,
         "published_seeds": first and first.seeds,
+        "published_difference": cell.difference[0],
+        "published_difference_se": cell.difference[1],
         "published_protocol": first and first.protocol,
         "published_source": first and first.source,
     }
@@ -583,7 +707,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report",
         help="tables, statistics and curves of runs",
-        description="Print a table of all runs in or below the given folders and write Markdown, CSV, Parquet and PNG.",
+        description="Print tables of all runs in or below the given folders; write HTML, Markdown, LaTeX, CSV, Parquet, PNG.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of runs, or folders above them")
     parser.add_argument(

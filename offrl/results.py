@@ -67,6 +67,8 @@ METRIC_COLUMNS = {
     "value": "Float64",
     "wall_clock": "Float64",
 }
+# What a sweep leaves in a run's folder: everything the run printed, and why its last try failed.
+LOG, FAILURE = "log.txt", "failed.json"
 # What makes a row: written twice (a repeated evaluation of one checkpoint), the later one counts.
 _EPISODE_KEY = ["folder", "lane", "step", "episode", "eval_seed", "policy_mode"]
 _METRIC_KEY = ["folder", "lane", "step", "metric"]
@@ -327,6 +329,17 @@ class Progress:
     updates: int
     rate: float | None
 
+    def __str__(self) -> str:
+        """`4000/20000 updates, 310/s, 52 s left`."""
+        text = f"{self.step}/{self.updates or '?'} updates"
+        if self.rate:
+            left = max(0, self.updates - self.step) / self.rate
+            time_left = (
+                f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+            )
+            text += f", {self.rate:.0f}/s, {time_left} left"
+        return text
+
 
 def progress(folder: Path) -> Progress:
     """What a run's files say of its progress; cheap, and never an error: the run may be writing them."""
@@ -353,7 +366,7 @@ def _folders(paths: Iterable[Path | str]) -> list[Path]:
 
 def _below(top: Path) -> Iterator[Path]:
     for folder, children, files in os.walk(top):
-        if not {"manifest.json", "episodes.jsonl", "failed.json"}.isdisjoint(files):
+        if not {"manifest.json", "episodes.jsonl", FAILURE}.isdisjoint(files):
             children.clear()  # checkpoints and reports inside a run are no runs
             yield Path(folder)
 

@@ -134,6 +134,21 @@ def performance_profile(tasks: Tasks, thresholds: ArrayLike) -> Array:
     return np.mean([(np.asarray(x)[:, None] > tau).mean(0) for x in tasks], axis=0)
 
 
+def profile_band(
+    tasks: Tasks, thresholds: ArrayLike, resamples: int = 500, confidence: float = 0.95, seed: int = 0
+) -> tuple[Array, Array]:
+    """Pointwise percentile interval `[T]`, `[T]` of the performance profile, runs resampled within each task."""
+    rng, tau = np.random.default_rng(seed), np.asarray(thresholds, dtype=np.float64)
+    profiles = np.zeros((resamples, len(tau)))
+    for x in tasks:
+        drawn = np.sort(_resample(np.asarray(x, dtype=np.float64), resamples, rng), axis=-1)
+        above = [len(runs) - np.searchsorted(runs, tau, side="right") for runs in drawn]
+        profiles += np.array(above) / (drawn.shape[-1] * len(tasks))
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(profiles, [tail, 100.0 - tail], axis=0)
+    return low, high
+
+
 def probability_of_improvement(x: Tasks, y: Tasks) -> Array:
     """P(X > Y) + P(X = Y) / 2 over all pairs of runs of a task, averaged over tasks: `[...]`.
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from offrl import results
-from offrl.sweep import FAILURE, describe
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,13 @@ def states(paths: Iterable[Path | str]) -> list[State]:
 
 
 def _state(run: results.Run) -> State:
-    now, kept, failure = results.progress(run.folder), _json(run.folder / "result.json"), _json(run.folder / FAILURE)
+    now, kept, failure = (
+        results.progress(run.folder),
+        _json(run.folder / "result.json"),
+        _json(run.folder / results.FAILURE),
+    )
     if _held(run.folder / ".lock"):
-        state, message = "running", describe(now)
+        state, message = "running", str(now)
     elif kept and kept["step"] >= now.updates:
         scores = kept["scores"] or kept["returns"]
         name = "normalised score" if kept["scores"] else "return"

@@ -28,12 +28,10 @@ from hydra.experimental.callback import Callback
 
 from offrl.errors import OffrlError
 from offrl.paths import replacing
-from offrl.results import Progress, progress
+from offrl.results import FAILURE, LOG, progress
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
-
-LOG, FAILURE = "log.txt", "failed.json"
 
 
 # ---- one job, wherever the launcher runs it ------------------------------------------------------------------
@@ -258,7 +256,7 @@ class Sweep:
     def _rows(self) -> list[tuple[str, str]]:
         """(name, progress) of the jobs that run."""
         running = [job for job in self.jobs if job.state == "running"]
-        return [(job.name, describe(progress(job.folder))) for job in running]
+        return [(job.name, str(progress(job.folder))) for job in running]
 
     def _running(self, console: Console) -> Group:
         from rich.console import Group
@@ -268,16 +266,6 @@ class Sweep:
         for row in self._rows()[: max(1, console.height - 4)]:
             table.add_row(*row)
         return Group(table, _counts(self.jobs))
-
-
-def describe(now: Progress) -> str:
-    """`4000/20000 updates, 310/s, 52 s left`."""
-    text = f"{now.step}/{now.updates or '?'} updates"
-    if now.rate:
-        text += f", {now.rate:.0f}/s"
-        left = (now.updates - now.step) / now.rate
-        text += f", {left / 3600:.1f} h left" if left > 5400 else f", {left / 60:.0f} min left" if left > 90 else ""
-    return text
 
 
 def _counts(jobs: Sequence[Job]) -> str:

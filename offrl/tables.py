@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offrl import figures, stats
+from offrl import budget, figures, stats
 from offrl.published import Published
 
 if TYPE_CHECKING:
@@ -36,12 +36,13 @@ def _between(bounds: tuple[int, int]) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column groups the rows, the second names them."""
+    """Cells as text; the first column groups the rows (unless `flat`), the second names them."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     bold: list[set[int]]  # per row: the columns in bold
+    flat: bool = False
 
     def markdown(self) -> str:
         lines = [f"| {' | '.join(self.columns)} |", "|" + "---|" * len(self.columns)]
@@ -49,6 +50,26 @@ class Table:
             cells = [f"**{text}**" if i in bold else text for i, text in enumerate(row)]
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         return f"## {self.title}\n\n" + "\n".join(lines) + "\n"
+
+    def latex(self) -> str:
+        """A `table` environment; it needs the package booktabs."""
+        lines = []
+        for row, bold in zip(self.rows, self.bold):
+            cells = [f"\\textbf{{{_tex(text)}}}" if i in bold else _tex(text) for i, text in enumerate(row)]
+            lines.append(" & ".join(cells) + r" \\")
+        columns = " & ".join(map(_tex, self.columns))
+        inner = ["\\toprule", columns + r" \\", "\\midrule", *lines, "\\bottomrule"]
+        shape = "ll" + "r" * (len(self.columns) - 2) if len(self.columns) > 1 else "l"
+        body = "\n".join([f"\\begin{{tabular}}{{{shape}}}", *inner, "\\end{tabular}"])
+        return f"\\begin{{table}}\n\\centering\n\\caption{{{_tex(self.title)}}}\n{body}\n\\end{{table}}\n"
+
+
+_TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "×": r"$\times$", "†": r"$\dagger$", "‡": r"$\ddagger$"}
+_TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"}}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(character, character) for character in text)
 
 
 def _score_table(report: Report, footnotes: Sequence[str]) -> Table:
@@ -59,13 +80,29 @@ def _score_table(report: Report, footnotes: Sequence[str]) -> Table:
         average = _plus_minus(*stats.mean_std(cell.average), _digits(cell))
         row.append(average + (f" ({cell.k})" if cell.k < most else ""))
         row.append(_with_note(cell.published[0], footnotes) if cell.published else "")
+        row.append(_difference(cell))
         row.append(f"{len(cell.seeds)} × {_between(cell.episodes)}")
         row.append(_between(cell.steps) + (f" of {figures.count(cell.budget)}" if cell.short else ""))
         rows.append(row)
         bold.append({2} if cell.bold else set())
     scales = ", ".join(sorted({cell.scale for cell in report.cells}))
-    columns = ["dataset", "method", "last", "95 % interval", f"last {most}", "published", "S × E", "updates"]
+    columns = [
+        "dataset",
+        "method",
+        "last",
+        "95 % interval",
+        f"last {most}",
+        "published",
+        "difference",
+        "S × E",
+        "updates",
+    ]
     return Table(f"Scores ({scales})", columns, rows, bold)
+
+
+def _difference(cell: Cell) -> str:
+    points, errors = cell.difference
+    return "" if math.isnan(points) else f"{points:+.1f}" + ("" if math.isnan(errors) else f" ({errors:+.1f} s.e.)")
 
 
 def _digits(cell: Cell) -> int:
@@ -104,10 +141,13 @@ def _summary_table(report: Report) -> Table | None:
 
 def _aggregate_table(report: Report) -> Table:
     rows = [
-        [a.family, a.method, str(len(a.datasets)), str(a.seeds), _number(a.mean), _number(a.iqm), _interval(a.interval)]
+        [
+            *(a.family, a.method, str(len(a.datasets)), str(a.seeds)),
+            *(_number(a.mean), _number(a.iqm), _interval(a.interval), _number(a.gap)),
+        ]
         for a in report.aggregates
     ]
-    columns = ["family", "method", "datasets", "seeds", "mean", "IQM", "95 % interval of the IQM"]
+    columns = ["family", "method", "datasets", "seeds", "mean", "IQM", "95 % interval of the IQM", "gap to 100"]
     return Table("Aggregates", columns, rows, [set() for _ in rows])
 
 
@@ -128,10 +168,67 @@ def _comparison_table(report: Report) -> Table:
     return Table("Comparisons", columns, rows, [set() for _ in rows])
 
 
+def _tuning_table(report: Report) -> Table:
+    ks = sorted({k for tuning in report.tunings for k in tuning.best})
+    rows = []
+    for t in report.tunings:
+        best = [_plus_minus(*t.best[k]) if k in t.best else "" for k in ks]
+        curve = [_number(float(t.bandit.mean[n - 1])) if t.bandit else "" for n in budget.PULLS]
+        rows.append(
+            [t.where, t.method, str(t.configurations), *best, *curve, _number(t.bandit.limit) if t.bandit else ""]
+        )
+    columns = [
+        "dataset",
+        "method",
+        "settings",
+        *(f"best of {k}" for k in ks),
+        *(f"{n} episodes" for n in budget.PULLS),
+        "limit",
+    ]
+    return Table("Budget of online evaluations", columns, rows, [set() for _ in rows])
+
+
+def _online_table(report: Report) -> Table:
+    """What choosing the checkpoint by its online score would print: here to be seen, never to be reported."""
+    rows = [
+        [
+            *(cell.dataset, cell.method, _plus_minus(cell.mean, cell.std, _digits(cell))),
+            *(_plus_minus(*stats.mean_std(scores), _digits(cell)) for scores in (cell.average, cell.best)),
+            f"{cell.online:,}",
+        ]
+        for cell in report.cells
+    ]
+    columns = [
+        "dataset",
+        "method",
+        "last",
+        "mean of the last",
+        "best (online_selected: true)",
+        "episodes that it costs a seed",
+    ]
+    return Table("What the best checkpoint would say", columns, rows, [set() for _ in rows])
+
+
 def all_tables(report: Report) -> list[Table]:
-    """The tables of a report that have rows."""
+    """The tables of a report that have rows, as a terminal shows them."""
     made = [_score_table(report, _footnotes(report)), _aggregate_table(report), _comparison_table(report)]
-    return [table for table in made if table.rows]
+    return [table for table in [*made, _tuning_table(report)] if table.rows]
+
+
+def full_tables(report: Report) -> list[Table]:
+    """These, after the summary and before what is there for the careful."""
+    summary = _summary_table(report)
+    return ([summary] if summary else []) + all_tables(report) + [_online_table(report)]
+
+
+def latex(report: Report) -> str:
+    """The whole of report.tex: tables to be put into a paper."""
+    return "% needs \\usepackage{booktabs}\n" + "\n".join(table.latex() for table in full_tables(report))
+
+
+def sources(report: Report) -> list[str]:
+    """Where the published numbers stand, by their marks."""
+    return [f"[{i}] {note}" for i, note in enumerate(_footnotes(report), start=1)]
 
 
 def _footnotes(report: Report) -> list[str]:
@@ -163,7 +260,14 @@ def legend(report: Report) -> list[str]:
         )
     if any(cell.published for cell in report.cells):
         lines.append(
-            "published: others' numbers under their protocols, sources in report.md; never averaged with ours."
+            "published: others' numbers under their protocols, sources in report.md; never averaged with ours. difference: "
+            "ours minus theirs, and in standard errors (ours alone where they give no deviation or seeds)."
+        )
+    if report.tunings:
+        lines.append(
+            "Budget: best of k settings drawn blindly (EOP, mean ± deviation of one practitioner's outcome); episodes: what a "
+            "UCB bandit on 8 policies recommends after so many; limit: the best of them known exactly. Tuned per dataset, "
+            "except in rows of a family."
         )
     return lines
 
@@ -173,7 +277,7 @@ def layout(table: Table) -> Text:
     from rich.cells import cell_len
     from rich.text import Text
 
-    shown = [i for i in range(1, len(table.columns)) if any(row[i] for row in table.rows)]
+    shown = [i for i in range(0 if table.flat else 1, len(table.columns)) if any(row[i] for row in table.rows)]
     lines = [table.columns, *table.rows]
     width = {i: max(cell_len(line[i]) for line in lines) for i in shown}
 
@@ -189,7 +293,7 @@ def layout(table: Table) -> Text:
     text = Text.assemble((table.title, "bold"), "\n", heading, "\n", ("─" * heading.cell_len, "dim"), "\n")
     group = None
     for row, bold in zip(table.rows, table.bold):
-        if row[0] != group:
+        if row[0] != group and not table.flat:
             group = row[0]
             text.append(f"{group}\n", style="cyan")
         text.append_text(line(row, bold=bold)).append("\n")
@@ -198,10 +302,11 @@ def layout(table: Table) -> Text:
 
 def markdown(report: Report) -> str:
     """The whole of report.md."""
-    summary = _summary_table(report)
-    parts = ["# Report\n", *(table.markdown() for table in ([summary] if summary else []) + all_tables(report))]
+    parts = ["# Report\n", *(table.markdown() for table in full_tables(report))]
     parts += ["\n".join(f"- {line}" for line in [*legend(report), *report.notes]) + "\n"]
-    parts += ["## Curves\n\n![learning curves](curves.png)\n\n![scores](scores.png)\n"]
+    parts += [
+        "## Curves\n\n![learning curves](curves.png)\n\n![scores](scores.png)\n\n![performance profiles](profiles.png)\n"
+    ]
     footnotes = _footnotes(report)
     if footnotes:
         parts += [

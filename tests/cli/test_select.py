@@ -1,0 +1,94 @@
+"""`offrl select`: from runs to a ranking, what is said of it, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import main
+from test_train import options, world  # noqa: F401 - a fixture
+
+from offrl import select
+from offrl.budget import expected_best
+from offrl.errors import OffrlError
+from offrl.ope import FQEConfig
+from offrl.results import read
+from offrl.train import train
+
+QUICK = FQEConfig(updates=60, batch_size=64, lr=1e-2, hidden=(16,))
+
+
+def policy(method: str, seed: int, value: float, score: float = math.nan, step: int = 10) -> select.Policy:
+    episodes = np.empty(0) if math.isnan(score) else np.array([score - 1, score + 1])
+    return select.Policy(method, seed, step, Path("runs") / method, value, 0.0, 0.1, episodes)
+
+
+def test_a_ranking_is_judged_by_policies_and_by_configurations() -> None:
+    found = [policy("a", 0, 5, 10), policy("a", 1, 1, 30), policy("b", 0, 4, 50), policy("b", 1, 4.5, 70)]
+    made = select.judge("d", "score", [*found, policy("c", 0, 99)])
+    assert [p.value for p in made.policies] == [99, 5, 4.5, 4, 1]
+    assert [p.score for p in made.known] == [10, 70, 50, 30]
+    assert made.spearman == pytest.approx(1 - 6 * (9 + 1 + 1 + 1) / 60)  # ranks 4 3 2 1 against 1 4 3 2
+    assert made.regret == {1: 1.0, 2: 0.0, 3: 0.0}
+    # a: value 3, score 20; b: value 4.25, score 60.
+    assert made.ks == [1, 2]
+    assert made.selected.tolist() == [60, 60]
+    np.testing.assert_allclose(made.uniform, expected_best([20, 60], [1, 2])[0])
+    assert made.bandit.limit == pytest.approx(70)
+    assert select.judge("d", "score", [policy("a", 0, 1), policy("b", 0, 2, 3)]).bandit is None
+
+
+def test_runs_are_ranked_on_their_data(world: Path) -> None:  # noqa: F811
+    """Two settings of two seeds; true scores are those of the rows, estimates those of the policies."""
+    evaluation = {"every": 0, "final_episodes": 3, "workers": 1}
+    for alpha in (0.0, 2.5):
+        values = options(
+            "toy.npz", 300, agent={"alpha": alpha, "actor_lr": 3e-3, "critic_lr": 3e-3}, keep_checkpoints=True
+        )
+        train({**values, "eval": evaluation, "checkpoint_every": 100})
+    (made,) = select.select(["runs"], "out", QUICK, show=False)
+    assert {(p.method, p.seed) for p in made.policies} == {
+        (f"td3_bc (alpha={a})", s) for a in (0.0, 2.5) for s in (0, 1)
+    }
+    rows = read(["runs"])
+    for p in made.policies:
+        mine = rows.filter(rows["folder"] == str(p.folder), rows["seed"] == p.seed)
+        assert p.score == pytest.approx(mine["normalized"].mean())
+        assert -8 < p.value < 0  # four rewards between -1.5 and 0 each
+    assert made.scale == "D4RL-normalised score"
+    assert {path.name for path in Path("out").iterdir()} == set(select.FILES)
+    with open("out/select.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["value"]) for line in lines] == [p.value for p in made.policies]
+    text = Path("out/select.md").read_text()
+    assert "Spearman rank correlation" in text
+    assert "1 episodes by UCB" in text
+    everything = select.select(["runs"], "out", QUICK, all_checkpoints=True, show=False)[0]
+    assert {p.step for p in everything.policies} == {100, 200, 300}
+    assert sum(math.isnan(p.score) for p in everything.policies) == 8  # not evaluated there
+
+
+def test_the_command(
+    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs that were never evaluated are ranked all the same; other data, or none, are refused in a sentence."""
+    monkeypatch.chdir(tmp_path)
+    assert main("select", "gone") == 2
+    train(options(toy_file, 40, name="one"))
+    given = ["select", "runs", "--updates", "30", "--batch-size", "32", "--hidden", "8", "--discount", "0.9"]
+    assert main(*given) == 0
+    shown = capsys.readouterr().out
+    assert "Policies of" in shown
+    assert "Spearman" not in shown
+    assert "gamma 0.9" in shown
+    assert Path("runs/select/select.md").exists()
+    assert main(*given[:2], "--updates", "0") == 2
+    data = dict(np.load(toy_file))
+    np.savez(toy_file, **{**data, "rewards": data["rewards"] + 1})
+    assert main(*given) == 2
+    assert "nothing to rank: Left out, trained on other data than" in capsys.readouterr().err
+    with pytest.raises(OffrlError, match="no checkpoint in"):
+        select.select([], "out")

@@ -1,0 +1,162 @@
+"""Fitted Q evaluation against exact values: a tabular problem, closed forms, and lanes that keep apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from offrl.agent import Agent, Spec
+from offrl.data.store import DatasetInfo, Store
+from offrl.ope import FQEConfig, fitted_q
+
+STATES, ACTIONS, GAMMA = 4, 2, 0.8
+# Transition probabilities and rewards of a small random problem; from the last state nothing follows.
+_GENERATOR = torch.Generator().manual_seed(0)
+P = torch.rand(STATES, ACTIONS, STATES, generator=_GENERATOR, dtype=torch.float64).softmax(-1)
+R = torch.rand(STATES, ACTIONS, generator=_GENERATOR, dtype=torch.float64) * 2 - 0.5
+
+
+@dataclass
+class Nothing:
+    pass
+
+
+class Fixed(Agent):
+    """Each lane follows a table of actions `[lanes, states]`; observations are unit vectors.
+
+    A continuous action is the unit vector of the pair (state, action): a linear network is then a table of Q.
+    """
+
+    Config = Nothing
+    takes_discrete = True
+
+    def __init__(self, table: list[list[int]], seeds: list[int] | None = None, discrete: bool = False) -> None:
+        lanes = len(table)
+        size = ACTIONS if discrete else STATES * ACTIONS
+        super().__init__(Spec(STATES, size, tuple(seeds or range(lanes)), discrete=discrete))
+        self.table = torch.tensor(table)
+
+    def build(self) -> None:
+        pass
+
+    def act(self, obs: Tensor) -> Tensor:
+        state = obs.argmax(-1)
+        action = self.table.gather(1, state)
+        return action if self.spec.discrete else pair(state, action)
+
+
+def pair(state: Tensor, action: Tensor) -> Tensor:
+    return one_hot(state * ACTIONS + action, STATES * ACTIONS).float()
+
+
+def random_data(rows: int, discrete: bool = False) -> Store:
+    """Steps from uniform states under random actions; episodes of one step that go on unless they terminate."""
+    generator = torch.Generator().manual_seed(1)
+    state = torch.randint(STATES, (rows,), generator=generator)
+    action = torch.randint(ACTIONS, (rows,), generator=generator)
+    after = torch.multinomial(P[state, action], 1, generator=generator)[:, 0]
+    done = (after == STATES - 1).float()
+    vectors = [one_hot(s, STATES).float() for s in (state, after)]
+    info = DatasetInfo(discrete=ACTIONS if discrete else None)
+    reward = R[state, action].float()
+    return Store(
+        vectors[0], action if discrete else pair(state, action), reward, vectors[1], done, torch.arange(rows + 1), info
+    )
+
+
+def exact_q(store: Store, policy: list[int]) -> Tensor:
+    """`[states, actions]`: the solution of Bellman's equation of the data's own frequencies; the last state is terminal."""
+    state, after = store.observations.argmax(-1), store.next_observations.argmax(-1)
+    action = store.actions.argmax(-1) % ACTIONS
+    counts = torch.zeros(STATES, ACTIONS, STATES, dtype=torch.float64)
+    counts.index_put_((state, action, after), torch.ones(len(store), dtype=torch.float64), accumulate=True)
+    going = counts / counts.sum(-1, keepdim=True)
+    going[:, :, -1] = 0
+    chosen = one_hot(torch.tensor(policy), ACTIONS).double()
+    to = torch.einsum("sat,tb->satb", going, chosen).reshape(STATES * ACTIONS, STATES * ACTIONS)
+    q = torch.linalg.solve(torch.eye(STATES * ACTIONS, dtype=torch.float64) - GAMMA * to, R.flatten())
+    return q.view(STATES, ACTIONS)
+
+
+POLICIES = [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 0]]
+QUICK = FQEConfig(updates=1500, lr=1e-2, discount=GAMMA, target_every=50, hidden=(), batch_size=512)
+
+
+def test_tabular_values_are_the_exact_ones() -> None:
+    """Four policies in two agents: each lane's value is its own solution, and so is their order."""
+    store, cfg = random_data(2000), replace(QUICK, held_out=0.0, updates=3000, lr=3e-3)
+    value = fitted_q(store, [Fixed(POLICIES[:1]), Fixed(POLICIES[1:])], cfg).value.double()
+    start = store.observations.argmax(-1)
+    exact = torch.stack([exact_q(store, p)[start, torch.tensor(p)[start]].mean() for p in POLICIES])
+    # What is left, 2 % of a value, is the noise of batches of 512 at a constant learning rate.
+    torch.testing.assert_close(value, exact, atol=0.025, rtol=0)
+    assert exact.max() - exact.min() > 0.3
+    assert value.argsort().tolist() == exact.argsort().tolist()
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_without_discount_it_is_the_mean_reward(discrete: bool) -> None:
+    """gamma = 0: Q(s, a) = r(s, a), so the value is the mean of r(s, pi(s)), and no TD error is left."""
+    store = random_data(4000, discrete)
+    cfg = replace(QUICK, discount=0.0, held_out=0.0, updates=800, hidden=(64,) if discrete else ())
+    estimates = fitted_q(store, [Fixed(POLICIES, discrete=discrete)], cfg)
+    start = store.observations.argmax(-1)
+    exact = torch.stack([R[start, torch.tensor(p)[start]].mean() for p in POLICIES])
+    torch.testing.assert_close(estimates.value.double(), exact, atol=0.01, rtol=0)
+    assert (estimates.td_error < 0.02).all()
+
+
+def test_the_behaviours_value_is_its_mean_discounted_return() -> None:
+    """Episodes of three rewards of one: 1 + gamma + gamma^2 at the start, if the end bootstraps nothing."""
+    steps = torch.arange(3).repeat(50)
+    vectors = [one_hot(s, STATES).float() for s in (steps, steps + 1)]
+    done = (steps == 2).float()
+    offsets = torch.arange(0, 151, 3)
+    actions = pair(steps, torch.zeros_like(steps))
+    store = Store(vectors[0], actions, torch.ones(150), vectors[1], done, offsets)
+    estimates = fitted_q(store, [Fixed([[0] * 4])], replace(QUICK, updates=1000))
+    assert float(estimates.value[0]) == pytest.approx(1 + GAMMA + GAMMA**2, abs=0.02)
+    assert float(estimates.soft_opc[0]) == pytest.approx(0, abs=1e-5)  # all episodes are equally good
+
+
+def test_a_lane_does_not_depend_on_the_others() -> None:
+    store, few = random_data(2000), replace(QUICK, updates=50)
+    together = fitted_q(store, [Fixed(POLICIES)], few)
+    for lane, policy in enumerate(POLICIES):
+        alone = fitted_q(store, [Fixed([policy], [77])], few)
+        for name in ("value", "soft_opc", "td_error"):
+            torch.testing.assert_close(getattr(together, name)[lane], getattr(alone, name)[0])
+
+
+def test_groups_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, few = random_data(2000), replace(QUICK, updates=50)
+    agents = [Fixed([p]) for p in POLICIES]
+    whole = fitted_q(store, agents, few)
+    monkeypatch.setattr("offrl.ope._ACTION_BYTES", 3 * 4 * STATES * ACTIONS * len(store))
+    torch.testing.assert_close(fitted_q(store, agents, few).value, whole.value)
+
+
+def test_rewards_of_another_unit_give_values_of_that_unit() -> None:
+    store, few = random_data(2000), replace(QUICK, updates=100)
+    one, thousand = (fitted_q(s, [Fixed(POLICIES)], few) for s in (store, store.with_rewards(1000.0)))
+    torch.testing.assert_close(thousand.value, 1000 * one.value, rtol=1e-3, atol=0)
+
+
+def test_soft_opc_is_larger_where_good_episodes_are_valued() -> None:
+    """Half the episodes are good; a constant Q tells nothing apart, one that fits the rewards does."""
+    store = random_data(4000)
+    fitted = fitted_q(store, [Fixed(POLICIES[:1])], replace(QUICK, discount=0.0, updates=800))
+    good = store.rewards >= store.rewards.quantile(0.8)
+    expected = float(store.rewards[good].mean() - store.rewards.mean())
+    assert float(fitted.soft_opc[0]) == pytest.approx(expected, rel=0.15)
+
+
+def test_policies_with_a_memory_are_refused() -> None:
+    agent = Fixed(POLICIES)
+    agent.memory = lambda envs: torch.zeros(envs)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="of the observation alone"):
+        fitted_q(random_data(100), [agent], QUICK)
