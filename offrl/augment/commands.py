@@ -213,10 +213,10 @@ def draw(found: dict[str, dict[str, Any]]) -> Any:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from offrl.figures import _COLOURS, _STYLE, _legend_above, _tidy
+    from offrl.figures import COLOURS, STYLE, _legend_above, tidy
 
-    looks = {kind: _COLOURS[i % 8] for i, kind in enumerate(found)}
-    with matplotlib.rc_context(_STYLE):
+    looks = {kind: COLOURS[i % 8] for i, kind in enumerate(found)}
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.3, 2.9), layout="constrained")
         errors, likelihoods, both = figure.subplots(1, 3)
         handles = []
@@ -235,6 +235,6 @@ def draw(found: dict[str, dict[str, Any]]) -> Any:
         for panel in (both, likelihoods):
             (panel.set_xlabel if panel is both else panel.set_ylabel)("log-likelihood under the policy")
         for panel in (errors, likelihoods, both):
-            _tidy(panel)
+            tidy(panel)
         _legend_above(figure, handles, list(found), 2)
     return figure
