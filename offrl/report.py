@@ -628,7 +628,7 @@ def _write(report: Report, rows: pl.DataFrame) -> None:
     }
     for name, figure in drawn.items():
         with replacing(report.folder / f"{name}.png") as path:
-            figure.savefig(path, format="png", dpi=200, bbox_inches="tight")
+            figure.savefig(path, format="png", dpi=200)
         figure.set_layout_engine("none")  # as it lies now; finding that again for the page would take as long
     titles = ("Learning curves", "Last scores", "Performance profiles")
     notes = [*tables.legend(report), *report.notes, *tables.sources(report)]

@@ -44,6 +44,13 @@ class Table:
     bold: list[set[int]]  # per row: the columns in bold
     flat: bool = False
 
+    def filled(self) -> Table:
+        """Without the columns in which nothing stands."""
+        kept = [i for i in range(len(self.columns)) if any(row[i] for row in self.rows)]
+        bold = [{kept.index(i) for i in row} for row in self.bold]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return Table(self.title, [self.columns[i] for i in kept], rows, bold, self.flat)
+
     def markdown(self) -> str:
         lines = [f"| {' | '.join(self.columns)} |", "|" + "---|" * len(self.columns)]
         for row, bold in zip(self.rows, self.bold):
@@ -218,7 +225,8 @@ def all_tables(report: Report) -> list[Table]:
 def full_tables(report: Report) -> list[Table]:
     """These, after the summary and before what is there for the careful."""
     summary = _summary_table(report)
-    return ([summary] if summary else []) + all_tables(report) + [_online_table(report)]
+    made = ([summary] if summary else []) + all_tables(report) + [_online_table(report)]
+    return [table.filled() for table in made]
 
 
 def latex(report: Report) -> str:
