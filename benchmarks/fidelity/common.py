@@ -40,6 +40,7 @@ class Comparison:
         theirs: builds the authors' object from our agent and the data; its `train(buffer, batch_size)` is one update.
         pairs: our parameters beside theirs, by network; see `td3_pairs` and `network_pairs`.
         draws: names and widths of our agent's standard normals in the order in which the authors draw theirs.
+        uniforms: the same of our uniform numbers, which the authors draw on [-1, 1].
         order: what their buffer's `sample` returns; rewards and masks come as columns.
     """
 
@@ -47,6 +48,7 @@ class Comparison:
     theirs: Callable[[Any, Store], Any]
     pairs: Callable[[Any, Any], dict[str, list[Pair]]]
     draws: dict[str, int] = field(default_factory=lambda: {"target_action": ACTION})
+    uniforms: dict[str, int] = field(default_factory=dict)
     order: tuple[str, ...] = ("obs", "action", "reward", "next_obs", "mask")
 
 
@@ -135,16 +137,20 @@ class Trains:
 
 
 @contextlib.contextmanager
-def dictated_noise(numbers: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, `torch.randn_like` and samples of `torch.distributions.Normal` are these numbers, one tensor a call."""
-    waiting, normal = iter(numbers), torch.distributions.normal
-    originals = torch.randn_like, normal._standard_normal
+def dictated_noise(normals: Iterable[Tensor], uniforms: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, `torch.randn_like` and samples of `torch.distributions.Normal` are these normals, one tensor a call.
+
+    What `Tensor.uniform_` fills in are the uniforms.
+    """
+    waiting, filling, normal = iter(normals), iter(uniforms), torch.distributions.normal
+    originals = torch.randn_like, normal._standard_normal, Tensor.uniform_
     torch.randn_like = lambda like, **_: next(waiting).reshape(like.shape)  # type: ignore[assignment]
     normal._standard_normal = lambda shape, **_: next(waiting).reshape(shape)  # type: ignore[assignment]
+    Tensor.uniform_ = lambda x, *_, **__: x.copy_(next(filling).reshape(x.shape))  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.randn_like, normal._standard_normal = originals  # type: ignore[assignment]
+        torch.randn_like, normal._standard_normal, Tensor.uniform_ = originals  # type: ignore[method-assign,assignment]
 
 
 def compare(comparison: Comparison, dtype: torch.dtype, marks: Sequence[int]) -> None:
@@ -164,7 +170,10 @@ def compare(comparison: Comparison, dtype: torch.dtype, marks: Sequence[int]) ->
             random.step.fill_(t)
             fed.batch = tuple(getattr(batch, name).reshape(BATCH, -1) for name in comparison.order)
             noise = (random.normal(name, torch.empty(1, BATCH, width)) for name, width in comparison.draws.items())
-            with dictated_noise(noise):
+            chance = (
+                random.uniform(name, (BATCH, width)).to(dtype) * 2 - 1 for name, width in comparison.uniforms.items()
+            )
+            with dictated_noise(noise, chance):
                 theirs.train(fed, BATCH)
         engine.run(done, mark - done)
         done = mark
