@@ -117,8 +117,8 @@ class Agent(nn.Module):
         """Mean and deviation of the policy's normal distribution for normalised observations `[lanes, n, O]`.
 
         Returns:
-            `[lanes, n, A]` each, differentiable; None where the policy is no normal distribution over actions (a
-            deterministic or a squashed one).
+            `[lanes, n, A]` each, differentiable; of a squashed normal those of its actions, which is the nearest normal
+            distribution and not the policy itself; None where the policy is deterministic.
         """
         return None
 

@@ -41,7 +41,7 @@ def comparison(checkout: Path) -> Comparison:
         ours=lambda spec, _: A2PR(spec, A2PRConfig(bc_weight=BC_WEIGHT, **SETTINGS)),
         theirs=lambda *_: module.A2PR(OBS, ACTION, 1.0, "cpu", mask=BC_WEIGHT, **SETTINGS),
         pairs=pairs,
-        draws={"target_action": ACTION, "vae/data": LATENT, "vae/policy": LATENT},
+        draws=[("target_action", ACTION), ("vae/data", LATENT), ("vae/policy", LATENT)],
     )
 
 

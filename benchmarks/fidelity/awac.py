@@ -42,7 +42,7 @@ def comparison(checkout: Path) -> Comparison:
             result[name] = [p for i, q in enumerate(twins) for p in network_pairs(mine.mlp, linears(q), i)]
         return result
 
-    draws = {"next_action": ACTION, "action": ACTION}
+    draws = [("next_action", ACTION), ("action", ACTION)]
     return Comparison(ours=lambda spec, _: AWAC(spec, config), theirs=theirs, pairs=pairs, draws=draws)
 
 

@@ -13,7 +13,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from offrl.sampling import Replay, Uniform
 
 OBS, ACTION, BATCH, SEED, ROWS = 17, 6, 256, 0, 20_000
 Pair = tuple[Tensor, Tensor]
+Draw = tuple[str, int]  # name and width of random numbers
 
 
 @dataclass
@@ -47,8 +48,8 @@ class Comparison:
     ours: Callable[[Spec, Store], Any]
     theirs: Callable[[Any, Store], Any]
     pairs: Callable[[Any, Any], dict[str, list[Pair]]]
-    draws: dict[str, int] = field(default_factory=lambda: {"target_action": ACTION})
-    uniforms: dict[str, int] = field(default_factory=dict)
+    draws: Sequence[Draw] = (("target_action", ACTION),)
+    uniforms: Sequence[Draw] = ()
     order: tuple[str, ...] = ("obs", "action", "reward", "next_obs", "mask")
 
 
@@ -169,10 +170,8 @@ def compare(comparison: Comparison, dtype: torch.dtype, marks: Sequence[int]) ->
             batch = agent.prepare(store.transitions(rows))[0]
             random.step.fill_(t)
             fed.batch = tuple(getattr(batch, name).reshape(BATCH, -1) for name in comparison.order)
-            noise = (random.normal(name, torch.empty(1, BATCH, width)) for name, width in comparison.draws.items())
-            chance = (
-                random.uniform(name, (BATCH, width)).to(dtype) * 2 - 1 for name, width in comparison.uniforms.items()
-            )
+            noise = (random.normal(name, torch.empty(1, BATCH, width)) for name, width in comparison.draws)
+            chance = (random.uniform(name, (BATCH, width)).to(dtype) * 2 - 1 for name, width in comparison.uniforms)
             with dictated_noise(noise, chance):
                 theirs.train(fed, BATCH)
         engine.run(done, mark - done)

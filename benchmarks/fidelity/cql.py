@@ -68,8 +68,8 @@ def comparison(checkout: Path, antmaze: bool) -> Comparison:
         result["scalars"] = [(mine[0], scalar.constant) for mine, scalar in scalars]
         return result
 
-    draws = {"policy": ACTION, "target": many if antmaze else ACTION, "cql/current": many, "cql/next": many}
-    return Comparison(lambda spec, _: CQL(spec, config), theirs, pairs, draws, {"cql/uniform": many})
+    draws = [("policy", ACTION), ("target", many if antmaze else ACTION), ("cql/current", many), ("cql/next", many)]
+    return Comparison(lambda spec, _: CQL(spec, config), theirs, pairs, draws, [("cql/uniform", many)])
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def comparison(checkout: Path, deterministic: bool) -> Comparison:
             ]
         return result
 
-    return Comparison(ours=lambda spec, _: IQL(spec, config), theirs=theirs, pairs=pairs, draws={})
+    return Comparison(ours=lambda spec, _: IQL(spec, config), theirs=theirs, pairs=pairs, draws=())
 
 
 if __name__ == "__main__":

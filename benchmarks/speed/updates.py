@@ -2,6 +2,7 @@
 
     python benchmarks/speed/updates.py                          # offrl alone
     python benchmarks/speed/updates.py --corl PATH              # PATH: a checkout of corl-team/CORL
+    python benchmarks/speed/updates.py --agent cql --corl PATH
     python benchmarks/speed/updates.py --agent a2pr --official PATH --lanes 2     # PATH: a checkout of ltlhuuu/A2PR
     python benchmarks/speed/updates.py --device cuda --lanes 1,10 --engines eager,cudagraph
 
@@ -13,7 +14,7 @@ seed-updates per second of the whole machine, with any number of lanes, threads 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import multiprocessing
 import os
@@ -21,7 +22,6 @@ import platform
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,34 +110,48 @@ def official_burst(who: Contestant, checkout: Path) -> Callable[[int], None]:
 
 
 def corl_burst(who: Contestant, checkout: Path) -> Callable[[int], None]:
-    """The same with the classes of CORL's td3_bc.py, read from the user's checkout; its imports of D4RL are stubbed."""
-    for name in ("d4rl", "gym", "pyrallis", "wandb"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    stub: Any = sys.modules["gym"]
-    stub.Env = object
-    stub = sys.modules["pyrallis"]
-    stub.wrap = lambda: lambda function: function
-    location = importlib.util.spec_from_file_location("corl", checkout / "algorithms" / "offline" / "td3_bc.py")
-    assert location is not None
-    assert location.loader is not None
-    corl = importlib.util.module_from_spec(location)
-    sys.modules["corl"] = corl
-    location.loader.exec_module(corl)
+    """The same with the classes of CORL's file of that name, read from the user's checkout."""
+    sys.path.append(str(Path(__file__).parents[1]))
+    import corl
+
+    module = corl.load(checkout, who.agent)
     torch.set_num_threads(who.threads)
-    actor = corl.Actor(OBS, ACTION, 1.0).to(who.device)
-    critics = [corl.Critic(OBS, ACTION).to(who.device) for _ in range(2)]
-    adam = [torch.optim.Adam(net.parameters(), lr=3e-4) for net in (actor, *critics)]
-    trainer = corl.TD3_BC(1.0, actor, adam[0], critics[0], adam[1], critics[1], adam[2], device=who.device)
-    buffer = corl.ReplayBuffer(OBS, ACTION, ROWS, who.device)
+    step = corl_step(who.agent, module, who.device)
+    buffer = module.ReplayBuffer(OBS, ACTION, ROWS, who.device)
     obs, action, reward, next_obs = (x.numpy() for x in arrays())
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
     buffer.load_d4rl_dataset(dict(zip(names, (obs, action, reward, next_obs, torch.zeros(ROWS).numpy()))))
 
     def burst(updates: int) -> None:
         for _ in range(updates):
-            trainer.train([t.to(who.device) for t in buffer.sample(BATCH)])
+            step([t.to(who.device) for t in buffer.sample(BATCH)])
 
     return burst
+
+
+def corl_step(name: str, module: Any, device: str) -> Callable[[list[torch.Tensor]], Any]:
+    """One update by CORL's trainer of that name, with the settings that CORL has for HalfCheetah."""
+
+    def with_adam(*networks: Any, lr: float = 3e-4) -> list[Any]:
+        return [x for net in networks for x in (net, torch.optim.Adam(net.to(device).parameters(), lr=lr))]
+
+    sizes = (OBS, ACTION)
+    if name == "td3_bc":
+        parts = with_adam(module.Actor(*sizes, 1.0), module.Critic(*sizes), module.Critic(*sizes))
+        return module.TD3_BC(1.0, *parts, device=device).train
+    if name == "iql":
+        parts = with_adam(module.GaussianPolicy(*sizes, 1.0), module.TwinQ(*sizes), module.ValueFunction(OBS))
+        return module.ImplicitQLearning(1.0, *parts, device=device).train
+    if name == "cql":
+        critics = with_adam(*(module.FullyConnectedQFunction(*sizes, orthogonal_init=True) for _ in range(2)))
+        actor = with_adam(module.TanhGaussianPolicy(*sizes, 1.0), lr=3e-5)
+        settings = {"target_entropy": -ACTION, "policy_lr": 3e-5, "bc_steps": 0, "cql_alpha": 10.0}
+        return module.ContinuousCQL(*critics, *actor, **settings, device=device).train
+    if name in ("sac_n", "edac"):
+        parts = with_adam(module.Actor(*sizes, HIDDEN), module.VectorizedCritic(*sizes, HIDDEN, 10))
+        trainer = module.SACN if name == "sac_n" else module.EDAC
+        return trainer(*parts, alpha_learning_rate=3e-4, device=device).update
+    raise SystemExit(f"{name}: this benchmark doesn't know how to run CORL's code.")
 
 
 def matmul_burst(who: Contestant) -> Callable[[int], None]:
@@ -230,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--agent", default="td3_bc", help="name of a file in conf/agent")
     parser.add_argument("--official", type=Path, help="checkout of the authors' code of the agent: a2pr")
-    parser.add_argument("--corl", type=Path, help="checkout of corl-team/CORL: td3_bc")
+    parser.add_argument("--corl", type=Path, help="checkout of corl-team/CORL: td3_bc, iql, cql, sac_n, edac")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lanes", default="10", help="lanes to try, with commas")
     parser.add_argument("--engines", default="eager", help="engines to try, with commas")
