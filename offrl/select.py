@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from offrl.data.store import Store
     from offrl.ope import FQEConfig
 
-FQE_OPTIONS: dict[str, type] = {"updates": int, "batch-size": int, "lr": float, "discount": float, "seed": int}
+FQE_OPTIONS: dict[str, type] = {"updates": int, "batch-size": int, "lr": float, "discount": float}
+FQE_OPTIONS |= {"target-every": int, "seed": int}
 FILES = ("select.md", "select.csv", "select.png")
 
 
@@ -308,7 +309,10 @@ def _tables(s: Selection) -> list[tables.Table]:
 
 
 def _legend(cfg: FQEConfig) -> list[str]:
+    copies, needed = cfg.updates // cfg.target_every, 3 / max(1e-9, 1 - cfg.discount)
+    short = f"Not converged: {copies} copies to the target for a horizon of {needed / 3:.0f} steps; raise --updates."
     return [
+        *([short] if copies < needed else []),
         f"FQE value: discounted (gamma {cfg.discount:g}) value of the policy at the starts of held-out episodes, from the data "
         f"alone ({cfg.updates:,} updates). Compare ranks, not amounts.",
         "regret@k: what is lost when only the k policies with the best estimates are evaluated; 0 nothing, 1 everything.",
@@ -339,10 +343,12 @@ def draw(made: Sequence[Selection]) -> Figure:
             if 1 < len(methods) <= 8:
                 row[0].legend(frameon=False, fontsize=6)
             if s.ks:
-                row[1].plot(s.ks, s.uniform, color=figures.COLOURS[0], label="chosen blindly")
+                row[1].plot(s.ks, s.uniform, "o-", markersize=3, color=figures.COLOURS[0], label="chosen blindly")
                 low, high = s.uniform - s.spread, s.uniform + s.spread
                 row[1].fill_between(s.ks, low, high, color=figures.COLOURS[0], alpha=0.15, linewidth=0)
-                row[1].step(s.ks, s.selected, where="post", color=figures.COLOURS[1], label="chosen by the estimates")
+                colour = figures.COLOURS[1]
+                row[1].plot(s.ks, s.selected, "s--", markersize=3, color=colour, label="chosen by the estimates")
+                row[1].xaxis.get_major_locator().set_params(integer=True)
                 row[1].set(xlabel="configurations evaluated", ylabel=f"best {s.scale}")
                 row[1].legend(frameon=False, fontsize=6)
             if s.bandit:
@@ -387,8 +393,8 @@ def _command(arguments: argparse.Namespace) -> int:
     tune_process(1)
     names = [*(option.replace("-", "_") for option in FQE_OPTIONS), "hidden"]
     cfg = FQEConfig(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
-    if cfg.updates < 1 or cfg.batch_size < 1:
-        raise OffrlError("--updates and --batch-size should be at least 1.")
+    if min(cfg.updates, cfg.batch_size, cfg.target_every) < 1:
+        raise OffrlError("--updates, --batch-size and --target-every should be at least 1.")
     out = arguments.out or (arguments.runs[0] / "select" if len(arguments.runs) == 1 else Path("select"))
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     select(arguments.runs, out, cfg, arguments.all_checkpoints, device)

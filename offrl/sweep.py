@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from offrl.results import FAILURE, LOG, progress
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
+STOP = "stop"  # among the notes: no further job is to start
 
 # ---- one job, wherever the launcher runs it ------------------------------------------------------------------
 
@@ -55,10 +57,11 @@ def run_job(values: Mapping[str, Any], note: Path) -> int:
         if done := done_before(job):
             _note(note, "finished", folder, summary(done))
             return 0
+        if (note.parent / STOP).exists():
+            return 130
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILURE).unlink(missing_ok=True)
-        _note(note, "running", folder)
-        status = _train_in_child(values, folder / LOG)
+        status = _train_in_child(values, folder / LOG, lambda pid: _note(note, "running", folder, pid=pid))
         done = finished(folder, job.train.updates) if status == 0 else None
     except (OffrlError, OSError) as error:
         _fail(note, folder, str(error))
@@ -74,8 +77,8 @@ def run_job(values: Mapping[str, Any], note: Path) -> int:
     return 0
 
 
-def _train_in_child(values: Mapping[str, Any], log: Path) -> int:
-    """The exit status of a training process; negative for the signal that ended it."""
+def _train_in_child(values: Mapping[str, Any], log: Path, started: Callable[[int], None]) -> int:
+    """The exit status of a training process, negative for the signal that ended it; `started` gets its number."""
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     with open(log, "ab") as output:
         child = subprocess.Popen(
@@ -85,12 +88,12 @@ def _train_in_child(values: Mapping[str, Any], log: Path) -> int:
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": path},
         )
+        started(child.pid)
         try:
             child.communicate(json.dumps(values).encode())
         except KeyboardInterrupt:  # let it save
             child.terminate()
-            child.wait()
-            raise
+            return child.wait() or 130
     return child.returncode
 
 
@@ -131,9 +134,11 @@ def _fail(note: Path, folder: Path | None, message: str) -> None:
     _note(note, "failed", folder, message)
 
 
-def _note(path: Path, state: str, folder: Path | None, message: str = "") -> None:
-    with contextlib.suppress(OSError):  # a full disk shows in the run itself
-        _write(path, {"state": state, "folder": str(folder or ""), "message": message})
+def _note(path: Path, state: str, folder: Path | None, message: str = "", pid: int = 0) -> None:
+    if path.parent.is_dir():  # else nobody watches any more
+        note = {"state": state, "folder": str(folder or ""), "message": message, "pid": pid, "host": platform.node()}
+        with contextlib.suppress(OSError):  # a full disk shows in the run itself
+            _write(path, note)
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
@@ -152,6 +157,7 @@ class Job:
     state: str = "waiting"
     folder: Path = field(default_factory=Path)
     message: str = ""
+    pid: int = 0  # of its training process, where that runs on this machine
 
 
 class Sweep:
@@ -168,17 +174,41 @@ class Sweep:
         self.notes = Path()
         self.jobs: list[Job] = []
         self._seen: dict[int, int] = {}
+        self._before: dict[int, Any] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Sweep:
         Sweep.current = self
-        self._before = signal.signal(signal.SIGTERM, signal.default_int_handler) if _in_main_thread() else None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
+
+    def _stop(self, *_: object) -> None:
+        """On SIGINT or SIGTERM: no further job begins, and those that run save. Only then launchers hear of it: some kill."""
+        for number in self._before:
+            signal.signal(number, signal.default_int_handler)  # the second time is meant
+        if self.notes != Path():
+            with contextlib.suppress(OSError):
+                (self.notes / STOP).touch()
+            asked: set[int] = set()
+            began = training = time.monotonic()
+            while (now := time.monotonic()) < training + 5 and now < began + 60:
+                running = {job.pid for job in self.jobs if job.state == "running" and job.pid}
+                for pid in running - asked:
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGTERM)
+                asked |= running
+                training = now if any(map(_trains, asked)) else training
+                if now > began + 1 and not running:  # a job may just have been announced
+                    break
+                time.sleep(0.1)
+        raise KeyboardInterrupt
 
     def begin(self, out: Path, jobs: Sequence[Sequence[str]]) -> None:
         """Hydra is about to launch these jobs, given by their words."""
         self.notes = out.absolute() / ".sweep" / f"{time.time_ns():x}"
+        self.notes.mkdir(parents=True)
         shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
         self.jobs = [Job(" ".join(w.lstrip("+") for w in words if w not in shared) or "the job") for words in jobs]
         self.begun(self.notes)
@@ -192,8 +222,8 @@ class Sweep:
             shutil.rmtree(self.notes, ignore_errors=True)
             with contextlib.suppress(OSError):  # another sweep's notes may be there
                 self.notes.parent.rmdir()
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def status(self) -> int:
         """0 when all jobs are finished, 130 when one was stopped, else 1."""
@@ -229,6 +259,7 @@ class Sweep:
                 if job.state != note["state"] and note["state"] != "running":
                     ended.append(number)
                 job.state, job.folder, job.message = note["state"], Path(note["folder"]), note["message"]
+                job.pid = note["pid"] if note["host"] == platform.node() else 0
         return ended
 
     def _watch(self) -> None:
@@ -274,8 +305,11 @@ def _counts(jobs: Sequence[Job]) -> str:
     return ", ".join(f"{count} {state}" for state, count in counts.items() if count)
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def _trains(pid: int) -> bool:
+    """Whether a training process is still at it; one that has ended and was not waited for is not."""
+    with contextlib.suppress(OSError):
+        return b"offrl.sweep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 class Announce(Callback):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from test_cli import main
-from test_train import options, same_tensors, start, step_of, words
+from test_train import options, same_tensors, start, step_of, wait_for, words
 
 import offrl.train
 from offrl import sweep
@@ -46,7 +46,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Configurations of the jobs whose training process would have been started; each ends by its seed as status."""
     begun: list[dict[str, Any]] = []
 
-    def instead(values: dict[str, Any], log: Path) -> int:
+    def instead(values: dict[str, Any], log: Path, started: Any) -> int:
+        started(0)
         begun.append(values)
         log.write_text("loading\nTraceback\nOSError: no such sector\n")
         if values["seed"] == 0:
@@ -154,6 +155,22 @@ def processes_of(folder: Path) -> list[int]:
             if log == (folder / sweep.LOG).resolve() and b"offrl.sweep" in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
+
+
+@pytest.mark.slow
+def test_an_interrupt_saves_what_a_launcher_runs(toy_file: Path) -> None:
+    """Joblib kills its workers and what is below them: before it does, both jobs have saved at the update they had reached."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="offrl[joblib] is not installed")
+    values = options(toy_file, 1_000_000, lanes=1, checkpoint_every=50)
+    folders = [plan({**values, "seed": seed}).folder() for seed in (0, 1)]
+    process = start("train", "-m", *words(values), *LAUNCHERS["joblib"], "seed=0,1,2", stderr=subprocess.PIPE)
+    wait_for(lambda: all(step_of(folder) for folder in folders), process, 400)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=200)[1]
+    assert process.returncode == 130
+    assert "3 jobs: 1 waiting, 2 stopped" in errors
+    for folder in folders:
+        assert f"stopped at update {step_of(folder)}; go on with" in (folder / sweep.LOG).read_text()
 
 
 LAUNCHERS = {
