@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from offrl.errors import OffrlError
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -42,3 +45,23 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock's file, then hold it; a process that dies lets go.
+
+    Raises:
+        OffrlError: the lock's folder can't be written.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115 - held while the caller works
+    except OSError as error:
+        reason = error.strerror or error
+        raise OffrlError(
+            f"{lock.parent} cannot be written ({reason}); free space or set OFFRL_HOME elsewhere."
+        ) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -47,10 +48,34 @@ def lookup(method: str, dataset: str) -> list[Published]:
     return _table().get((_same_name(method), dataset), [])
 
 
+def lookup_tuned(method: str, family: str) -> dict[int, Published]:
+    """Published expected best-of-k scores of a D4RL family, k -> score; empty when there are none (ReBRAC's table 9)."""
+    return _tuned().get((_same_name(method), f"d4rl-{family}"), {})
+
+
 def _same_name(method: str) -> str:
     """One spelling of a method: `td3_bc`, `TD3+BC` and `TD3+BC+Uniform` are the same."""
     name = re.sub(r"[^a-z0-9%()]", "", re.sub(r"\+uniform$", "", method.lower()))
     return {"bctop10%": "10%bc", "bc10%": "10%bc"}.get(name, name)
+
+
+def _rows(name: str) -> Iterator[tuple[dict[str, str], Published]]:
+    with open(PACKAGE / "assets" / "reference" / f"scores_{name}.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["mean"]:
+                std = float(row["std"]) if row["std"] else math.nan
+                seeds = int(row["seeds"]) if row["seeds"] else None
+                facts = (row["method"], row["dataset"], float(row["mean"]), std, seeds, row["protocol"], row["source"])
+                yield row, Published(*facts)
+
+
+@lru_cache(maxsize=1)
+def _tuned() -> dict[tuple[str, str], dict[int, Published]]:
+    found: dict[tuple[str, str], dict[int, Published]] = {}
+    for row, number in _rows("pgd"):
+        if k := re.search(r"best of k=(\d+)", number.protocol):
+            found.setdefault((_same_name(number.method), row["benchmark"]), {})[int(k[1])] = number
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -58,22 +83,12 @@ def _table() -> dict[tuple[str, str], list[Published]]:
     """Published scores by method and dataset, those that state a last checkpoint first."""
     found: dict[tuple[str, str], list[Published]] = {}
     for name in ("zoo", "prdc_a2pr", "doc", "weighting"):
-        with open(PACKAGE / "assets" / "reference" / f"scores_{name}.csv", newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if not row["mean"] or _NOT_COMPARABLE.search(row["protocol"]):
-                    continue
-                number = Published(
-                    row["method"],
-                    row["dataset"],
-                    float(row["mean"]),
-                    float(row["std"]) if row["std"] else math.nan,
-                    int(row["seeds"]) if row["seeds"] else None,
-                    row["protocol"],
-                    row["source"],
-                )
-                cell = found.setdefault((_same_name(number.method), number.dataset), [])
-                if not any(_same_number(number, other) for other in cell):  # the same table copied by two collections
-                    cell.append(number)
+        for _, number in _rows(name):
+            if _NOT_COMPARABLE.search(number.protocol):
+                continue
+            cell = found.setdefault((_same_name(number.method), number.dataset), [])
+            if not any(_same_number(number, other) for other in cell):  # the same table copied by two collections
+                cell.append(number)
     for cell in found.values():
         cell.sort(key=lambda number: not re.search(r"^final|last evaluation", number.protocol))
     return found

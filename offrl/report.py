@@ -22,7 +22,7 @@ import numpy as np
 from offrl import budget, figures, page, results, stats, tables
 from offrl.errors import OffrlError
 from offrl.paths import replacing
-from offrl.published import Published, lookup
+from offrl.published import Published, lookup, lookup_tuned
 from offrl.stats import Array
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ class Tuning:
         configurations: how many; a score of one is the mean over its seeds.
         best: k -> expected best of k configurations, and its deviation.
         bandit: single episodes spent on the policies of a dataset by UCB; None for a family.
+        published: k -> what somebody published for a D4RL family, over a range of settings of their own.
     """
 
     where: str
@@ -159,6 +160,7 @@ class Tuning:
     configurations: int
     best: dict[int, tuple[float, float]]
     bandit: budget.BanditCurve | None
+    published: dict[int, Published]
 
 
 @dataclass(frozen=True)
@@ -586,14 +588,21 @@ def _tunings(cells: list[Cell], rows: pl.DataFrame) -> list[Tuning]:
                 np.mean([s.mean() for s in found.values()]) for found in scores.values() if found.keys() == datasets
             ]
             if len(means) > 1 and len(datasets) > 1:
-                made.append(_tuning(family, base, means, None))
+                on_d4rl = group[0].scale.startswith("D4RL")
+                made.append(_tuning(family, base, means, None, lookup_tuned(base, family) if on_d4rl else {}))
     return made
 
 
-def _tuning(where: str, method: str, means: Sequence[Any], bandit: budget.BanditCurve | None) -> Tuning:
+def _tuning(
+    where: str,
+    method: str,
+    means: Sequence[Any],
+    bandit: budget.BanditCurve | None,
+    published: Mapping[int, Published] | None = None,
+) -> Tuning:
     ks = [k for k in budget.KS if k <= len(means)]
     best = {k: (float(mean), float(std)) for k, mean, std in zip(ks, *budget.expected_best(means, ks))}
-    return Tuning(where, method, len(means), best, bandit)
+    return Tuning(where, method, len(means), best, bandit, dict(published or {}))
 
 
 def _last_episodes(rows: pl.DataFrame, dataset: str, methods: Sequence[str]) -> list[Array]:

@@ -177,6 +177,7 @@ def _comparison_table(report: Report) -> Table:
 
 def _tuning_table(report: Report) -> Table:
     ks = sorted({k for tuning in report.tunings for k in tuning.best})
+    notes = _footnotes(report)
     rows = []
     for t in report.tunings:
         best = [_plus_minus(*t.best[k]) if k in t.best else "" for k in ks]
@@ -184,6 +185,10 @@ def _tuning_table(report: Report) -> Table:
         rows.append(
             [t.where, t.method, str(t.configurations), *best, *curve, _number(t.bandit.limit) if t.bandit else ""]
         )
+        if t.published:
+            cells = [str(t.published[k]) if k in t.published else "" for k in ks]
+            name = f"{t.method}, published [{notes.index(t.published[min(t.published)].cite()) + 1}]"
+            rows.append([t.where, name, "", *cells, *("" for _ in budget.PULLS), ""])
     columns = [
         "dataset",
         "method",
@@ -243,7 +248,8 @@ def _footnotes(report: Report) -> list[str]:
     """Sources of the published numbers, those that the score table shows first."""
     first = [cell.published[0].cite() for cell in report.cells if cell.published]
     others = [number.cite() for cell in report.cells for number in cell.published[1:]]
-    return list(dict.fromkeys(first + others))
+    tuned = [t.published[min(t.published)].cite() for t in report.tunings if t.published]
+    return list(dict.fromkeys(first + tuned + others))
 
 
 def legend(report: Report) -> list[str]:

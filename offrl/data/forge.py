@@ -48,7 +48,7 @@ from offrl.data.rollout import (
 from offrl.data.store import DatasetInfo, Store
 from offrl.envs import TABULAR_IDS
 from offrl.errors import OffrlError
-from offrl.paths import cache_dir
+from offrl.paths import cache_dir, one_at_a_time
 
 DEFAULT_SIZE = 100_000  # a tenth of D4RL's sets: seconds to build, and enough to tell methods apart
 PREFIX, SUFFIX = "forge/", "-v0"
@@ -124,18 +124,25 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
     folder = folder_of(name, size, seed)
     if not force and (folder / "data" / "metadata.json").is_file():
         return folder
+    with one_at_a_time(folder.with_name(f".{folder.name}.lock")):  # the jobs of a sweep often want the same one
+        if force or not (folder / "data" / "metadata.json").is_file():
+            _build(folder, name, size, seed, progress)
+    return folder
+
+
+def _build(folder: Path, name: str, size: int | None, seed: int, progress: bool) -> None:
     recipe = _recipe(name)
     if isinstance(recipe, stochastic.Recipe):
         with _progress(name, size, progress) as advance:
             _build_tabular(folder, name, recipe, size, seed, advance)
-        return folder
+        return
     size = DEFAULT_SIZE if size is None else size
     subject, level = _parts(name)
     if match := re.fullmatch(r"random-(medium|expert)-([\d.]+)", level):
         good, bad = (f"{PREFIX}{subject}/{source}{SUFFIX}" for source in (match[1], "random"))
         sources = [ensure(source, size=size, seed=seed, progress=progress) for source in (good, bad)]
         _build_mixture(folder, name, sources, float(match[2]), size, seed)
-        return folder
+        return
     with _progress(name, size, progress) as advance, one_thread():
         if subject == "pointmaze":
             _build_maze(folder, name, level, size, seed, advance)
@@ -145,7 +152,6 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
             _build_reacher(folder, name, recipe, size, seed, advance)
         else:
             _build_robot(folder, name, recipe.robot, recipe.level, size, seed, advance, recipe)
-    return folder
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------

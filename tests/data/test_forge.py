@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,26 @@ def test_who_builds_second_keeps_the_first(tmp_path: Path) -> None:
     with minari_write.replacing_folder(folder) as temporary:
         (temporary / "mine").write_text("")
     assert [path.name for path in tmp_path.rglob("*")] == ["set", "mine"]
+
+
+def test_jobs_that_want_the_same_set_build_it_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The second waits for the first and takes what it built."""
+    monkeypatch.setenv("OFFRL_HOME", str(tmp_path))
+    built = []
+
+    def build(folder: Path, *_: Any) -> None:
+        built.append(folder)
+        time.sleep(0.3)
+        (folder / "data").mkdir(parents=True)
+        (folder / "data" / "metadata.json").write_text("{}")
+
+    monkeypatch.setattr(forge, "_build", build)
+    both = [threading.Thread(target=forge.ensure, args=["forge/hopper/medium-v0"]) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert built == [forge.folder_of("forge/hopper/medium-v0", None, 0)]
 
 
 def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
