@@ -94,6 +94,7 @@ def test_agents_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> 
         (["dataset=gone.npz"], "gone.npz: there is no such file or folder"),
         (["--config-dir", "gone", "agent=mine"], "--config-dir gone: there is no such folder"),
         (["resume=gone"], "resume=gone: there is no config.json; name the folder of a run."),
+        (["-m", "experiment=bc/gym,td3_bc/gym"], "experiment= takes one recipe: each brings a sweep of its own"),
         (["resume=gone", "-m"], "-m can't stand beside resume=RUN"),
         (["resume=gone", "fresh"], "fresh can't stand beside resume=RUN"),
         (["resume=gone", "updates=["], "[ can't be read as a value"),
