@@ -33,7 +33,7 @@ compiled_agents = pytest.mark.parametrize(
     "name", [n if n == "td3_bc" else pytest.param(n, marks=pytest.mark.slow) for n in SETTINGS]
 )
 # Settings of sequence models, of ensembles and of methods that sample many actions.
-SMALL: dict[str, Any] = {"context": 3, "embed": 16, "layers": 1, "warmup": 20, "members": 3, "actions": 2}
+SMALL: dict[str, Any] = {"context": 3, "embed": 16, "layers": 1, "warmup": 20, "members": 3, "actions": 2, "suffix": 3}
 # What finds the toy task's optimum, where a default is meant for larger rewards: these terms pull the policy away from it.
 TOY: dict[str, dict[str, Any]] = {"cql": {"cql_alpha": 1.0}, "edac": {"eta": 0.1}}
 
