@@ -32,6 +32,7 @@ from offrl.nets import MLP, Adam, column
 @dataclass
 class DoCConfig(VAEBCConfig):
     beta: float = 2.0  # weight of the constraint
+    beta_warmup: int = 1000  # updates over which it grows, so that the energy knows actions and states before it plays
     squeeze: float = 0.0  # weight of KL(q || p) in the posterior's own loss; 0: the paper's
     energy_steps: int = 1  # updates of the energy for one of everything else
     energy_lr: float = 3e-4
@@ -91,7 +92,8 @@ class DoC(VAEBC):
         z = self.latent.sample(q, self.random, "doc/posterior")
         for i in range(self.cfg.energy_steps - 1):
             self.energy_optimizer.step(sum(self.contrastive_losses(batch, z.detach(), f"doc/step/{i}")))
-        base, constraint = self.contrastive_losses(batch, reversed_gradient(z, self.cfg.beta), "doc/step")
+        beta = self.cfg.beta * (self.optimizer.count / self.cfg.beta_warmup).clamp(max=1)
+        base, constraint = self.contrastive_losses(batch, reversed_gradient(z, beta), "doc/step")
         losses = self.losses(batch, q, z)
         if self.cfg.squeeze:
             p = self.prior(self.states(batch)[:, :, 0]).detach()
@@ -110,9 +112,9 @@ def contrast(energy: Tensor) -> Tensor:
     return (partition - energy.diagonal(dim1=1, dim2=2)).mean(-1)
 
 
-def reversed_gradient(x: Tensor, weight: float | Tensor) -> Tensor:
+def reversed_gradient(x: Tensor, weight: Tensor) -> Tensor:
     """`x` itself, whose gradient comes back times -weight."""
-    return x.detach() - column(weight, x.ndim - 1) * (x - x.detach())
+    return x.detach() - (column(weight, x.ndim - 1) if weight.ndim else weight) * (x - x.detach())
 
 
 def at_step(x: Tensor, step: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class RvS(Agent):
 
     Config = RvSConfig
     extra = ("return_to_go", "timestep")
+    takes_discrete = True
     target: Tensor
     horizon: Tensor
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class VAEBCConfig:
-    latent: Literal["gaussian", "categorical"] = "gaussian"  # kind of z; categorical for small tables
-    latent_size: int = 32  # dimensions, or number of kinds
+    latent: Literal["categorical", "gaussian"] = "categorical"  # kind of z
+    latent_size: int = 16  # dimensions, or number of kinds
     suffix: int = 64  # steps of the future that the posterior sees
     candidates: int = 100  # N, draws of the prior among which the value chooses; categorical: all kinds are candidates
     least_mass: float = 0.01  # categorical: kinds of less prior probability are no candidates
@@ -67,6 +67,7 @@ class VAEBC(Agent):
 
     Config = VAEBCConfig
     extra = ("return_to_go", "timestep")
+    takes_discrete = True
     horizon: Tensor
     reward_scale: Tensor
     return_mean: Tensor
