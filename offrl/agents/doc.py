@@ -1,19 +1,20 @@
 """DoC: dichotomy of control; cloning conditioned on a latent of the future that may not tell the environment's luck.
 
-Yang, Schuurmans, Abbeel & Nachum, "Dichotomy of Control: Separating What You Can Control from What You Cannot", ICLR 2023 (arXiv
-2210.13435). Conditioning on a return, or on any label of the future, takes luck for skill where the label tells what the
+Yang, Schuurmans, Abbeel & Nachum, "Dichotomy of Control: Separating What You Can Control from What You Cannot", ICLR 2023
+(arXiv 2210.13435). Conditioning on a return, or on any label of the future, takes luck for skill where the label tells what the
 environment drew. So z is to predict the actions and, given state and action, to carry no information on the next reward and
-state: I((r, s'); z | s, a) = 0. What is left describes how the trajectory was played, the average return of trajectories with the
-same z is what playing so earns, and the best z may be asked for.
+state: I((r, s'); z | s, a) = 0. What is left describes how the trajectory was played; the average return of trajectories with
+the same z is what playing so earns, and the best z may be asked for.
 
-The constraint is a min-max game: an energy f ascends a contrastive estimate of that information, the posterior q descends it with
-weight beta.
+The constraint is a min-max game: an energy f ascends a contrastive estimate of that information, the posterior q descends it
+with weight beta.
 
 Deviations. The authors' released code does not run, and where it differs from the paper (energy and posterior *share* the
 loss, the prior never learns, the value shapes z, the latent is not chosen) this is the paper's. Networks are those of
-`offrl.agents.vae_bc`. The estimate is bounded (the positive is among the batch's negatives, one step of every window), and f is
-a sum f0(r, s' | s, a) + f1(r, s' | s, a, z) of inner products: f0 learns on its own, so that f1, which alone the posterior plays
-against, has only the part of z to find, and their difference in loss is the information that is left (`information`).
+`offrl.agents.vae_bc`. The estimate is bounded (the positive is among the batch's negatives, one step of every window), and f
+is a sum f0(r, s' | s, a) + f1(r, s' | s, a, z) of inner products: f0 learns on its own, so that f1, which alone the posterior
+plays against, has only the part of z to find, and their difference in loss is the information that is left (`information`).
+beta grows over the first updates, lest a posterior that plays against an ignorant energy forget the actions.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class DoC(VAEBC):
         self.energy_base = Energy("base", spec.seeds, known, outcome, cfg)
         self.energy = Energy("energy", spec.seeds, known + cfg.latent_size, outcome, cfg)
         self.energy_learnt = [*self.energy_base.parameters(), *self.energy.parameters()]
+        self.squeezed = isinstance(cfg.squeeze, Tensor) or cfg.squeeze > 0
         self.energy_optimizer = Adam(self.energy_learnt, cfg.energy_lr)
 
     def seen(self, x: Tensor) -> Tensor:
@@ -87,17 +89,23 @@ class DoC(VAEBC):
         base = self.energy_base(context, outcome)
         return contrast(base), contrast(base.detach() + self.energy(torch.cat([context, z], -1), outcome))
 
+    def losses(self, batch: Batch, q: Tensor, z: Tensor) -> dict[str, Tensor]:
+        losses = super().losses(batch, q, z)
+        if self.squeezed:
+            losses["squeeze"] = self.cfg.squeeze * self.divergence(
+                batch, q, self.prior(self.states(batch)[:, :, 0]).detach()
+            )
+        return losses
+
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         q = self.posterior(batch)
         z = self.latent.sample(q, self.random, "doc/posterior")
         for i in range(self.cfg.energy_steps - 1):
-            self.energy_optimizer.step(sum(self.contrastive_losses(batch, z.detach(), f"doc/step/{i}")))
+            base, constraint = self.contrastive_losses(batch, z.detach(), f"doc/step/{i}")
+            self.energy_optimizer.step(base + constraint)
         beta = self.cfg.beta * (self.optimizer.count / self.cfg.beta_warmup).clamp(max=1)
         base, constraint = self.contrastive_losses(batch, reversed_gradient(z, beta), "doc/step")
         losses = self.losses(batch, q, z)
-        if self.cfg.squeeze:
-            p = self.prior(self.states(batch)[:, :, 0]).detach()
-            losses["squeeze"] = self.cfg.squeeze * self.latent.divergence(q, p).sum(1) / batch.valid.sum((1, 2))
         total = torch.stack([*losses.values(), base, constraint]).sum()
         gradients = torch.autograd.grad(total, self.learnt + self.energy_learnt)
         self.optimizer.apply_gradients(gradients[: len(self.learnt)])

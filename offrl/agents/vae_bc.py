@@ -3,8 +3,8 @@
 The baseline "future VAE" of Yang, Schuurmans, Abbeel & Nachum, "Dichotomy of Control: Separating What You Can Control from What
 You Cannot", ICLR 2023 (arXiv 2210.13435), which is their method without its constraint: a posterior q(z | future) and a policy
 pi(a | s, z) as in a variational autoencoder of actions, a prior p(z | s), and a value V(s, z) that regresses the return. Acting
-takes the candidate of the prior with the highest value. Nothing keeps z from telling what the environment's luck was; dichotomy of
-control (`offrl.agents.doc`), which this file is the base of, forbids just that.
+takes the candidate of the prior with the highest value. Nothing keeps z from telling what the environment's luck was;
+dichotomy of control (`offrl.agents.doc`), which this file is the base of, forbids just that.
 
 Deviations: the authors' code for it does not run and its text leaves the networks open, so these are ours. The policy is
 Markov (state and latent, no history), the future is a set of steps (s, a, r, t) whose embeddings are averaged, and it ends
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from offrl.agent import Agent, Batch
 from offrl.latents import Categorical, Gaussian
-from offrl.nets import MLP, Adam, GaussianActor, choose, column, normal_log_prob, one_hot
+from offrl.nets import MLP, Adam, GaussianActor, choose, normal_log_prob, one_hot
 
 if TYPE_CHECKING:
     from offrl.data.store import Store
@@ -110,7 +110,7 @@ class VAEBC(Agent):
     # ---- losses, `[lanes]` each -------------------------------------------------------------------------------
 
     def state(self, obs: Tensor, timestep: Tensor | int) -> Tensor:
-        """Normalised observations with the share of the longest episode that is behind them: what is left is part of a state."""
+        """Normalised observations and the share of the longest episode that is behind: what is left is part of a state."""
         time = torch.zeros_like(obs[..., :1]) + (timestep.unsqueeze(-1) if isinstance(timestep, Tensor) else timestep)
         return torch.cat([obs, time / self.horizon], -1)
 
@@ -145,10 +145,14 @@ class VAEBC(Agent):
             likelihood = normal_log_prob(mean, std, action)
         return -(likelihood * valid).sum(1) / valid.sum(1)
 
-    def prior_loss(self, batch: Batch, q: Tensor) -> Tensor:
-        """KL(q(z | future) || p(z | s)) per step of the windows, s the first state."""
+    def divergence(self, batch: Batch, q: Tensor, p: Tensor) -> Tensor:
+        """KL(q || p) per step of the windows."""
         assert batch.valid is not None
-        return self.latent.divergence(q, self.prior(self.states(batch)[:, :, 0])).sum(1) / batch.valid.sum((1, 2))
+        return self.latent.divergence(q, p).sum(1) / batch.valid.sum((1, 2))
+
+    def prior_loss(self, batch: Batch, q: Tensor) -> Tensor:
+        """KL(q(z | future) || p(z | s)), s the windows' first state."""
+        return self.divergence(batch, q, self.prior(self.states(batch)[:, :, 0]))
 
     def value_loss(self, batch: Batch, z: Tensor) -> Tensor:
         """(V(s, z) - R)^2 at the windows' first steps, where latents are chosen; returns standardised."""

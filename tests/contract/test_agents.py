@@ -35,7 +35,7 @@ compiled_agents = pytest.mark.parametrize(
 # Settings of sequence models, of ensembles and of methods that sample many actions.
 SMALL: dict[str, Any] = {"context": 3, "embed": 16, "layers": 1, "warmup": 20, "members": 3, "actions": 2, "suffix": 3}
 # What finds the toy task's optimum, where a default is meant for larger rewards: these terms pull the policy away from it.
-TOY: dict[str, dict[str, Any]] = {"cql": {"cql_alpha": 1.0}, "edac": {"eta": 0.1}}
+TOY: dict[str, dict[str, Any]] = {"cql": {"cql_alpha": 1.0}, "edac": {"eta": 0.1}, "doc": {"squeeze": 1.0}}
 
 
 def make(name: str, store: Store, seeds: Sequence[int] = (0,), **settings: Any) -> Agent:

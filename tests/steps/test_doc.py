@@ -1,0 +1,398 @@
+"""VAE-BC's and DoC's updates against a plain restatement in float64; who gets which gradient; bandits with known optima."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from plain import difference, sequential
+from test_rvs import make_bandit, make_store
+from torch import Tensor, nn
+
+from offrl.agent import Batch, Spec
+from offrl.agents.doc import DoC, contrast, reversed_gradient
+from offrl.agents.vae_bc import VAEBC
+from offrl.data.store import Store
+from offrl.engine import Eager
+from offrl.latents import Categorical, Gaussian
+from offrl.random import LaneRandom
+from offrl.sampling import Replay, Uniform
+
+SMALL: dict[str, Any] = {"hidden": (12, 12), "latent_size": 3, "suffix": 4, "lr": 1e-2, "normalize_obs": False}
+ROWS = [0, 5, 7, 8, 12, 20]  # starts, middles and last steps of episodes of 7, 1, 3 and 11 steps
+
+
+def make_agent(cls: Any, store: Store, seeds: tuple[int, ...] = (0,), **settings: Any) -> Any:
+    spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete))
+    agent = cls(spec, cls.Config(**{**SMALL, **settings})).to(store.rewards.dtype)
+    agent.attach(store)
+    return agent
+
+
+def windows(agent: Any, store: Store, rows: list[int] = ROWS) -> Batch:
+    index = torch.tensor(rows).expand(agent.spec.lanes, -1)
+    return agent.prepare(store.windows(index, agent.cfg.suffix, agent.extra))
+
+
+# ---- the update -----------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """One lane, window by window and step by step, from ordinary layers and optimisers."""
+
+    def __init__(self, agent: Any, store: Store) -> None:
+        self.agent, self.cfg, self.store, self.discrete = agent, agent.cfg, store, agent.spec.discrete
+        actor = agent.policy if self.discrete else agent.policy.mlp
+        names = ("embed", "posterior_head", "prior", "value")
+        self.nets = {n: sequential(getattr(agent, n), 0) for n in names} | {"policy": sequential(actor, 0)}
+        self.log_std = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        learnt = [p for net in self.nets.values() for p in net.parameters()]
+        self.learnt = learnt if self.discrete else [*learnt, self.log_std]
+        self.adam = torch.optim.AdamW(self.learnt, self.cfg.lr, weight_decay=self.cfg.weight_decay)
+        self.energies: dict[str, nn.Sequential] = {}
+        if isinstance(agent, DoC):
+            for name in ("energy_base", "energy"):
+                for part in ("phi", "psi"):
+                    self.energies[f"{name}/{part}"] = sequential(getattr(getattr(agent, name), part), 0)
+            parameters = chain.from_iterable(net.parameters() for net in self.energies.values())
+            self.energy_adam = torch.optim.Adam(parameters, self.cfg.energy_lr)
+        self.updates = 0
+
+    def episode(self, row: int) -> tuple[int, int]:
+        """First row of the window's episode, and the row behind the window."""
+        offsets, episode = self.store.offsets, int(self.store.episode_of_row[row])
+        return int(offsets[episode]), min(row + self.cfg.suffix, int(offsets[episode + 1]))
+
+    def state(self, row: int) -> Tensor:
+        return torch.cat(
+            [self.store.observations[row], torch.tensor([(row - self.episode(row)[0]) / 11], dtype=torch.float64)]
+        )
+
+    def action(self, row: int) -> Tensor:
+        action = self.store.actions[row]
+        return nn.functional.one_hot(action, 3).double() if self.discrete else action
+
+    def reward(self, row: int) -> Tensor:
+        return (self.store.rewards[row] / (self.store.rewards.std(correction=0) + 1e-6)).view(1)
+
+    def posterior(self, row: int) -> Tensor:
+        steps = range(row, self.episode(row)[1])
+        tokens = [torch.cat([self.state(i), self.action(i), self.reward(i)]) for i in steps]
+        return self.nets["posterior_head"](torch.stack([self.nets["embed"](x).relu() for x in tokens]).mean(0))
+
+    def distribution(self, outputs: Tensor) -> Any:
+        if self.cfg.latent == "categorical":
+            return torch.distributions.Categorical(logits=outputs)
+        mean, log_std = outputs.chunk(2)
+        return torch.distributions.Normal(mean, log_std.exp())
+
+    def latent(self, q: Any, noise: Tensor) -> Tensor:
+        """A sample by the given normals, or by the given number in [0, 1)."""
+        if self.cfg.latent == "gaussian":
+            return q.mean + q.stddev * noise
+        kind = int((q.probs.detach().cumsum(0)[:-1] <= noise).sum())
+        return torch.eye(3, dtype=torch.float64)[kind] + q.probs - q.probs.detach()
+
+    def divergence(self, q: Tensor, p: Tensor) -> Tensor:
+        return torch.distributions.kl_divergence(self.distribution(q), self.distribution(p)).sum()
+
+    def step(self, rows: list[int], noise: list[Tensor], picks: list[list[float]]) -> dict[str, float]:
+        """One update.
+
+        Args:
+            noise: of each window's latent.
+            picks: for every update of the energies in turn, where in each window its step lies, in [0, 1).
+        """
+        self.updates += 1
+        q = [self.posterior(row) for row in rows]
+        z = [self.latent(self.distribution(x), e) for x, e in zip(q, noise)]
+        if self.energies:
+            for pick in picks[:-1]:
+                self.energy_adam.zero_grad()
+                sum(self.contrasts(rows, [x.detach() for x in z], pick)).backward()
+                self.energy_adam.step()
+        steps = [(row, i, x) for row, x in zip(rows, z) for i in range(row, self.episode(row)[1])]
+        losses = {"action_loss": torch.stack([self.imitation(i, x) for _, i, x in steps]).mean()}
+        returns = self.store.return_to_go
+        keep = (lambda x: x.detach()) if self.energies else (lambda x: x)
+        errors, divergences = [], []
+        for row, x, y in zip(rows, z, q):
+            target = (returns[row] - returns.mean()) / (returns.std(correction=0) + 1e-6)
+            errors.append((self.nets["value"](torch.cat([self.state(row), keep(x)])) - target).square().sum())
+            divergences.append(self.divergence(keep(y), self.nets["prior"](self.state(row))))
+        losses["value_loss"] = torch.stack(errors).mean()
+        losses["prior_loss"] = self.cfg.kl_weight * torch.stack(divergences).sum() / len(steps)
+        total = sum(losses.values())
+        if self.energies:
+            beta = self.cfg.beta * min(1, (self.updates - 1) / self.cfg.beta_warmup)
+            base, constraint = self.contrasts(rows, [x.detach() - beta * (x - x.detach()) for x in z], picks[-1])
+            total = total + base + constraint
+            losses |= {"contrastive_loss": constraint, "information": base - constraint}
+            self.energy_adam.zero_grad()
+            if self.cfg.squeeze:
+                divergences = [self.divergence(y, self.nets["prior"](self.state(r)).detach()) for r, y in zip(rows, q)]
+                losses["squeeze"] = self.cfg.squeeze * torch.stack(divergences).sum() / len(steps)
+                total = total + losses["squeeze"]
+        self.adam.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(self.learnt, self.cfg.grad_clip)
+        self.adam.step()
+        if self.energies:
+            self.energy_adam.step()
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def imitation(self, i: int, z: Tensor) -> Tensor:
+        out = self.nets["policy"](torch.cat([self.state(i), z]))
+        if self.discrete:
+            return nn.functional.cross_entropy(out, self.store.actions[i])
+        return -torch.distributions.Normal(out.tanh(), self.log_std.exp()).log_prob(self.store.actions[i]).sum()
+
+    def contrasts(self, rows: list[int], z: list[Tensor], pick: list[float]) -> list[Tensor]:
+        chosen = [row + int(u * (self.episode(row)[1] - row)) for row, u in zip(rows, pick)]
+        known = [torch.cat([self.state(i), self.action(i)]) for i in chosen]
+        outcomes = [torch.cat([self.reward(i), self.store.next_observations[i]]) for i in chosen]
+        losses: list[list[Tensor]] = [[], []]
+        for i, context in enumerate(known):
+            base, full = [], []
+            for outcome in outcomes:
+                pair = {n: net(outcome) for n, net in self.energies.items() if n.endswith("psi")}
+                f0 = self.energies["energy_base/phi"](context) @ pair["energy_base/psi"] / 8
+                f1 = self.energies["energy/phi"](torch.cat([context, z[i]])) @ pair["energy/psi"] / 8
+                base.append(f0)
+                full.append(f0.detach() + f1)
+            for mine, energies in zip(losses, (base, full)):
+                mine.append(torch.stack(energies).exp().mean().log() - energies[i])
+        return [torch.stack(mine).mean() for mine in losses]
+
+    def distance(self) -> float:
+        agent, pairs = self.agent, []
+        for name, net in self.nets.items():
+            mlp = getattr(agent, name)
+            pairs.append((net, sequential(mlp if name != "policy" or self.discrete else mlp.mlp, 0)))
+        for name, net in self.energies.items():
+            energy, part = name.split("/")
+            pairs.append((net, sequential(getattr(getattr(agent, energy), part), 0)))
+        largest = max(difference(*pair) for pair in pairs)
+        return largest if self.discrete else max(largest, (self.log_std - agent.policy.log_std[0]).abs().max().item())
+
+
+@pytest.mark.parametrize("discrete", [None, 3])
+@pytest.mark.parametrize("latent", ["categorical", "gaussian"])
+@pytest.mark.parametrize("cls", [VAEBC, DoC])
+def test_updates_equal_a_plain_restatement(cls: Any, latent: str, discrete: int | None) -> None:
+    store = make_store(discrete)
+    more = {"beta": 1.5, "beta_warmup": 2, "energy_steps": 2, "energy_lr": 1e-2, "squeeze": 0.3} if cls is DoC else {}
+    agent = make_agent(cls, store, latent=latent, kl_weight=0.7, **more)
+    plain = Plain(agent, store)
+    assert plain.distance() == 0
+    for update in (1, 2, 3, 4):
+        agent.random.step.fill_(update)
+        if latent == "categorical":
+            noise = agent.random.uniform("doc/posterior", (6,))[0]
+        else:
+            noise = agent.random.normal("doc/posterior", torch.zeros(1, 6, 3, dtype=torch.float64))[0]
+        picks = [agent.random.uniform(name, (6,))[0].tolist() for name in ("doc/step/0", "doc/step")]
+        expected = plain.step(ROWS, list(noise), picks)
+        metrics = agent.update(windows(agent, store), 0)
+        assert metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            assert abs(metrics[name].item() - value) < 1e-10, name
+        assert plain.distance() < 1e-10 * update
+
+
+# ---- who gets which gradient ----------------------------------------------------------------------------------
+
+
+def touched(agent: Any, loss: Tensor) -> set[str]:
+    """Networks that a loss has a gradient other than zero for."""
+    names = ("embed", "posterior_head", "policy", "prior", "value", "energy_base", "energy")
+    nets = {name: list(getattr(agent, name).parameters()) for name in names if hasattr(agent, name)}
+    gradients = torch.autograd.grad(loss.sum(), list(chain(*nets.values())), allow_unused=True, retain_graph=True)
+    rest = iter(gradients)
+    found = {name: [next(rest) for _ in parameters] for name, parameters in nets.items()}
+    return {name for name, some in found.items() if any(g is not None and g.abs().max() > 0 for g in some)}
+
+
+@pytest.mark.parametrize("latent", ["categorical", "gaussian"])
+def test_each_loss_reaches_its_own_networks(latent: str) -> None:
+    """Posterior and policy imitate; energies learn the constraint and only the posterior suffers it; the rest looks on."""
+    store = make_store(3)
+    agent = make_agent(DoC, store, latent=latent)
+    batch = windows(agent, store)
+    q = agent.posterior(batch)
+    z = agent.latent.sample(q, agent.random, "z")
+    losses = agent.losses(batch, q, z)
+    posterior = {"embed", "posterior_head"}
+    assert touched(agent, losses["action_loss"]) == posterior | {"policy"}
+    assert touched(agent, losses["value_loss"]) == {"value"}
+    assert touched(agent, losses["prior_loss"]) == {"prior"}
+    base, constraint = agent.contrastive_losses(batch, z, "step")
+    assert touched(agent, base) == {"energy_base"}
+    assert touched(agent, constraint) == posterior | {"energy"}
+    vae = make_agent(VAEBC, store, latent=latent)
+    losses = vae.losses(batch, q := vae.posterior(batch), vae.latent.sample(q, vae.random, "z"))
+    assert touched(vae, losses["value_loss"]) == posterior | {"value"}
+    assert touched(vae, losses["prior_loss"]) == posterior | {"prior"}
+
+
+def test_the_posterior_climbs_what_the_energy_descends() -> None:
+    store = make_store()
+    agent = make_agent(DoC, store, seeds=(0, 1), latent="gaussian")
+    batch, beta = windows(agent, store), torch.tensor([0.5, 3.0])
+    z = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    energy = list(agent.energy.parameters())
+    with_sign = agent.contrastive_losses(batch, reversed_gradient(z, beta), "step")[1]
+    without = agent.contrastive_losses(batch, z, "step")[1]
+    assert torch.equal(with_sign, without)
+    up, *mine = torch.autograd.grad(with_sign.sum(), [z, *energy])
+    down, *theirs = torch.autograd.grad(without.sum(), [z, *energy])
+    torch.testing.assert_close(up, -beta.double().view(2, 1, 1) * down)
+    assert down.abs().max() > 0
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+
+
+def test_the_contrastive_loss_knows_its_outcomes() -> None:
+    """Other rewards, or other next states, make another loss; so do shuffled latents."""
+    store = make_store()
+    agent = make_agent(DoC, store)
+    batch = windows(agent, store)
+    z = torch.eye(3, dtype=torch.float64)[torch.tensor([[0, 1, 2, 0, 1, 2]])]
+    before = agent.contrastive_losses(batch, z, "step")
+    for name in ("reward", "next_obs"):
+        other = copy.copy(batch)
+        setattr(other, name, getattr(batch, name).flip(1))
+        assert all((a - b).abs() > 1e-6 for a, b in zip(before, agent.contrastive_losses(other, z, "step")))
+    after = agent.contrastive_losses(batch, z.roll(1, 1), "step")
+    assert torch.equal(before[0], after[0])
+    assert (before[1] - after[1]).abs() > 1e-6
+
+
+# ---- closed forms ---------------------------------------------------------------------------------------------
+
+
+def test_the_contrastive_bound_equals_the_information_at_the_best_energy() -> None:
+    """f = log P(y | x) / P(y) makes the loss minus the information; a constant makes it 0; log(batch) is the most it sees."""
+    joint = torch.tensor([[0.3, 0.1], [0.15, 0.45]], dtype=torch.float64)
+    counts = (joint * 20).round().long()
+    x, y = (torch.arange(2).repeat_interleave(n) for n in (counts.sum(1), counts.sum(0)))
+    x, y = (
+        torch.cat([torch.full((int(n),), i) for i, row in enumerate(counts) for n in row]),
+        torch.cat([torch.full((int(n),), j) for row in counts for j, n in enumerate(row)]),
+    )
+    ratio = (joint / joint.sum(1, keepdim=True) / joint.sum(0)).log()
+    information = (joint * ratio).sum()
+    torch.testing.assert_close(contrast(ratio[x][:, y].unsqueeze(0)), -information.view(1))
+    assert contrast(torch.full((1, 20, 20), 3.0).double()).abs() < 1e-12
+    torch.testing.assert_close(
+        contrast(1e3 * torch.eye(20).double().unsqueeze(0)), torch.tensor([-math.log(20)]).double()
+    )
+
+
+def test_latents_diverge_as_their_laws_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, p = torch.randn(2, 1, 5, 6, generator=generator).double()
+    normal, kinds = torch.distributions.Normal, torch.distributions.Categorical
+    halves = [x.chunk(2, -1) for x in (q, p)]
+    expected = torch.distributions.kl_divergence(*(normal(m, s.exp()) for m, s in halves)).sum(-1)
+    torch.testing.assert_close(Gaussian(3).divergence(q, p), expected)
+    expected = torch.distributions.kl_divergence(kinds(logits=q), kinds(logits=p))
+    torch.testing.assert_close(Categorical(6).divergence(q, p), expected)
+
+
+def test_latents_are_drawn_from_their_laws() -> None:
+    random, outputs = LaneRandom((0,)), torch.tensor([0.0, 1.0, -1.0, 0.5]).double()
+    many = outputs.expand(1, 40_000, 4).requires_grad_()
+    z = Categorical(4).sample(many, random, "z")
+    probability = outputs.softmax(0)
+    assert ((z == 0) | (z == 1)).all()
+    torch.testing.assert_close(z.mean((0, 1)), probability, rtol=0, atol=0.01)  # four standard errors
+    (gradient,) = torch.autograd.grad(z[..., 1].sum(), many)
+    torch.testing.assert_close(gradient[0, 0], probability[1] * (torch.eye(4).double()[1] - probability))
+    z = Gaussian(2).sample(many, random, "z")
+    torch.testing.assert_close(z.mean((0, 1)), outputs[:2], rtol=0, atol=0.04)
+    torch.testing.assert_close(z.std((0, 1)), outputs[2:].exp(), rtol=0, atol=0.04)
+
+
+# ---- acting ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unlikely_kind_is_no_candidate() -> None:
+    """The value of a kind that the prior never gives means nothing, however high it is."""
+    store = make_store(3)
+    agent = make_agent(DoC, store, least_mass=[0.01])
+    obs = store.observations[:5].unsqueeze(0)
+    with torch.no_grad():
+        agent.value.weights[1].abs_()
+        agent.value.weights[2].abs_()  # so that what lifts the first layer lifts the value
+        agent.prior.biases[-1][0] = torch.tensor([0.0, 0.5, -30.0])
+        before, promised = agent.select_action(obs), agent.promise(obs, agent.memory(5))
+        agent.value.weights[0][0, :, -1] += 50.0  # the last input is the last kind
+        assert torch.equal(agent.select_action(obs), before)
+        assert torch.equal(agent.promise(obs, agent.memory(5)), promised)
+        agent.prior.biases[-1][0, 2] = 0.0
+        assert (agent.promise(obs, agent.memory(5)) > promised + 1).all()
+        agent.cfg.least_mass = 1.0  # nothing has so much: the likeliest kinds remain
+        assert agent.promise(obs, agent.memory(5)).isfinite().all()
+
+
+@pytest.mark.parametrize("latent", ["categorical", "gaussian"])
+def test_the_latent_in_use_has_the_highest_value(latent: str) -> None:
+    """Among the candidates, which differ; it is kept for the episode, or for as many steps as `hold` says."""
+    store = make_store()
+    agent = make_agent(DoC, store, seeds=(0, 1), latent=latent, candidates=50, hold=2)
+    obs = store.observations[:4].expand(2, -1, -1)
+    memory = agent.memory(4)
+    agent.select_action(obs, memory)
+    state = agent.state(obs, 0)
+    z, _ = agent.latent.candidates(agent.prior(state), 50, 0.0, agent.random, f"{memory.name}/latent/0")
+    values = torch.stack([agent.values(state, z[:, :, i]) for i in range(z.shape[2])], -1)
+    assert (values.std(-1) > 0).all()
+    torch.testing.assert_close(memory.value, values.max(-1).values)
+    torch.testing.assert_close(
+        memory.latent, z.gather(2, values.argmax(-1).view(2, 4, 1, 1).expand(-1, -1, 1, 3))[:, :, 0]
+    )
+    promised = memory.value * agent.return_std + agent.return_mean
+    torch.testing.assert_close(agent.promise(obs, memory), promised)
+    after = agent.observe(memory, store.actions[:4].expand(2, -1, -1), torch.zeros(2, 4))
+    assert after.latent is memory.latent
+    assert agent.observe(after, store.actions[:4].expand(2, -1, -1), torch.zeros(2, 4)).latent is None
+
+
+# ---- bandits --------------------------------------------------------------------------------------------------
+
+BANDIT: dict[str, Any] = {"latent_size": 4, "suffix": 1, "hidden": (32,), "lr": 3e-3}
+
+
+def play(agent: Any, p: float) -> tuple[Tensor, Tensor]:
+    """What each lane's policy earns on average, and what it promises; both exact, `[lanes]`."""
+    lanes = agent.spec.lanes
+    obs, memory = torch.ones(lanes, 1, 1), agent.memory(1)
+    promise = agent.promise(obs, memory)[:, 0]
+    with torch.no_grad():
+        share = agent.policy(torch.cat([agent.state(obs, 0), memory.latent], -1)).softmax(-1)[:, 0, 1]
+    return p + (1 - 2 * p) * share, promise
+
+
+def learn(cls: Any, store: Store, updates: int = 1000, lanes: int = 10, **settings: Any) -> Any:
+    agent = make_agent(cls, store, tuple(range(lanes)), **{**BANDIT, **settings})
+    Eager(agent, Replay([(store, Uniform(store), 1.0)], 64, agent.window, agent.extra)).run(0, updates)
+    return agent
+
+
+def test_doc_finds_the_better_arm_where_conditioning_on_luck_prefers_the_worse() -> None:
+    """p = 0.3, the worse arm pulled 19 times of 20: P(better | R = 1) = 0.11. The best policy earns 0.7.
+
+    VAE-BC, the same without the constraint, takes the latent that says "it paid", promises more than it gets, and pulls the
+    worse arm; so does return conditioning (tests/steps/test_rvs.py).
+    """
+    store = make_bandit(0.3, 0.95, 1000)
+    earned, promised = play(learn(DoC, store, energy_lr=3e-3), 0.3)
+    assert (earned > 0.67).sum() >= 9
+    assert ((promised - earned).abs() < 0.1).sum() >= 9  # the better arm was pulled 50 times: its mean's error is 0.065
+    earned, promised = play(learn(VAEBC, store), 0.3)
+    assert (earned < 0.4).sum() >= 9
+    assert (promised - earned > 0.1).sum() >= 9
