@@ -161,6 +161,13 @@ class Agent(nn.Module):
         """The memory after `action` brought `reward`, both `[lanes, envs, ...]`."""
         return memory
 
+    def label(self, batch: Batch) -> Tensor | None:
+        """What training tells the policy of each sample's future, `[lanes, batch, n]`; None: nothing.
+
+        Of windows, what it is told at their first step. `offrl probe` asks how much luck is in it.
+        """
+        return None
+
     def promise(self, obs: Tensor, memory: Any) -> Tensor | None:
         """The return `[lanes, envs]` that the policy expects, or was asked for, of the episodes that begin now.
 

@@ -24,6 +24,7 @@ offrl status RUNS...             how far runs are, and what failed
 offrl augment train|sample|metrics   synthetic trajectories: their model, a file of them, what they are worth
 offrl report RUNS...             tables and curves of runs
 offrl select RUNS...             rank policies without the environment
+offrl probe RUN...               promised against obtained return, and luck in what a policy is told
 offrl agents [NAME]              the methods and their settings
 """
 
@@ -79,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--workers", type=int, help="processes that step environments (default: one per core)")
     evaluate.add_argument("--json", action="store_true", help="print JSON with every episode")
     evaluate.set_defaults(run=_evaluate)
+    probe = subparsers.add_parser("probe", help="promised against obtained return, and luck in what a policy is told")
+    probe.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
+    probe.add_argument("--episodes", type=int, default=100, help="per lane (default 100; 0: play none)")
+    probe.add_argument("--updates", type=int, default=1000, help="of the probing networks (default 1000; 0: no leak)")
+    probe.add_argument("--sampled", action="store_true", help="draw discrete actions instead of taking the likeliest")
+    probe.add_argument("--plot", type=Path, metavar="FILE", help="obtained against promised returns as PNG")
+    probe.add_argument("--json", action="store_true", help="print JSON with every lane")
+    probe.set_defaults(run=_probe)
     agents = subparsers.add_parser("agents", help="the methods and their settings")
     agents.add_argument("name", nargs="?")
     agents.set_defaults(run=_agents)
@@ -248,6 +257,28 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         numbers = (scores[lane].mean(), scores[lane].std(), played.returns[lane].mean(), played.lengths[lane].mean())
         table.add_row(str(seed), *(f"{number:.1f}" for number in numbers))
     Console().print(table)
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from offrl import probes
+    from offrl.paths import replacing
+
+    if min(arguments.episodes, arguments.updates) < 0:
+        raise OffrlError("--episodes and --updates should be at least 0.")
+    found = [probes.probe(run, arguments.episodes, arguments.updates, arguments.sampled) for run in arguments.runs]
+    if arguments.plot:
+        try:
+            with replacing(arguments.plot) as path:
+                probes.draw(found).savefig(path, format="png", dpi=200, bbox_inches="tight")
+        except OSError as error:
+            raise OffrlError(f"{arguments.plot} could not be written ({error.strerror or error}).") from error
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in found]))
+    else:
+        probes.show(found)
     return 0
 
 

@@ -29,10 +29,10 @@ STYLE: dict[Any, Any] = {
 
 def _looks(cells: list[Cell]) -> dict[str, tuple[str, Any]]:
     """Colour and line style of each method, the same in all panels."""
-    return _looks_of(sorted({cell.method for cell in cells}))
+    return looks_of(sorted({cell.method for cell in cells}))
 
 
-def _looks_of(methods: Sequence[str]) -> dict[str, tuple[str, Any]]:
+def looks_of(methods: Sequence[str]) -> dict[str, tuple[str, Any]]:
     return {m: (COLOURS[i % 8], ("-", "--", ":", "-.")[i // 8 % 4]) for i, m in enumerate(methods)}
 
 
@@ -155,7 +155,7 @@ def draw_profiles(groups: Mapping[str, Mapping[str, Sequence[Any]]]) -> Figure:
     from matplotlib.lines import Line2D
 
     methods = sorted({method for group in groups.values() for method in group})
-    looks = _looks_of(methods)
+    looks = looks_of(methods)
     across = min(max(len(groups), 1), 3)
     down = max(1, math.ceil(len(groups) / across))
     with matplotlib.rc_context(STYLE):

@@ -10,17 +10,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from offrl.agent import Agent, Batch
-from offrl.nets import MLP, Adam, DeterministicActor
+from offrl.nets import MLP, Adam, DeterministicActor, choose
 
 
 @dataclass
 class BCConfig:
     lr: float = 3e-4  # of the actor
     hidden: tuple[int, ...] = (256, 256)  # widths of the actor's hidden layers
+    sample_actions: bool = False  # discrete actions: draw from the policy instead of taking the likeliest
     normalize_obs: bool = True  # standardise observations with the dataset's statistics
+
+
+@dataclass
+class Memory:
+    """Steps behind us, and the name of the coins that discrete actions toss."""
+
+    name: str
+    time: int = 0
 
 
 class BC(Agent):
@@ -31,6 +41,7 @@ class BC(Agent):
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
+        self.waves = 0
         if spec.discrete:
             self.actor: MLP | DeterministicActor = MLP(
                 spec.seeds, [spec.obs_dim, *cfg.hidden, spec.action_dim], name="actor"
@@ -43,6 +54,20 @@ class BC(Agent):
     def act(self, obs: Tensor) -> Tensor:
         out = self.actor(obs)
         return out.argmax(-1) if self.spec.discrete else out
+
+    def memory(self, envs: int) -> Memory:
+        self.waves += 1
+        return Memory(f"bc/act/{self.waves}")
+
+    def observe(self, memory: Memory, action: Tensor, reward: Tensor) -> Memory:
+        return Memory(memory.name, memory.time + 1)
+
+    @torch.no_grad()
+    def select_action(self, obs: Tensor, memory: Memory | None = None) -> Tensor:
+        if not (self.spec.discrete and self.cfg.sample_actions and memory):
+            return super().select_action(obs, memory)
+        coin = self.random.uniform(f"{memory.name}/{memory.time}", obs.shape[1:2])
+        return choose(self.actor(self.normalize(obs)), coin)
 
     def bc_loss(self, batch: Batch) -> Tensor:
         """`[lanes]`: mean over batch and action dimensions."""

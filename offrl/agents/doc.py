@@ -20,6 +20,7 @@ beta grows over the first updates, lest a posterior that plays against an ignora
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +44,12 @@ class DoCConfig(VAEBCConfig):
 class Energy(nn.Module):
     """f_ij = <phi(context_i), psi(outcome_j)> / sqrt(size) for all pairs of a batch."""
 
-    def __init__(self, name: str, seeds: tuple[int, ...], context: int, outcome: int, cfg: DoCConfig) -> None:
+    def __init__(
+        self, name: str, seeds: Sequence[int], context: int, outcome: int, hidden: Sequence[int], size: int
+    ) -> None:
         super().__init__()
-        self.phi = MLP(seeds, [context, *cfg.hidden, cfg.energy_size], name=f"doc/{name}/phi")
-        self.psi = MLP(seeds, [outcome, *cfg.hidden, cfg.energy_size], name=f"doc/{name}/psi")
+        self.phi = MLP(seeds, [context, *hidden, size], name=f"doc/{name}/phi")
+        self.psi = MLP(seeds, [outcome, *hidden, size], name=f"doc/{name}/psi")
 
     def forward(self, context: Tensor, outcome: Tensor) -> Tensor:
         """`[lanes, batch, batch]`."""
@@ -63,8 +66,9 @@ class DoC(VAEBC):
         super().build()
         spec, cfg = self.spec, self.cfg
         known, outcome = spec.obs_dim + 1 + spec.action_dim, spec.obs_dim + 1
-        self.energy_base = Energy("base", spec.seeds, known, outcome, cfg)
-        self.energy = Energy("energy", spec.seeds, known + cfg.latent_size, outcome, cfg)
+        shape = cfg.hidden, cfg.energy_size
+        self.energy_base = Energy("base", spec.seeds, known, outcome, *shape)
+        self.energy = Energy("energy", spec.seeds, known + cfg.latent_size, outcome, *shape)
         self.energy_learnt = [*self.energy_base.parameters(), *self.energy.parameters()]
         self.squeezed = isinstance(cfg.squeeze, Tensor) or cfg.squeeze > 0
         self.energy_optimizer = Adam(self.energy_learnt, cfg.energy_lr)

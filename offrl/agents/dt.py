@@ -193,6 +193,11 @@ class DT(Agent):
         goal = self.target.unsqueeze(1).expand(-1, envs)
         return Memory(goal, goal.new_zeros(*goal.shape, 0, self.cfg.embed), name=name)
 
+    def label(self, batch: Batch) -> Tensor:
+        """The return to go."""
+        assert batch.return_to_go is not None
+        return batch.return_to_go[:, :, :1]
+
     def promise(self, obs: Tensor, memory: Memory) -> Tensor:
         """The return that was asked for."""
         return memory.return_to_go

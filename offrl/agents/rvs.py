@@ -83,9 +83,7 @@ class RvS(Agent):
 
     def action_loss(self, batch: Batch) -> Tensor:
         """`[lanes]`: mean -log pi(a | s, R)."""
-        assert batch.return_to_go is not None
-        assert batch.timestep is not None
-        out = self.actor(torch.cat([batch.obs, self.goal(batch.return_to_go, batch.timestep)], -1))
+        out = self.actor(torch.cat([batch.obs, self.label(batch)], -1))
         if self.spec.discrete:
             return -out.log_softmax(-1).gather(-1, batch.action.unsqueeze(-1)).mean((-2, -1))
         mean, std = out
@@ -95,6 +93,12 @@ class RvS(Agent):
         loss = self.action_loss(batch)
         self.optimizer.step(loss)
         return {"action_loss": loss.detach()}
+
+    def label(self, batch: Batch) -> Tensor:
+        """The return to go, as the policy is told it."""
+        assert batch.return_to_go is not None
+        assert batch.timestep is not None
+        return self.goal(batch.return_to_go, batch.timestep)
 
     # ---- acting -----------------------------------------------------------------------------------------------
 

@@ -181,6 +181,10 @@ class VAEBC(Agent):
         self.optimizer.step(torch.stack(list(losses.values())).sum(0))
         return {name: loss.detach() for name, loss in losses.items()}
 
+    def label(self, batch: Batch) -> Tensor:
+        """z, drawn from the posterior."""
+        return self.latent.sample(self.posterior(batch), self.random, "doc/label")
+
     # ---- acting -----------------------------------------------------------------------------------------------
 
     def choose_latent(self, state: Tensor, name: str) -> tuple[Tensor, Tensor]:

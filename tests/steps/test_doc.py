@@ -377,8 +377,10 @@ def play(agent: Any, p: float) -> tuple[Tensor, Tensor]:
     return p + (1 - 2 * p) * share, promise
 
 
-def learn(cls: Any, store: Store, updates: int = 1000, lanes: int = 10, **settings: Any) -> Any:
-    agent = make_agent(cls, store, tuple(range(lanes)), **{**BANDIT, **settings})
+def learn(
+    cls: Any, store: Store, seeds: tuple[int, ...] = tuple(range(10)), updates: int = 1000, **settings: Any
+) -> Any:
+    agent = make_agent(cls, store, seeds, **{**BANDIT, **settings})
     Eager(agent, Replay([(store, Uniform(store), 1.0)], 64, agent.window, agent.extra)).run(0, updates)
     return agent
 

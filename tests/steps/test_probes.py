@@ -1,0 +1,113 @@
+"""Luck in labels, against closed forms in a bandit; promises and returns of runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_doc import BANDIT, learn, make_agent
+from test_rvs import make_agent as make_rvs
+from test_rvs import make_bandit
+
+from offrl.agents.doc import DoC
+from offrl.agents.vae_bc import VAEBC
+from offrl.cli import main
+from offrl.data.store import Store
+from offrl.engine import Eager
+from offrl.errors import OffrlError
+from offrl.probes import Leak, draws, leak, probe, reward_and_state
+from offrl.sampling import Replay, Uniform
+from offrl.train import train
+
+
+def entropy(p: float) -> float:
+    x = torch.tensor([p, 1 - p])
+    return float(-(x * x.log()).sum())
+
+
+def in_bandit(agent: Any, store: Store, updates: int = 250) -> Leak:
+    found = leak(agent, store, reward_and_state(agent, store), updates, hidden=(32,))
+    assert found is not None
+    return found
+
+
+def test_a_return_tells_all_of_a_bandits_luck() -> None:
+    """I(r; R | a) = H(r | a) where R = r; I(r; a) is what the arm says. Held-out pulls: 250 of each kind at random."""
+    store = make_bandit(0.3, 0.7, 4000)
+    found = in_bandit(make_rvs(store, (0, 1), hidden=(8,)), store)
+    information = entropy(0.42) - entropy(0.3)
+    assert all(abs(x - information) < 0.02 for x in found.known)
+    assert all(abs(x - entropy(0.3)) < 0.03 for x in found.gain)
+    assert all(abs(x) < 0.005 for x in found.control)
+
+
+def test_the_constraint_takes_luck_out_of_a_latent_that_has_it() -> None:
+    """VAE-BC's latent tells the coin. Going on from its networks under the constraint it forgets that, and keeps the arm."""
+    store, seeds = make_bandit(0.3, 0.7, 1000), (0, 0)
+    vae = learn(VAEBC, store, seeds, updates=600, kl_weight=0.1)
+    before = in_bandit(vae, store)
+    assert min(before.gain) > 0.1
+    assert max(map(abs, before.control)) < 0.01
+    agent = make_agent(DoC, store, seeds, **{**BANDIT, "energy_lr": 3e-3, "beta": [0.0, 2.0]})
+    missing, unexpected = agent.load_state_dict(vae.state_dict(), strict=False)
+    assert all(name.startswith("energy") for name in missing)
+    assert not unexpected
+    agent.optimizer.count.zero_()
+    metrics = Eager(agent, Replay([(store, Uniform(store), 1.0)], 64, agent.window, agent.extra)).run(0, 1200)
+    unconstrained, constrained = in_bandit(agent, store).gain
+    assert unconstrained > 0.1  # nothing else takes it out
+    assert constrained < 0.02
+    assert metrics["action_loss"][1] < 0.1  # of H(a) = 0.61
+
+
+def test_whole_numbers_are_kinds_and_others_are_standardised() -> None:
+    assert draws(torch.tensor([0, 2, 1])).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    numbers = draws(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    torch.testing.assert_close(numbers, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+
+
+def test_too_few_episodes_are_refused() -> None:
+    store = make_bandit(0.3, 0.7, 100).select_episodes(torch.arange(3))
+    with pytest.raises(OffrlError, match="3 episodes"):
+        in_bandit(make_rvs(store, hidden=(8,)), store)
+
+
+def test_probe_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RvS asks a bandit for 1 and gets what its arm pays; its label tells the coin, arm and outcome being known or not."""
+    folders = []
+    for agent, lanes in (("rvs.RvS", 2), ("bc.BC", 1)):
+        settings = {"_target_": f"offrl.agents.{agent}", "hidden": [16], "lr": 1e-2}
+        if agent == "rvs.RvS":
+            settings |= {"average": False}
+        values = {
+            "agent": settings,
+            "dataset": "forge/bandit/skewed-v0",
+            "lanes": lanes,
+            "updates": 300,
+            "batch_size": 64,
+        }
+        values |= {"out": str(tmp_path), "progress": False, "eval": {"every": 0, "final_episodes": 0}}
+        folders.append(train(values).folder)
+    found = probe(folders[0], episodes=2000, updates=150, sampled=True)
+    assert found.promised == [1, 1]
+    assert found.obtained is not None
+    assert all(abs(x - 0.344) < 0.1 for x in found.obtained)  # the exact value of sampled return conditioning
+    assert found.outcome is not None
+    assert found.noise is not None
+    assert min(found.outcome.gain) > 0.5
+    assert min(found.noise.gain) > 0.5  # the coin is known from arm and reward
+    assert max(map(abs, (*found.noise.known, *found.noise.control))) < 0.02  # the arm alone says nothing of it
+    assert probe(folders[1], episodes=0, updates=1).outcome is None
+    plot = tmp_path / "p.png"
+    words = ["probe", *map(str, folders), "--episodes", "10", "--updates", "0", "--plot", str(plot), "--json"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [one["promised"] for one in told] == [[1, 1], None]
+    assert plot.stat().st_size > 1000
+    assert main(words[:-1]) == 0
+    assert "rvs" in capsys.readouterr().out
+    assert main(["probe", str(folders[1]), "--plot", str(plot), "--updates", "0"]) == 2
+    assert "nothing to plot" in capsys.readouterr().err
