@@ -16,21 +16,30 @@ def load(checkout: Path, name: str) -> Any:
     path = checkout / "algorithms" / "offline" / f"{name}.py"
     if not path.exists():
         raise SystemExit(f"{path} is missing; name a checkout of {REPOSITORY}.")
-    for missing in ("d4rl", "gym", "pyrallis", "wandb", "tqdm"):
-        if missing not in sys.modules and importlib.util.find_spec(missing) is None:
-            sys.modules[missing] = types.ModuleType(missing)
-    stubs: Any = sys.modules
-    for package, attribute, value in (
-        ("gym", "Env", object),
-        ("pyrallis", "wrap", lambda: lambda function: function),
-        ("tqdm", "trange", range),
-    ):
-        if package in stubs and not hasattr(stubs[package], attribute):
-            setattr(stubs[package], attribute, value)
+    stubs: dict[str, dict[str, Any]] = {
+        "d4rl": {},
+        "gym": {"Env": object},
+        "pyrallis": {"wrap": lambda: lambda function: function},
+        "wandb": {},
+        "tqdm": {"trange": range},
+        "tqdm.auto": {"trange": range},
+    }
+    before = {package: sys.modules.get(package) for package in stubs}
+    for package, contents in stubs.items():
+        stub = types.ModuleType(package)
+        vars(stub).update(contents)
+        sys.modules[package] = stub
     location = importlib.util.spec_from_file_location(f"corl_{name}", path)
     assert location is not None
     assert location.loader is not None
     module = importlib.util.module_from_spec(location)
     sys.modules[location.name] = module
-    location.loader.exec_module(module)
+    try:
+        location.loader.exec_module(module)
+    finally:
+        for package, original in before.items():
+            if original is None:
+                del sys.modules[package]
+            else:
+                sys.modules[package] = original
     return module

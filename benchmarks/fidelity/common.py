@@ -108,7 +108,10 @@ def random_store(dtype: torch.dtype) -> Store:
     reward = torch.randn(ROWS, generator=generator, dtype=torch.float64)
     done = (torch.rand(ROWS, generator=generator) < 0.01).double()
     tensors = [t.to(dtype) for t in (obs[:-1], action, reward, obs[1:], done)]
-    return Store(*tensors, torch.arange(0, ROWS + 1, 1000))
+    offsets = torch.arange(0, ROWS + 1, 1000)
+    # A tail behind every episode, so that each row has a next action.
+    tails = {"tail_actions": action[offsets[:-1]].to(dtype), "has_tail": torch.ones(len(offsets) - 1, dtype=torch.bool)}
+    return Store(*tensors, offsets, **tails)
 
 
 class Fed:
@@ -162,12 +165,12 @@ def compare(comparison: Comparison, dtype: torch.dtype, marks: Sequence[int]) ->
     theirs = comparison.theirs(agent, store)
     pairs = comparison.pairs(agent, theirs)
     start_alike(agent, pairs)
-    engine = Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH))
+    engine = Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH, extra=agent.extra))
     random, sampler, fed, done = LaneRandom((SEED,)), Uniform(store), Fed(), 0
     for mark in marks:
         for t in range(done + 1, mark + 1):
             rows = sampler.draw(random, torch.tensor([t]), BATCH, "sampler/0")[0]
-            batch = agent.prepare(store.transitions(rows))[0]
+            batch = agent.prepare(store.transitions(rows, agent.extra))[0]
             random.step.fill_(t)
             fed.batch = tuple(getattr(batch, name).reshape(BATCH, -1) for name in comparison.order)
             noise = (random.normal(name, torch.empty(1, BATCH, width)) for name, width in comparison.draws)
