@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from offrl import published
 from offrl.agent import Spec
 from offrl.compose import compose, tolerant
 from offrl.config import TrainConfig, build, chosen_settings
@@ -374,6 +375,14 @@ def test_published_settings_of_the_baselines() -> None:
     assert made.train.data.reward_scale == 100.0
     given, _ = settings("rebrac", "walker2d-medium-replay-v2")
     assert given == {"actor_bc": 0.05, "critic_bc": 0.01, "actor_lr": 1e-3, "critic_lr": 1e-3}
+
+
+def test_percentile_bc_is_bc_under_a_sampler() -> None:
+    """Recipe and label: the tenth of the trajectories, and the name under which its published scores are found."""
+    made = plan(compose({"experiment": "percentile_bc/gym", "dataset": "hopper-medium-v2"}))
+    assert made.agent == {"_target_": "offrl.agents.bc.BC"}
+    assert made.method == "bc+Top-10%"
+    assert {row.mean for row in published.lookup(made.to_dict()["method"], "hopper-medium-v2")} == {55.48}
 
 
 def test_every_preset_composes() -> None:
