@@ -66,6 +66,7 @@ class Agent(nn.Module):
         window: length of the windows the agent learns from; None for transitions.
         extra: further fields of the batch it needs (see `Store.transitions`).
         takes_discrete: whether it can act by integers; one that can't refuses a dataset of discrete actions.
+        starts_after: updates that prepare what the policy learns from, before it learns anything.
         obs_eps: what is added to the observations' deviation; 1e-3 in TD3+BC and its descendants.
     """
 
@@ -75,6 +76,7 @@ class Agent(nn.Module):
     takes_discrete: ClassVar[bool] = False
     obs_eps: ClassVar[float] = 1e-3
     window: int | None = None
+    starts_after: int = 0
     attached: Any = None
     obs_mean: Tensor
     obs_scale: Tensor
@@ -104,7 +106,7 @@ class Agent(nn.Module):
         """One update on a batch with normalised observations; metrics are `[lanes]`.
 
         Args:
-            phase: number of the update within its period, 0 ... period - 1.
+            phase: what kind of update this is, as `phase` says; by default its number within the period.
         No copy to the host, no branch on a tensor's value, no shape that depends on data: engines capture this.
         """
         raise NotImplementedError
@@ -142,6 +144,13 @@ class Agent(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "attached": None}
+
+    def phase(self, step: int) -> int:
+        """What kind of update comes after `step` updates; `update` is told.
+
+        Its number within the period, unless a method trains in stages: then it also says which stage this is.
+        """
+        return step % self.period
 
     # ---- what others use --------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ to draw for many updates at once. `Compiled` and `CudaGraph` may differ from it 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from typing import Protocol
 
 import torch
@@ -51,7 +52,7 @@ class Eager:
             self._announce(step + 1, count)
             for i in range(count):
                 with _autocast(self.device, self.precision):
-                    metrics |= self.update(batches[i], (step + i) % self.agent.period)
+                    metrics |= self.update(batches[i], self.agent.phase(step + i))
                 self.agent.random.advance()
             step += count
         self.agent.random.look_ahead(end, 0)
@@ -96,7 +97,8 @@ class CudaGraph:
     """Captures whole periods of "draw + update" in one CUDA graph and replays it: no launch cost, no host in the loop.
 
     Works since an update has no host copy and every random draw reads the update's number from a device tensor, which
-    the graph itself advances. Updates that don't fill a whole graph run eagerly.
+    the graph itself advances. Updates that don't fill a whole graph run eagerly, and so do the first of every phase. Where
+    an agent's phases change for good (a stage of its training is over), another graph is captured.
 
     Args:
         updates_per_launch: updates in one graph, rounded up to whole periods.
@@ -107,32 +109,42 @@ class CudaGraph:
         self.agent = agent
         self.size = -(-updates_per_launch // agent.period) * agent.period
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.phases: list[int] = []  # of the updates that the graph holds
+        self.met: Counter[int] = Counter()  # how often each phase has run eagerly, which fills lazily made buffers
         self.metrics: dict[str, Tensor] = {}
 
     def run(self, step: int, updates: int) -> dict[str, Tensor]:
-        end, metrics = step + updates, {}
-        head = min(-step % self.agent.period, updates)
-        if self.graph is None:  # two periods outside the graph fill lazily made buffers before the capture
-            head = min(head + 2 * self.agent.period, updates)
-        if head:
-            metrics = self.eager.run(step, head)
-            step += head
-        if end - step >= self.size:
-            if self.graph is None:
+        end = step + updates
+        metrics: dict[str, Tensor] = {}
+        while step < end:
+            phases = [self.agent.phase(step + i) for i in range(self.size)]
+            eager = self._eager_first(step, phases)
+            if eager or end - step < self.size:
+                count = min(eager or end - step, end - step)
+                metrics |= self.eager.run(step, count)
+                self.met.update(self.agent.phase(step + i) for i in range(count))
+                step += count
+                continue
+            if self.graph is None or self.phases != phases:
+                self.phases = phases
                 self._capture()
             assert self.graph is not None
             self.agent.random.step.fill_(step)
-            while end - step >= self.size:
+            while end - step >= self.size and phases == self.phases:
                 self.graph.replay()
                 step += self.size
+                phases = [self.agent.phase(step + i) for i in range(self.size)]
             metrics |= {name: value.clone() for name, value in self.metrics.items()}
-        if step < end:
-            metrics |= self.eager.run(step, end - step)
         return metrics
+
+    def _eager_first(self, step: int, phases: list[int]) -> int:
+        """Updates until a period begins, and two periods more where a phase is new."""
+        new = 0 if all(self.met[phase] > 1 for phase in phases) else 2 * self.agent.period
+        return -step % self.agent.period + new
 
     def renew(self) -> None:
         """Capture again: the graph reads the Stores that it was captured with."""
-        self.graph = None
+        self.graph, self.met = None, Counter()
 
     def _capture(self) -> None:
         torch.cuda.synchronize()
@@ -150,7 +162,7 @@ class CudaGraph:
         for i in range(self.size):
             agent.random.step.add_(1)
             with _autocast(self.eager.device, self.eager.precision):
-                metrics |= agent.update(batches[i], i % agent.period)
+                metrics |= agent.update(batches[i], self.phases[i])
         return metrics
 
 

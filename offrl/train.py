@@ -380,6 +380,11 @@ class Trainer:
             device=self.device,
         )
         self.agent = make_agent(job.agent, self.spec)
+        if self.cfg.updates <= self.agent.starts_after:
+            raise OffrlError(
+                f"updates={self.cfg.updates}: {job.agent_name} prepares for {self.agent.starts_after} updates before its "
+                "policy learns anything; make more, or shorten its first stages (`offrl agents` names them)."
+            )
         self.agent.attach(self.store)
         self.sampler = make_sampler(job.sampler, parts, self.seeds)  # by the rewards as recorded
         self.synthetic = self._synthetic(recorded)

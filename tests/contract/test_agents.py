@@ -34,8 +34,10 @@ compiled_agents = pytest.mark.parametrize(
 )
 # Settings of sequence models, of ensembles and of methods that sample many actions.
 SMALL: dict[str, Any] = {"context": 3, "embed": 16, "layers": 1, "warmup": 20, "members": 3, "actions": 2, "suffix": 3}
+SMALL |= {"cluster_updates": 3, "return_updates": 2, "groups": 2, "kinds": 4}  # all of ESPER's stages in a few updates
 # What finds the toy task's optimum, where a default is meant for larger rewards: these terms pull the policy away from it.
 TOY: dict[str, dict[str, Any]] = {"cql": {"cql_alpha": 1.0}, "edac": {"eta": 0.1}, "doc": {"squeeze": 1.0}}
+TOY["esper"] = {"cluster_updates": 150, "return_updates": 250}
 
 
 def make(name: str, store: Store, seeds: Sequence[int] = (0,), **settings: Any) -> Agent:
