@@ -710,6 +710,7 @@ def test_every_agent_trains_under_every_sampler(mixed_file: Any, agent: str, sam
     values = compose({"agent": agent, "sampler": sampler, "dataset": str(mixed_file)})
     settings = SAMPLERS[sampler] | ({"datasets": [str(mixed_file)]} if sampler == "mixture" else {})
     sizes = {"hidden": [8], "vae_hidden": [8], "context": 3, "embed": 8, "layers": 1}  # for agents that have them
+    sizes |= {"suffix": 4, "label_hidden": [8], "cluster_updates": 2, "return_updates": 1}
     small = {"sizes": sizes, "sampler": values["sampler"] | settings}
     small |= {"lanes": 2, "updates": 5, "batch_size": 16, "eval": {"every": 0, "final_episodes": 0}, "progress": False}
     result = Trainer(plan({**values, **small}), mixed_file.parent / "run").run()

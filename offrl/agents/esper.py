@@ -202,16 +202,18 @@ class ESPER(DT):
     # ---- the policy -------------------------------------------------------------------------------------------
 
     def relabelled(self, batch: Batch) -> Batch:
-        """The policy's windows, with labels for returns to go."""
+        """The policy's windows, with labels for returns to go; synthetic ones, which stand in no dataset, keep theirs."""
         if self.attached is None:
             raise RuntimeError("ESPER relabels the dataset; call agent.attach(store) before the first update")
         if self.attached.labels is None:
             self.relabel()
         labels, steps = self.attached.labels, slice(0, self.cfg.context)
         rows = batch.index.unsqueeze(-1) + torch.arange(self.cfg.context, device=labels.device)
-        rows = rows.clamp(max=labels.shape[1] - 1)
+        rows = rows.clamp(0, labels.shape[1] - 1)
         cut = batch.map(lambda x: x if x.ndim == 2 else x[:, :, steps])
-        return replace(cut, return_to_go=labels.gather(1, rows.flatten(1)).view(rows.shape))
+        assert cut.return_to_go is not None
+        known = labels.gather(1, rows.flatten(1)).view(rows.shape)
+        return replace(cut, return_to_go=torch.where(batch.index.unsqueeze(-1) < 0, cut.return_to_go, known))
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         if phase == CLUSTERS:
