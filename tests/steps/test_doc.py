@@ -10,15 +10,21 @@ from typing import Any
 import pytest
 import torch
 from plain import difference, sequential
+from test_esper import make_gamble
+from test_rvs import make_agent as make_rvs
 from test_rvs import make_bandit, make_store
 from torch import Tensor, nn
 
+from offrl import data
 from offrl.agent import Batch, Spec
 from offrl.agents.doc import DoC, contrast, reversed_gradient
 from offrl.agents.vae_bc import VAEBC
+from offrl.data import forge
 from offrl.data.store import Store
 from offrl.engine import Eager
+from offrl.evaluate import Evaluator
 from offrl.latents import Categorical, Gaussian
+from offrl.probes import leak, reward_and_state
 from offrl.random import LaneRandom
 from offrl.sampling import Replay, Uniform
 
@@ -398,3 +404,67 @@ def test_doc_finds_the_better_arm_where_conditioning_on_luck_prefers_the_worse()
     earned, promised = play(learn(VAEBC, store), 0.3)
     assert (earned < 0.4).sum() >= 9
     assert (promised - earned > 0.1).sum() >= 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.3, 0.4])
+def test_doc_earns_the_better_arm_at_every_chance(p: float) -> None:
+    """Behaviour that mirrors the arms' chances: return conditioning earns 0.5 for every p, the best policy 1 - p."""
+    store = make_bandit(p, 1 - p, 1000)
+    earned, promised = play(learn(DoC, store, updates=1500, energy_lr=3e-3), p)
+    assert (earned > 1 - p - 0.03).sum() >= 9
+    assert ((promised - earned).abs() < 0.1).sum() >= 9  # the better arm was pulled 100 p times ten: errors up to 0.05
+
+
+# ---- longer episodes ------------------------------------------------------------------------------------------
+
+
+def evaluated(agent: Any, store: Store, sampled: bool) -> tuple[Tensor, Tensor]:
+    """Mean return and promise of 1000 episodes, `[lanes]` each."""
+    agent.cfg.sample_actions = sampled
+    with Evaluator(store.info, agent.spec.lanes, workers=1, slots=1000 * agent.spec.lanes) as evaluator:
+        played = evaluator.run(agent, 1000)
+    assert played.promised is not None
+    return torch.from_numpy(played.returns).mean(1), torch.from_numpy(played.promised).mean(1)
+
+
+def forge_store(name: str) -> Store:
+    return data.load(forge.ensure(name, progress=False))
+
+
+@pytest.mark.slow
+def test_return_conditioning_on_the_lake_is_the_exact_conditional_policy() -> None:
+    """RvS, asked for 1, against dynamic programming: 0.158 with drawn actions, 0.740 with the likeliest ones."""
+    store = forge_store("forge/lake/p0.33-eps0.4-n10000-v0")
+    agent = make_rvs(store, (0, 1), hidden=(64, 64), average=False)
+    Eager(agent, Replay([(store, Uniform(store), 1.0)], 512, None, agent.extra)).run(0, 3000)
+    exact = store.info.provenance["exact"]["rcsl"][0]
+    assert (
+        evaluated(agent, store, True)[0] - exact["sampled"]
+    ).abs().max() < 0.04  # 0.012 is the error of 1000 episodes
+    assert (evaluated(agent, store, False)[0] - exact["likeliest"]).abs().max() < 0.05
+
+
+@pytest.mark.slow
+def test_without_luck_the_constraint_costs_nothing() -> None:
+    """On a lake that never slips state and action tell all: DoC is its baseline without the constraint, and both succeed."""
+    store = forge_store("forge/lake/p1-eps0.4-n1000-v0")
+    settings = {"latent_size": 16, "suffix": 8, "hidden": (64, 64), "lr": 1e-3, "energy_lr": 1e-3}
+    agent = learn(DoC, store, (0, 1, 0, 1), 1200, beta=[2.0, 2.0, 0.0, 0.0], **settings)
+    assert evaluated(agent, store, False)[0].min() > 0.97
+    assert max(map(abs, leak(agent, store, reward_and_state(agent, store), 200).gain)) < 0.03
+    constrained, free = evaluated(agent, store, True)[0].view(2, 2).mean(1)
+    assert (constrained - free).abs() < 0.15
+
+
+@pytest.mark.slow
+def test_a_gamble_is_declined() -> None:
+    """The sure 1 instead of 5 or -15; return conditioning, asked for 5, gambles (-5 on average)."""
+    store = make_gamble()
+    settings = {"latent_size": 16, "suffix": 2, "hidden": (64, 64), "lr": 1e-3, "energy_lr": 1e-3}
+    agent = learn(DoC, store, tuple(range(5)), 2500, **settings)
+    start = store.observations[:1].expand(5, 1, -1)
+    assert (agent.select_action(start, agent.memory(1)) == 2).sum() >= 4
+    rvs = make_rvs(store, tuple(range(5)), hidden=(64, 64), average=False, return_scale=0.2)
+    Eager(rvs, Replay([(store, Uniform(store), 1.0)], 128, None, rvs.extra)).run(0, 800)
+    assert (rvs.select_action(start, rvs.memory(1)) == 0).all()

@@ -1,0 +1,160 @@
+"""Returns over stochasticity, promises and leaks of the dichotomy-of-control recipes: two figures and a Markdown table.
+
+    offrl train experiment=dichotomy_of_control/bandit         # and lake, gambling; %BC: agent=bc sampler=top_percent
+    python benchmarks/tables/doc_curves.py runs --out docs/img
+
+Every run's policy is probed (`offrl probe`), with both decodings where its actions are discrete; what was found is kept beside
+the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from offrl import checkpoint, probes, results
+from offrl.figures import STYLE, looks_of
+from offrl.paths import replacing
+from offrl.train import dataset_info
+
+METHODS = ("bc", "bc+Top-10%", "rvs", "dt", "esper", "vae_bc", "doc")
+NAMES = {
+    "bc": "BC",
+    "bc+Top-10%": "10%BC",
+    "rvs": "RvS",
+    "dt": "DT",
+    "esper": "ESPER",
+    "vae_bc": "VAE-BC",
+    "doc": "DoC",
+}
+# Columns of the figure: title, label of the x axis, and the datasets with a number in their id.
+SWEEPS = (
+    ("bandit", "chance p of the worse arm", r"forge/bandit/p([\d.]+)-v0"),
+    ("lake, behaviour 0.4-greedy", "chance p of no slip", r"forge/lake/p([\d.]+)-eps0.4-n1000-v0"),
+    ("lake, behaviour 0.1-greedy", "chance p of no slip", r"forge/lake/p([\d.]+)-eps0.1-n1000-v0"),
+    ("noisy hopper", "strength sigma", r"forge/noisy-hopper/medium-replay-s([\d.]+)-v0"),
+    ("noisy halfcheetah", "strength sigma", r"forge/noisy-halfcheetah/medium-replay-s([\d.]+)-v0"),
+)
+SHOWN = ("forge/bandit/skewed-v0", "forge/gambling/uniform-v0", "forge/lake/p0.7-eps0.4-n1000-v0")
+
+
+def probed(folder: Path, episodes: int, updates: int) -> dict[str, Any]:
+    """What both decodings' probes of a run found, from the file beside it when that is newer than the checkpoint."""
+    info = dataset_info(folder)
+    updates = updates if info.id in SHOWN else 0  # looking for leaks takes longer than all else
+    path = folder / f"probe-{episodes}-{updates}.json"
+    if not path.exists() or path.stat().st_mtime < (folder / checkpoint.NAME).stat().st_mtime:
+        greedy = probes.probe(folder, episodes, updates)
+        sampled = probes.probe(folder, episodes, 0, sampled=True) if info.discrete else greedy
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"likeliest": asdict(greedy), "sampled": asdict(sampled)}))
+    found: dict[str, Any] = json.loads(path.read_text())
+    return {**found, "method": found["sampled"]["method"], "dataset": info.id, "exact": info.provenance.get("exact")}
+
+
+def draw_returns(found: list[dict[str, Any]]) -> Figure:
+    """A column per sweep and a row per decoding: mean return over seeds, deviation as a band, exact values in black."""
+    methods = [m for m in METHODS if any(one["method"] == m for one in found)]
+    looks, sweeps = looks_of(methods), []
+    for title, x_label, pattern in SWEEPS:
+        here = [(float(m[1]), one) for one in found if (m := re.fullmatch(pattern, one["dataset"]))]
+        if len({x for x, _ in here}) > 1:
+            sweeps.append((title, x_label, here))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.9 * len(sweeps), 5.0), layout="constrained")
+        panels = figure.subplots(2, len(sweeps), squeeze=False, sharex="col", sharey="col")
+        for column, (title, x_label, here) in zip(panels.T, sweeps):
+            column[0].set_title(title)
+            column[1].set_xlabel(x_label)
+            for panel, decoding in zip(column, ("sampled", "likeliest")):
+                draw_panel(panel, [(x, one["method"], one[decoding]["obtained"]) for x, one in here], looks)
+                for name, style in (("optimal", "--"), ("behaviour", ":")):
+                    exact = sorted({x: one["exact"][name] for x, one in here if one["exact"]}.items())
+                    panel.plot(*zip(*exact), color="black", linewidth=0.9, linestyle=style) if exact else None
+        panels[0][0].set_ylabel("return, actions sampled")
+        panels[1][0].set_ylabel("return, likeliest action")
+        lines = [Line2D([], [], color=looks[m][0], label=NAMES[m]) for m in methods]
+        lines.append(Line2D([], [], color="black", linestyle="--", label="optimum (exact)"))
+        lines.append(Line2D([], [], color="black", linestyle=":", label="behaviour (exact)"))
+        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
+    return figure
+
+
+def draw_panel(panel: Any, points: list[tuple[float, str, list[float]]], looks: dict[str, tuple[str, Any]]) -> None:
+    """Curves of (x, method, returns of the lanes); methods are set apart a little, so that equal ones can be seen."""
+    step = 0.004 * (max(x for x, _, _ in points) - min(x for x, _, _ in points))
+    for i, (method, (colour, _)) in enumerate(looks.items()):
+        mine = sorted((x, y) for x, name, y in points if name == method)
+        if mine:
+            mean = np.array([np.mean(y) for _, y in mine])
+            std = np.array([np.std(y, ddof=1) if len(y) > 1 else 0.0 for _, y in mine])
+            at = np.array([x for x, _ in mine]) + step * (i - len(looks) / 2)
+            panel.plot(at, mean, color=colour, linewidth=1.3, marker="o", markersize=2.5)
+            panel.fill_between(at, mean - std, mean + std, color=colour, alpha=0.13, linewidth=0)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: per dataset and method the returns of both decodings, the promise, and the leak of reward and state."""
+    rows = ["| dataset | method | sampled | likeliest | promised | leak (control), nats |", "|---|---|---|---|---|---|"]
+    for dataset in sorted({one["dataset"] for one in found}):
+        here = {one["method"]: one for one in found if one["dataset"] == dataset}
+        exact = next(iter(here.values()))["exact"]
+        rows.append(f"| `{dataset}` | | | | | |")
+        if exact:
+            rcsl = exact["rcsl"][0]
+            rows.append(
+                f"| | *exact: optimum {exact['optimal']:.3f}, behaviour {exact['behaviour']:.3f}; asked for {rcsl['target']}* "
+                f"| *{rcsl['sampled']:.3f}* | *{rcsl['likeliest']:.3f}* | | |"
+            )
+        for method in METHODS:
+            if method in here:
+                one = here[method]
+                sampled, greedy = one["sampled"], one["likeliest"]
+                leak = greedy["outcome"]
+                told = "" if leak is None else f"{np.mean(leak['gain']):.3f} ({np.mean(leak['control']):.3f})"
+                cells = (_spread(sampled["obtained"]), _spread(greedy["obtained"]), _spread(sampled["promised"]), told)
+                rows.append(f"| | {NAMES[method]} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _spread(values: Iterable[float] | None) -> str:
+    if values is None:
+        return ""
+    array = np.array(list(values))
+    return f"{array.mean():.3f} ± {array.std(ddof=1) if len(array) > 1 else 0.0:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--episodes", type=int, default=1000)
+    parser.add_argument(
+        "--updates", type=int, default=400, help="of the networks that look for leaks, on three datasets"
+    )
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the figures")
+    arguments = parser.parse_args()
+    folders = [run.folder for run in results.runs(arguments.runs) if (run.folder / checkpoint.NAME).exists()]
+    found = [probed(folder, arguments.episodes, arguments.updates) for folder in folders]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    draw_returns(found).savefig(arguments.out / "dichotomy_of_control.png", dpi=170)
+    promising = [
+        probes.Probe(**one["sampled"]) for one in found if one["dataset"] in SHOWN and one["sampled"]["promised"]
+    ]
+    if promising:
+        probes.draw(promising).savefig(arguments.out / "dichotomy_of_control_promises.png", dpi=170)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
