@@ -182,6 +182,7 @@ def _train_help() -> str:
     ]
     rows.append(("agent.KEY=VALUE", "a setting of the method; a list gives one value per lane (offrl agents NAME)"))
     rows.append(("sampler.KEY=VALUE", "a setting of the sampler; the same (docs/trajectory_weighting.md)"))
+    rows.append(("augment.KEY=VALUE", "a setting of the augmentation (docs/policy_guided_diffusion.md)"))
     lines += [f"  {option:30} {comment}".rstrip() for option, comment in rows] + [""]
     for group in sorted(p for p in conf_dir().iterdir() if p.is_dir()):
         names = sorted(str(f.relative_to(group).with_suffix("")) for f in group.rglob("*.yaml"))

@@ -437,7 +437,7 @@ def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
     """Whether a setting is a list with one coefficient per lane (and not, say, the sizes of layers)."""
     if not isinstance(value, list) or len(value) != lanes or re.search("hidden|dims|sizes|layers|betas|shares", key):
         return False
-    return key.startswith(("agent.", "sampler.")) and all(isinstance(v, int | float) for v in value)
+    return key.startswith(("agent.", "sampler.", "augment.")) and all(isinstance(v, int | float) for v in value)
 
 
 def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
@@ -469,7 +469,7 @@ def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
             values.setdefault((method, dataset, key), set()).add(repr(settings.get(key)))
     differing: dict[str, list[str]] = {method: [] for method in keys}
     for method, _, key in sorted(k for k, v in values.items() if len(v) > 1):
-        if key not in differing[method] and key not in ("agent", "sampler"):
+        if key not in differing[method] and key not in ("agent", "sampler", "augment"):
             differing[method].append(key)
     labels = [_label(method, settings, differing[method]) for _, _, _, method, settings in entries]
     frame = {"folder": [e[0] for e in entries], "lane": [e[1] for e in entries], "label": labels}

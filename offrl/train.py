@@ -137,9 +137,7 @@ def plan(values: Mapping[str, Any]) -> Plan:
             raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
         train.lanes = len(train.seeds)
     cls, _ = agent_config(agent)  # a typing error should not wait for the data
-    for f in fields(cls.Config):  # a preset's sizes, for agents that have them
-        if f.name in sizes:
-            agent.setdefault(f.name, sizes[f.name])
+    _take_sizes(agent, cls.Config, sizes)
     sampler.setdefault("_target_", "offrl.sampling.Uniform")
     sampler_config(sampler, len(train.lane_seeds()))
     if augment and "_target_" not in augment:
@@ -147,8 +145,16 @@ def plan(values: Mapping[str, Any]) -> Plan:
             f"augment.{next(iter(augment))}: there is no augmentation to set; choose one with augment=NAME."
         )
     if augment:
-        augmentation_config(augment, len(train.lane_seeds()))
+        augmentation, _ = augmentation_config(augment, len(train.lane_seeds()))
+        _take_sizes(augment, augmentation.Config, sizes)
     return Plan(train, agent, sampler, augment)
+
+
+def _take_sizes(settings: dict[str, Any], cls: type[Any], sizes: Mapping[str, Any]) -> None:
+    """A preset's sizes, where a method has them and nothing else was given."""
+    for f in fields(cls):
+        if f.name in sizes:
+            settings.setdefault(f.name, sizes[f.name])
 
 
 def _table(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -33,16 +33,21 @@ class SyntheticConfig:
     refresh_every: int = (
         20_000  # updates between new trajectories under the policy as it then is; 0: only the first ones
     )
-    trajectories: int = 1024  # of each lane
-    length: int = 31  # transitions of a trajectory; fewer where it terminates
+    transitions: int = 32_768  # of each lane and generation; fewer where trajectories terminate
+    length: int = 31  # transitions of a trajectory
     keep: int = 1  # generations that are mixed, the oldest of which is replaced
 
     def __post_init__(self) -> None:
-        for name, least in (("refresh_every", 0), ("trajectories", 1), ("length", 1), ("keep", 1)):
+        for name, least in (("refresh_every", 0), ("transitions", 1), ("length", 1), ("keep", 1)):
             if getattr(self, name) < least:
                 raise OffrlError(f"augment.{name}={getattr(self, name)} should be at least {least}.")
         if isinstance(self.share, float) and not 0 < self.share <= 1:
             raise OffrlError(f"augment.share={self.share:g} should be above 0 and at most 1.")
+
+    @property
+    def trajectories(self) -> int:
+        """How many trajectories make up the transitions."""
+        return max(1, self.transitions // self.length)
 
 
 class Augmentation:

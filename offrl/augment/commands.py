@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
     )
     metrics.add_argument("policy", type=Path, metavar="RUN", help="run whose policy guides and is asked")
     metrics.add_argument("--coefficients", default="0,1", help="of guidance, separated by commas (default %(default)s)")
-    metrics.add_argument("--trajectories", type=int, default=512, help="of each kind (default %(default)s)")
+    metrics.add_argument("--transitions", type=int, default=16_384, help="of each kind (default %(default)s)")
     metrics.add_argument(
         "--behaviour", type=Path, metavar="RUN", help="run whose policy is asked too, such as one of bc"
     )
@@ -112,7 +112,7 @@ def run_metrics(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.policy / "augment"
     world_words = [word.removeprefix("world_model.") for word in arguments.words if word.startswith("world_model.")]
     words = [word for word in arguments.words if not word.startswith("world_model.")]
-    count = f"augment.trajectories={arguments.trajectories}"
+    count = f"augment.transitions={arguments.transitions}"
     job = _job([*words, count], arguments.policy)
     tune_process(job.train.threads)
     real, seeds = _recorded(job), (arguments.seed,)
@@ -124,17 +124,17 @@ def run_metrics(arguments: argparse.Namespace) -> int:
     for coefficient in coefficients:
         name = f"guided, {coefficient:g}" if coefficient else "unguided"
         kinds[name] = {**job.augment, "coefficient": coefficient}
-    length = make_augmentation(job.augment, real, seeds).cfg.length
+    shape = make_augmentation(job.augment, real, seeds).cfg
     if not arguments.no_world_model:
         settings = [f"augment.{word}" for word in world_words]
         rest = [word for word in words if not word.startswith("augment")]
-        named = ["augment=world_model", *rest, *settings, count, f"augment.length={length}"]
+        named = ["augment=world_model", *rest, *settings, count, f"augment.length={shape.length}"]
         kinds["world model"] = _job(named, arguments.policy).augment
 
     simulator = metrics.Simulator(real.info)
     found = {}
     try:
-        pieces = metrics.real_pieces(real, arguments.trajectories, length, arguments.seed)
+        pieces = metrics.real_pieces(real, shape.trajectories, shape.length, arguments.seed)
         found["real"] = metrics.evaluate(pieces, real, simulator, policies)
         for name, settings_of in kinds.items():
             augmentation = make_augmentation(settings_of, real, seeds)

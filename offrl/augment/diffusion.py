@@ -39,7 +39,7 @@ _CHUNK = 8192  # steps of each lane that go through the network at once
 
 @dataclass
 class DenoiserConfig:
-    features: int = 64  # channels of the U-Net's first level (the authors: 1024)
+    features: int = 32  # channels of the U-Net's first level (the authors: 1024)
     blocks: int = 3  # its levels
     window: int = 32  # steps of a training trajectory
     updates: int = 10_000

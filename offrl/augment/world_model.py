@@ -207,7 +207,6 @@ def termination(info: DatasetInfo) -> Callable[[Tensor], Tensor]:
 
 @dataclass
 class WorldModelConfig(SyntheticConfig):
-    trajectories: int = 6348  # of each lane: with `length` as many transitions as the diffusion models' 1024 x 31
     length: int = 5  # transitions of a rollout from a state of the dataset
     model: EnsembleConfig = field(default_factory=EnsembleConfig)
 

@@ -163,12 +163,12 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
 
     made = tmp_path / "made.npz"
-    assert main(["augment", "sample", str(made), "--policy", run, *TINY, "augment.trajectories=5"]) == 0
+    assert main(["augment", "sample", str(made), "--policy", run, *TINY, "augment.transitions=35"]) == 0
     store = load_dataset(str(made))
     assert store.episodes == 5
     assert len(store) <= 35
 
-    words = ["--trajectories", "6", "--coefficients", "0,2", "--behaviour", run, "world_model.model.updates=5"]
+    words = ["--transitions", "42", "--coefficients", "0,2", "--behaviour", run, "world_model.model.updates=5"]
     assert main(["augment", "metrics", run, *words, "world_model.model.hidden=[8]", *TINY]) == 0
     out = tmp_path / "run" / "augment"
     kinds = json.loads((out / "metrics.json").read_text())["kinds"]

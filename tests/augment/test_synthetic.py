@@ -29,7 +29,7 @@ PGD = "offrl.augment.policy_guided.PolicyGuidedDiffusion"
 DENOISER = {"features": 16, "blocks": 2, "window": 4, "updates": 60, "batch_size": 16, "ema_decay": 0.9}
 TINY: dict[str, Any] = {
     "_target_": PGD,
-    "trajectories": 8,
+    "transitions": 24,
     "length": 3,
     "refresh_every": 10,
     "coefficient": 3.0,
@@ -102,7 +102,7 @@ class Counted(Augmentation):
 
 def counted(folder: Path, **settings: Any) -> tuple[Synthetic, Replay]:
     real = pieces(10, 10).with_rewards(0.0, -1.0)
-    cfg = SyntheticConfig(**{"trajectories": 2, "length": 3, "refresh_every": 100, **settings})
+    cfg = SyntheticConfig(**{"transitions": 6, "length": 3, "refresh_every": 100, **settings})
     synthetic = Synthetic(Counted(real, cfg, (0, 1)), (real, Uniform(real)), (1.0, 0.0), folder)
     return synthetic, Replay(synthetic.sources, 256)
 

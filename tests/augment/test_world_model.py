@@ -98,7 +98,7 @@ def test_states_stay_in_the_datasets_range() -> None:
 
 def rolled(seeds: tuple[int, ...], policy: bool = True, **changes: Any) -> tuple[Store, Any]:
     store = linear_system(1000)
-    settings = {"_target_": WORLD, "trajectories": 6, "length": 4, "model": MODEL, **changes}
+    settings = {"_target_": WORLD, "transitions": 24, "length": 4, "model": MODEL, **changes}
     augmentation = make_augmentation(settings, store, seeds)
     augmentation.prepare()
     agent = make_agent({"_target_": "offrl.agents.td3_bc.TD3BC", "hidden": [16]}, Spec(2, 2, seeds))

@@ -233,7 +233,7 @@ def test_learns_from_synthetic_rows_too(name: str, toy: Store, tmp_path: Path) -
         return
     guided = "offrl.augment.policy_guided.PolicyGuidedDiffusion"
     denoiser = {"features": 16, "blocks": 2, "window": 4, "updates": 5}
-    settings = {"_target_": guided, "trajectories": 8, "length": 3, "denoiser": denoiser, "sampling": {"steps": 4}}
+    settings = {"_target_": guided, "transitions": 24, "length": 3, "denoiser": denoiser, "sampling": {"steps": 4}}
     source = (toy, Uniform(toy))
     synthetic = Synthetic(make_augmentation(settings, toy, (0, 1)), source, (1.0, 0.0), tmp_path)
     data = Replay(synthetic.sources, 32, agent.window, agent.extra)
