@@ -70,6 +70,7 @@ class Linear(Agent):
     """a = tanh(gain W s), another W in each lane."""
 
     Config = LinearConfig
+    takes_discrete = True
 
     def build(self) -> None:
         generators = [torch.Generator().manual_seed(seed) for seed in self.spec.seeds]
