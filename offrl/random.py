@@ -59,6 +59,8 @@ class LaneRandom:
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.seeds = mix(torch.tensor([int(seed) for seed in seeds], dtype=torch.int64, device=device) * _GOLDEN)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
+        # As a tensor: a compiler would multiply a number into the index of a view, beyond what its integers hold.
+        self.golden = torch.tensor(_GOLDEN, device=device)
         self._block: tuple[Tensor | None, int] = (None, 0)  # the updates looked ahead to, and which one is under way
         self._normals: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
 
@@ -77,7 +79,7 @@ class LaneRandom:
         """`[*steps, lanes, count]` int64 of 64 random bits; `steps` defaults to the update under way."""
         steps = self.step if steps is None else steps
         key = mix(mix(self.seeds ^ _name_key(name)) + (steps * _STEP).unsqueeze(-1))
-        counter = torch.arange(1, count + 1, device=self.seeds.device) * _GOLDEN
+        counter = torch.arange(1, count + 1, device=self.seeds.device) * self.golden
         return mix(key.unsqueeze(-1) + counter)
 
     def uniform(self, name: str, shape: Sequence[int], steps: Tensor | None = None) -> Tensor:

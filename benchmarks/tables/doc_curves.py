@@ -27,7 +27,7 @@ from offrl.figures import STYLE, looks_of
 from offrl.paths import replacing
 from offrl.train import dataset_info
 
-METHODS = ("bc", "bc+Top-10%", "rvs", "dt", "esper", "vae_bc", "doc")
+METHODS = ("doc", "esper", "vae_bc", "dt", "rvs", "bc", "bc+Top-10%")
 NAMES = {
     "bc": "BC",
     "bc+Top-10%": "10%BC",

@@ -214,13 +214,13 @@ def test_cuda_graph_equals_eager_on_the_gpu(name: str) -> None:
 
 @compiled_agents
 def test_compiled_equals_eager(name: str, toy: Store) -> None:
-    """Fused kernels round differently: 1e-7 an update, and Adam's first steps can turn that into a learning rate."""
+    """Fused kernels round differently: 1e-7 an update, and Adam's first steps can turn that into a learning rate, 3e-4."""
     eager, compiled = make(name, toy), make(name, toy)
     metrics = advance(eager, toy, 4)
     others = make_engine("compile", compiled, replay(compiled, toy)).run(0, 4)
     for key, value in metrics.items():
         torch.testing.assert_close(others[key], value, rtol=1e-4, atol=1e-5)
-    assert distance(eager, compiled) < 1e-4
+    assert distance(eager, compiled) < 3e-4
 
 
 @every_agent
