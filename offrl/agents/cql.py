@@ -98,9 +98,9 @@ class CQL(Agent):
         like = policy.mean.unsqueeze(2).expand(-1, -1, n, -1)
         return policy.repeated().sample(self.random.normal(name, like))
 
-    def alpha_loss(self, log_pi: Tensor) -> Tensor:
-        """`[lanes]`: raises alpha while the policy's entropy is below minus the number of action dimensions."""
-        return -self.log_alpha * (log_pi.detach().mean(-1) - self.spec.action_dim)
+    def alpha_gradient(self, log_pi: Tensor) -> Tensor:
+        """`[lanes]`, of -log alpha (log pi(a|s) - A): alpha rises while the policy's entropy is below -A."""
+        return -(log_pi.detach().mean(-1) - self.spec.action_dim)
 
     def actor_loss(
         self, batch: Batch, policy: TanhGaussian, action: Tensor, log_pi: Tensor, alpha: Tensor
@@ -146,10 +146,11 @@ class CQL(Agent):
 
     def multiplier(self, difference: Tensor) -> Tensor:
         """alpha' `[lanes]` as it was, after which it moves up where the difference is above the gap."""
-        alpha_prime = self.log_alpha_prime.exp().clamp(max=1e6)
-        excess = difference.detach() - column(self.cfg.gap)
-        self.alpha_prime_optimizer.step(-alpha_prime * self.cfg.cql_alpha * excess.mean(-1))
-        return alpha_prime.detach()
+        alpha_prime = self.log_alpha_prime.detach().exp().clamp(max=1e6)
+        excess = (difference.detach() - column(self.cfg.gap)).mean(-1)
+        gradient = -alpha_prime * self.cfg.cql_alpha * excess
+        self.alpha_prime_optimizer.apply_gradients([torch.where(alpha_prime < 1e6, gradient, 0.0)])
+        return alpha_prime
 
     def critic_loss(
         self, batch: Batch, policy: TanhGaussian, next_policy: TanhGaussian, target: Tensor
@@ -182,11 +183,12 @@ class CQL(Agent):
         action, log_pi = policy.sample(self.random.normal("policy", batch.action))
         alpha = self.log_alpha.detach().exp()
         actor_loss, metrics = self.actor_loss(batch, policy, action, log_pi, alpha)
+        self.actor_optimizer.step(actor_loss)
+        self.alpha_optimizer.apply_gradients([self.alpha_gradient(log_pi)])
+
+        # With the policies and the alpha from before these steps.
         target = self.target_value(batch, next_policy, alpha)
         critic_loss, more = self.critic_loss(batch, policy.detach(), next_policy, target)
-
-        self.alpha_optimizer.step(self.alpha_loss(log_pi))
-        self.actor_optimizer.step(actor_loss)
         self.critic_optimizer.step(critic_loss)
         polyak(self.critics_target, self.critics, self.cfg.tau)
         return metrics | more

@@ -66,9 +66,9 @@ class SACN(Agent):
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.actor(obs).log_prob(action)
 
-    def alpha_loss(self, log_pi: Tensor) -> Tensor:
-        """`[lanes]`: raises the temperature while the policy's entropy is below its target."""
-        return -self.log_alpha * (log_pi.detach().mean(-1) + self.target_entropy)
+    def alpha_gradient(self, log_pi: Tensor) -> Tensor:
+        """`[lanes]`, of -log alpha (log pi(a|s) + target): alpha rises while the policy's entropy is below its target."""
+        return -(log_pi.detach().mean(-1) + self.target_entropy)
 
     def actor_loss(
         self, batch: Batch, action: Tensor, log_pi: Tensor, alpha: Tensor
@@ -95,7 +95,7 @@ class SACN(Agent):
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         action, log_pi = self.actor(batch.obs).sample(self.random.normal("policy", batch.action))
-        self.alpha_optimizer.step(self.alpha_loss(log_pi))
+        self.alpha_optimizer.apply_gradients([self.alpha_gradient(log_pi)])
         alpha = self.log_alpha.detach().exp()
 
         actor_loss, metrics = self.actor_loss(batch, action, log_pi, alpha)
