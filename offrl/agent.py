@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from offrl.batch import Batch
 from offrl.errors import OffrlError
-from offrl.nets import normal_log_prob
+from offrl.nets import choose, normal_log_prob
 from offrl.random import LaneRandom
 
 if TYPE_CHECKING:
     from offrl.data.store import Store
 
-__all__ = ["Agent", "Batch", "Spec"]
+__all__ = ["Agent", "Batch", "RememberingAgent", "Spec"]
 
 Metrics = dict[str, Tensor]
 
@@ -187,8 +187,54 @@ class Agent(nn.Module):
     @torch.no_grad()
     def select_action(self, obs: Tensor, memory: Any = None) -> Tensor:
         """The action to take for raw observations `[lanes, n, O]`: deterministic and within bounds."""
-        action = self.act(self.normalize(obs))
+        return self.within_bounds(self.act(self.normalize(obs)))
+
+    def within_bounds(self, action: Tensor) -> Tensor:
+        """Continuous actions clipped to their box; discrete ones as they are."""
         return action if self.spec.discrete else action.clamp(self.spec.action_low, self.spec.action_high)
+
+
+class RememberingAgent(Agent):
+    """Base of methods whose acting carries a memory through an episode, and of those that may draw discrete actions.
+
+    A subclass implements `start` and `decide`, and has `sample_actions` in its `Config` if it takes discrete actions. Its
+    memory has `time`, the steps behind us, and `name`, that of the draws of this wave of episodes: empty for an agent that is
+    asked without a memory, which draws nothing.
+
+    Attributes:
+        stream: what names of draws begin with.
+        waves: memories that were made so far.
+    """
+
+    stream: ClassVar[str]
+    waves: int = 0
+
+    def start(self, envs: int, name: str = "") -> Any:
+        """The memory of `envs` episodes that begin."""
+        raise NotImplementedError
+
+    def decide(self, obs: Tensor, memory: Any) -> Tensor:
+        """The action for normalised observations `[lanes, envs, O]`."""
+        raise NotImplementedError
+
+    def memory(self, envs: int) -> Any:
+        self.waves += 1
+        return self.start(envs, f"{self.stream}/act/{self.waves}")
+
+    def choose_action(self, logits: Tensor, memory: Any) -> Tensor:
+        """A discrete action of logits `[lanes, envs, actions]`: the likeliest, or a draw where the configuration wants it."""
+        draw = self.cfg.sample_actions and memory.name
+        coin = self.random.uniform(f"{memory.name}/{memory.time}", logits.shape[1:2]) if draw else None
+        return choose(logits, coin)
+
+    def act(self, obs: Tensor) -> Tensor:
+        """The action at the beginning of an episode."""
+        return self.decide(obs, self.start(obs.shape[1]))
+
+    @torch.no_grad()
+    def select_action(self, obs: Tensor, memory: Any = None) -> Tensor:
+        """The action for raw observations; without a memory, that at the beginning of an episode."""
+        return self.within_bounds(self.decide(self.normalize(obs), memory or self.start(obs.shape[1])))
 
 
 def lane_coefficients(config: Any, spec: Spec) -> Any:

@@ -140,6 +140,43 @@ def _name(option: Any, per_lane: bool) -> str:
     return words.get(option, str(option)) + (", or a list with one per lane" if option is float and per_lane else "")
 
 
+def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tuple[Any, Any]:
+    """The class that `_target_` names and its configuration with the other settings, both checked.
+
+    Args:
+        base: what the class has to descend from.
+        group: the settings' name in the configuration, for messages.
+
+    Raises:
+        OffrlError: no such class, an unknown key, a wrong value.
+    """
+    from hydra.utils import get_class
+
+    target = settings["_target_"]
+    try:
+        cls: Any = get_class(target)
+    except Exception as error:
+        raise OffrlError(f"{group}._target_={target} can't be imported ({error}); check its spelling.") from error
+    if not issubclass(cls, base):
+        wanted = f"{base.__module__}.{base.__qualname__}"
+        raise OffrlError(f"{group}._target_={target} is no {wanted}; name a class that is.")
+    given = {k: v for k, v in settings.items() if k != "_target_"}
+    return cls, build(cls.Config, given, f"{group}.", per_lane=True)
+
+
+def lane_lists(cfg: Any) -> dict[str, list[float]]:
+    """The settings that hold one number per lane where a single one would do."""
+    values = {f.name: getattr(cfg, f.name) for f in fields(cfg) if str(f.type) == "float"}
+    return {name: value for name, value in values.items() if isinstance(value, list)}
+
+
+def check_lane_lists(cfg: Any, group: str, lanes: int) -> None:
+    """Raise OffrlError for a list whose length is not the number of lanes."""
+    for name, value in lane_lists(cfg).items():
+        if len(value) != lanes:
+            raise OffrlError(f"{group}.{name} has {len(value)} values for {lanes} lanes; give one per lane.")
+
+
 def chosen_settings(tables: Mapping[str, Mapping[str, Any]] | None, dataset: str) -> dict[str, Any]:
     """The settings that a method's table has for a dataset: every pattern that matches its id, later ones winning."""
     chosen: dict[str, Any] = {}

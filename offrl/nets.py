@@ -306,6 +306,11 @@ def normal_log_prob(mean: Tensor, std: Tensor, x: Tensor) -> Tensor:
     return (-0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
+def categorical_log_prob(logits: Tensor, index: Tensor) -> Tensor:
+    """log softmax(logits)[index], `[..., kinds]` and `[...]` to `[...]`."""
+    return logits.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
 class Critics(nn.Module):
     """An ensemble Q_1 ... Q_n(s, a); `options` are those of `MLP`."""
 
@@ -325,11 +330,11 @@ class Critics(nn.Module):
         """`[lanes, members, batch]`, or `[lanes, batch]` of one member; `frozen` as in `MLP`."""
         return self.mlp(torch.cat([obs, action], -1), member, frozen).squeeze(-1)
 
-    def of_many(self, obs: Tensor, actions: Tensor, frozen: bool = False) -> Tensor:
+    def of_many(self, obs: Tensor, actions: Tensor) -> Tensor:
         """`[lanes, members, batch, n]`: n actions `[lanes, batch, n, A]` judged in each state `[lanes, batch, obs]`."""
         lanes, batch, n, _ = actions.shape
         obs = obs.unsqueeze(2).expand(lanes, batch, n, -1)
-        return self(obs.flatten(1, 2), actions.flatten(1, 2), frozen=frozen).unflatten(-1, (batch, n))
+        return self(obs.flatten(1, 2), actions.flatten(1, 2)).unflatten(-1, (batch, n))
 
     def with_action_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Values `[lanes, members, batch]` and dQ_i/da `[lanes, members, batch, A]`, both differentiable by the weights."""

@@ -179,7 +179,7 @@ def probe(
     store = load_data(job.train, agent.spec.device)
     promised = obtained = outcome = noise = None
     if episodes:
-        with Evaluator(store.info, agent.spec.lanes, slots=1000 if agent.spec.discrete else 100) as evaluator:
+        with Evaluator(store.info, agent.spec.lanes) as evaluator:
             played = evaluator.run(agent, episodes, seed)
         obtained = played.returns.mean(1).tolist()
         promised = None if played.promised is None else played.promised.mean(1).tolist()

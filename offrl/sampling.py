@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -381,21 +381,8 @@ def sampler_config(settings: Mapping[str, Any], lanes: int) -> tuple[type[Any], 
     Raises:
         OffrlError: no such class, an unknown key, a wrong value, or a list whose length is not the number of lanes.
     """
-    from hydra.utils import get_class
-
-    target = settings["_target_"]
-    try:
-        cls: Any = get_class(target)
-    except Exception as error:
-        raise OffrlError(f"sampler._target_={target} can't be imported ({error}); check its spelling.") from error
-    if not (isinstance(cls, type) and issubclass(cls, Sampler)):
-        raise OffrlError(f"sampler._target_={target} is no offrl.sampling.Sampler; name a class that is.")
-    given = {k: v for k, v in settings.items() if k != "_target_"}
-    cfg = config.build(cls.Config, given, "sampler.", per_lane=True)
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if str(f.type) == "float" and isinstance(value, list) and len(value) != lanes:
-            raise OffrlError(f"sampler.{f.name} has {len(value)} values for {lanes} lanes; give one per lane.")
+    cls, cfg = config.from_target(settings, Sampler, "sampler")
+    config.check_lane_lists(cfg, "sampler", lanes)
     return cls, cfg
 
 

@@ -293,17 +293,7 @@ def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
 
 def agent_config(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """The class that `_target_` names and its configuration with the given settings, both checked."""
-    from hydra.utils import get_class
-
-    target = settings["_target_"]
-    try:
-        cls: Any = get_class(target)
-    except Exception as error:
-        raise OffrlError(f"agent._target_={target} can't be imported ({error}); check its spelling.") from error
-    if not issubclass(cls, Agent):
-        raise OffrlError(f"agent._target_={target} is no offrl.agent.Agent; name a class that is.")
-    kwargs = {k: v for k, v in settings.items() if k != "_target_"}
-    return cls, config.build(cls.Config, kwargs, "agent.", per_lane=True)
+    return config.from_target(settings, Agent, "agent")
 
 
 def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:

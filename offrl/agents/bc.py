@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from offrl.agent import Agent, Batch
-from offrl.nets import MLP, Adam, DeterministicActor, choose
+from offrl.agent import Batch, RememberingAgent
+from offrl.nets import MLP, Adam, DeterministicActor, categorical_log_prob
 
 
 @dataclass
@@ -33,15 +32,15 @@ class Memory:
     time: int = 0
 
 
-class BC(Agent):
+class BC(RememberingAgent):
     """pi <- argmin E_D (pi(s) - a)^2."""
 
     Config = BCConfig
     takes_discrete = True
+    stream = "bc"
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
-        self.waves = 0
         if spec.discrete:
             self.actor: MLP | DeterministicActor = MLP(
                 spec.seeds, [spec.obs_dim, *cfg.hidden, spec.action_dim], name="actor"
@@ -51,23 +50,19 @@ class BC(Agent):
             self.actor = DeterministicActor(spec.seeds, spec.obs_dim, spec.action_dim, cfg.hidden, *box)
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.lr)
 
-    def act(self, obs: Tensor) -> Tensor:
+    def decide(self, obs: Tensor, memory: Memory) -> Tensor:
         out = self.actor(obs)
-        return out.argmax(-1) if self.spec.discrete else out
+        return self.choose_action(out, memory) if self.spec.discrete else out
 
-    def memory(self, envs: int) -> Memory:
-        self.waves += 1
-        return Memory(f"bc/act/{self.waves}")
+    def start(self, envs: int, name: str = "") -> Memory:
+        return Memory(name)
 
-    def observe(self, memory: Memory, action: Tensor, reward: Tensor) -> Memory:
-        return Memory(memory.name, memory.time + 1)
+    def memory(self, envs: int) -> Memory | None:
+        """None, unless actions are drawn: then their coins have to differ from step to step."""
+        return super().memory(envs) if self.spec.discrete and self.cfg.sample_actions else None
 
-    @torch.no_grad()
-    def select_action(self, obs: Tensor, memory: Memory | None = None) -> Tensor:
-        if not (self.spec.discrete and self.cfg.sample_actions and memory):
-            return super().select_action(obs, memory)
-        coin = self.random.uniform(f"{memory.name}/{memory.time}", obs.shape[1:2])
-        return choose(self.actor(self.normalize(obs)), coin)
+    def observe(self, memory: Memory | None, action: Tensor, reward: Tensor) -> Memory | None:
+        return memory and Memory(memory.name, memory.time + 1)
 
     def bc_loss(self, batch: Batch) -> Tensor:
         """`[lanes]`: mean over batch and action dimensions."""
@@ -84,4 +79,4 @@ class BC(Agent):
         """Log-probability of discrete actions `[lanes, n]`; a deterministic continuous policy has none."""
         if not self.spec.discrete:
             return super().log_prob(obs, action)
-        return self.actor(obs).log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return categorical_log_prob(self.actor(obs), action)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agent import Batch
-from offrl.agents.vae_bc import VAEBC, VAEBCConfig
+from offrl.agents.vae_bc import VAEBC, VAEBCConfig, at_step
 from offrl.nets import MLP, Adam, column
 
 
@@ -127,8 +127,3 @@ def contrast(energy: Tensor) -> Tensor:
 def reversed_gradient(x: Tensor, weight: Tensor) -> Tensor:
     """`x` itself, whose gradient comes back times -weight."""
     return x.detach() - (column(weight, x.ndim - 1) if weight.ndim else weight) * (x - x.detach())
-
-
-def at_step(x: Tensor, step: Tensor) -> Tensor:
-    """`[lanes, batch, time, n]` to `[lanes, batch, n]`, at each window's own step."""
-    return x.gather(2, step.view(*step.shape, 1, 1).expand(-1, -1, 1, x.shape[-1])).squeeze(2)

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Agent, Batch, Spec
-from offrl.nets import Adam, Drop, choose, column, dropout, lane_generators, one_hot
+from offrl.agent import Batch, RememberingAgent, Spec
+from offrl.nets import Adam, Drop, categorical_log_prob, column, dropout, lane_generators, one_hot
 from offrl.transformer import Block, KeysValues, LayerNorm, Linear
 
 if TYPE_CHECKING:
@@ -117,18 +117,19 @@ class Memory:
     name: str = ""
 
 
-class DT(Agent):
+class DT(RememberingAgent):
     """pi(. | the last K returns-to-go, states and actions) <- argmin E_D (pi - a)^2."""
 
     Config = DTConfig
     takes_discrete = True
+    stream = "dt"
     extra = ("return_to_go", "timestep")
     obs_eps = 1e-6
     target: Tensor
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
-        self.window, self.waves = cfg.context, 0
+        self.window = cfg.context
         target = torch.zeros(spec.lanes, device=spec.device)
         self.register_buffer("target", target if cfg.target_return is None else target + cfg.target_return)
         self.net = Transformer(spec, cfg)
@@ -170,7 +171,7 @@ class DT(Agent):
         out, valid = self.predictions(batch), batch.valid
         assert valid is not None
         if self.spec.discrete:
-            error = -out.log_softmax(-1).gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
+            error = -categorical_log_prob(out, batch.action)
         else:
             error = (self.squash(out) - batch.action).square().mean(-1)
         steps = valid[0].numel() if self.cfg.count_padding else valid.sum((1, 2))
@@ -202,10 +203,6 @@ class DT(Agent):
         """The return that was asked for."""
         return memory.return_to_go
 
-    def memory(self, envs: int) -> Memory:
-        self.waves += 1
-        return self.start(envs, f"dt/act/{self.waves}")
-
     def decide(self, obs: Tensor, memory: Memory) -> Tensor:
         """The action for normalised observations `[lanes, envs, O]`.
 
@@ -222,17 +219,7 @@ class DT(Agent):
         out = out.squeeze(2)
         if not self.spec.discrete:
             return self.squash(out)
-        draw = self.cfg.sample_actions and memory.name
-        return choose(out, self.random.uniform(f"{memory.name}/{memory.time}", obs.shape[1:2]) if draw else None)
-
-    def act(self, obs: Tensor) -> Tensor:
-        """The action at the beginning of an episode."""
-        return self.decide(obs, self.start(obs.shape[1]))
-
-    @torch.no_grad()
-    def select_action(self, obs: Tensor, memory: Memory | None = None) -> Tensor:
-        """The action for raw observations; without a memory, that at the beginning of an episode."""
-        return self.decide(self.normalize(obs), memory or self.start(obs.shape[1]))
+        return self.choose_action(out, memory)
 
     @torch.no_grad()
     def observe(self, memory: Memory, action: Tensor, reward: Tensor) -> Memory:

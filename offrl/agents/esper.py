@@ -25,7 +25,7 @@ from torch import Tensor
 
 from offrl.agent import Batch
 from offrl.agents.dt import DT, DTConfig
-from offrl.nets import MLP, Adam, choose, column, keep_uncompiled, one_hot
+from offrl.nets import MLP, Adam, categorical_log_prob, choose, column, keep_uncompiled, one_hot
 
 if TYPE_CHECKING:
     from offrl.data.store import Store
@@ -141,7 +141,7 @@ class ESPER(DT):
         """`[lanes, batch, time]`: cross-entropy, or squared error, of the action that state and cluster suggest."""
         out = self.action_head(torch.cat([batch.obs, code], -1).flatten(1, 2)).unflatten(1, batch.obs.shape[1:3])
         if self.spec.discrete:
-            return -out.log_softmax(-1).gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
+            return -categorical_log_prob(out, batch.action)
         return (out - batch.action).square().mean(-1)
 
     def next_state_error(self, batch: Batch, code: Tensor, frozen: bool = False) -> Tensor:
@@ -182,10 +182,10 @@ class ESPER(DT):
         store, labels = self.attached.store, []
         last = store.offsets[1:][store.episode_of_row]
         never = torch.zeros((), dtype=torch.int64, device=store.device)  # no update's number: every call draws the same
+        obs, action = self.normalize(store.observations), store.actions
         for start in range(0, len(store), ROWS):
             rows = torch.arange(start, min(start + ROWS, len(store)), device=store.device)
             ahead = torch.arange(start, min(start + ROWS + self.cfg.suffix, len(store)), device=store.device)
-            obs, action = self.normalize(store.observations), store.actions
             seen = (x[ahead].expand(self.spec.lanes, 1, *x[ahead].shape) for x in (obs, action, store.timesteps))
             total = self.embedded(*seen)[:, 0].double().cumsum(1)
             total = torch.cat([torch.zeros_like(total[:, :1]), total], 1)
@@ -202,18 +202,16 @@ class ESPER(DT):
     # ---- the policy -------------------------------------------------------------------------------------------
 
     def relabelled(self, batch: Batch) -> Batch:
-        """The policy's windows, with labels for returns to go; synthetic ones, which stand in no dataset, keep theirs."""
+        """The policy's windows, with labels for returns to go."""
         if self.attached is None:
             raise RuntimeError("ESPER relabels the dataset; call agent.attach(store) before the first update")
         if self.attached.labels is None:
             self.relabel()
         labels, steps = self.attached.labels, slice(0, self.cfg.context)
         rows = batch.index.unsqueeze(-1) + torch.arange(self.cfg.context, device=labels.device)
-        rows = rows.clamp(0, labels.shape[1] - 1)
+        rows = rows.clamp(max=labels.shape[1] - 1)
         cut = batch.map(lambda x: x if x.ndim == 2 else x[:, :, steps])
-        assert cut.return_to_go is not None
-        known = labels.gather(1, rows.flatten(1)).view(rows.shape)
-        return replace(cut, return_to_go=torch.where(batch.index.unsqueeze(-1) < 0, cut.return_to_go, known))
+        return replace(cut, return_to_go=labels.gather(1, rows.flatten(1)).view(rows.shape))
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         if phase == CLUSTERS:

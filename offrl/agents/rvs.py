@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from offrl.agent import Agent, Batch
-from offrl.nets import MLP, Adam, GaussianActor, choose, column, normal_log_prob
+from offrl.agent import Batch, RememberingAgent
+from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, column, normal_log_prob
 
 if TYPE_CHECKING:
     from offrl.data.store import Store
@@ -46,18 +46,18 @@ class Memory:
     name: str = ""
 
 
-class RvS(Agent):
+class RvS(RememberingAgent):
     """pi(a | s, R) <- argmax E_D log pi(a_t | s_t, R_t)."""
 
     Config = RvSConfig
     extra = ("return_to_go", "timestep")
     takes_discrete = True
+    stream = "rvs"
     target: Tensor
     horizon: Tensor
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
-        self.waves = 0
         target = torch.zeros(spec.lanes, device=spec.device)
         self.register_buffer("target", target if cfg.target_return is None else target + cfg.target_return)
         self.register_buffer("horizon", torch.ones(()))
@@ -85,7 +85,7 @@ class RvS(Agent):
         """`[lanes]`: mean -log pi(a | s, R)."""
         out = self.actor(torch.cat([batch.obs, self.label(batch)], -1))
         if self.spec.discrete:
-            return -out.log_softmax(-1).gather(-1, batch.action.unsqueeze(-1)).mean((-2, -1))
+            return -categorical_log_prob(out, batch.action).mean(-1)
         mean, std = out
         return -normal_log_prob(mean, std, batch.action).mean(-1)
 
@@ -105,10 +105,6 @@ class RvS(Agent):
     def start(self, envs: int, name: str = "") -> Memory:
         return Memory(self.target.unsqueeze(1).expand(-1, envs), name=name)
 
-    def memory(self, envs: int) -> Memory:
-        self.waves += 1
-        return self.start(envs, f"rvs/act/{self.waves}")
-
     def promise(self, obs: Tensor, memory: Memory) -> Tensor:
         """The return that was asked for."""
         return memory.return_to_go
@@ -121,18 +117,8 @@ class RvS(Agent):
             goal = self.goal(memory.return_to_go, memory.time)
         out = self.actor(torch.cat([obs, goal], -1))
         if not self.spec.discrete:
-            return out[0].clamp(self.spec.action_low, self.spec.action_high)
-        draw = self.cfg.sample_actions and memory.name
-        return choose(out, self.random.uniform(f"{memory.name}/{memory.time}", obs.shape[1:2]) if draw else None)
-
-    def act(self, obs: Tensor) -> Tensor:
-        """The action at the beginning of an episode."""
-        return self.decide(obs, self.start(obs.shape[1]))
-
-    @torch.no_grad()
-    def select_action(self, obs: Tensor, memory: Memory | None = None) -> Tensor:
-        """The action for raw observations; without a memory, that at the beginning of an episode."""
-        return self.decide(self.normalize(obs), memory or self.start(obs.shape[1]))
+            return self.within_bounds(out[0])
+        return self.choose_action(out, memory)
 
     def observe(self, memory: Memory, action: Tensor, reward: Tensor) -> Memory:
         return Memory(memory.return_to_go - reward, memory.time + 1, memory.name)

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from offrl.agent import Agent, Batch
+from offrl.agent import Batch, RememberingAgent
 from offrl.latents import Categorical, Gaussian
-from offrl.nets import MLP, Adam, GaussianActor, choose, normal_log_prob, one_hot
+from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, normal_log_prob, one_hot
 
 if TYPE_CHECKING:
     from offrl.data.store import Store
@@ -62,12 +62,13 @@ class Memory:
     name: str = ""
 
 
-class VAEBC(Agent):
+class VAEBC(RememberingAgent):
     """min E [-log pi(a_t | s_t, z)] + KL(q || p) + (V(s, z) - R)^2, z ~ q(z | future)."""
 
     Config = VAEBCConfig
     extra = ("return_to_go", "timestep")
     takes_discrete = True
+    stream = "doc"
     horizon: Tensor
     reward_scale: Tensor
     return_mean: Tensor
@@ -75,7 +76,7 @@ class VAEBC(Agent):
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
-        self.window, self.waves = cfg.suffix, 0
+        self.window = cfg.suffix
         self.latent = (Gaussian if cfg.latent == "gaussian" else Categorical)(cfg.latent_size)
         for name in ("horizon", "reward_scale", "return_mean", "return_std"):
             self.register_buffer(name, torch.tensor(0.0 if name == "return_mean" else 1.0))
@@ -139,7 +140,7 @@ class VAEBC(Agent):
         out = self.policy(torch.cat([self.states(batch), z], -1).flatten(1, 2))
         action, valid = batch.action.flatten(1, 2), batch.valid.flatten(1)
         if self.spec.discrete:
-            likelihood = out.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+            likelihood = categorical_log_prob(out, action)
         else:
             mean, std = out
             likelihood = normal_log_prob(mean, std, action)
@@ -194,7 +195,7 @@ class VAEBC(Agent):
         repeated = state.unsqueeze(2).expand(*z.shape[:3], -1)
         value = self.values(repeated.flatten(1, 2), z.flatten(1, 2)).unflatten(1, z.shape[1:3])
         best, index = value.masked_fill(~admitted, -torch.inf).max(-1)
-        return z.gather(2, index.view(*index.shape, 1, 1).expand(-1, -1, 1, z.shape[-1])).squeeze(2), best
+        return at_step(z, index), best
 
     def decide(self, obs: Tensor, memory: Memory) -> Tensor:
         """The action for normalised observations `[lanes, envs, O]`; chooses the latent where there is none."""
@@ -204,21 +205,10 @@ class VAEBC(Agent):
         out = self.policy(torch.cat([state, memory.latent], -1))
         if not self.spec.discrete:
             return out[0]
-        draw = self.cfg.sample_actions and memory.name
-        return choose(out, self.random.uniform(f"{memory.name}/{memory.time}", obs.shape[1:2]) if draw else None)
+        return self.choose_action(out, memory)
 
-    def memory(self, envs: int) -> Memory:
-        self.waves += 1
-        return Memory(name=f"doc/act/{self.waves}")
-
-    def act(self, obs: Tensor) -> Tensor:
-        """The action at the beginning of an episode."""
-        return self.decide(obs, Memory())
-
-    @torch.no_grad()
-    def select_action(self, obs: Tensor, memory: Memory | None = None) -> Tensor:
-        """The action for raw observations; without a memory, that at the beginning of an episode."""
-        return self.decide(self.normalize(obs), memory or Memory())
+    def start(self, envs: int, name: str = "") -> Memory:
+        return Memory(name=name)
 
     def observe(self, memory: Memory, action: Tensor, reward: Tensor) -> Memory:
         """The same latent, until it has been held for as long as it should."""
@@ -233,3 +223,8 @@ class VAEBC(Agent):
         self.decide(self.normalize(obs), memory)
         assert memory.value is not None
         return memory.value * self.return_std + self.return_mean
+
+
+def at_step(x: Tensor, step: Tensor) -> Tensor:
+    """`[lanes, batch, steps, n]` to `[lanes, batch, n]`, at each sample's own step (or candidate)."""
+    return x.gather(2, step.view(*step.shape, 1, 1).expand(-1, -1, 1, x.shape[-1])).squeeze(2)

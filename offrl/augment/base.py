@@ -8,7 +8,7 @@ sampler says, the synthetic part uniformly. What was made is kept beside the che
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,7 +69,7 @@ class Augmentation:
     def __init__(self, store: Store, cfg: Any = None, seeds: Sequence[int] = (0,)) -> None:
         self.store, self.seeds = store, tuple(seeds)
         given = cfg or self.Config()
-        lists = {f.name: getattr(given, f.name) for f in fields(given) if isinstance(getattr(given, f.name), list)}
+        lists = config.lane_lists(given)
         self.cfg: Any = replace(given, **{k: torch.tensor(v, device=store.device) for k, v in lists.items()})
         if store.info.discrete is not None:
             raise OffrlError(
@@ -220,24 +220,11 @@ def augmentation_config(settings: Mapping[str, Any], lanes: int) -> tuple[type[A
     Raises:
         OffrlError: no such class, an unknown key, a wrong value, a list where lanes can't differ or of another length.
     """
-    from hydra.utils import get_class
-
-    target = settings["_target_"]
-    try:
-        cls: Any = get_class(target)
-    except Exception as error:
-        raise OffrlError(f"augment._target_={target} can't be imported ({error}); check its spelling.") from error
-    if not (isinstance(cls, type) and issubclass(cls, Augmentation)):
-        raise OffrlError(f"augment._target_={target} is no offrl.augment.base.Augmentation; name a class that is.")
-    given = {k: v for k, v in settings.items() if k != "_target_"}
-    cfg = config.build(cls.Config, given, "augment.", per_lane=True)
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if str(f.type) == "float" and isinstance(value, list):
-            if f.name not in cls.per_lane:
-                raise OffrlError(f"augment.{f.name}={value}: lanes share this setting; give a single number.")
-            if len(value) != lanes:
-                raise OffrlError(f"augment.{f.name} has {len(value)} values for {lanes} lanes; give one per lane.")
+    cls, cfg = config.from_target(settings, Augmentation, "augment")
+    for name, value in config.lane_lists(cfg).items():
+        if name not in cls.per_lane:
+            raise OffrlError(f"augment.{name}={value}: lanes share this setting; give a single number.")
+    config.check_lane_lists(cfg, "augment", lanes)
     return cls, cfg
 
 

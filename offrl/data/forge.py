@@ -18,7 +18,7 @@ import difflib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -230,13 +230,11 @@ def _build_robot(
     if noise:
         provenance |= {"noise": noise.strengths, "policies_trained": "without noise"}
         trained = f" under noise {noise.strengths}, without which they were trained"
-    info, space = _robot_info(name, spec, provenance, noise), robots.env.action_space
-    write_minari(
+    space = robots.env.action_space
+    _write(
         folder,
         episodes,
-        info,
-        dataset_id=_minari_id(name, size, seed),
-        env_spec=_env_spec(info),
+        _robot_info(name, spec, provenance, noise),
         action_space=box(space.low.tolist(), space.high.tolist()),
         description=f"{spec.env_id}, {level}: rollouts of offrl's behaviour policies with their exploration noise{trained}.",
     )
@@ -246,26 +244,12 @@ def _build_reacher(folder: Path, name: str, recipe: noisy.Recipe, size: int, see
     deviation = noisy.REACHER_NOISE[recipe.level]
     episodes = noisy.drive(recipe.law, deviation, size, _seeds(name, seed), advance)
     driver = "uniform actions" if deviation is None else f"inverse kinematics and PD control, noise {deviation}"
-    ref_min, ref_max = noisy.REACHER_REFERENCES
-    info = DatasetInfo(
-        id=name,
-        source="forge",
-        env_id=recipe.env_id,
-        env_kwargs=recipe.strengths,
-        family="noisy-mujoco",
-        ref_min=ref_min,
-        ref_max=ref_max,
-        max_episode_steps=noisy.REACHER_LIMIT,
-        provenance=_provenance(
-            size, seed, behaviour=driver, noise=recipe.strengths, references=noisy.REACHER_REFERENCES_SOURCE
-        ),
-    )
-    write_minari(
+    source = noisy.REACHER_REFERENCES_SOURCE
+    provenance = _provenance(size, seed, behaviour=driver, noise=recipe.strengths, references=source)
+    _write(
         folder,
         episodes,
-        info,
-        dataset_id=_minari_id(name, size, seed),
-        env_spec=_env_spec(info),
+        _info(name, recipe.env_id, recipe.strengths, noisy.REACHER_REFERENCES, noisy.REACHER_LIMIT, provenance),
         action_space=box([-1.0, -1.0], [1.0, 1.0]),
         description=f"{recipe.env_id}, {recipe.level}: {driver}, under noise {recipe.strengths}.",
     )
@@ -273,17 +257,9 @@ def _build_reacher(folder: Path, name: str, recipe: noisy.Recipe, size: int, see
 
 def _robot_info(name: str, spec: Robot, provenance: dict[str, Any], noise: noisy.Recipe | None = None) -> DatasetInfo:
     references = "D4RL (infos.py), measured on gym's v2 environments" + (" without noise" if noise else "")
-    return DatasetInfo(
-        id=name,
-        source="forge",
-        env_id=noise.env_id if noise else spec.env_id,
-        env_kwargs=noise.strengths if noise else {},
-        family="noisy-mujoco" if noise else "gym-mujoco",
-        ref_min=spec.ref_min,
-        ref_max=spec.ref_max,
-        max_episode_steps=TIME_LIMIT,
-        provenance=provenance | {"references": references} | ({"note": spec.note} if spec.note else {}),
-    )
+    env_id, strengths = (noise.env_id, noise.strengths) if noise else (spec.env_id, {})
+    provenance = provenance | {"references": references} | ({"note": spec.note} if spec.note else {})
+    return _info(name, env_id, strengths, (spec.ref_min, spec.ref_max), TIME_LIMIT, provenance)
 
 
 def _build_mixture(folder: Path, name: str, sources: list[Path], sigma: float, size: int, seed: int) -> None:
@@ -293,11 +269,10 @@ def _build_mixture(folder: Path, name: str, sources: list[Path], sigma: float, s
     summary = {key: value for key, value in manifest.items() if key != "episodes"}
     metadata = read_metadata(sources[0])
     robot = name.removeprefix(PREFIX).split("/")[0]
-    write_minari(
+    _write(
         folder,
         list(_episodes(mixture)),
         _robot_info(name, ROBOTS[robot], _provenance(size, seed, mixture=summary)),
-        dataset_id=_minari_id(name, size, seed),
         env_spec=metadata["env_spec"],
         action_space=json.loads(metadata["action_space"]),
         description=f"Whole trajectories of {good.info.id} ({sigma:.0%} of the transitions) and {bad.info.id}.",
@@ -323,23 +298,14 @@ def _build_maze(folder: Path, name: str, level: str, size: int, seed: int, advan
     seeds = _seeds(f"{PREFIX}pointmaze/{maze}{SUFFIX}", seed)
     episodes = pointmaze.drive(maze, dense, size, seeds, advance)
     spec = pointmaze.make_maze(maze, dense).spec
-    ref_min, ref_max = pointmaze.REFERENCES[maze][dense]
-    info = DatasetInfo(
-        id=name,
-        source="forge",
-        env_id=spec.id,
-        env_kwargs=spec.kwargs,
-        family="maze2d",
-        ref_min=ref_min,
-        ref_max=ref_max,
-        max_episode_steps=spec.max_episode_steps,
-        provenance=_provenance(size, seed, references=pointmaze.REFERENCES_SOURCE),
+    references, provenance = (
+        pointmaze.REFERENCES[maze][dense],
+        _provenance(size, seed, references=pointmaze.REFERENCES_SOURCE),
     )
-    write_minari(
+    _write(
         folder,
         episodes,
-        info,
-        dataset_id=_minari_id(name, size, seed),
+        _info(name, spec.id, spec.kwargs, references, spec.max_episode_steps, provenance),
         env_spec=spec.to_json(),
         action_space=box([-1.0, -1.0], [1.0, 1.0]),
         description=f"{spec.id}, goal fixed as in D4RL: a noisy waypoint controller walks between random places.",
@@ -359,25 +325,13 @@ def _build_tabular(
     if recipe.success is not None:
         facts["successes"] = sum(total >= recipe.success for total in returns)
     facts["references"] = "exact returns of uniform actions and of the best policy"
-    info = DatasetInfo(
-        id=name,
-        source="forge",
-        env_id=recipe.env_id,
-        env_kwargs=dict(recipe.parameters),
-        family="tabular",
-        ref_min=exact["uniform"],
-        ref_max=exact["optimal"],
-        max_episode_steps=task.limit,
-        discrete=task.actions,
-        provenance=_provenance(size, seed, **facts),
-    )
+    references, provenance = (exact["uniform"], exact["optimal"]), _provenance(size, seed, **facts)
+    info = _info(name, recipe.env_id, dict(recipe.parameters), references, task.limit, provenance)
     places = task.coordinates
-    write_minari(
+    _write(
         folder,
         episodes,
-        info,
-        dataset_id=_minari_id(name, size, seed),
-        env_spec=_env_spec(info),
+        replace(info, discrete=task.actions),
         action_space=discrete(task.actions),
         description=f"{recipe.env_id}: {recipe.described}.",
         observation_space=discrete(task.states)
@@ -387,6 +341,37 @@ def _build_tabular(
 
 
 # ---- what all have in common ---------------------------------------------------------------------------------------
+
+
+def _info(
+    name: str,
+    env_id: str,
+    env_kwargs: Mapping[str, Any],
+    references: tuple[float, float],
+    limit: int | None,
+    provenance: dict[str, Any],
+) -> DatasetInfo:
+    """What a Store of the set tells; `references` are the returns of scores 0 and 100, `limit` the longest episode."""
+    return DatasetInfo(
+        id=name,
+        source="forge",
+        env_id=env_id,
+        env_kwargs=dict(env_kwargs),
+        family=family(name),
+        ref_min=references[0],
+        ref_max=references[1],
+        max_episode_steps=limit,
+        provenance=provenance,
+    )
+
+
+def _write(
+    folder: Path, episodes: Sequence[Episode], info: DatasetInfo, *, env_spec: str | None = None, **more: Any
+) -> None:
+    """Write a set; `env_spec` is that of its environment unless it is given, `more` as in `write_minari`."""
+    made = info.provenance
+    dataset_id = _minari_id(info.id, made["size"], made["seed"])
+    write_minari(folder, episodes, info, dataset_id=dataset_id, env_spec=env_spec or _env_spec(info), **more)
 
 
 def _seeds(name: str, seed: int) -> np.random.SeedSequence:

@@ -314,12 +314,17 @@ def _add_episode(
     memory.complete.append(bool(steps["terminations"][-1] or steps["truncations"][-1]))
 
 
+def _episode_names(file: Any) -> list[str]:
+    """The groups of an open HDF5 file that are episodes, by number."""
+    return sorted((key for key in file if key.startswith("episode_")), key=lambda key: int(key[8:]))
+
+
 def _read_hdf5(path: Path, leaves: list[Leaf], memory: _Memory) -> None:
     if not path.is_file():
         raise OffrlError(f"{path}: the dataset's data file is missing; fetch the dataset again.")
     names = ["/".join(("observations", *leaf.path)) for leaf in leaves]
     with open_hdf5(path) as file:
-        episodes = sorted((key for key in file if key.startswith("episode_")), key=lambda key: int(key[8:]))
+        episodes = _episode_names(file)
         if not episodes:
             return
         first = file[episodes[0]]
@@ -343,7 +348,7 @@ def read_noise(path: Path) -> Tensor:
         raise OffrlError(f"{path}: this is no Minari dataset in HDF5, so it tells no noise.")
     parts = []
     with open_hdf5(file_path) as file:
-        episodes = sorted((key for key in file if key.startswith("episode_")), key=lambda key: int(key[8:]))
+        episodes = _episode_names(file)
         stored = file[episodes[0]].get("infos/noise") if episodes else None
         if stored is None:
             raise OffrlError(f"{path}: its environment's noise was not recorded.")

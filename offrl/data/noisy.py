@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offrl.data.rollout import Episode
+from offrl.envs import NOISY_IDS
 from offrl.envs.adapters import make_gymnasium
 from offrl.envs.noisy import NoiseLaw
 
-ROBOTS = {"hopper": "Hopper", "halfcheetah": "HalfCheetah", "walker2d": "Walker2d", "reacher": "Reacher"}
+ROBOTS = {robot.lower(): robot for robot in NOISY_IDS}
 LEVELS = ("random", "medium", "expert", "medium-expert", "medium-replay")
 REACHER_NOISE = {"random": None, "medium": 0.4, "expert": 0.1}
 REACHER_LIMIT = 50
@@ -45,7 +46,7 @@ class Recipe:
 
     @property
     def env_id(self) -> str:
-        return f"offrl/Noisy{ROBOTS[self.robot]}-v0"
+        return NOISY_IDS[ROBOTS[self.robot]]
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -95,7 +96,7 @@ def drive(
         deviation: of the noise on the controller's actions; None: uniform actions.
     """
     resets, rng = (np.random.default_rng(s) for s in seeds.spawn(2))
-    env: Any = make_gymnasium("offrl/NoisyReacher-v0", **vars(law))
+    env: Any = make_gymnasium(NOISY_IDS["Reacher"], **vars(law))
     episodes = []
     for start in range(0, size, REACHER_LIMIT):
         steps, seed = min(REACHER_LIMIT, size - start), int(resets.integers(2**31))

@@ -59,9 +59,7 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
     if name and info.family == "kitchen":
         return ClipAction(D4RLKitchen(name, info.max_episode_steps))
 
-    kwargs = dict(info.env_kwargs)
-    if info.max_episode_steps is not None:
-        kwargs["max_episode_steps"] = info.max_episode_steps
+    kwargs = _kwargs(info)
     env = make_gymnasium(info.env_id, **kwargs)
     if re.search(r"AdroitHand(Door|Hammer|Relocate)-v1$", info.env_id) and kwargs.get("reward_type") != "sparse":
         env = AdroitReward(env)
@@ -80,10 +78,12 @@ def make_vector_env(info: DatasetInfo, count: int) -> gymnasium.vector.VectorEnv
         return None
     if gymnasium.spec(info.env_id).vector_entry_point is None:
         return None
-    kwargs = dict(info.env_kwargs)
-    if info.max_episode_steps is not None:
-        kwargs["max_episode_steps"] = info.max_episode_steps
-    return gymnasium.make_vec(info.env_id, count, **kwargs)
+    return gymnasium.make_vec(info.env_id, count, **_kwargs(info))
+
+
+def _kwargs(info: DatasetInfo) -> dict[str, Any]:
+    limit = {} if info.max_episode_steps is None else {"max_episode_steps": info.max_episode_steps}
+    return {**info.env_kwargs, **limit}
 
 
 def make_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:

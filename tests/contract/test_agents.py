@@ -216,8 +216,9 @@ def test_cuda_graph_equals_eager_on_the_gpu(name: str) -> None:
 def test_compiled_equals_eager(name: str, toy: Store) -> None:
     """Fused kernels round differently: 1e-7 an update, and Adam's first steps can turn that into a learning rate, 3e-4."""
     eager, compiled = make(name, toy), make(name, toy)
-    metrics = advance(eager, toy, 4)
-    others = make_engine("compile", compiled, replay(compiled, toy)).run(0, 4)
+    updates = eager.starts_after + 4
+    metrics = advance(eager, toy, updates)
+    others = make_engine("compile", compiled, replay(compiled, toy)).run(0, updates)
     for key, value in metrics.items():
         torch.testing.assert_close(others[key], value, rtol=1e-4, atol=1e-5)
     assert distance(eager, compiled) < 3e-4
@@ -251,7 +252,7 @@ def test_learns_from_synthetic_rows_too(name: str, toy: Store, tmp_path: Path) -
 def test_no_gradient_is_left_behind(name: str, toy: Store) -> None:
     """Gradients are taken of what is optimised and nothing accumulates."""
     agent = make(name, toy)
-    advance(agent, toy, agent.period)
+    advance(agent, toy, agent.starts_after + agent.period)
     assert all(p.grad is None for p in agent.parameters())
 
 

@@ -43,3 +43,14 @@ def test_discrete_actions_by_cross_entropy() -> None:
     frequency = torch.bincount(action).double() / 4096
     torch.testing.assert_close(probability.double(), frequency, rtol=0, atol=5e-3)
     assert agent.select_action(obs[:, :1]).item() == 0
+
+
+def test_cloning_remembers_nothing_unless_it_tosses_coins() -> None:
+    """So that it can be asked state by state, as fitted Q evaluation does."""
+    spec, discrete = Spec(3, 2, (0, 1)), Spec(3, 2, (0, 1), discrete=True)
+    assert BC(spec).memory(4) is None
+    assert BC(discrete).memory(4) is None
+    drawn = BC(discrete, BCConfig(sample_actions=True))
+    obs, first = torch.randn(2, 64, 3), drawn.memory(64)
+    second = drawn.observe(first, drawn.select_action(obs, first), torch.zeros(2, 64))
+    assert not torch.equal(drawn.select_action(obs, first), drawn.select_action(obs, second))

@@ -284,7 +284,6 @@ def test_the_contrastive_bound_equals_the_information_at_the_best_energy() -> No
     """f = log P(y | x) / P(y) makes the loss minus the information; a constant makes it 0; log(batch) is the most it sees."""
     joint = torch.tensor([[0.3, 0.1], [0.15, 0.45]], dtype=torch.float64)
     counts = (joint * 20).round().long()
-    x, y = (torch.arange(2).repeat_interleave(n) for n in (counts.sum(1), counts.sum(0)))
     x, y = (
         torch.cat([torch.full((int(n),), i) for i, row in enumerate(counts) for n in row]),
         torch.cat([torch.full((int(n),), j) for row in counts for j, n in enumerate(row)]),

@@ -71,7 +71,6 @@ def test_updates_equal_a_plain_restatement(discrete: int | None, average: bool) 
 def test_acting_asks_for_the_same_average_or_for_what_is_left(average: bool) -> None:
     store = make_store()
     agent = make_agent(store, seeds=(0, 1), average=average, target_return=[22.0, 33.0])
-    agent.target.copy_(torch.tensor([22.0, 33.0]))
     memory, obs = agent.memory(2), store.observations[:2].expand(2, -1, -1)
     assert agent.promise(obs, memory).tolist() == [[22, 22], [33, 33]]
     for t in range(3):
