@@ -83,7 +83,6 @@ def bandit_curve(
     trials: int = 1000,
     pools: int = 100,
     alpha: float = 2.0,
-    reward_scale: float = 1.0,
     seed: int = 0,
 ) -> BanditCurve:
     """Simulated tuning: K of the policies, one episode at a time by UCB, the best mean so far recommended.
@@ -93,9 +92,8 @@ def bandit_curve(
         k: policies of a trial, drawn without replacement (at most all).
         trials: simulations behind the mean.
         pools: redraws of the policies (and within each of its episodes) behind the interval; 0: no interval.
-        alpha: of the bonus sqrt(alpha ln t / n).
-        reward_scale: multiplies the scores that the bandit sees. As released, 1, with scores around 100: after every
-            policy was tried once the bandit is nearly greedy. 0.01 is UCB's own scale.
+        alpha: of the bonus sqrt(alpha ln t / n). As released, 2, with scores around 100: after every policy was tried once the
+            bandit is nearly greedy. UCB's own scale, of scores in [0, 1], would be 2e4.
     """
     rng = np.random.default_rng(seed)
     rows = [np.asarray(row, dtype=np.float64).ravel() for row in episodes]
@@ -104,7 +102,7 @@ def bandit_curve(
     table = np.zeros((1, len(rows), lengths.max()))
     for row, scores in enumerate(rows):
         table[0, row, : len(scores)] = scores
-    rule = (k, pulls, alpha * reward_scale**-2)
+    rule = (k, pulls, alpha)
     (mean,) = _simulate(table, lengths[None], trials, *rule, rng)
     low = high = np.full(pulls, np.nan)
     if pools:

@@ -70,6 +70,11 @@ class TrainConfig:
         return list(self.seeds) if self.seeds else [self.seed + lane for lane in range(self.lanes)]
 
 
+# What may change when a run is continued: none of it changes a number of the training.
+FREE = {"updates", "device", "engine", "updates_per_launch", "threads", "log_every", "checkpoint_every"}
+FREE |= {"keep_checkpoints", "out", "name", "label", "fresh", "progress", "tracker", "eval", "lanes", "seed", "seeds"}
+
+
 def build(
     cls: type[Any], values: Mapping[str, Any], where: str = "", per_lane: bool = False, others: Iterable[str] = ()
 ) -> Any:

@@ -38,7 +38,6 @@ class FQEConfig:
     target_every: int = 100  # updates between hard copies to the target
     hidden: tuple[int, ...] = (256, 256)  # widths of the network's hidden layers
     held_out: float = 0.1  # share of the episodes that estimates are read on; below ten episodes, all are used for both
-    reward_scaling: bool = True  # train on rewards of deviation 1
     seed: int = 0  # of the network, the batches and the held-out episodes
 
 
@@ -93,7 +92,7 @@ def _fit(store: Store, agents: list[Agent], cfg: FQEConfig, track: Callable[...,
     lanes = sum(agent.spec.lanes for agent in agents)
     train, held = _split(store, cfg.held_out, generator)
     mean, std = store.observation_statistics()
-    scale = float(store.rewards.std()) if cfg.reward_scaling else 1.0
+    scale = float(store.rewards.std())  # networks see rewards of deviation 1
     scale = scale if scale > 0 else 1.0
 
     def see(obs: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ def _fit(store: Store, agents: list[Agent], cfg: FQEConfig, track: Callable[...,
         blocks = rows.split(4096)
         error = torch.cat([td_error(block) for block in blocks], 1).square().mean(-1).sqrt()
         q = torch.cat([critic(see(store.observations[b]), actions[b].expand(lanes, -1, -1))[:, 0] for b in blocks], 1)
-        good = (store.returns[held] >= store.returns[held].quantile(0.8))[_position_of(store, held, rows)]
+        good = (store.returns >= store.returns[held].quantile(0.8))[store.episode_of_row[rows]]
     return Estimates(value * scale, (q[:, good].mean(-1) - q.mean(-1)) * scale, error * scale)
 
 
@@ -145,13 +144,6 @@ def _rows_of(store: Store, episodes: Tensor) -> Tensor:
     wanted = torch.zeros(store.episodes, dtype=torch.bool, device=store.device)
     wanted[episodes] = True
     return wanted[store.episode_of_row].nonzero()[:, 0]
-
-
-def _position_of(store: Store, episodes: Tensor, rows: Tensor) -> Tensor:
-    """`[n]`: where the episode of each row stands in `episodes`."""
-    place = torch.zeros(store.episodes, dtype=torch.int64, device=store.device)
-    place[episodes] = torch.arange(len(episodes), device=store.device)
-    return place[store.episode_of_row[rows]]
 
 
 @torch.no_grad()

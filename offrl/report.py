@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offrl import budget, figures, page, results, stats, tables
+from offrl.config import FREE
 from offrl.errors import OffrlError
 from offrl.paths import replacing
 from offrl.published import Published, lookup, lookup_tuned
@@ -195,7 +196,6 @@ class Report:
     comparisons: list[Comparison]
     tunings: list[Tuning]
     notes: list[str]
-    last_k: int
 
     def show(self) -> None:
         """Print the tables."""
@@ -240,7 +240,7 @@ def report(
     rows, notes = _prepare(rows, runs, metric)
     cells = _cells(rows, runs, last_k)
     _mark_best(cells)
-    made = Report(Path(out), cells, _aggregates(cells), _comparisons(cells), _tunings(cells, rows), notes, last_k)
+    made = Report(Path(out), cells, _aggregates(cells), _comparisons(cells), _tunings(cells, rows), notes)
     try:
         _write(made, rows)
     except OSError as error:
@@ -311,7 +311,7 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
     by_folder = {str(run.folder): run for run in runs}
     evaluations = (
         rows.group_by("label", "dataset", "folder", "lane", "seed", "step")
-        .agg(pl.col("value").mean(), pl.col("scale").first(), episodes=pl.len())
+        .agg(pl.col("value").mean(), pl.col("scale", "base").first(), episodes=pl.len())
         .sort("seed", "folder", "lane", "step")
     )
     cells = []
@@ -333,7 +333,7 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
                 method=label,
                 dataset=dataset,
                 family=str(dict(here[0].manifest.get("dataset_info") or {}).get("family", "other")),
-                base=_base(label),
+                base=group["base"][0],
                 scale=lanes["scale"][0],
                 best=lanes["best"].to_numpy(),
                 online=int(lanes["online"].to_numpy().max()),
@@ -398,27 +398,12 @@ def _enumerate(names: Sequence[str], most: int = 5) -> str:
 # ---- methods and settings -----------------------------------------------------------------------------
 
 # Parts of a configuration that do not change what is learned, or that a cell averages over.
-NOT_SETTINGS = {
-    *("method", "_target_", "seed", "seeds", "lanes", "device", "engine", "updates_per_launch", "threads"),
-    *("name", "label", "out", "fresh", "progress", "tracker", "cache", "eval"),
-    *("log_every", "checkpoint_every", "keep_checkpoints"),
-}
+NOT_SETTINGS = FREE - {"updates"} | {"method", "_target_", "cache"}
 
 
 def _method(run: results.Run) -> str | None:
-    """The agent's name, with the sampler where it is not the uniform one: what a published number has to match."""
-    if name := run.manifest.get("method"):
-        return str(name)
-    agent, sampler = _target(run.config.get("agent")), _target(run.config.get("sampler"))
-    if not agent:
-        return None
-    weighted = sampler and not sampler.lower().endswith("uniform")
-    return agent.split(".")[-2 if "." in agent else 0] + (f"+{sampler.rpartition('.')[2]}" if weighted else "")
-
-
-def _target(part: Any) -> str:
-    """`offrl.agents.bc.BC` of a section with a Hydra target; a plain name stands for itself."""
-    return str(part.get("_target_", "") if isinstance(part, Mapping) else part or "")
+    """The agent's name, with sampler and augmentation where there are some: what a published number has to match."""
+    return run.manifest.get("method")
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -441,7 +426,7 @@ def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
 
 
 def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
-    """`folder`, `lane`, `label`: the method and, where its runs on a dataset differ in settings, those settings."""
+    """`folder`, `lane`, `base`, `label`: the method, and with the settings in which its runs on a dataset differ."""
     import polars as pl
 
     by_folder = {str(run.folder): run for run in runs}
@@ -472,13 +457,9 @@ def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
         if key not in differing[method] and key not in ("agent", "sampler", "augment"):
             differing[method].append(key)
     labels = [_label(method, settings, differing[method]) for _, _, _, method, settings in entries]
-    frame = {"folder": [e[0] for e in entries], "lane": [e[1] for e in entries], "label": labels}
-    return pl.DataFrame(frame, schema={"folder": pl.String, "lane": pl.Int64, "label": pl.String})
-
-
-def _base(label: str) -> str:
-    """A label without the settings that tell variants apart."""
-    return re.sub(r" \([^()]*=[^()]*\)$", "", label)
+    columns = {"folder": pl.String, "lane": pl.Int64, "base": pl.String, "label": pl.String}
+    found = [(folder, lane, base, label) for (folder, lane, _, base, _), label in zip(entries, labels)]
+    return pl.DataFrame(found, schema=columns, orient="row")
 
 
 def _label(method: str, settings: Mapping[str, Any], differing: Sequence[str]) -> str:
@@ -588,8 +569,9 @@ def _tunings(cells: list[Cell], rows: pl.DataFrame) -> list[Tuning]:
                 np.mean([s.mean() for s in found.values()]) for found in scores.values() if found.keys() == datasets
             ]
             if len(means) > 1 and len(datasets) > 1:
-                on_d4rl = group[0].scale.startswith("D4RL")
-                made.append(_tuning(family, base, means, None, lookup_tuned(base, family) if on_d4rl else {}))
+                plain = {cell.family for cell in group if cell.scale.startswith("D4RL")}
+                published = lookup_tuned(base, plain.pop()) if len(plain) == 1 else {}
+                made.append(_tuning(family, base, means, None, published))
     return made
 
 
@@ -630,19 +612,19 @@ def _write(report: Report, rows: pl.DataFrame) -> None:
         path.write_text(tables.latex(report), encoding="utf-8")
     with replacing(report.folder / "episodes.parquet") as path:
         _portable(rows).write_parquet(path, compression="zstd")
-    drawn = {
-        "curves": figures.draw_curves(report.cells),
-        "scores": figures.draw_scores(report.cells),
-        "profiles": figures.draw_profiles(_profiles(report.cells)),
-    }
-    for name, figure in drawn.items():
+    drawn = [
+        figures.draw_curves(report.cells),
+        figures.draw_scores(report.cells),
+        figures.draw_profiles(_profiles(report.cells)),
+    ]
+    for name, figure in zip(FIGURES, drawn):
         with replacing(report.folder / f"{name}.png") as path:
             figure.savefig(path, format="png", dpi=200)
         figure.set_layout_engine("none")  # as it lies now; finding that again for the page would take as long
     titles = ("Learning curves", "Last scores", "Performance profiles")
     notes = [*tables.legend(report), *report.notes, *tables.sources(report)]
     with replacing(report.folder / "report.html") as path:
-        text = page.page("Report", tables.full_tables(report), list(zip(titles, drawn.values())), notes)
+        text = page.page("Report", tables.full_tables(report), list(zip(titles, drawn)), notes)
         path.write_text(text, encoding="utf-8")
 
 

@@ -178,7 +178,7 @@ def _rank(
         return None, notes
     estimates = fitted_q(store, [agent for *_, agent in agents], cfg, _tracker(dataset, cfg.updates))
     here = rows.filter(pl.col("folder").is_in([str(run.folder) for run in runs]))
-    labels = {(f, lane): label for f, lane, label in label_lanes(here, runs).iter_rows()} if len(here) else {}
+    labels = {(f, lane): label for f, lane, _, label in label_lanes(here, runs).iter_rows()} if len(here) else {}
     unscored = here.filter(pl.col("normalized").is_null() & pl.col("return_raw").is_not_nan())
     column = "return_raw" if len(unscored) else "normalized"
     scores = {
@@ -317,7 +317,7 @@ def _legend(cfg: FQEConfig) -> list[str]:
         f"alone ({cfg.updates:,} updates). Compare ranks, not amounts.",
         "regret@k: what is lost when only the k policies with the best estimates are evaluated; 0 nothing, 1 everything.",
         "Best of k: mean ± deviation of one practitioner's best of k configurations (their seeds averaged), drawn with "
-        "replacement. UCB: 8 policies a trial, scores as they are; the interval is over redrawn policies.",
+        "replacement. UCB: at most 8 policies a trial, scores as they are; the interval is over redrawn policies.",
     ]
 
 

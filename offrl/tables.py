@@ -280,8 +280,8 @@ def legend(report: Report) -> list[str]:
     if report.tunings:
         lines.append(
             "Budget: best of k settings drawn blindly (EOP, mean ± deviation of one practitioner's outcome); episodes: what a "
-            "UCB bandit on 8 policies recommends after so many; limit: the best of them known exactly. Tuned per dataset, "
-            "except in rows of a family."
+            "UCB bandit on at most 8 policies recommends after so many; limit: the best of them known exactly. Tuned per "
+            "dataset, except in rows of a family."
         )
     return lines
 

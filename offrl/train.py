@@ -25,7 +25,7 @@ from torch import Tensor
 from offrl import checkpoint, config, results
 from offrl.agent import Agent, Spec
 from offrl.augment.base import Synthetic, augmentation_config, check_agent, make_augmentation
-from offrl.config import DataConfig, TrainConfig
+from offrl.config import FREE, DataConfig, TrainConfig
 from offrl.data.info import return_spread
 from offrl.data.store import DatasetInfo, Store, concatenate
 from offrl.engine import make_engine
@@ -35,10 +35,6 @@ from offrl.paths import replacing
 from offrl.progress import Bar
 from offrl.sampling import Replay, further_datasets, make_sampler, sampler_config
 from offrl.trackers import make_tracker
-
-# What may change when a run is continued: none of it changes a number of the training.
-_FREE = {"updates", "device", "engine", "updates_per_launch", "threads", "log_every", "checkpoint_every"}
-_FREE |= {"keep_checkpoints", "out", "name", "label", "fresh", "progress", "tracker", "eval", "lanes", "seed", "seeds"}
 
 
 @dataclass
@@ -90,7 +86,7 @@ class Plan:
 
     def identity(self) -> str:
         """8 hex digits of everything that changes the training's numbers, seeds apart."""
-        what = {k: v for k, v in self.to_dict().items() if k not in _FREE | {"method"}}
+        what = {k: v for k, v in self.to_dict().items() if k not in FREE | {"method"}}
         return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=4).hexdigest()
 
     def folder(self) -> Path:
@@ -200,7 +196,7 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
     values = read_config(folder, "resume=")
     for key, value in (changes or {}).items():
         top = key.split(".")[0]
-        if top not in _FREE - {"out", "name", "fresh", "lanes", "seed", "seeds"}:
+        if top not in FREE - {"out", "name", "fresh", "lanes", "seed", "seeds"}:
             raise OffrlError(f"{key} can't be changed when a run is resumed; start another run for it.")
         if "." in key:
             values[top] = {**values[top], key.split(".", 1)[1]: value}
@@ -230,7 +226,7 @@ def _check_same(job: Plan, folder: Path) -> None:
         return
     kept = checkpoint.facts(path)
     now = json.loads(json.dumps(job.to_dict()))
-    pairs = {key: (kept["config"].get(key), now.get(key)) for key in now.keys() - _FREE - {"method"} | {"augment"}}
+    pairs = {key: (kept["config"].get(key), now.get(key)) for key in now.keys() - FREE - {"method"} | {"augment"}}
     pairs["seeds"] = (list(kept["spec"]["seeds"]), job.train.lane_seeds())
     for key, (before, after) in sorted(pairs.items()):
         if before != after:

@@ -76,7 +76,9 @@ def offrl_burst(who: Contestant) -> Callable[[int], None]:
     store = Store(obs, action, reward, next_obs, torch.zeros(ROWS), torch.arange(0, ROWS + 1, 1000)).to(who.device)
     spec = Spec(OBS, ACTION, tuple(range(who.lanes)), *store.observation_statistics(), device=who.device)
     agent = make_agent({"_target_": OmegaConf.load(conf_dir() / "agent" / f"{who.agent}.yaml")._target_}, spec)
-    engine = make_engine(who.engine, agent, Replay([(store, Uniform(store), 1.0)], BATCH), who.precision)
+    agent.attach(store)
+    replay = Replay([(store, Uniform(store), 1.0)], BATCH, agent.window, agent.extra)
+    engine = make_engine(who.engine, agent, replay, who.precision)
     step = 0
 
     def burst(updates: int) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from torch import Tensor
 from offrl import checkpoint
 from offrl.data.store import Store
 from offrl.errors import OffrlError
-from offrl.paths import cache_dir
+from offrl.paths import cache_dir, one_at_a_time
 from offrl.progress import Bar
 
 SAVE_EVERY = 500  # updates between checkpoints of a fit
@@ -75,7 +73,7 @@ def kept(path: Path, start: Callable[[], Fit], progress: bool, title: str) -> tu
 
     Another process that makes the same one is waited for.
     """
-    with _locked(path):
+    with one_at_a_time(path.with_suffix(".lock")):
         try:
             return checkpoint.load(path)
         except OffrlError:
@@ -102,15 +100,3 @@ def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None
         checkpoint.write(path, tensors, facts)
     except (OSError, SafetensorError) as error:
         raise OffrlError(f"{path} can't be written ({error}); free some space, or set OFFRL_HOME.") from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path.with_suffix(".lock"), "w")  # noqa: SIM115 - held until the fit ends
-    except OSError as error:
-        raise OffrlError(f"{path.parent} can't be written ({error.strerror}); set OFFRL_HOME.") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

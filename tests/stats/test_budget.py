@@ -113,7 +113,7 @@ def test_a_constant_moves_the_curve_even_below_zero():
 
 def test_rows_of_different_lengths():
     rows = [[10.0], [20.0, 20.0, 20.0], [0.0, 60.0]]
-    curve = bandit_curve(rows, k=3, pulls=400, trials=300, pools=0, reward_scale=0.01)
+    curve = bandit_curve(rows, k=3, pulls=400, trials=300, pools=0, alpha=2e4)
     assert curve.limit == 30.0
     assert curve.mean[-1] > 27
     assert curve.mean[0] == pytest.approx(20.0, abs=2)

@@ -52,7 +52,8 @@ def make_run(
         **(config or {}),
     }
     (folder / "config.json").write_text(json.dumps(composed))
-    (folder / "manifest.json").write_text(json.dumps({"dataset_info": {"family": family}}))
+    method = agent if sampler == "Uniform" else f"{agent}+{sampler}"
+    (folder / "manifest.json").write_text(json.dumps({"method": method, "dataset_info": {"family": family}}))
     facts = {"run_id": folder.name, "method": agent, "dataset": dataset, "updates": updates}
     with results.RunWriter(folder, facts) as writer:
         for step in steps:
