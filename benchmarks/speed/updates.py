@@ -3,6 +3,7 @@
     python benchmarks/speed/updates.py                          # offrl alone
     python benchmarks/speed/updates.py --corl PATH              # PATH: a checkout of corl-team/CORL
     python benchmarks/speed/updates.py --agent cql --corl PATH
+    python benchmarks/speed/updates.py --agent dt --corl PATH --lanes 2
     python benchmarks/speed/updates.py --agent a2pr --official PATH --lanes 2     # PATH: a checkout of ltlhuuu/A2PR
     python benchmarks/speed/updates.py --device cuda --lanes 1,10 --engines eager,cudagraph
 
@@ -31,6 +32,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 OBS, ACTION, BATCH, HIDDEN, ROWS = 17, 6, 256, 256, 200_000
+BATCHES = {"dt": 64}  # of agents whose papers have another one
 CORES = len(os.sched_getaffinity(0))
 PEERS = ("official", "corl")
 
@@ -77,7 +79,8 @@ def offrl_burst(who: Contestant) -> Callable[[int], None]:
     spec = Spec(OBS, ACTION, tuple(range(who.lanes)), *store.observation_statistics(), device=who.device)
     agent = make_agent({"_target_": OmegaConf.load(conf_dir() / "agent" / f"{who.agent}.yaml")._target_}, spec)
     agent.attach(store)
-    replay = Replay([(store, Uniform(store), 1.0)], BATCH, agent.window, agent.extra)
+    batch = BATCHES.get(who.agent, BATCH)
+    replay = Replay([(store, Uniform(store), 1.0)], batch, agent.window, agent.extra)
     engine = make_engine(who.engine, agent, replay, who.precision)
     step = 0
 
@@ -118,6 +121,8 @@ def corl_burst(who: Contestant, checkout: Path) -> Callable[[int], None]:
 
     module = corl.load(checkout, who.agent)
     torch.set_num_threads(who.threads)
+    if who.agent == "dt":
+        return corl_transformer(module, who.device)
     step = corl_step(who.agent, module, who.device)
     buffer = module.ReplayBuffer(OBS, ACTION, ROWS, who.device)
     obs, action, reward, next_obs = (x.numpy() for x in arrays())
@@ -156,6 +161,30 @@ def corl_step(name: str, module: Any, device: str) -> Callable[[list[torch.Tenso
     raise SystemExit(f"{name}: this benchmark doesn't know how to run CORL's code.")
 
 
+def corl_transformer(module: Any, device: str, context: int = 20) -> Callable[[int], None]:
+    """CORL's decision transformer with its loop's step; batches are drawn beforehand, so its data loader costs nothing here."""
+    parts = {"attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
+    shape = {"seq_len": context, "embedding_dim": 128, "num_layers": 3, "num_heads": 1}
+    model = module.DecisionTransformer(OBS, ACTION, **shape, **parts).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
+    obs, action, reward, _ = (x[: BATCHES["dt"] * context] for x in arrays())
+    windows = [x.unflatten(0, (-1, context)).to(device) for x in (obs, action, reward)]
+    times = torch.arange(context, device=device).expand(BATCHES["dt"], context)
+    mask = torch.ones(BATCHES["dt"], context, device=device)
+
+    def burst(updates: int) -> None:
+        for _ in range(updates):
+            predicted = model(*windows, times, ~mask.bool())
+            loss = (torch.nn.functional.mse_loss(predicted, windows[1], reduction="none") * mask.unsqueeze(-1)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+            optimizer.step()
+            loss.item()
+
+    return burst
+
+
 def matmul_burst(who: Contestant) -> Callable[[int], None]:
     """Nothing but hidden layers: products of [256, 256] matrices, one per lane, counted as one "update"."""
     torch.set_num_threads(who.threads)
@@ -176,7 +205,7 @@ def compete(who: Contestant, checkout: Path, seconds: float, gate: Any, answers:
     own: dict[str, Callable[[Contestant], Callable[[int], None]]] = {"offrl": offrl_burst, "matmul": matmul_burst}
     peers = {"official": official_burst, "corl": corl_burst}
     burst = own[who.kind](who) if who.kind in own else peers[who.kind](who, checkout)
-    size = 16
+    size = 4 if who.agent == "dt" else 16
     burst(size)
     burst(size)
     gate.wait()
@@ -246,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--agent", default="td3_bc", help="name of a file in conf/agent")
     parser.add_argument("--official", type=Path, help="checkout of the authors' code of the agent: a2pr")
-    parser.add_argument("--corl", type=Path, help="checkout of corl-team/CORL: td3_bc, iql, cql, sac_n, edac")
+    parser.add_argument("--corl", type=Path, help="checkout of corl-team/CORL: td3_bc, iql, cql, sac_n, edac, dt")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lanes", default="10", help="lanes to try, with commas")
     parser.add_argument("--engines", default="eager", help="engines to try, with commas")
