@@ -59,16 +59,30 @@ class Table:
         return f"## {self.title}\n\n" + "\n".join(lines) + "\n"
 
     def latex(self) -> str:
-        """A `table` environment; it needs the package booktabs."""
+        """A `table`, or a `longtable` where a page would not hold it; needs the packages booktabs and longtable."""
         lines = []
         for row, bold in zip(self.rows, self.bold):
             cells = [f"\\textbf{{{_tex(text)}}}" if i in bold else _tex(text) for i, text in enumerate(row)]
             lines.append(" & ".join(cells) + r" \\")
         columns = " & ".join(map(_tex, self.columns))
-        inner = ["\\toprule", columns + r" \\", "\\midrule", *lines, "\\bottomrule"]
+        head = ["\\toprule", columns + r" \\", "\\midrule"]
         shape = "ll" + "r" * (len(self.columns) - 2) if len(self.columns) > 1 else "l"
-        body = "\n".join([f"\\begin{{tabular}}{{{shape}}}", *inner, "\\end{tabular}"])
-        return f"\\begin{{table}}\n\\centering\n\\caption{{{_tex(self.title)}}}\n{body}\n\\end{{table}}\n"
+        caption = f"\\caption{{{_tex(self.title)}}}"
+        if len(lines) > _PAGE:
+            begin = [
+                f"\\begin{{longtable}}{{{shape}}}",
+                caption + r" \\",
+                *head,
+                "\\endhead",
+                "\\bottomrule",
+                "\\endfoot",
+            ]
+            return "\n".join([*begin, *lines, "\\end{longtable}"]) + "\n"
+        begin = ["\\begin{table}", "\\centering", caption, f"\\begin{{tabular}}{{{shape}}}", *head]
+        return "\n".join([*begin, *lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"]) + "\n"
+
+
+_PAGE = 40  # rows of a LaTeX table that a page holds
 
 
 _TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "×": r"$\times$", "†": r"$\dagger$", "‡": r"$\ddagger$"}
@@ -236,7 +250,7 @@ def full_tables(report: Report) -> list[Table]:
 
 def latex(report: Report) -> str:
     """The whole of report.tex: tables to be put into a paper."""
-    return "% needs \\usepackage{booktabs}\n" + "\n".join(table.latex() for table in full_tables(report))
+    return "% needs \\usepackage{booktabs,longtable}\n" + "\n".join(table.latex() for table in full_tables(report))
 
 
 def sources(report: Report) -> list[str]:

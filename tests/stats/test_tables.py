@@ -124,6 +124,18 @@ def test_latex_is_escaped_and_balanced(tmp_path):
     assert not re.search(r"(?<!\\)[%#_](?!.*usepackage)", re.sub(r"^%.*", "", text, flags=re.M))
 
 
+def test_a_latex_table_beyond_a_page_breaks_over_pages():
+    from offrl.tables import Table
+
+    def made(rows):
+        return Table("Scores", ["dataset", "score"], [[f"d{i}", str(i)] for i in range(rows)], [set()] * rows).latex()
+
+    assert "longtable" not in made(40)
+    text = made(41)
+    assert r"\begin{table}" not in text
+    assert text.index(r"\endhead") < text.index(r"\endfoot") < text.index("d0 & 0") < text.index("d40 & 40")
+
+
 class Reader(html.parser.HTMLParser):
     """The tags of a page, whether they close in order, and the tables' text."""
 
