@@ -1,4 +1,4 @@
-"""What synthetic trajectories cost: updates per second of the denoiser, and transitions per second of each augmentation.
+"""What synthetic trajectories cost: updates per second of the models, transitions per second of each augmentation.
 
     python benchmarks/speed/augment.py                              # the default sizes, one thread of this machine
     python benchmarks/speed/augment.py --features 1024 --length 128 --steps 256 --churn 80 --device cuda
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from offrl.agent import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
@@ -148,6 +149,21 @@ def official(store: Store, arguments: argparse.Namespace) -> tuple[dict[str, Wor
     }
 
 
+def products() -> int:
+    """Operations of some products of [256, 256] matrices."""
+    a, b = torch.randn(2, 256, 256).unbind()
+    for _ in range(200):
+        a @ b
+    return 200 * 2 * 256**3
+
+
+def flop_each(work: Work) -> float:
+    """Operations in matrix products and convolutions of one update, or of one transition."""
+    with FlopCounterMode(display=False) as counter:
+        done = work()
+    return counter.get_total_flops() / done
+
+
 def measure(works: dict[str, Work], rounds: int, device: str) -> dict[str, float]:
     """Median rates, each contender once a round."""
     rates: dict[str, list[float]] = {name: [] for name in works}
@@ -193,13 +209,22 @@ def main() -> None:
         "updates_per_second": measure(training, arguments.rounds, arguments.device),
         "transitions_per_second": measure(sampling, arguments.rounds, arguments.device),
     }
+    if arguments.device == "cpu":
+        found["flop_per_second"] = measure({"products of 256 x 256 matrices": products}, arguments.rounds, "cpu")
+    flop = {
+        unit: {name: flop_each(work) for name, work in works.items() if "(authors)" not in name}
+        for unit, works in (("updates_per_second", training), ("transitions_per_second", sampling))
+    }
+    most = found.get("flop_per_second", {}).get("products of 256 x 256 matrices")
     for unit, rates in found.items():
         print(unit.replace("_", " "))
         for name, rate in rates.items():
-            print(f"  {name:30} {rate:12.1f}")
+            each = flop.get(unit, {}).get(name)
+            share = f"{rate * each / most:6.0%} of products" if most and each else ""
+            print(f"  {name:30} {rate:16.1f} {share}")
     if arguments.out:
         facts = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "out"}
-        about = {**facts, "machine": platform.platform(), "torch": torch.__version__}
+        about = {**facts, "flop_each": flop, "machine": platform.platform(), "torch": torch.__version__}
         arguments.out.write_text(json.dumps({**about, **found}, indent=1) + "\n")
 
 
