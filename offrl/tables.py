@@ -69,21 +69,14 @@ class Table:
         shape = "ll" + "r" * (len(self.columns) - 2) if len(self.columns) > 1 else "l"
         caption = f"\\caption{{{_tex(self.title)}}}"
         if len(lines) > _PAGE:
-            begin = [
-                f"\\begin{{longtable}}{{{shape}}}",
-                caption + r" \\",
-                *head,
-                "\\endhead",
-                "\\bottomrule",
-                "\\endfoot",
-            ]
+            begin = [f"\\begin{{longtable}}{{{shape}}}", caption + r" \\", *head, "\\endhead"]
+            begin += ["\\bottomrule", "\\endfoot"]
             return "\n".join([*begin, *lines, "\\end{longtable}"]) + "\n"
         begin = ["\\begin{table}", "\\centering", caption, f"\\begin{{tabular}}{{{shape}}}", *head]
         return "\n".join([*begin, *lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"]) + "\n"
 
 
 _PAGE = 40  # rows of a LaTeX table that a page holds
-
 
 _TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "×": r"$\times$", "†": r"$\dagger$", "‡": r"$\ddagger$"}
 _TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"}}

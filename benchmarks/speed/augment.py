@@ -37,6 +37,7 @@ from offrl.data.store import Store
 from offrl.train import tune_process
 
 OBS, ACTION = 11, 3
+PRODUCTS = "products of 256 x 256 matrices"
 Work = Callable[[], int]  # does something and says how much
 
 
@@ -210,12 +211,12 @@ def main() -> None:
         "transitions_per_second": measure(sampling, arguments.rounds, arguments.device),
     }
     if arguments.device == "cpu":
-        found["flop_per_second"] = measure({"products of 256 x 256 matrices": products}, arguments.rounds, "cpu")
+        found["flop_per_second"] = measure({PRODUCTS: products}, arguments.rounds, "cpu")
     flop = {
         unit: {name: flop_each(work) for name, work in works.items() if "(authors)" not in name}
         for unit, works in (("updates_per_second", training), ("transitions_per_second", sampling))
     }
-    most = found.get("flop_per_second", {}).get("products of 256 x 256 matrices")
+    most = found.get("flop_per_second", {}).get(PRODUCTS)
     for unit, rates in found.items():
         print(unit.replace("_", " "))
         for name, rate in rates.items():

@@ -3,7 +3,7 @@
     python benchmarks/speed/updates.py                          # offrl alone
     python benchmarks/speed/updates.py --corl PATH              # PATH: a checkout of corl-team/CORL
     python benchmarks/speed/updates.py --agent cql --corl PATH
-    python benchmarks/speed/updates.py --agent dt --corl PATH --lanes 2
+    python benchmarks/speed/updates.py --agent dt --corl PATH --lanes 1
     python benchmarks/speed/updates.py --agent a2pr --official PATH --lanes 2     # PATH: a checkout of ltlhuuu/A2PR
     python benchmarks/speed/updates.py --device cuda --lanes 1,10 --engines eager,cudagraph
 

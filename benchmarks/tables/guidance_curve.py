@@ -29,7 +29,9 @@ MEASURES = (("log_likelihood_policy", "mean log π(a | s)"), ("dynamics_error", 
 
 def last_scores(run: Path) -> dict[float, list[float]]:
     """Coefficient to the last scores of the lanes that had it."""
-    coefficients = read_config(run)["augment"]["coefficient"]
+    coefficients = read_config(run).get("augment", {}).get("coefficient")
+    if not isinstance(coefficients, list):
+        raise SystemExit(f"{run}: its lanes don't differ in augment.coefficient; name the first command's folder.")
     rows = results.read([run])
     rows = rows.filter(rows["step"] == rows["step"].max())
     scores: dict[float, list[float]] = {}

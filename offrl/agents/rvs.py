@@ -117,7 +117,7 @@ class RvS(RememberingAgent):
             goal = self.goal(memory.return_to_go, memory.time)
         out = self.actor(torch.cat([obs, goal], -1))
         if not self.spec.discrete:
-            return self.within_bounds(out[0])
+            return out[0]
         return self.choose_action(out, memory)
 
     def observe(self, memory: Memory, action: Tensor, reward: Tensor) -> Memory:

@@ -298,10 +298,8 @@ def _build_maze(folder: Path, name: str, level: str, size: int, seed: int, advan
     seeds = _seeds(f"{PREFIX}pointmaze/{maze}{SUFFIX}", seed)
     episodes = pointmaze.drive(maze, dense, size, seeds, advance)
     spec = pointmaze.make_maze(maze, dense).spec
-    references, provenance = (
-        pointmaze.REFERENCES[maze][dense],
-        _provenance(size, seed, references=pointmaze.REFERENCES_SOURCE),
-    )
+    references = pointmaze.REFERENCES[maze][dense]
+    provenance = _provenance(size, seed, references=pointmaze.REFERENCES_SOURCE)
     _write(
         folder,
         episodes,

@@ -257,9 +257,8 @@ def test_failed_build_leaves_nothing_and_keeps_the_old(monkeypatch: pytest.Monke
     assert contents(folder) == good
     assert not forge.folder_of(name, 201).exists()
     left = [path for path in folder.parent.iterdir() if path.name.startswith(".")]
-    assert all(
-        path.suffix == ".lock" and not path.stat().st_size for path in left
-    )  # which stay, empty, for the next to lock
+    # Locks stay, empty, for the next to lock.
+    assert all(path.suffix == ".lock" and not path.stat().st_size for path in left)
 
 
 def test_who_builds_second_keeps_the_first(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from offrl import stats
 metrics = pytest.importorskip(
     "rliable.metrics", reason='rliable 1.2.0 is not installed; it needs "pandas<3" and "arch<8"'
 )
-library = pytest.importorskip("rliable.library")
+from rliable import library  # noqa: E402 - there when metrics are
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(RNG.uniform(20, 90, 9), 12, (2, 10, 9))  # 10 runs of 9 tasks, as rliable has them: [runs, tasks]

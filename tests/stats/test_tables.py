@@ -125,10 +125,10 @@ def test_latex_is_escaped_and_balanced(tmp_path):
 
 
 def test_a_latex_table_beyond_a_page_breaks_over_pages():
-    from offrl.tables import Table
-
     def made(rows):
-        return Table("Scores", ["dataset", "score"], [[f"d{i}", str(i)] for i in range(rows)], [set()] * rows).latex()
+        return tables.Table(
+            "Scores", ["dataset", "score"], [[f"d{i}", str(i)] for i in range(rows)], [set()] * rows
+        ).latex()
 
     assert "longtable" not in made(40)
     text = made(41)
