@@ -29,6 +29,8 @@ GROUP = 64  # leaves in a group: one level of the tree, checked before its leave
 _STRIDE = 4  # dimensions between checks whether a leaf is already known to be too far
 _FAR = np.float32(1e18)  # coordinate of padding, whose square float32 still holds
 _ROUNDING = 1e-5  # relative error of a float32 sum of at most some hundred squares, generously
+# Calls hand over some hundred words of arrays each; the innermost ones are made part of their callers.
+_INNER: dict[str, Any] = {"nogil": True, "cache": True, "forceinline": True}
 # No NaN can occur, a sign of zero doesn't matter, and products may be fused into sums; infinities keep their meaning.
 _FAST = {"nnan", "nsz", "contract"}
 
@@ -184,7 +186,7 @@ def keep(best: Array, best_place: Array, distance: float, place: int) -> None:
     best[i], best_place[i] = distance, place
 
 
-@njit(nogil=True, cache=True)
+@njit(**_INNER)
 def reach(distance: float, beta: float, slip: float) -> np.float32:
     """What a float32 squared distance may be at most for its pair to lie within `distance` (squared, exact)."""
     if distance == np.inf:
@@ -193,7 +195,7 @@ def reach(distance: float, beta: float, slip: float) -> np.float32:
     return np.float32((distance + slack) * (1.0 + _ROUNDING) + 1e-30)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(fastmath=_FAST, **_INNER)
 def add_boxes(low: Array, high: Array, point: Array, first: int, last: int, weight: np.float32, out: Array) -> None:
     """`out[m] += weight * squared distance from a point to box m` over the dimensions `first <= d < last`."""
     zero = np.float32(0)
@@ -212,7 +214,7 @@ def add_boxes(low: Array, high: Array, point: Array, first: int, last: int, weig
             out[m] += weight * (t * t)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(fastmath=_FAST, **_INNER)
 def box_distances(
     low: Array, high: Array, point: Array, skip: int, split: int, weight: np.float32, limit: np.float32, out: Array
 ) -> bool:
@@ -234,61 +236,85 @@ def box_distances(
     return True
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def add_squares(rows: Array, point: Array, first: int, last: int, weight: np.float32, out: Array) -> None:
-    """`out[p] += weight * sum of (rows[d, p] - point[d])^2` over `first <= d < last`."""
+@njit(fastmath=_FAST, **_INNER)
+def add_squares(
+    leaves: Array, leaf: int, points: Array, q: int, first: int, last: int, weight: np.float32, sums: Array, slot: int
+) -> None:
+    """`sums[slot, p] += weight * sum of (leaves[leaf, d, p] - points[q, d])^2` over `first <= d < last`."""
     d = first
-    while d + 4 <= last:  # four at a time spare traffic with `out`
-        a, b, c, e = point[d], point[d + 1], point[d + 2], point[d + 3]
+    while d + 4 <= last:  # four at a time spare traffic with `sums`
+        a, b, c, e = points[q, d], points[q, d + 1], points[q, d + 2], points[q, d + 3]
         for p in range(WIDTH):
-            t, u, v, w = rows[d, p] - a, rows[d + 1, p] - b, rows[d + 2, p] - c, rows[d + 3, p] - e
-            out[p] += weight * ((t * t + u * u) + (v * v + w * w))
+            t, u = leaves[leaf, d, p] - a, leaves[leaf, d + 1, p] - b
+            v, w = leaves[leaf, d + 2, p] - c, leaves[leaf, d + 3, p] - e
+            sums[slot, p] += weight * ((t * t + u * u) + (v * v + w * w))
         d += 4
     while d < last:
-        a = point[d]
+        a = points[q, d]
         for p in range(WIDTH):
-            t = rows[d, p] - a
-            out[p] += weight * (t * t)
+            t = leaves[leaf, d, p] - a
+            sums[slot, p] += weight * (t * t)
         d += 1
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def leaf_distances(
-    leaf: Array, point: Array, skip: int, split: int, weight: np.float32, limit: np.float32, out: Array
-) -> bool:
-    """`out[p]`: squared distance from a point to row p of a leaf; False when all are known to exceed `limit`."""
-    for p in range(WIDTH):
-        out[p] = 0
-    add_squares(leaf, point, skip, split, np.float32(1), out)
-    d = split
-    while d < point.shape[0]:
-        after = min(d + _STRIDE, point.shape[0])
-        add_squares(leaf, point, d, after, weight, out)
-        within = np.int32(0)  # a count compiles to vector code where a minimum does not
-        for p in range(WIDTH):
-            within += np.int32(out[p] <= limit)
-        if within == 0:
-            return False
-        d = after
-    return True
+@njit(fastmath=_FAST, **_INNER)
+def sift(tree: Tree, ask: Queries, leaf: int, first: int, last: int, callers: Array, count: int, sums: Array) -> int:
+    """Add the dimensions `first <= d < last` for the callers of a leaf; those that a row may still be near enough for.
+
+    Args:
+        callers: `[2, Q]` int32, numbers of queries and of their rows of `sums`; the first `count` are read, and those
+            that stay are moved to the front. Moving all and counting on the yes needs no branch: one that no processor
+            can predict would wait for each sum.
+        sums: `[Q, W]` float32, squared distances so far.
+
+    Returns:
+        how many stay.
+    """
+    split, stay = tree.actions.shape[1], 0
+    for i in range(count):
+        q, slot = callers[0, i], callers[1, i]
+        weight = np.float32(ask.betas[q] * ask.betas[q])
+        middle = min(max(first, split), last)  # actions before it, states from it on
+        add_squares(tree.leaves, leaf, ask.points, q, first, middle, np.float32(1), sums, slot)
+        add_squares(tree.leaves, leaf, ask.points, q, middle, last, weight, sums, slot)
+        within, limit = np.int32(0), ask.limits[q]
+        for p in range(WIDTH):  # a count compiles to vector code where a minimum does not
+            within += np.int32(sums[slot, p] <= limit)
+        callers[0, stay], callers[1, stay] = q, slot
+        stay += int(within > 0)
+    return stay
 
 
 @njit(nogil=True, cache=True)
-def scan(tree: Tree, ask: Queries, q: int, leaf: int, skip: int, work: Array) -> None:
-    """Measure a leaf's rows against the k nearest so far of query q."""
-    beta, split = ask.betas[q], tree.actions.shape[1]
-    weight = beta * beta
-    if not leaf_distances(tree.leaves[leaf], ask.points[q], skip, split, np.float32(weight), ask.limits[q], work):
+def scan(tree: Tree, ask: Queries, leaf: int, callers: Array, count: int, skip: int, sums: Array) -> None:
+    """Measure a leaf's rows against the k nearest so far of the queries `callers[0, :count]`; see `sift`."""
+    for i in range(count):
+        callers[1, i] = i
+        for p in range(WIDTH):
+            sums[i, p] = 0
+    first, width, place = skip, tree.leaves.shape[1], leaf * WIDTH
+    last = min(max(skip, tree.actions.shape[1]) + _STRIDE, width)
+    while first < width and count > 0:
+        count = sift(tree, ask, leaf, first, last, callers, count, sums)
+        first, last = last, min(last + _STRIDE, width)
+    for i in range(count):
+        for p in range(min(WIDTH, len(tree.states) - place)):
+            if sums[callers[1, i], p] <= ask.limits[callers[0, i]]:
+                measure(tree, ask, callers[0, i], place + p)
+
+
+@njit(nogil=True, cache=True)
+def measure(tree: Tree, ask: Queries, q: int, place: int) -> None:
+    """The pair at a place among the k nearest so far of query q, if it is one of them."""
+    if place == ask.left_out[q]:
         return
-    best, best_place, first = ask.best[q], ask.best_place[q], leaf * WIDTH
-    for p in range(min(WIDTH, len(tree.states) - first)):
-        if work[p] <= ask.limits[q] and first + p != ask.left_out[q]:
-            distance = pair_distance(tree, ask.states[q], ask.actions[q], first + p, weight)
-            if distance <= ask.bounds[q]:
-                keep(best, best_place, distance, first + p)
-                if best_place[-1] >= 0 and best[-1] < ask.bounds[q]:
-                    ask.bounds[q] = best[-1]
-                    ask.limits[q] = reach(best[-1], beta, tree.slip)
+    beta, best, best_place = ask.betas[q], ask.best[q], ask.best_place[q]
+    distance = pair_distance(tree, ask.states[q], ask.actions[q], place, beta * beta)
+    if distance <= ask.bounds[q]:
+        keep(best, best_place, distance, place)
+        if best_place[-1] >= 0 and best[-1] < ask.bounds[q]:
+            ask.bounds[q] = best[-1]
+            ask.limits[q] = reach(best[-1], beta, tree.slip)
 
 
 @njit(nogil=True, cache=True)
@@ -300,7 +326,8 @@ def search(tree: Tree, ask: Queries, skip: int) -> None:
     by then, then the rest. `skip` leading dimensions of the points don't count.
     """
     count, groups, split = len(ask.betas), tree.boxes.shape[1], tree.actions.shape[1]
-    work, boxes = np.empty(WIDTH, np.float32), np.empty(GROUP, np.float32)
+    sums, boxes = np.empty((count, WIDTH), np.float32), np.empty(GROUP, np.float32)
+    near_enough = np.empty((2, count), np.int32)
     outer, halfway = np.empty((count, groups), np.float32), np.empty(count, np.float32)
     callers, how_far = np.empty((GROUP, count), np.int32), np.empty((GROUP, count), np.float32)
     for q in range(count):
@@ -308,7 +335,8 @@ def search(tree: Tree, ask: Queries, skip: int) -> None:
         ask.limits[q] = reach(ask.bounds[q], ask.betas[q], tree.slip)
         box_distances(tree.outer[0], tree.outer[1], ask.points[q], skip, split, weight, np.float32(np.inf), outer[q])
         if ask.homes[q] >= 0:
-            scan(tree, ask, q, ask.homes[q], skip, work)
+            near_enough[0, 0] = q
+            scan(tree, ask, ask.homes[q], near_enough, 1, skip, sums)
         halfway[q] = np.float32(0.25) * ask.limits[q]
     for part in range(2):
         for g in range(groups):
@@ -325,9 +353,12 @@ def search(tree: Tree, ask: Queries, skip: int) -> None:
                         callers[m, calls[m]], how_far[m, calls[m]] = q, boxes[m]
                         calls[m] += 1
             for m in range(GROUP):
+                few = 0
                 for i in range(calls[m]):
-                    if how_far[m, i] <= ask.limits[callers[m, i]]:
-                        scan(tree, ask, callers[m, i], g * GROUP + m, skip, work)
+                    near_enough[0, few] = callers[m, i]
+                    few += int(how_far[m, i] <= ask.limits[callers[m, i]])
+                if few > 0:
+                    scan(tree, ask, g * GROUP + m, near_enough, few, skip, sums)
 
 
 @njit(nogil=True, cache=True)

@@ -12,6 +12,9 @@ gets our networks and trains for a few seconds on the same data.
 
 from __future__ import annotations
 
+import offrl  # noqa: F401 - before torch: it sets how long OpenMP's idle threads spin
+
+# isort: split
 import argparse
 import importlib
 import json
