@@ -120,7 +120,7 @@ def made_denoiser() -> Denoiser:
     action, reward = torch.rand(n, ACTION, generator=generator) * 2 - 1, torch.randn(n, generator=generator)
     flags = (torch.arange(n) % 9 == 8).float()
     store = Store(obs, action, reward, obs, flags, torch.tensor([0, n]))
-    denoiser = Denoiser(store, DenoiserConfig(features=FEATURES, terminals="zscore")).double()
+    denoiser = Denoiser(store, DenoiserConfig(features=FEATURES, groups=8, terminals="zscore")).double()
     denoiser.codec.fit(denoiser.codec.raw(obs, action, reward, flags), torch.ones(n))
     with torch.no_grad():  # biases and norms that say something
         for parameter in denoiser.network.parameters():

@@ -51,7 +51,11 @@ def make_store(rows: int = 20_000) -> Store:
 def generators(store: Store, arguments: argparse.Namespace) -> dict[str, Work]:
     """Each makes a generation of trajectories for one lane and says of how many transitions; models are untrained."""
     agent = TD3BC(Spec(OBS, ACTION, (0,), device=arguments.device), TD3BCConfig())
-    denoiser = Denoiser(store, DenoiserConfig(features=arguments.features)).to(store.device).requires_grad_(False)
+    denoiser = (
+        Denoiser(store, DenoiserConfig(features=arguments.features, groups=arguments.groups))
+        .to(store.device)
+        .requires_grad_(False)
+    )
     sampling = SamplerConfig(steps=arguments.steps, churn=arguments.churn)
     sizes = {"transitions": arguments.trajectories * arguments.length, "length": arguments.length}
     works: dict[str, Work] = {}
@@ -72,7 +76,9 @@ def generators(store: Store, arguments: argparse.Namespace) -> dict[str, Work]:
 def trainers(store: Store, arguments: argparse.Namespace) -> dict[str, Work]:
     """Each makes a few updates."""
     fits: dict[str, Any] = {
-        "denoiser": Training(store, DenoiserConfig(features=arguments.features, batch_size=arguments.batch)),
+        "denoiser": Training(
+            store, DenoiserConfig(features=arguments.features, groups=arguments.groups, batch_size=arguments.batch)
+        ),
         "world model": EnsembleFit(store, EnsembleConfig()),
     }
 
@@ -184,6 +190,7 @@ def measure(works: dict[str, Work], rounds: int, device: str) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, default=DenoiserConfig().features)
+    parser.add_argument("--groups", type=int, default=8, help="of channels; the authors' network has 8, our default 1")
     parser.add_argument("--batch", type=int, default=DenoiserConfig().batch_size, help="windows of an update")
     parser.add_argument("--steps", type=int, default=SamplerConfig().steps)
     parser.add_argument("--churn", type=float, default=SamplerConfig().churn)

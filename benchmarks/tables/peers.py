@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--final-episodes", type=int, default=50)
     parser.add_argument("--workers", type=int, default=1, help="processes that step environments")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers, written after each evaluation")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     methods = arguments.methods.split(",")
     if unknown := [method for method in methods if method not in METHODS]:
         raise SystemExit(f"{unknown[0]} is unknown here; there are {', '.join(METHODS)}.")

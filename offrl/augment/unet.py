@@ -16,8 +16,6 @@ from torch.nn import functional as F
 
 from offrl.errors import OffrlError
 
-GROUPS = 8
-
 
 class Conv(nn.Module):
     """Convolution over time of `[B, L, C]`, LeCun-normal weights (flax's truncated normal) and no initial bias.
@@ -57,14 +55,14 @@ class Linear(nn.Module):
 class StepNorm(nn.Module):
     """Group normalisation of each time step alone, then ReLU; `[B, L, C]`."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
+        self.groups = groups
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = x.unflatten(
-            -1, (GROUPS, -1)
-        )  # normalised as layers of their own: twice the speed of `group_norm` here
+        # Normalised as layers of their own: twice the speed of `group_norm` here.
+        groups = x.unflatten(-1, (self.groups, -1))
         normed = F.layer_norm(groups, groups.shape[-1:], eps=1e-6).flatten(-2)
         return torch.addcmul(self.bias, normed, self.weight).relu()
 
@@ -72,11 +70,11 @@ class StepNorm(nn.Module):
 class Down(nn.Module):
     """One level of the encoder."""
 
-    def __init__(self, inputs: int, outputs: int, time: int, generator: torch.Generator) -> None:
+    def __init__(self, inputs: int, outputs: int, time: int, groups: int, generator: torch.Generator) -> None:
         super().__init__()
         self.first, self.second = (Conv(n, outputs, 3, (1, 1), generator) for n in (inputs, outputs))
         self.time = Linear(time, outputs, generator)
-        self.first_norm, self.second_norm = StepNorm(outputs), StepNorm(outputs)
+        self.first_norm, self.second_norm = (StepNorm(outputs, groups) for _ in range(2))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         x = self.first_norm(self.first(x) + self.time(time).unsqueeze(1))
@@ -86,12 +84,12 @@ class Down(nn.Module):
 class Up(nn.Module):
     """One level of the decoder: to the skip connection's length, then joined with it."""
 
-    def __init__(self, inputs: int, outputs: int, time: int, generator: torch.Generator) -> None:
+    def __init__(self, inputs: int, outputs: int, time: int, groups: int, generator: torch.Generator) -> None:
         super().__init__()
         self.grow = Conv(inputs, outputs, 2, (0, 1), generator)
         self.time = Linear(time, outputs, generator)
         self.first, self.second = (Conv(n, outputs, 3, (1, 1), generator) for n in (2 * outputs, outputs))
-        self.grow_norm, self.first_norm, self.second_norm = StepNorm(outputs), StepNorm(outputs), StepNorm(outputs)
+        self.grow_norm, self.first_norm, self.second_norm = (StepNorm(outputs, groups) for _ in range(3))
 
     def forward(self, x: Tensor, skip: Tensor, time: Tensor) -> Tensor:
         x = self.grow_norm(self.grow(stretch(x, skip.shape[1])) + self.time(time).unsqueeze(1))
@@ -106,23 +104,28 @@ class UNet(nn.Module):
         width: D, numbers per step.
         features: F, channels of the first level; each further one has twice as many. A multiple of 8, at least 16.
         blocks: levels.
+        groups: of channels that are normalised together, on every level; `features` must be a multiple. A group of few
+            channels keeps little of what they say: of four channels, whose mean and scale are taken away, two numbers.
         seed: of the initial weights.
     """
 
-    def __init__(self, width: int, features: int = 1024, blocks: int = 3, seed: int = 0) -> None:
+    def __init__(self, width: int, features: int = 1024, blocks: int = 3, groups: int = 8, seed: int = 0) -> None:
         super().__init__()
-        if features < 16 or features % GROUPS or blocks < 1:
+        if features < 16 or features % 8 or blocks < 1:
             raise OffrlError(
-                f"augment.denoiser: features={features} should be a multiple of {GROUPS} and at least 16, "
-                f"blocks={blocks} at least 1."
+                f"augment.denoiser: features={features} should be a multiple of 8 and at least 16, blocks={blocks} at least 1."
+            )
+        if groups < 1 or features % groups or features // groups < 2:
+            raise OffrlError(
+                f"augment.denoiser: groups={groups} should divide features={features} into groups of at least 2 channels."
             )
         generator = torch.Generator().manual_seed(seed)
         self.features, self.blocks = features, blocks
         self.embed_first = Linear(2 * (features // 8), features, generator)
         self.embed_second = Linear(features, features, generator)
         widths = [features * 2**i for i in range(blocks)]
-        self.down = nn.ModuleList(Down(a, b, features, generator) for a, b in zip([width, *widths], widths))
-        self.up = nn.ModuleList(Up(a, b, features, generator) for a, b in zip(widths[:0:-1], widths[-2::-1]))
+        self.down = nn.ModuleList(Down(a, b, features, groups, generator) for a, b in zip([width, *widths], widths))
+        self.up = nn.ModuleList(Up(a, b, features, groups, generator) for a, b in zip(widths[:0:-1], widths[-2::-1]))
         self.out = Conv(features, width, 1, (0, 0), generator)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:

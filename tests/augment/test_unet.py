@@ -36,7 +36,17 @@ def test_sizes() -> None:
     assert sum(p.numel() for p in small.parameters()) == 176_420
 
 
-@pytest.mark.parametrize("sizes", [{"features": 20}, {"features": 8}, {"features": 32, "blocks": 0}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"features": 20},
+        {"features": 8},
+        {"features": 32, "blocks": 0},
+        {"features": 16, "groups": 3},
+        {"features": 16, "groups": 16},
+        {"features": 16, "groups": 0},
+    ],
+)
 def test_impossible_sizes(sizes: dict[str, int]) -> None:
     with pytest.raises(OffrlError, match=r"augment.denoiser"):
         UNet(4, **sizes)
@@ -57,13 +67,14 @@ def test_convolutions(size: int, padding: tuple[int, int], generator: torch.Gene
     torch.testing.assert_close(conv(x), plain)
 
 
-def test_norms_act_on_each_step_alone(generator: torch.Generator) -> None:
-    norm = StepNorm(24).double()
+@pytest.mark.parametrize("groups", [1, 8])
+def test_norms_act_on_each_step_alone(groups: int, generator: torch.Generator) -> None:
+    norm = StepNorm(24, groups).double()
     with torch.no_grad():
         norm.weight.normal_(generator=generator)
         norm.bias.normal_(generator=generator)
     x = 3 * torch.randn(4, 9, 24, dtype=torch.float64, generator=generator) + 1
-    plain = F.group_norm(x.reshape(-1, 24), 8, norm.weight, norm.bias, eps=1e-6).view(x.shape).relu()
+    plain = F.group_norm(x.reshape(-1, 24), groups, norm.weight, norm.bias, eps=1e-6).view(x.shape).relu()
     torch.testing.assert_close(norm(x), plain)
     order = torch.randperm(9, generator=generator)
     torch.testing.assert_close(norm(x[:, order]), norm(x)[:, order])  # not so for statistics over time
@@ -115,4 +126,4 @@ def test_gradients_reach_every_weight(generator: torch.Generator) -> None:
 def test_group_norm_over_time_would_be_another_network(generator: torch.Generator) -> None:
     x = torch.randn(2, 9, 16, generator=generator)
     over_time = nn.GroupNorm(8, 16, eps=1e-6)(x.transpose(1, 2)).transpose(1, 2).relu()
-    assert not torch.allclose(over_time, StepNorm(16)(x), atol=0.1)
+    assert not torch.allclose(over_time, StepNorm(16, 8)(x), atol=0.1)
