@@ -236,7 +236,8 @@ def draw(found: Sequence[Probe]) -> Figure:
     datasets = list(dict.fromkeys(one.dataset for one in kept))
     looks = looks_of(sorted({one.method for one in kept}))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.9 * len(datasets), 2.7), layout="constrained")
+        wide = max(2.9, 0.09 * max(map(len, datasets)))  # so that titles don't run into each other
+        figure = Figure(figsize=(wide * len(datasets), 2.7), layout="constrained")
         for panel, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets):
             here = [one for one in kept if one.dataset == dataset]
             for one in here:

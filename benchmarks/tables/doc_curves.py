@@ -3,6 +3,9 @@
     offrl train experiment=dichotomy_of_control/bandit         # and lake, gambling; %BC: agent=bc sampler=top_percent
     python benchmarks/tables/doc_curves.py runs --out docs/img
 
+    offrl train experiment=dichotomy_of_control/noisy          # robots: fewer episodes, since each is a thousand steps
+    python benchmarks/tables/doc_curves.py runs --out docs/img --name dichotomy_of_control_noisy --episodes 10
+
 Every run's policy is probed (`offrl probe`), with both decodings where its actions are discrete; what was found is kept beside
 the run.
 """
@@ -45,13 +48,14 @@ SWEEPS = (
     ("noisy hopper", "strength sigma", r"forge/noisy-hopper/medium-replay-s([\d.]+)-v0"),
     ("noisy halfcheetah", "strength sigma", r"forge/noisy-halfcheetah/medium-replay-s([\d.]+)-v0"),
 )
-SHOWN = ("forge/bandit/skewed-v0", "forge/gambling/uniform-v0", "forge/lake/p0.7-eps0.4-n1000-v0")
+LEAKS = ("forge/bandit/skewed-v0", "forge/gambling/uniform-v0", "forge/lake/p0.7-eps0.4-n1000-v0")
+PROMISES = (*LEAKS, "forge/noisy-hopper/medium-replay-s0.3-v0", "forge/noisy-halfcheetah/medium-replay-s0.3-v0")
 
 
 def probed(folder: Path, episodes: int, updates: int) -> dict[str, Any]:
     """What both decodings' probes of a run found, from the file beside it when that is newer than the checkpoint."""
     info = dataset_info(folder)
-    updates = updates if info.id in SHOWN else 0  # looking for leaks takes longer than all else
+    updates = updates if info.id in LEAKS else 0  # looking for leaks takes longer than all else
     path = folder / f"probe-{episodes}-{updates}.json"
     if not path.exists() or path.stat().st_mtime < (folder / checkpoint.NAME).stat().st_mtime:
         greedy = probes.probe(folder, episodes, updates)
@@ -63,29 +67,38 @@ def probed(folder: Path, episodes: int, updates: int) -> dict[str, Any]:
 
 
 def draw_returns(found: list[dict[str, Any]]) -> Figure:
-    """A column per sweep and a row per decoding: mean return over seeds, deviation as a band, exact values in black."""
+    """A column per sweep and a row per decoding (continuous actions: one); mean return over seeds, deviation as a band.
+
+    Exact values are black.
+    """
     methods = [m for m in METHODS if any(one["method"] == m for one in found)]
     looks, sweeps = looks_of(methods), []
     for title, x_label, pattern in SWEEPS:
         here = [(float(m[1]), one) for one in found if (m := re.fullmatch(pattern, one["dataset"]))]
         if len({x for x, _ in here}) > 1:
             sweeps.append((title, x_label, here))
+    decodings = {"sampled": "return, actions sampled", "likeliest": "return, likeliest action"}
+    if all(one["sampled"]["obtained"] == one["likeliest"]["obtained"] for _, _, here in sweeps for _, one in here):
+        decodings = {"sampled": "return"}
+    if not sweeps:
+        raise SystemExit("no run's dataset belongs to one of the sweeps; train a recipe of dichotomy_of_control first.")
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.9 * len(sweeps), 5.0), layout="constrained")
-        panels = figure.subplots(2, len(sweeps), squeeze=False, sharex="col", sharey="col")
+        figure = Figure(figsize=(max(5.8, 2.9 * len(sweeps)), 0.5 + 2.3 * len(decodings)), layout="constrained")
+        panels = figure.subplots(len(decodings), len(sweeps), squeeze=False, sharex="col", sharey="col")
         for column, (title, x_label, here) in zip(panels.T, sweeps):
             column[0].set_title(title)
-            column[1].set_xlabel(x_label)
-            for panel, decoding in zip(column, ("sampled", "likeliest")):
+            column[-1].set_xlabel(x_label)
+            for panel, decoding in zip(column, decodings):
                 draw_panel(panel, [(x, one["method"], one[decoding]["obtained"]) for x, one in here], looks)
                 for name, style in (("optimal", "--"), ("behaviour", ":")):
                     exact = sorted({x: one["exact"][name] for x, one in here if one["exact"]}.items())
                     panel.plot(*zip(*exact), color="black", linewidth=0.9, linestyle=style) if exact else None
-        panels[0][0].set_ylabel("return, actions sampled")
-        panels[1][0].set_ylabel("return, likeliest action")
+        for panel, label in zip(panels[:, 0], decodings.values()):
+            panel.set_ylabel(label)
         lines = [Line2D([], [], color=looks[m][0], label=NAMES[m]) for m in methods]
-        lines.append(Line2D([], [], color="black", linestyle="--", label="optimum (exact)"))
-        lines.append(Line2D([], [], color="black", linestyle=":", label="behaviour (exact)"))
+        if any(one["exact"] for _, _, here in sweeps for _, one in here):
+            lines.append(Line2D([], [], color="black", linestyle="--", label="optimum (exact)"))
+            lines.append(Line2D([], [], color="black", linestyle=":", label="behaviour (exact)"))
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     return figure
 
@@ -132,7 +145,8 @@ def _spread(values: Iterable[float] | None) -> str:
     if values is None:
         return ""
     array = np.array(list(values))
-    return f"{array.mean():.3f} ± {array.std(ddof=1) if len(array) > 1 else 0.0:.3f}"
+    digits = 3 if abs(array).max() < 100 else 0
+    return f"{array.mean():.{digits}f} ± {array.std(ddof=1) if len(array) > 1 else 0.0:.{digits}f}"
 
 
 def main() -> None:
@@ -143,16 +157,17 @@ def main() -> None:
         "--updates", type=int, default=400, help="of the networks that look for leaks, on three datasets"
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the figures")
+    parser.add_argument("--name", default="dichotomy_of_control", help="what the figures' file names begin with")
     arguments = parser.parse_args()
     folders = [run.folder for run in results.runs(arguments.runs) if (run.folder / checkpoint.NAME).exists()]
     found = [probed(folder, arguments.episodes, arguments.updates) for folder in folders]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    draw_returns(found).savefig(arguments.out / "dichotomy_of_control.png", dpi=170)
+    draw_returns(found).savefig(arguments.out / f"{arguments.name}.png", dpi=170)
     promising = [
-        probes.Probe(**one["sampled"]) for one in found if one["dataset"] in SHOWN and one["sampled"]["promised"]
+        probes.Probe(**one["sampled"]) for one in found if one["dataset"] in PROMISES and one["sampled"]["promised"]
     ]
     if promising:
-        probes.draw(promising).savefig(arguments.out / "dichotomy_of_control_promises.png", dpi=170)
+        probes.draw(promising).savefig(arguments.out / f"{arguments.name}_promises.png", dpi=170)
     print(table(found))
 
 
