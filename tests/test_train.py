@@ -571,3 +571,14 @@ def test_equal_returns_have_no_range(tmp_path: Path) -> None:
     write_npz(make_toy(16).with_rewards(0.0, 1.0), path)
     with pytest.raises(OffrlError, match=r"data.reward_normalize=true needs episodes of different return"):
         rewards(path, reward_normalize=True)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "10000"), ("7", "7")])
+def test_openmps_idle_threads_spin_shortly_unless_the_user_says(given: str | None, expected: str) -> None:
+    """Set before PyTorch reads it: importing offrl alone must not have imported PyTorch."""
+    env = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    if given is not None:
+        env["GOMP_SPINCOUNT"] = given
+    code = "import offrl, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, check=True)
+    assert told.stdout.split() == [expected, "False"]
