@@ -48,14 +48,14 @@ def make_store(rows: int = 20_000) -> Store:
     return Store(obs, action, reward, obs.roll(-1, 0), torch.zeros(rows), torch.arange(0, rows + 1, 200))
 
 
+def denoiser_config(arguments: argparse.Namespace) -> DenoiserConfig:
+    return DenoiserConfig(features=arguments.features, groups=arguments.groups, batch_size=arguments.batch)
+
+
 def generators(store: Store, arguments: argparse.Namespace) -> dict[str, Work]:
     """Each makes a generation of trajectories for one lane and says of how many transitions; models are untrained."""
     agent = TD3BC(Spec(OBS, ACTION, (0,), device=arguments.device), TD3BCConfig())
-    denoiser = (
-        Denoiser(store, DenoiserConfig(features=arguments.features, groups=arguments.groups))
-        .to(store.device)
-        .requires_grad_(False)
-    )
+    denoiser = Denoiser(store, denoiser_config(arguments)).to(store.device).requires_grad_(False)
     sampling = SamplerConfig(steps=arguments.steps, churn=arguments.churn)
     sizes = {"transitions": arguments.trajectories * arguments.length, "length": arguments.length}
     works: dict[str, Work] = {}
@@ -76,9 +76,7 @@ def generators(store: Store, arguments: argparse.Namespace) -> dict[str, Work]:
 def trainers(store: Store, arguments: argparse.Namespace) -> dict[str, Work]:
     """Each makes a few updates."""
     fits: dict[str, Any] = {
-        "denoiser": Training(
-            store, DenoiserConfig(features=arguments.features, groups=arguments.groups, batch_size=arguments.batch)
-        ),
+        "denoiser": Training(store, denoiser_config(arguments)),
         "world model": EnsembleFit(store, EnsembleConfig()),
     }
 

@@ -66,10 +66,10 @@ def probed(folder: Path, episodes: int, updates: int) -> dict[str, Any]:
     return {**found, "method": found["sampled"]["method"], "dataset": info.id, "exact": info.provenance.get("exact")}
 
 
-def draw_returns(found: list[dict[str, Any]]) -> Figure:
+def draw_returns(found: list[dict[str, Any]]) -> Figure | None:
     """A column per sweep and a row per decoding (continuous actions: one); mean return over seeds, deviation as a band.
 
-    Exact values are black.
+    Exact values are black. None when no dataset belongs to a sweep.
     """
     methods = [m for m in METHODS if any(one["method"] == m for one in found)]
     looks, sweeps = looks_of(methods), []
@@ -77,11 +77,11 @@ def draw_returns(found: list[dict[str, Any]]) -> Figure:
         here = [(float(m[1]), one) for one in found if (m := re.fullmatch(pattern, one["dataset"]))]
         if len({x for x, _ in here}) > 1:
             sweeps.append((title, x_label, here))
+    if not sweeps:
+        return None
     decodings = {"sampled": "return, actions sampled", "likeliest": "return, likeliest action"}
     if all(one["sampled"]["obtained"] == one["likeliest"]["obtained"] for _, _, here in sweeps for _, one in here):
         decodings = {"sampled": "return"}
-    if not sweeps:
-        raise SystemExit("no run's dataset belongs to one of the sweeps; train a recipe of dichotomy_of_control first.")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(5.8, 2.9 * len(sweeps)), 0.5 + 2.3 * len(decodings)), layout="constrained")
         panels = figure.subplots(len(decodings), len(sweeps), squeeze=False, sharex="col", sharey="col")
@@ -162,7 +162,8 @@ def main() -> None:
     folders = [run.folder for run in results.runs(arguments.runs) if (run.folder / checkpoint.NAME).exists()]
     found = [probed(folder, arguments.episodes, arguments.updates) for folder in folders]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    draw_returns(found).savefig(arguments.out / f"{arguments.name}.png", dpi=170)
+    if figure := draw_returns(found):
+        figure.savefig(arguments.out / f"{arguments.name}.png", dpi=170)
     promising = [
         probes.Probe(**one["sampled"]) for one in found if one["dataset"] in PROMISES and one["sampled"]["promised"]
     ]

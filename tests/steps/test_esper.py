@@ -222,7 +222,7 @@ def test_labels_of_a_gamble_are_the_mean_returns_of_its_actions() -> None:
     first = store.offsets[:-1]
     for labels in agent.attached.labels[:, first]:
         means = torch.stack([labels[store.actions[first] == action].mean() for action in range(3)])
-        # Half of the smallest gap: none can be taken for another. Over eight seeds it is 0.2 to 1, in steps of a label, 0.5.
+        # Half of the smallest gap: none can be taken for another. Over eight seeds it was 0.2 to 1.
         assert (means - torch.tensor([-5.0, -2.5, 1.0])).abs().max() < 1.25
     start = store.observations[:1].expand(2, 1, -1)
     assert agent.select_action(start, agent.memory(1)).tolist() == [[2], [2]]
