@@ -39,12 +39,12 @@ _CHUNK = 8192  # steps of each lane that go through the network at once
 
 @dataclass
 class DenoiserConfig:
-    features: int = 32  # channels of the U-Net's first level (the authors: 1024)
+    features: int = 64  # channels of the U-Net's first level (the authors: 1024)
     blocks: int = 3  # its levels
     groups: int = 1  # of channels that are normalised together (the authors: 8, of 128 channels and more)
     window: int = 32  # steps of a training trajectory
-    updates: int = 10_000
-    batch_size: int = 64  # windows (the authors: 32)
+    updates: int = 20_000
+    batch_size: int = 32  # windows
     lr: float = 4e-3  # after a warm-up over the first tenth, then down to 0 along a cosine (the authors: 2e-3)
     ema_decay: float = 0.995  # of the averaged weights, which are the ones used
     ema_every: int = 10  # updates between steps of that average

@@ -27,10 +27,11 @@ from offrl.errors import OffrlError
 
 
 class Simulator:
-    """A MuJoCo robot that can be put into the state that an observation tells.
+    """A MuJoCo robot, or a maze's point mass, that can be put into the state that an observation tells.
 
     Its observations are all positions (but for the first ones, on which nothing depends) and velocities; Hopper's and
-    Walker2d's velocities are cut off at 10, and states beyond can't be told.
+    Walker2d's velocities are cut off at 10, and states beyond can't be told. A maze's goal is that of one reset
+    (Gymnasium's moves by up to a quarter of a cell with every one, so its rewards have a floor above rounding).
 
     Raises:
         OffrlError: the dataset's environment is no such robot.
@@ -40,14 +41,15 @@ class Simulator:
         from offrl.envs.adapters import make_env
 
         self.env = make_env(info)
-        self.robot: Any = self.env.unwrapped
+        task: Any = self.env.unwrapped
+        self.robot: Any = getattr(task, "point_env", task)  # Gymnasium-Robotics' mazes hold their point mass
         self.observation, _ = self.env.reset(seed=0)
         model: Any = getattr(self.robot, "model", None)
         self.hidden = model.nq + model.nv - len(self.observation) if model is not None else -1
         if not 0 <= self.hidden <= 2 or not hasattr(self.robot, "set_state"):
             raise OffrlError(
                 f"{info.id}: the state of {info.env_id} can't be read off its observation; dynamics errors exist for Hopper, "
-                "HalfCheetah, Walker2d and their like."
+                "HalfCheetah, Walker2d and their like, and for point mazes."
             )
         self.positions = model.nq - self.hidden
         self.limit = 10.0 if (info.env_id or "").startswith(("Hopper", "Walker2d")) else np.inf
@@ -61,7 +63,7 @@ class Simulator:
         qpos = np.concatenate([np.zeros(self.hidden), obs[: self.positions]])
         self.robot.set_state(qpos, obs[self.positions :])
         self.robot.data.qacc_warmstart[:] = 0.0  # the solver's memory of whatever came before
-        following, reward, terminated, _, _ = self.robot.step(action)
+        following, reward, terminated, _, _ = self.env.step(action)
         return following, float(reward), bool(terminated)
 
     def close(self) -> None:

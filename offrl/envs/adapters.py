@@ -237,6 +237,7 @@ class Maze2D(gymnasium.Env):
         layout, self.dense = match[1], match[2] is not None
         maze: Any = make_gymnasium("PointMaze_UMaze-v3", maze_map=maze_map(layout)).unwrapped
         self.point = maze.point_env
+        self.model, self.data = self.point.model, self.point.data
         self.goal = np.array(goal_cell(layout), dtype=np.float64)
         self.starts = np.array([*(c for c in free_cells(layout) if c != goal_cell(layout)), goal_cell(layout)])
         # Gymnasium's (x, y) of D4RL's origin.
@@ -264,8 +265,7 @@ class Maze2D(gymnasium.Env):
         self.point.set_state(self.origin + _to_gymnasium(position), _to_gymnasium(velocity))
 
     def _observation(self) -> Array:
-        data = self.point.data
-        return np.concatenate((_to_d4rl(data.qpos - self.origin), _to_d4rl(data.qvel)))
+        return np.concatenate((_to_d4rl(self.data.qpos - self.origin), _to_d4rl(self.data.qvel)))
 
     def close(self) -> None:
         self.point.close()

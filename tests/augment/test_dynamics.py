@@ -17,6 +17,7 @@ from offrl.cli import main
 from offrl.data import forge
 from offrl.data import load as load_dataset
 from offrl.data.store import DatasetInfo, Store
+from offrl.envs.adapters import make_env
 from offrl.errors import OffrlError
 from offrl.train import load_agent, train
 
@@ -51,6 +52,37 @@ def test_real_transitions_have_no_dynamics_error(hopper: Store) -> None:
     assert float(dynamics_error(simulator, changed(some, next_observations=shuffled), hopper).states.mean()) > 0.5
     other = dynamics_error(simulator, changed(some, actions=-some.actions), hopper)
     assert float(other.states.mean()) > 100 * float(floor.states.mean())
+    simulator.close()
+
+
+@pytest.mark.parametrize("name", ["forge/pointmaze/umaze-dense-v0", "maze2d-umaze-dense-v1"])
+def test_a_mazes_point_is_put_where_an_observation_says(name: str, tmp_path: Path) -> None:
+    """Rows that its own environment made are made again, in both packages' coordinates, walls and rewards too."""
+    if name.startswith("forge"):
+        info = load_dataset(forge.ensure(name, size=300, seed=0, progress=False)).info
+    else:
+        info = DatasetInfo(id=name, env_id="PointMaze_UMaze-v3", family="maze2d", max_episode_steps=300)
+    env = make_env(info)
+    obs, _ = env.reset(seed=0)  # as the simulator's: Gymnasium's goal moves a little with every reset
+    rows, random = [], np.random.default_rng(0)
+    push = np.zeros(2)
+    for step in range(400):
+        if step % 40 == 0:  # long pushes, which end at walls
+            push = random.uniform(-1, 1, 2)
+        following, reward, *_ = env.step(push)
+        rows.append((obs, push, reward, following))
+        obs = following
+    env.close()
+    obs, action, reward, following = (torch.as_tensor(np.array(part)).float() for part in zip(*rows))
+    store = Store(obs, action, reward, following, torch.zeros(400), torch.tensor([0, 400]), info=info)
+    simulator = Simulator(info)
+    floor = dynamics_error(simulator, store, store)
+    assert not floor.left_out
+    assert float(reward.std()) > 0.01  # by the distance to the goal
+    assert float(floor.states.mean()) < 1e-8  # float32 rows
+    assert float(floor.rewards.max()) < 1e-8
+    other = dynamics_error(simulator, changed(store, actions=-store.actions), store)
+    assert float(other.states.mean()) > 1e-3
     simulator.close()
 
 
