@@ -207,6 +207,19 @@ def _number(value: float | None) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
 
 
+def _cut_rounding_off(errors: Any, both: Any, found: dict[str, dict[str, Any]], looks: dict[str, str]) -> None:
+    """End the axes of errors a decade below synthetic ones; a real error below (rounding) is told in words and by an arrow."""
+    synthetic = [v["dynamics_error"] for kind, v in found.items() if kind != "real" and v["dynamics_error"]]
+    real = found.get("real", {}).get("dynamics_error")
+    if not synthetic or real is None or real >= min(synthetic) / 10:
+        return
+    for panel in (errors, both):
+        panel.set_ylim(bottom=min(synthetic) / 10)
+    errors.annotate(f"real: {real:.0e}", (0.02, 0.03), xycoords="axes fraction", color=looks["real"])
+    place = found["real"]["log_likelihood_policy"], min(synthetic) / 10
+    both.plot(*place, "v", color=looks["real"], markersize=6, clip_on=False)
+
+
 def draw(found: dict[str, dict[str, Any]]) -> Any:
     """Dynamics error and likelihood along the horizon, and one against the other."""
     import matplotlib
@@ -230,6 +243,7 @@ def draw(found: dict[str, dict[str, Any]]) -> Any:
         for panel in (errors, both):
             panel.set_yscale("log")
             panel.set_ylabel("dynamics error (dataset's variance)")
+        _cut_rounding_off(errors, both, found, looks)
         for panel in (errors, likelihoods):
             panel.set_xlabel("step of the trajectory")
         for panel in (both, likelihoods):

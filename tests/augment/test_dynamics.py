@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from offrl.augment import metrics
+from offrl.augment.commands import draw
 from offrl.augment.metrics import OneLane, Simulator, along_horizon, coverage, dynamics_error, real_pieces
 from offrl.cli import main
 from offrl.data import forge
@@ -213,6 +214,19 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(table) == 6
     assert (out / "metrics.png").stat().st_size > 10_000
     capsys.readouterr()
+
+
+def test_the_figure_shows_synthetic_errors_and_tells_the_rounding_of_real_ones() -> None:
+    def kind(error: float) -> dict[str, Any]:
+        curves = {"dynamics_error": [error, error], "log_likelihood_policy": [-1.0, -2.0]}
+        return {"dynamics_error": error, "log_likelihood_policy": -1.5, "curves": curves}
+
+    panel = draw({"real": kind(1e-14), "unguided": kind(0.02), "world model": kind(0.003)}).axes[0]
+    assert panel.get_ylim()[0] == pytest.approx(3e-4)
+    assert [text.get_text() for text in panel.texts] == ["real: 1e-14"]
+    panel = draw({"real": kind(0.01), "unguided": kind(0.02)}).axes[0]  # as of another version of the simulator
+    assert panel.get_ylim()[0] < 0.01
+    assert not panel.texts
 
 
 @pytest.mark.parametrize(
