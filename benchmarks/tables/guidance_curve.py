@@ -1,12 +1,12 @@
-"""What the coefficient of guidance does: scores of lanes that differ in it, and the measures of trajectories made at each.
+"""What the coefficient of guidance does: scores of runs or lanes that differ in it, and measures of trajectories made at each.
 
-    offrl train experiment=policy_guided_diffusion/forge agent=td3_bc augment=policy_guided_diffusion \\
-        dataset=forge/hopper/medium-replay-v0 lanes=15 "seeds=[0,1,2,0,1,2,0,1,2,0,1,2,0,1,2]" \\
-        "augment.coefficient=[0,0,0,0.3,0.3,0.3,1,1,1,3,3,3,10,10,10]"
-    offrl augment metrics runs/td3_bc/... --coefficients 0,0.3,1,3,10 --no-world-model
-    python benchmarks/tables/guidance_curve.py RUN METRICS.json --out docs/img/policy_guided_diffusion_coefficient.png
+    offrl train experiment=policy_guided_diffusion/forge agent=td3_bc augment=policy_guided_diffusion lanes=15 \\
+        dataset=forge/hopper/medium-replay-v0 augment.coefficient=0,0.3,1,3,10 out=runs_curve
+    offrl augment metrics runs/td3_bc/... --coefficients 0,0.3,1,3,10 --no-world-model --out measured
+    python benchmarks/tables/guidance_curve.py runs_curve/*/*/* --measured measured/metrics.json --out curve.png
 
-RUN is the first command's folder, METRICS.json the second's. Prints the numbers of the figure as a Markdown table.
+Lanes of one run may differ too (`"augment.coefficient=[0,1,3]" "seeds=[0,0,0]"`); unguided diffusion counts as 0. Prints the
+numbers of the figure as a Markdown table.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from offrl import results
+from offrl.augment.base import augmentation_config
+from offrl.augment.diffusion import Diffusion
 from offrl.figures import STYLE
 from offrl.paths import replacing
 from offrl.train import read_config
@@ -27,18 +29,26 @@ from offrl.train import read_config
 MEASURES = (("log_likelihood_policy", "mean log π(a | s)"), ("dynamics_error", "dynamics error (variances)"))
 
 
-def last_scores(run: Path) -> dict[float, list[float]]:
-    """Coefficient to the last scores of the lanes that had it."""
-    coefficients = read_config(run).get("augment", {}).get("coefficient")
-    if not isinstance(coefficients, list):
-        raise SystemExit(f"{run}: its lanes don't differ in augment.coefficient; name the first command's folder.")
-    rows = results.read([run])
-    rows = rows.filter(rows["step"] == rows["step"].max())
+def last_scores(runs: list[Path]) -> dict[float, list[float]]:
+    """Coefficient to the last scores of all lanes that had it."""
     scores: dict[float, list[float]] = {}
-    for lane, coefficient in enumerate(coefficients):
-        mine = rows.filter(rows["lane"] == lane)["normalized"].to_numpy()
-        scores.setdefault(float(coefficient), []).append(float(mine.mean()))
+    for run in runs:
+        rows = results.read([run])
+        rows = rows.filter(rows["step"] == rows["step"].max())
+        lanes = sorted(rows["lane"].unique())
+        for lane, coefficient in zip(lanes, coefficients(run, len(lanes)), strict=True):
+            scores.setdefault(coefficient, []).append(float(rows.filter(rows["lane"] == lane)["normalized"].mean()))
     return dict(sorted(scores.items()))
+
+
+def coefficients(run: Path, lanes: int) -> list[float]:
+    """Each lane's coefficient of guidance."""
+    augment = read_config(run).get("augment")
+    cls, cfg = augmentation_config(augment, lanes) if augment else (None, None)
+    if cls is None or not issubclass(cls, Diffusion):
+        raise SystemExit(f"{run}: no run with diffusion as its augmentation; leave it out.")
+    value = getattr(cfg, "coefficient", 0.0)
+    return [float(one) for one in value] if isinstance(value, list) else [float(value)] * lanes
 
 
 def measures(path: Path) -> dict[float, dict[str, float]]:
@@ -53,7 +63,7 @@ def table(scores: dict[float, list[float]], found: dict[float, dict[str, float]]
     for coefficient in sorted({*scores, *found}):
         lanes, made = scores.get(coefficient), found.get(coefficient)
         score = f"{np.mean(lanes):.1f} ± {np.std(lanes, ddof=1):.1f}" if lanes else ""
-        told = f"{made['dynamics_error']:.2f} | {made['log_likelihood_policy']:.2f}" if made else " | "
+        told = f"{made['dynamics_error']:.3f} | {made['log_likelihood_policy']:.2f}" if made else " | "
         lines.append(f"| {coefficient:g} | {score} | {told} |")
     return "\n".join(lines)
 
@@ -84,11 +94,11 @@ def draw(scores: dict[float, list[float]], found: dict[float, dict[str, float]])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("metrics", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--measured", type=Path, required=True, help="metrics.json of `offrl augment metrics`")
     parser.add_argument("--out", type=Path, default=Path("guidance_curve.png"), help="default %(default)s")
     arguments = parser.parse_args()
-    scores, found = last_scores(arguments.run), measures(arguments.metrics)
+    scores, found = last_scores(arguments.runs), measures(arguments.measured)
     print(table(scores, found))
     with replacing(arguments.out) as temporary:
         draw(scores, found).savefig(temporary, dpi=160, format="png")
