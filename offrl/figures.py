@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from offrl.report import Cell, Curve
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; a second round changes the line style.
+# Okabe and Ito's colours, told apart by colour-blind readers too; a second round changes the line style and the mark.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+MARKS = {"-": "o", "--": "s", ":": "^", "-.": "v"}  # of means, by line style
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -33,7 +34,7 @@ def _looks(cells: list[Cell]) -> dict[str, tuple[str, Any]]:
 
 
 def looks_of(methods: Sequence[str]) -> dict[str, tuple[str, Any]]:
-    return {m: (COLOURS[i % 8], ("-", "--", ":", "-.")[i // 8 % 4]) for i, m in enumerate(methods)}
+    return {m: (COLOURS[i % 8], tuple(MARKS)[i // 8 % 4]) for i, m in enumerate(methods)}
 
 
 def draw_curves(cells: list[Cell]) -> Figure:
@@ -77,7 +78,7 @@ def draw_curves(cells: list[Cell]) -> Figure:
 
 
 def _draw_curve(panel: Axes, curve: Curve, colour: str, style: str) -> None:
-    alone = "o" if len(curve.steps) == 1 else None
+    alone = MARKS[style] if len(curve.steps) == 1 else None
     panel.plot(curve.steps, curve.mean, color=colour, linestyle=style, linewidth=1.4, marker=alone, markersize=3)
     low, high = curve.mean - curve.half_width, curve.mean + curve.half_width
     panel.fill_between(curve.steps, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -111,7 +112,10 @@ def draw_scores(cells: list[Cell]) -> Figure:
             _draw_points(panel, group, looks)
             panel.set_xlabel(scale)
             tidy(panel, grid="x")
-        marks = [Line2D([], [], color=colour, marker="o", markersize=4, linewidth=1.5) for colour, _ in looks.values()]
+        marks = [
+            Line2D([], [], color=colour, marker=MARKS[style], markersize=4, linewidth=1.5)
+            for colour, style in looks.values()
+        ]
         names = list(looks)
         if any(cell.published for cell in cells):
             marks.append(Line2D([], [], color="0.4", marker="D", markersize=4, markerfacecolor="white", linestyle=""))
@@ -127,13 +131,13 @@ def _draw_points(panel: Axes, cells: list[Cell], looks: Mapping[str, tuple[str, 
         ticks.append(position + (len(here) - 1) / 2)
         names.append(dataset)
         for cell in here:
-            colour = looks[cell.method][0]
+            colour, line = looks[cell.method]
             panel.plot(
                 cell.last, np.full(len(cell.last), position + 0.3), "o", color=colour, markersize=2.5, alpha=0.35, mew=0
             )
             if not math.isnan(cell.interval[0]):
                 panel.plot(cell.interval, [position, position], color=colour, linewidth=1.5, solid_capstyle="butt")
-            panel.plot(cell.mean, position, "o", color=colour, markersize=4.5)
+            panel.plot(cell.mean, position, MARKS[line], color=colour, markersize=4.5)
             if cell.published:
                 style: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": colour, "markersize": 4.5}
                 panel.plot(cell.published[0].mean, position, "D", **style)
@@ -190,6 +194,9 @@ def tidy(panel: Axes, grid: str = "y") -> None:
 def _legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str], across: int) -> None:
     longest = max(map(len, names))
     columns = max(1, min(len(names), int(across * 42 / (longest + 8))))
+    width, height = figure.get_size_inches()
+    rows = math.ceil(len(names) / columns)
+    figure.set_size_inches(width, height + 0.17 * max(0, rows - 1))  # the panels keep their height
     figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
 
 

@@ -68,8 +68,8 @@ def add_parser(subparsers: Any) -> None:
 
     for command in (sample, metrics):
         command.add_argument("--lane", type=int, default=0, help="which of the run's policies (default 0)")
-    for command in (train, sample, metrics):
-        command.add_argument("words", nargs="*", metavar="KEY=VALUE", help=WORDS)
+    for command, more in ((train, ""), (sample, ""), (metrics, "; world_model.KEY=VALUE sets the world model")):
+        command.add_argument("words", nargs="*", metavar="KEY=VALUE", help=WORDS + more)
 
 
 def run_train(arguments: argparse.Namespace) -> int:

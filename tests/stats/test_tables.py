@@ -102,6 +102,20 @@ def test_profile_band():
     np.testing.assert_allclose(panel.lines[0].get_ydata()[[0, -1]], [1, 0])
 
 
+def test_many_methods_with_long_names_leave_the_panels_their_height():
+    """And of sixteen no two look alike."""
+    tasks = [np.arange(5.0)]
+    heights = []
+    for methods in (["bc"], [f"method_{i:02d} (coefficient=default)" for i in range(16)]):
+        figure = figures.draw_profiles({"gym": dict.fromkeys(methods, tasks)})
+        figure.draw_without_rendering()  # applies the layout
+        (panel,) = figure.axes
+        heights.append(panel.get_window_extent().height / figure.dpi)
+        looks = figures.looks_of(methods)
+        assert len({(colour, figures.MARKS[style]) for colour, style in looks.values()}) == len(methods)
+    assert heights[1] == pytest.approx(heights[0], rel=0.25)  # in inches; the legend has sixteen lines
+
+
 # ---- LaTeX and HTML ------------------------------------------------------------------------------------------
 
 
