@@ -208,16 +208,17 @@ def _number(value: float | None) -> str:
 
 
 def _cut_rounding_off(errors: Any, both: Any, found: dict[str, dict[str, Any]], looks: dict[str, str]) -> None:
-    """End the axes of errors a decade below synthetic ones; a real error below (rounding) is told in words and by an arrow."""
-    synthetic = [v["dynamics_error"] for kind, v in found.items() if kind != "real" and v["dynamics_error"]]
+    """End the axes of errors below the synthetic curves; a real error below (rounding) is told in words and by an arrow."""
+    curves = [values["curves"]["dynamics_error"] for kind, values in found.items() if kind != "real"]
+    synthetic = [error for curve in curves for error in curve if error]
     real = found.get("real", {}).get("dynamics_error")
-    if not synthetic or real is None or real >= min(synthetic) / 10:
+    bottom = min(synthetic, default=0.0) / 3
+    if real is None or real >= bottom:
         return
     for panel in (errors, both):
-        panel.set_ylim(bottom=min(synthetic) / 10)
+        panel.set_ylim(bottom=bottom)
     errors.annotate(f"real: {real:.0e}", (0.02, 0.03), xycoords="axes fraction", color=looks["real"])
-    place = found["real"]["log_likelihood_policy"], min(synthetic) / 10
-    both.plot(*place, "v", color=looks["real"], markersize=6, clip_on=False)
+    both.plot(found["real"]["log_likelihood_policy"], bottom, "v", color=looks["real"], markersize=6, clip_on=False)
 
 
 def draw(found: dict[str, dict[str, Any]]) -> Any:

@@ -222,7 +222,7 @@ def test_the_figure_shows_synthetic_errors_and_tells_the_rounding_of_real_ones()
         return {"dynamics_error": error, "log_likelihood_policy": -1.5, "curves": curves}
 
     panel = draw({"real": kind(1e-14), "unguided": kind(0.02), "world model": kind(0.003)}).axes[0]
-    assert panel.get_ylim()[0] == pytest.approx(3e-4)
+    assert panel.get_ylim()[0] == pytest.approx(1e-3)
     assert [text.get_text() for text in panel.texts] == ["real: 1e-14"]
     panel = draw({"real": kind(0.01), "unguided": kind(0.02)}).axes[0]  # as of another version of the simulator
     assert panel.get_ylim()[0] < 0.01
