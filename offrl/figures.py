@@ -73,7 +73,7 @@ def draw_curves(cells: list[Cell]) -> Figure:
         if any(cell.published for cell in cells):
             lines.append(Line2D([], [], color="0.4", linewidth=0.8, linestyle=(0, (1, 2))))
             names.append("published")
-        _legend_above(figure, lines, names, across)
+        legend_above(figure, lines, names, across)
     return figure
 
 
@@ -120,7 +120,7 @@ def draw_scores(cells: list[Cell]) -> Figure:
         if any(cell.published for cell in cells):
             marks.append(Line2D([], [], color="0.4", marker="D", markersize=4, markerfacecolor="white", linestyle=""))
             names.append("published")
-        _legend_above(figure, marks, names, 2)
+        legend_above(figure, marks, names, 2)
     return figure
 
 
@@ -181,7 +181,7 @@ def draw_profiles(groups: Mapping[str, Mapping[str, Sequence[Any]]]) -> Figure:
             tidy(panel)
         if methods:
             lines = [Line2D([], [], color=colour, linestyle=style, linewidth=1.5) for colour, style in looks.values()]
-            _legend_above(figure, lines, methods, across)
+            legend_above(figure, lines, methods, across)
     return figure
 
 
@@ -191,7 +191,8 @@ def tidy(panel: Axes, grid: str = "y") -> None:
     panel.set_axisbelow(True)
 
 
-def _legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str], across: int) -> None:
+def legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str], across: int) -> None:
+    """A legend over a figure that is `across` panels wide; the figure grows by the legend's further rows."""
     longest = max(map(len, names))
     columns = max(1, min(len(names), int(across * 42 / (longest + 8))))
     width, height = figure.get_size_inches()

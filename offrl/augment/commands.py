@@ -207,18 +207,17 @@ def _number(value: float | None) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
 
 
-def _cut_rounding_off(errors: Any, both: Any, found: dict[str, dict[str, Any]], looks: dict[str, str]) -> None:
+def _cut_rounding_off(errors: Any, both: Any, found: dict[str, dict[str, Any]], colour: str) -> None:
     """End the axes of errors below the synthetic curves; a real error below (rounding) is told in words and by an arrow."""
     curves = [values["curves"]["dynamics_error"] for kind, values in found.items() if kind != "real"]
     synthetic = [error for curve in curves for error in curve if error]
-    real = found.get("real", {}).get("dynamics_error")
-    bottom = min(synthetic, default=0.0) / 3
+    real, bottom = found["real"]["dynamics_error"], min(synthetic, default=0.0) / 3
     if real is None or real >= bottom:
         return
     for panel in (errors, both):
         panel.set_ylim(bottom=bottom)
-    errors.annotate(f"real: {real:.0e}", (0.02, 0.03), xycoords="axes fraction", color=looks["real"])
-    both.plot(found["real"]["log_likelihood_policy"], bottom, "v", color=looks["real"], markersize=6, clip_on=False)
+    errors.annotate(f"real: {real:.0e}", (0.02, 0.03), xycoords="axes fraction", color=colour)
+    both.plot(found["real"]["log_likelihood_policy"], bottom, "v", color=colour, markersize=6, clip_on=False)
 
 
 def draw(found: dict[str, dict[str, Any]]) -> Any:
@@ -227,29 +226,31 @@ def draw(found: dict[str, dict[str, Any]]) -> Any:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from offrl.figures import COLOURS, STYLE, _legend_above, tidy
+    from offrl.figures import MARKS, STYLE, legend_above, looks_of, tidy
 
-    looks = {kind: COLOURS[i % 8] for i, kind in enumerate(found)}
+    looks = looks_of(list(found))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.3, 2.9), layout="constrained")
         errors, likelihoods, both = figure.subplots(1, 3)
         handles = []
         for kind, values in found.items():
+            colour, style = looks[kind]
             for panel, name in ((errors, "dynamics_error"), (likelihoods, "log_likelihood_policy")):
                 curve = np.array(values["curves"][name], dtype=float)
-                (line,) = panel.plot(np.arange(1, len(curve) + 1), curve, color=looks[kind], linewidth=1.4)
+                steps = np.arange(1, len(curve) + 1)
+                (line,) = panel.plot(steps, curve, color=colour, linestyle=style, linewidth=1.4)
             handles.append(line)
             point = values["log_likelihood_policy"], values["dynamics_error"]
-            both.plot(*point, "o", color=looks[kind], markersize=5)
+            both.plot(*point, MARKS[style], color=colour, markersize=5)
         for panel in (errors, both):
             panel.set_yscale("log")
             panel.set_ylabel("dynamics error (dataset's variance)")
-        _cut_rounding_off(errors, both, found, looks)
+        _cut_rounding_off(errors, both, found, looks["real"][0])
         for panel in (errors, likelihoods):
             panel.set_xlabel("step of the trajectory")
         for panel in (both, likelihoods):
             (panel.set_xlabel if panel is both else panel.set_ylabel)("log-likelihood under the policy")
         for panel in (errors, likelihoods, both):
             tidy(panel)
-        _legend_above(figure, handles, list(found), 2)
+        legend_above(figure, handles, list(found), 2)
     return figure
