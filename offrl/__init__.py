@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offrl.agent import Agent
-    from offrl.data.store import Store
-    from offrl.train import Result
+    from offrl.agents.base import Agent
+    from offrl.data.dataset import Store
+    from offrl.training.trainer import Result
 
 __version__ = "0.1.0"
 __all__ = ["fit", "load_agent", "load_data"]
@@ -35,21 +35,21 @@ def fit(**options: Any) -> Result:
     Raises:
         OffrlError: bad input, in one sentence.
     """
-    from offrl.compose import compose
-    from offrl.train import train
+    from offrl.training.compose import compose
+    from offrl.training.trainer import train
 
     return train(compose(options))
 
 
 def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
     """The agent of a run's last checkpoint; `agent.select_action(obs)` maps `[lanes, n, O]` to `[lanes, n, A]`."""
-    from offrl import train
+    from offrl.training.trainer import load_agent
 
-    return train.load_agent(folder, device)
+    return load_agent(folder, device)
 
 
 def load_data(name: Path | str, device: str = "cpu") -> Store:
     """A dataset by id, file or folder (see `offrl data list`)."""
-    from offrl import data
+    from offrl.datasets import load
 
-    return data.load(name, device=device)
+    return load(name, device=device)

@@ -1,5 +1,5 @@
 import sys
 
-from offrl.cli import main
+from offrl.cli.main import main
 
 sys.exit(main())

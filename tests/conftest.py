@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offrl.data.store import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, Store
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)

@@ -13,12 +13,12 @@ import torch
 from conftest import make_toy
 from safetensors.torch import load_file, save_file
 
-from offrl import checkpoint
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.engine import Eager
-from offrl.errors import OffrlError
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
+from offrl.utils import checkpoint
+from offrl.utils.errors import OffrlError
 
 FACTS = {"step": 7, "config": {"agent": {"hidden": [8, 8]}, "name": None}, "text": "ü"}
 
@@ -130,8 +130,8 @@ def half_written(tensors: Any, path: Path, metadata: Any = None) -> None:
 def test_a_full_disk_leaves_the_last_checkpoint(saved: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
     target, replacement = {
-        "writing": ("offrl.checkpoint.save_file", full),
-        "half written": ("offrl.checkpoint.save_file", half_written),
+        "writing": ("offrl.utils.checkpoint.save_file", full),
+        "half written": ("offrl.utils.checkpoint.save_file", half_written),
         "flushing": ("os.fsync", full),
         "renaming": ("os.replace", full),
     }[where]

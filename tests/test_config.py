@@ -10,13 +10,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from offrl import published
-from offrl.agent import Spec
-from offrl.compose import compose, tolerant
-from offrl.config import TrainConfig, build, chosen_settings
-from offrl.errors import OffrlError
-from offrl.paths import conf_dir
-from offrl.train import Plan, make_agent, plan
+from offrl.agents.base import Spec
+from offrl.results import published
+from offrl.training.compose import compose, tolerant
+from offrl.training.schema import TrainConfig, build, chosen_settings
+from offrl.training.trainer import Plan, make_agent, plan
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import conf_dir
 
 TD3BC = "offrl.agents.td3_bc.TD3BC"
 
@@ -130,7 +130,7 @@ def test_a_list_per_lane_needs_as_many_values_as_lanes() -> None:
             "agent._target_=offrl.agents.td3_bc.TD4 can't be imported",
         ),
         ({"agent": {"_target_": "TD3BC"}}, "agent._target_=TD3BC can't be imported"),
-        ({"agent": {"_target_": "offrl.nets.MLP"}}, "agent._target_=offrl.nets.MLP is no offrl.agent.Agent"),
+        ({"agent": {"_target_": "offrl.nets.MLP"}}, "agent._target_=offrl.nets.MLP is no offrl.agents.base.Agent"),
         ({"data": "d4rl"}, "data=d4rl should be a table of settings"),
         ({"sampler": "uniform"}, "sampler=uniform should be a table of settings"),
         ({"dataset": ""}, "dataset is empty; name one with dataset=ID"),

@@ -12,10 +12,10 @@ from conftest import make_toy
 from scipy import stats
 from torch import Tensor
 
-from offrl.data.store import DatasetInfo, Store
-from offrl.density import DensityRatio, DensityWeighted, DensityWeightedConfig
-from offrl.errors import OffrlError
-from offrl.random import LaneRandom
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.sampling.density import DensityRatio, DensityWeighted, DensityWeightedConfig
+from offrl.utils.errors import OffrlError
+from offrl.utils.random import LaneRandom
 
 SMALL = DensityWeightedConfig(steps=200, hidden=(16,), batch_size=64, lr=3e-3)
 
@@ -157,10 +157,16 @@ def test_bad_settings() -> None:
 
 @pytest.mark.parametrize("refresh", [0, 40])
 def test_resume_is_exact_between_refreshes(toy_file: Any, refresh: int) -> None:
-    from offrl import checkpoint
-    from offrl.train import load_agent, train
+    from offrl.training.trainer import load_agent, train
+    from offrl.utils import checkpoint
 
-    sampler = {"_target_": "offrl.density.DensityWeighted", "steps": 50, "hidden": [8], "batch_size": 32, "lr": 0.01}
+    sampler = {
+        "_target_": "offrl.sampling.density.DensityWeighted",
+        "steps": 50,
+        "hidden": [8],
+        "batch_size": 32,
+        "lr": 0.01,
+    }
     sampler |= {"refresh_every": refresh, "refresh_steps": 20}
     values = {"agent": {"_target_": "offrl.agents.bc.BC", "hidden": [8]}, "sampler": sampler, "dataset": str(toy_file)}
     values |= {

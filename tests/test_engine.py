@@ -10,13 +10,13 @@ import torch
 from conftest import best_action, make_toy
 from torch import Tensor
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.batch import Batch
-from offrl.data.store import Store
-from offrl.engine import Compiled, CudaGraph, Eager, make_engine
-from offrl.errors import OffrlError
+from offrl.data.batch import Batch
+from offrl.data.dataset import Store
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Compiled, CudaGraph, Eager, make_engine
+from offrl.utils.errors import OffrlError
 
 
 def agent_of(store: Store, seeds: Sequence[int] = (0, 1), **settings: Any) -> TD3BC:

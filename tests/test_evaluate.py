@@ -20,11 +20,11 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from offrl.agent import Agent, Spec
+from offrl.agents.base import Agent, Spec
 from offrl.agents.bc import BC, BCConfig
-from offrl.data.store import DatasetInfo
-from offrl.errors import OffrlError
-from offrl.evaluate import Episodes, Evaluator
+from offrl.data.dataset import DatasetInfo
+from offrl.evaluation.evaluator import Episodes, Evaluator
+from offrl.utils.errors import OffrlError
 
 INFO = DatasetInfo(id="toy", env_id="Toy-v0", ref_min=-1.0, ref_max=3.0)
 
@@ -294,7 +294,9 @@ def test_an_interrupted_evaluation_can_be_followed_by_another(monkeypatch: pytes
     with Evaluator(INFO, 2, 2, make_env=Toy) as evaluator:
         first = {child.pid for child in started(evaluator, agent)}
         with monkeypatch.context() as patch:
-            patch.setattr("offrl.evaluate._Process.wait", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(
+                "offrl.evaluation.evaluator._Process.wait", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
             with pytest.raises(KeyboardInterrupt):
                 evaluator.run(agent, 4, 100)
         assert not first & {child.pid for child in multiprocessing.active_children()}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from offrl import neighbors, neighbors_cpu
-from offrl.errors import OffrlError
-from offrl.neighbors import Blocks, Neighbors, OnProcessor, brute_force
+from offrl.nets import neighbors, neighbors_cpu
+from offrl.nets.neighbors import Blocks, Neighbors, OnProcessor, brute_force
+from offrl.utils.errors import OffrlError
 
 
 def walks(n: int, width: int = 17, action_dim: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ from offrl.nets import (
     DeterministicActor,
     GaussianActor,
     TanhGaussian,
-    _ReluMLP,
     clip_by_lane,
     column,
     lane_generators,
@@ -30,6 +29,7 @@ from offrl.nets import (
     relu_mlp_reference,
     target_of,
 )
+from offrl.nets.mlp import _ReluMLP
 
 # Each side of the thresholds inside: single and few outputs, narrow inputs before wide layers, one row, no hidden layer.
 SHAPES = [

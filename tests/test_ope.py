@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from offrl.agent import Agent, Spec
-from offrl.data.store import DatasetInfo, Store
-from offrl.ope import FQEConfig, fitted_q
+from offrl.agents.base import Agent, Spec
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.evaluation.fqe import FQEConfig, fitted_q
 
 STATES, ACTIONS, GAMMA = 4, 2, 0.8
 # Transition probabilities and rewards of a small random problem; from the last state nothing follows.
@@ -136,7 +136,7 @@ def test_groups_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     store, few = random_data(2000), replace(QUICK, updates=50)
     agents = [Fixed([p]) for p in POLICIES]
     whole = fitted_q(store, agents, few)
-    monkeypatch.setattr("offrl.ope._ACTION_BYTES", 3 * 4 * STATES * ACTIONS * len(store))
+    monkeypatch.setattr("offrl.evaluation.fqe._ACTION_BYTES", 3 * 4 * STATES * ACTIONS * len(store))
     torch.testing.assert_close(fitted_q(store, agents, few).value, whole.value)
 
 

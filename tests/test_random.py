@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from offrl.random import LaneRandom, _name_key, mix
+from offrl.utils.random import LaneRandom, _name_key, mix
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

@@ -12,9 +12,9 @@ from conftest import make_toy
 from scipy import stats
 from torch import Tensor
 
-from offrl.data.store import Store
-from offrl.random import LaneRandom
+from offrl.data.dataset import Store
 from offrl.sampling import EpisodeWeighted, Replay, Uniform
+from offrl.utils.random import LaneRandom
 
 P_VALUE = 1e-4  # draws are fixed by the seeds
 

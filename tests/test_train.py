@@ -21,13 +21,14 @@ from conftest import make_toy
 from torch import Tensor
 
 import offrl
-from offrl import checkpoint, cli
 from offrl.agents.td3_bc import TD3BC
-from offrl.batch import Batch
+from offrl.cli import main as cli
 from offrl.data.arrays import write_npz
-from offrl.errors import OffrlError
+from offrl.data.batch import Batch
 from offrl.results import read, read_metrics
-from offrl.train import Result, Trainer, dataset_info, load_agent, load_data, plan, resume, train
+from offrl.training.trainer import Result, Trainer, dataset_info, load_agent, load_data, plan, resume, train
+from offrl.utils import checkpoint
+from offrl.utils.errors import OffrlError
 
 ENVIRONMENT = """
 import gymnasium, numpy as np
@@ -478,7 +479,7 @@ def test_evaluations_leave_a_row_an_episode(evaluated: Result) -> None:
 
 
 def test_the_agent_of_a_run_scores_what_the_run_says(evaluated: Result) -> None:
-    from offrl.evaluate import Evaluator
+    from offrl.evaluation.evaluator import Evaluator
 
     agent, info = load_agent(evaluated.folder), dataset_info(evaluated.folder)
     assert info.env_id == "toy_world:Toy-v0"

@@ -15,10 +15,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from offrl.data.store import Store
-from offrl.errors import OffrlError
-from offrl.paths import conf_dir
-from offrl.random import LaneRandom
+from offrl.data.dataset import Store
 from offrl.sampling import (
     AdvantageWeighted,
     AdvantageWeightedConfig,
@@ -33,7 +30,10 @@ from offrl.sampling import (
     alias_table,
     make_sampler,
 )
-from offrl.weights import baseline, boltzmann, effective_rows, positive_sided_variance, top
+from offrl.sampling.weights import baseline, boltzmann, effective_rows, positive_sided_variance, top
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import conf_dir
+from offrl.utils.random import LaneRandom
 
 P_VALUE = 1e-4
 
@@ -470,8 +470,8 @@ def test_uniform_and_infinite_temperature_are_one_law() -> None:
 
 def test_no_loss_knows_of_weights() -> None:
     """Weights are in the draws alone: a batch has no field for them, so no loss can apply them twice."""
-    from offrl.agent import Agent
-    from offrl.batch import Batch
+    from offrl.agents.base import Agent
+    from offrl.data.batch import Batch
 
     assert not any("weight" in name for name in inspect.get_annotations(Batch))
     assert list(inspect.signature(Agent.update).parameters) == ["self", "batch", "phase"]
@@ -616,7 +616,7 @@ def options(file: Any, sampler: dict[str, Any], **changes: Any) -> dict[str, Any
 
 
 def test_weighted_cloning_clones_the_good(mixed_file: Any) -> None:
-    from offrl.train import load_agent, train
+    from offrl.training.trainer import load_agent, train
 
     actions = {}
     for name in ("Uniform", "ReturnWeighted", "AdvantageWeighted", "TopPercent"):
@@ -631,7 +631,7 @@ def test_weighted_cloning_clones_the_good(mixed_file: Any) -> None:
 def test_runs_name_their_sampler_and_keep_its_facts(mixed_file: Any) -> None:
     import json
 
-    from offrl.train import train
+    from offrl.training.trainer import train
 
     settings = {"_target_": "offrl.sampling.AdvantageWeighted", "temperature": [0.1, 0.5]}
     run = train(options(mixed_file, settings, updates=2)).folder
@@ -649,7 +649,7 @@ def test_runs_name_their_sampler_and_keep_its_facts(mixed_file: Any) -> None:
 
 def test_returns_are_of_rewards_as_recorded(mixed_file: Any, tmp_path: Any) -> None:
     """data.reward_* changes what the agent sees, and no weight: AntMaze's -1 would make short episodes good ones."""
-    from offrl.train import Trainer, plan
+    from offrl.training.trainer import Trainer, plan
 
     values = options(mixed_file, {"_target_": "offrl.sampling.ReturnWeighted"})
     plain = Trainer(plan(values), tmp_path / "a")
@@ -660,8 +660,8 @@ def test_returns_are_of_rewards_as_recorded(mixed_file: Any, tmp_path: Any) -> N
 
 @pytest.mark.parametrize("name", ["ReturnWeighted", "AdvantageWeighted", "TopPercent"])
 def test_resume_is_exact(mixed_file: Any, name: str) -> None:
-    from offrl import checkpoint
-    from offrl.train import train
+    from offrl.training.trainer import train
+    from offrl.utils import checkpoint
 
     sampler = {"_target_": f"offrl.sampling.{name}"}
     whole = train(options(mixed_file, sampler, name="whole")).folder
@@ -673,8 +673,8 @@ def test_resume_is_exact(mixed_file: Any, name: str) -> None:
 
 
 def test_a_sweep_over_samplers_gives_runs_of_their_own(mixed_file: Any) -> None:
-    from offrl.compose import compose
-    from offrl.train import plan
+    from offrl.training.compose import compose
+    from offrl.training.trainer import plan
 
     names = ("uniform", "return_weighted", "advantage_weighted", "top_percent")
     plans = [plan(compose({"agent": "td3_bc", "sampler": name, "dataset": str(mixed_file)})) for name in names]
@@ -704,8 +704,8 @@ PAIRS = [
 
 @pytest.mark.parametrize(("agent", "sampler"), PAIRS)
 def test_every_agent_trains_under_every_sampler(mixed_file: Any, agent: str, sampler: str) -> None:
-    from offrl.compose import compose
-    from offrl.train import Trainer, plan
+    from offrl.training.compose import compose
+    from offrl.training.trainer import Trainer, plan
 
     values = compose({"agent": agent, "sampler": sampler, "dataset": str(mixed_file)})
     settings = SAMPLERS[sampler] | ({"datasets": [str(mixed_file)]} if sampler == "mixture" else {})
@@ -779,7 +779,7 @@ def test_mixtures_that_cant_be(settings: dict[str, Any], message: str) -> None:
 def test_training_on_a_mixture(mixed_file: Any) -> None:
     import shutil
 
-    from offrl.train import Trainer, plan, train
+    from offrl.training.trainer import Trainer, plan, train
 
     other = mixed_file.parent / "other.npz"
     shutil.copy(mixed_file, other)

@@ -8,8 +8,8 @@ from scipy import stats
 from torch import nn
 
 from offrl.nets import dropout
-from offrl.random import LaneRandom
-from offrl.transformer import LayerNorm, Linear
+from offrl.nets.transformer import LayerNorm, Linear
+from offrl.utils.random import LaneRandom
 
 
 def test_layers_equal_pytorchs_lane_by_lane() -> None:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Agent, Spec
-from offrl.data.store import Store
-from offrl.engine import Eager
+from offrl.agents.base import Agent, Spec
+from offrl.data.dataset import Store
 from offrl.nets import MLP
-from offrl.random import LaneRandom
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
+from offrl.utils.random import LaneRandom
 
 OBS, ACTION, BATCH, SEED, ROWS = 17, 6, 256, 0, 20_000
 Pair = tuple[Tensor, Tensor]

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.agent import Agent
+from offrl.agents.base import Agent
 from offrl.augment import edm
 from offrl.augment.diffusion import Denoiser, DenoiserConfig
 from offrl.augment.edm import SamplerConfig
 from offrl.augment.policy_guided import PerStep, PolicyGuidedConfig
 from offrl.augment.unet import UNet
-from offrl.data.store import Store
+from offrl.data.dataset import Store
 
 REPOSITORY = "EmptyJackson/policy-guided-diffusion"
 OBS, ACTION, FEATURES = 5, 3, 32

@@ -16,7 +16,7 @@ import torch
 from common import ACTION, OBS, Comparison, authors_module, run, td3_pairs
 
 from offrl.agents.prdc import PRDC, PRDCConfig
-from offrl.data.store import Store
+from offrl.data.dataset import Store
 
 REPOSITORY = "LAMDA-RL/PRDC"
 # Random states of 17 dimensions are far apart: with the usual beta of 2 every row would be its own neighbour.

@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.augment.diffusion import Denoiser, DenoiserConfig, Diffusion, Training
 from offrl.augment.edm import SamplerConfig
 from offrl.augment.policy_guided import PolicyGuidedConfig, PolicyGuidedDiffusion
 from offrl.augment.world_model import Ensemble, EnsembleConfig, EnsembleFit, WorldModel, WorldModelConfig, termination
-from offrl.data.store import Store
-from offrl.train import tune_process
+from offrl.data.dataset import Store
+from offrl.training.trainer import tune_process
 
 OBS, ACTION = 11, 3
 PRODUCTS = "products of 256 x 256 matrices"

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from offrl.agent import Agent, Spec
+from offrl.agents.base import Agent, Spec
 from offrl.agents.td3_bc import TD3BC
-from offrl.data.store import DatasetInfo
+from offrl.data.dataset import DatasetInfo
 from offrl.envs import make_env
-from offrl.evaluate import Evaluator
-from offrl.train import load_agent, tune_process
+from offrl.evaluation.evaluator import Evaluator
+from offrl.training.trainer import load_agent, tune_process
 
 
 def plain(agents: list[Agent], info: DatasetInfo, episodes: int, seed: int, dtype: torch.dtype) -> np.ndarray:

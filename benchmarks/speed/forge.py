@@ -25,7 +25,7 @@ SETS = (
 
 def build(name: str, size: int) -> float:
     """Seconds to build a set from nothing, imports and the environment's first loading left out."""
-    from offrl.data import forge
+    from offrl.forge import registry as forge
 
     forge.ensure(f"forge/{name}-v0", size=50, force=True, progress=False)
     start = process_time()
@@ -37,9 +37,9 @@ def floor(name: str, size: int) -> float | None:
     """Steps per second of `mj_step` alone over the set's own actions."""
     import mujoco
 
-    from offrl.data import forge
     from offrl.data.minari import read_minari
-    from offrl.data.rollout import Robots
+    from offrl.forge import registry as forge
+    from offrl.forge.rollout import Robots
 
     robot = name.split("/")[0]
     if robot not in forge.ROBOTS:

@@ -54,7 +54,7 @@ def high_water_mark() -> int:
 
 def job(kind: str, path: Path) -> None:
     """Run one measurement in this process and print seconds, bytes at the peak and bytes of the tensors."""
-    from offrl.data import load
+    from offrl.datasets import load
 
     torch.set_num_threads(1)
     torch.aminmax(torch.ones(9))  # the libraries' own first-use memory is no part of the measurement

@@ -29,16 +29,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from offrl import data
-from offrl.agent import Agent, Spec
+from offrl.agents.base import Agent, Spec
 from offrl.agents.prdc import PRDC, PRDCConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.data import forge
-from offrl.data.store import Store
-from offrl.engine import Engine, make_engine
-from offrl.neighbors import Neighbors
+from offrl.data.dataset import Store
+from offrl.datasets import load
+from offrl.forge import registry as forge
+from offrl.nets.neighbors import Neighbors
 from offrl.sampling import Replay, Uniform
-from offrl.train import tune_process
+from offrl.training.engine import Engine, make_engine
+from offrl.training.trainer import tune_process
 
 BATCH = 256
 
@@ -159,7 +159,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.marks = [int(mark) for mark in arguments.marks.split(",")]
     tune_process(arguments.threads)
-    store = data.load(forge.ensure(arguments.dataset, size=arguments.size, seed=0), device=arguments.device)
+    store = load(forge.ensure(arguments.dataset, size=arguments.size, seed=0), device=arguments.device)
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
     facts: dict[str, Any] = {"dataset": arguments.dataset, "transitions": len(store), "threads": arguments.threads}
     facts["index"] = index_facts(store) if arguments.device == "cpu" and not arguments.skip_build else {}

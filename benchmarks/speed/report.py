@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from offrl import report, results
+from offrl import results
+from offrl.results import report
 
 METHODS, DATASETS = 20, 20
 

@@ -25,11 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.data.store import Store
-from offrl.engine import make_engine
-from offrl.random import LaneRandom
+from offrl.data.dataset import Store
 from offrl.sampling import (
     AdvantageWeighted,
     AdvantageWeightedConfig,
@@ -40,7 +38,9 @@ from offrl.sampling import (
     TopPercent,
     Uniform,
 )
-from offrl.train import tune_process
+from offrl.training.engine import make_engine
+from offrl.training.trainer import tune_process
+from offrl.utils.random import LaneRandom
 
 OBS, ACTION = 17, 6
 

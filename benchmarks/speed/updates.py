@@ -66,12 +66,12 @@ def offrl_burst(who: Contestant) -> Callable[[int], None]:
     """`burst(n)` makes n updates of the agent, with its default settings, as `offrl train` does."""
     from omegaconf import OmegaConf
 
-    from offrl.agent import Spec
-    from offrl.data.store import Store
-    from offrl.engine import make_engine
-    from offrl.paths import conf_dir
+    from offrl.agents.base import Spec
+    from offrl.data.dataset import Store
     from offrl.sampling import Replay, Uniform
-    from offrl.train import make_agent, tune_process
+    from offrl.training.engine import make_engine
+    from offrl.training.trainer import make_agent, tune_process
+    from offrl.utils.paths import conf_dir
 
     tune_process(who.threads)
     obs, action, reward, next_obs = arrays()

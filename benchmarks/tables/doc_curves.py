@@ -25,10 +25,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from offrl import checkpoint, probes, results
-from offrl.figures import STYLE, looks_of
-from offrl.paths import replacing
-from offrl.train import dataset_info
+from offrl import results
+from offrl.evaluation import probes
+from offrl.results.figures import STYLE, looks_of
+from offrl.training.trainer import dataset_info
+from offrl.utils import checkpoint
+from offrl.utils.paths import replacing
 
 METHODS = ("doc", "esper", "vae_bc", "dt", "rvs", "bc", "bc+Top-10%")
 NAMES = {

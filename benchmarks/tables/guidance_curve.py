@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from offrl import results
 from offrl.augment.base import augmentation_config
 from offrl.augment.diffusion import Diffusion
-from offrl.figures import STYLE
-from offrl.paths import replacing
-from offrl.train import read_config
+from offrl.results.figures import STYLE
+from offrl.training.trainer import read_config
+from offrl.utils.paths import replacing
 
 MEASURES = (("log_likelihood_policy", "mean log π(a | s)"), ("dynamics_error", "dynamics error (variances)"))
 

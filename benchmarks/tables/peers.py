@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Spec
-from offrl.compose import compose_words
-from offrl.data.store import Store
-from offrl.evaluate import Evaluator
-from offrl.paths import replacing
-from offrl.train import Trainer, plan
+from offrl.agents.base import Spec
+from offrl.data.dataset import Store
+from offrl.evaluation.evaluator import Evaluator
+from offrl.training.compose import compose_words
+from offrl.training.trainer import Trainer, plan
+from offrl.utils.paths import replacing
 
 sys.path.append(str(Path(__file__).parents[1]))
 import corl

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Batch
+from offrl.agents.base import Batch
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.nets import MLP, Adam, Critics, DeterministicActor, column, polyak, target_of
 

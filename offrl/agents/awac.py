@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offrl.agent import Agent, Batch
+from offrl.agents.base import Agent, Batch
 from offrl.nets import Adam, Critics, GaussianActor, column, polyak, target_of
 
 

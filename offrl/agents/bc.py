@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from offrl.agent import Batch, RememberingAgent
+from offrl.agents.base import Batch, RememberingAgent
 from offrl.nets import MLP, Adam, DeterministicActor, categorical_log_prob
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Agent, Batch
+from offrl.agents.base import Agent, Batch
 from offrl.nets import Adam, Critics, TanhGaussian, TanhGaussianActor, column, orthogonal_, polyak, target_of
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Batch
+from offrl.agents.base import Batch
 from offrl.agents.vae_bc import VAEBC, VAEBCConfig, at_step
 from offrl.nets import MLP, Adam, column
 

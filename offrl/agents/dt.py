@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Batch, RememberingAgent, Spec
+from offrl.agents.base import Batch, RememberingAgent, Spec
 from offrl.nets import Adam, Drop, categorical_log_prob, column, dropout, lane_generators, one_hot
-from offrl.transformer import Block, KeysValues, LayerNorm, Linear
+from offrl.nets.transformer import Block, KeysValues, LayerNorm, Linear
 
 if TYPE_CHECKING:
-    from offrl.data.store import Store
+    from offrl.data.dataset import Store
 
 EVERY, STATES, LAST = slice(None), slice(1, None, 3), slice(-1, None)  # the tokens whose outputs are asked for
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offrl.agent import Batch
+from offrl.agents.base import Batch
 from offrl.agents.sac_n import SACN, SACNConfig
 
 

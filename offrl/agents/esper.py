@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from offrl.agent import Batch
+from offrl.agents.base import Batch
 from offrl.agents.dt import DT, DTConfig
 from offrl.nets import MLP, Adam, categorical_log_prob, choose, column, keep_uncompiled, one_hot
 
 if TYPE_CHECKING:
-    from offrl.data.store import Store
+    from offrl.data.dataset import Store
 
 CLUSTERS, RETURNS, POLICY = range(3)  # stages
 ROWS = 4096  # that are relabelled at once

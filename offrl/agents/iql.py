@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offrl.agent import Agent, Batch
+from offrl.agents.base import Agent, Batch
 from offrl.nets import (
     MLP,
     Adam,

@@ -5,7 +5,7 @@ authors' code LAMDA-RL/PRDC, whose update this is step for step. TD3+BC pulls pi
 bad. PRDC finds the pair (s_j, a_j) nearest to (s, pi(s)), states weighted by beta, and pulls pi(s) to a_j: an action that was
 taken in a similar state. beta -> infinity is TD3+BC; beta = 0 asks only that the action occurs somewhere.
 
-Deviations, none of which changes a number: the neighbours come from our own exact index (`offrl.neighbors`) and not from a
+Deviations, none of which changes a number: the neighbours come from our own exact index (`offrl.nets.neighbors`) and not from a
 KD-tree; what TD3+BC's file says of critics and gradients. As in the authors' code, and unlike the paper's distance, the pull
 is the squared distance between actions alone, averaged over their dimensions; `k` picks the k-th neighbour alone, and not
 the mean of k; lambda uses Q_1 at the policy's action.
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from offrl.agent import Batch
+from offrl.agents.base import Batch
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.neighbors import Neighbors
+from offrl.nets.neighbors import Neighbors
 
 if TYPE_CHECKING:
-    from offrl.data.store import Store
+    from offrl.data.dataset import Store
 
 
 @dataclass

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offrl.agent import Batch
+from offrl.agents.base import Batch
 from offrl.agents.td3_bc import TD3BC
 from offrl.nets import Adam, Critics, DeterministicActor, column, polyak, target_of
 

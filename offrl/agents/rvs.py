@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from offrl.agent import Batch, RememberingAgent
+from offrl.agents.base import Batch, RememberingAgent
 from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, column, normal_log_prob
 
 if TYPE_CHECKING:
-    from offrl.data.store import Store
+    from offrl.data.dataset import Store
 
 
 @dataclass

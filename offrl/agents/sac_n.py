@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Agent, Batch
+from offrl.agents.base import Agent, Batch
 from offrl.nets import Adam, Critics, TanhGaussianActor, column, polyak, target_of
 
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from offrl.agent import Agent, Batch
+from offrl.agents.base import Agent, Batch
 from offrl.nets import Adam, Critics, DeterministicActor, column, polyak, target_of
 
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from offrl.agent import Batch, RememberingAgent
-from offrl.latents import Categorical, Gaussian
+from offrl.agents.base import Batch, RememberingAgent
 from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, normal_log_prob, one_hot
+from offrl.nets.latents import Categorical, Gaussian
 
 if TYPE_CHECKING:
-    from offrl.data.store import Store
+    from offrl.data.dataset import Store
 
 
 @dataclass

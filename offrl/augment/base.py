@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from offrl import config
-from offrl.agent import Agent
+from offrl.agents.base import Agent
 from offrl.data.cache import read_flat, write_flat
-from offrl.data.store import Store
-from offrl.errors import OffrlError
-from offrl.random import LaneRandom
+from offrl.data.dataset import Store
 from offrl.sampling import Replay, Sampler, Uniform
+from offrl.training import schema as config
+from offrl.utils.errors import OffrlError
+from offrl.utils.random import LaneRandom
 
 FOLDER = "synthetic"  # below a run's folder
 

@@ -22,16 +22,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Agent
+from offrl.agents.base import Agent
 from offrl.augment import edm
 from offrl.augment.base import Augmentation, SyntheticConfig
 from offrl.augment.fitting import Fit, kept, model_path
 from offrl.augment.trajectories import Codec, Windows, split_episodes, synthetic_store
 from offrl.augment.unet import UNet
-from offrl.data.store import Store
-from offrl.errors import OffrlError
+from offrl.data.dataset import Store
 from offrl.nets import Adam, polyak, target_of
-from offrl.random import LaneRandom
+from offrl.utils.errors import OffrlError
+from offrl.utils.random import LaneRandom
 
 _VERSION = 1  # raise it when the same settings give other weights
 _CHUNK = 8192  # steps of each lane that go through the network at once

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offrl.errors import OffrlError
+from offrl.utils.errors import OffrlError
 
 SIGMA_DATA = 1.0
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # of the noise levels in training (EDM, table 1)

@@ -13,11 +13,11 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from offrl import checkpoint
-from offrl.data.store import Store
-from offrl.errors import OffrlError
-from offrl.paths import cache_dir, one_at_a_time
-from offrl.progress import Bar
+from offrl.data.dataset import Store
+from offrl.utils import checkpoint
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import cache_dir, one_at_a_time
+from offrl.utils.progress import Bar
 
 SAVE_EVERY = 500  # updates between checkpoints of a fit
 

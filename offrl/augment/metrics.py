@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Agent
+from offrl.agents.base import Agent
 from offrl.augment.policy_guided import policy_gaussian
-from offrl.data.store import DatasetInfo, Store
-from offrl.errors import OffrlError
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.utils.errors import OffrlError
 
 
 class Simulator:

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from offrl.agent import Agent
+from offrl.agents.base import Agent
 from offrl.augment import edm
 from offrl.augment.diffusion import Denoiser, Diffusion, DiffusionConfig
 from offrl.nets import column

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from offrl.data.store import Store
-from offrl.errors import OffrlError
+from offrl.data.dataset import Store
+from offrl.utils.errors import OffrlError
 
 _LARGEST = 0.999  # actions are cut to this part of their box before atanh
 

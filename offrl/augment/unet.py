@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offrl.errors import OffrlError
+from offrl.utils.errors import OffrlError
 
 
 class Conv(nn.Module):

@@ -20,14 +20,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Agent
+from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, SyntheticConfig
 from offrl.augment.fitting import Fit, kept, model_path
 from offrl.augment.trajectories import Rows, synthetic_store
-from offrl.data.store import DatasetInfo, Store
-from offrl.errors import OffrlError
+from offrl.data.dataset import DatasetInfo, Store
 from offrl.nets import MLP, Adam
-from offrl.random import LaneRandom
+from offrl.utils.errors import OffrlError
+from offrl.utils.random import LaneRandom
 
 _VERSION = 1  # raise it when the same settings give other weights
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.data.reading import ReadOptions, check_dtype, check_length, file_kind, flags, own_info
-from offrl.data.rows import Rows, to_store
-from offrl.data.store import DatasetInfo, Store
-from offrl.errors import OffrlError
-from offrl.paths import replacing
+from offrl.data.checks import ReadOptions, check_dtype, check_length, file_kind, flags, own_info
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.episodes import Rows, to_store
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import replacing
 
 ALIASES = {"terminals": "terminations", "timeouts": "truncations"}
 
@@ -34,7 +34,7 @@ def from_arrays(
             arrays, tensors or nested lists; other keys are ignored.
         info: what is known besides the numbers; its `max_episode_steps` cuts episodes when there are no timeouts,
             its bounds hold for the actions.
-        options: see `ReadOptions`; the rules are those of `offrl.data.rows`.
+        options: see `ReadOptions`; the rules are those of `offrl.data.episodes`.
 
     Raises:
         OffrlError: a missing key, lengths that differ, NaN, actions out of bounds, no episode end, no transition.

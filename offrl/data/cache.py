@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from offrl.data.arrays import info_json
-from offrl.data.reading import ReadOptions
-from offrl.data.store import DatasetInfo, Store
-from offrl.errors import OffrlError
-from offrl.paths import cache_dir, replacing
+from offrl.data.checks import ReadOptions
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import cache_dir, replacing
 
 # Raise it when a reader gives other numbers or other `info` for the same file.
 LOADER_VERSION = 1

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from offrl.data.store import DatasetInfo
-from offrl.paths import cache_dir
+from offrl.data.dataset import DatasetInfo
+from offrl.utils.paths import cache_dir
 
 TABLES = Path(__file__).parent / "tables"
 GYM_MUJOCO = (

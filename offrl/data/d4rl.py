@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from offrl.data.arrays import from_arrays
-from offrl.data.reading import ReadOptions, check_dtype, check_length, empty, file_kind, flags, own_info
-from offrl.data.rows import Rows, to_store
-from offrl.data.store import DatasetInfo, Store
-from offrl.errors import OffrlError
-from offrl.paths import cache_dir
+from offrl.data.checks import ReadOptions, check_dtype, check_length, empty, file_kind, flags, own_info
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.episodes import Rows, to_store
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import cache_dir
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 
@@ -40,7 +40,7 @@ def read_d4rl(path: Path, info: DatasetInfo | None = None, options: ReadOptions 
         info: id, family, time limit, references; the file's own `offrl_info` replaces them field by field.
 
     Raises:
-        OffrlError: the file is cut off, no HDF5, lacks a key, or holds what `offrl.data.rows.to_store` refuses.
+        OffrlError: the file is cut off, no HDF5, lacks a key, or holds what `offrl.data.episodes.to_store` refuses.
     """
     options = options or ReadOptions()
     info = info or DatasetInfo(id=path.name.split(".")[0])

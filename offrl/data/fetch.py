@@ -17,8 +17,8 @@ from typing import IO, Protocol
 from offrl.data import catalogue
 from offrl.data.d4rl import REQUIRED, open_hdf5, row_blocks
 from offrl.data.minari import local_folder
-from offrl.errors import OffrlError
-from offrl.paths import cache_dir
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import cache_dir
 
 D4RL_BASE = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 BLOCK = 1 << 18  # bytes
@@ -245,7 +245,7 @@ def _bar(name: str, show: bool) -> Iterator[Report]:
 
 
 def _fetch_minari(name: str, force: bool) -> Path:
-    from offrl.data import MINARI_ID, unknown
+    from offrl.datasets import MINARI_ID, unknown
 
     if name.startswith("forge/"):
         raise OffrlError(f"{name}: forge datasets are built, not fetched; use `offrl data build {name}`.")

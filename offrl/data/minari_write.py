@@ -19,9 +19,9 @@ import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5p, h5s, h5t
 
-from offrl.data.rollout import Episode
-from offrl.data.store import DatasetInfo
-from offrl.errors import OffrlError
+from offrl.data.dataset import DatasetInfo
+from offrl.forge.rollout import Episode
+from offrl.utils.errors import OffrlError
 
 MINARI_VERSION = "0.5.4"
 Space = dict[str, Any]

@@ -13,7 +13,7 @@ import gymnasium
 
 from offrl.envs.adapters import make_env, make_gymnasium, make_vector_env
 from offrl.envs.noisy import ROBOTS
-from offrl.envs.tasks import TASKS
+from offrl.envs.tabular_tasks import TASKS
 
 __all__ = ["NOISY_IDS", "TABULAR_IDS", "make_env", "make_gymnasium", "make_vector_env"]
 
@@ -30,8 +30,8 @@ NOISY_IDS = {robot: f"offrl/Noisy{robot}-v0" for robot in ROBOTS}
 for _name, _id in TABULAR_IDS.items():
     gymnasium.register(
         _id,
-        entry_point="offrl.envs.stepping:TabularEnv",
-        vector_entry_point="offrl.envs.stepping:TabularVectorEnv",
+        entry_point="offrl.envs.tabular_env:TabularEnv",
+        vector_entry_point="offrl.envs.tabular_env:TabularVectorEnv",
         max_episode_steps=TASKS[_name]().limit,
         kwargs={"task": _name},
     )

@@ -20,10 +20,10 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from offrl.data.catalogue import d4rl
+from offrl.data.dataset import DatasetInfo
 from offrl.data.flatten import flat_keys
-from offrl.data.store import DatasetInfo
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
-from offrl.errors import OffrlError
+from offrl.utils.errors import OffrlError
 
 Array = NDArray[np.float64]
 ROBOTICS = ("PointMaze", "AntMaze", "Adroit", "FrankaKitchen", "Fetch", "HandManipulate", "HandReach")

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from offrl.augment import metrics
-from offrl.augment.commands import draw
 from offrl.augment.metrics import OneLane, Simulator, along_horizon, coverage, dynamics_error, real_pieces
-from offrl.cli import main
-from offrl.data import forge
-from offrl.data import load as load_dataset
-from offrl.data.store import DatasetInfo, Store
+from offrl.cli.augment import draw
+from offrl.cli.main import main
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.datasets import load as load_dataset
 from offrl.envs.adapters import make_env
-from offrl.errors import OffrlError
-from offrl.train import load_agent, train
+from offrl.forge import registry as forge
+from offrl.training.trainer import load_agent, train
+from offrl.utils.errors import OffrlError
 
 pytest.importorskip("mujoco")
 

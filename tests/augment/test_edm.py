@@ -18,7 +18,7 @@ from torch import Tensor
 from offrl.augment import edm
 from offrl.augment.edm import SamplerConfig
 from offrl.augment.policy_guided import PerStep, PolicyGuidedConfig
-from offrl.errors import OffrlError
+from offrl.utils.errors import OffrlError
 
 
 def gaussian_denoiser(m: float, s: float) -> Callable[[Tensor, float], Tensor]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from offrl.agent import Agent
+from offrl.agents.base import Agent
 from offrl.augment import edm
 from offrl.augment.diffusion import Denoiser, DenoiserConfig
 from offrl.augment.edm import SamplerConfig
 from offrl.augment.policy_guided import PerStep, PolicyGuidedConfig, Product, Score, policy_gaussian
-from offrl.data.store import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, Store
 
 
 class Policy(Agent):

@@ -11,19 +11,19 @@ import torch
 from conftest import make_toy
 from torch import Tensor
 
-from offrl import checkpoint
-from offrl.agent import Agent, Spec
+from offrl.agents.base import Agent, Spec
 from offrl.agents.prdc import PRDC, PRDCConfig
 from offrl.augment.base import Augmentation, LaneSegments, Synthetic, SyntheticConfig, make_augmentation
 from offrl.augment.diffusion import DenoiserConfig, Training, denoiser_path, trained_denoiser
-from offrl.batch import Batch
-from offrl.data.store import DatasetInfo, Store
-from offrl.engine import CudaGraph, Eager
-from offrl.errors import OffrlError
-from offrl.neighbors import brute_force
-from offrl.random import LaneRandom
+from offrl.data.batch import Batch
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.nets.neighbors import brute_force
 from offrl.sampling import Replay, Uniform
-from offrl.train import Result, load_agent, make_agent, plan, resume, train
+from offrl.training.engine import CudaGraph, Eager
+from offrl.training.trainer import Result, load_agent, make_agent, plan, resume, train
+from offrl.utils import checkpoint
+from offrl.utils.errors import OffrlError
+from offrl.utils.random import LaneRandom
 
 PGD = "offrl.augment.policy_guided.PolicyGuidedDiffusion"
 DENOISER = {"features": 16, "blocks": 2, "window": 4, "updates": 60, "batch_size": 16, "ema_decay": 0.9}

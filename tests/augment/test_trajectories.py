@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from offrl.augment.trajectories import Codec, Rows, Windows, split_episodes, synthetic_store
-from offrl.data.store import DatasetInfo, Store
-from offrl.errors import OffrlError
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.utils.errors import OffrlError
 
 
 def dataset(*episodes: tuple[int, bool], low: float = -1.0, high: float = 1.0) -> Store:

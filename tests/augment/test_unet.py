@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from offrl.augment.unet import Conv, StepNorm, UNet, halve, lecun_normal, stretch
-from offrl.errors import OffrlError
+from offrl.utils.errors import OffrlError
 
 
 @pytest.fixture

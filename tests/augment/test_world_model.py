@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.augment.base import make_augmentation
 from offrl.augment.world_model import Ensemble, EnsembleConfig, EnsembleFit, termination
-from offrl.data.store import DatasetInfo, Store
-from offrl.errors import OffrlError
-from offrl.train import make_agent
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.training.trainer import make_agent
+from offrl.utils.errors import OffrlError
 
 WORLD = "offrl.augment.world_model.WorldModel"
 MODEL = {"hidden": [24], "updates": 40, "members": 3, "elites": 2, "batch_size": 32}

@@ -11,11 +11,11 @@ import torch
 from test_train import options, same_tensors, start, step_of, tensors, words, world  # noqa: F401 - a fixture
 
 import offrl
-from offrl import cli
-from offrl.config import DataConfig, EvalConfig, TrainConfig
-from offrl.errors import OffrlError
-from offrl.paths import conf_dir
-from offrl.train import plan
+from offrl.cli import main as cli
+from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
+from offrl.training.trainer import plan
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import conf_dir
 
 
 @pytest.fixture(autouse=True)

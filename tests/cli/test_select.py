@@ -11,12 +11,12 @@ import pytest
 from test_cli import main
 from test_train import options, world  # noqa: F401 - a fixture
 
-from offrl import select
-from offrl.budget import expected_best
-from offrl.errors import OffrlError
-from offrl.ope import FQEConfig
+from offrl.evaluation import selection as select
+from offrl.evaluation.fqe import FQEConfig
 from offrl.results import read
-from offrl.train import train
+from offrl.results.budget import expected_best
+from offrl.training.trainer import train
+from offrl.utils.errors import OffrlError
 
 QUICK = FQEConfig(updates=60, batch_size=64, lr=1e-2, hidden=(16,))
 

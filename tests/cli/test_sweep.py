@@ -16,9 +16,9 @@ import pytest
 from test_cli import main
 from test_train import options, same_tensors, start, step_of, wait_for, words
 
-import offrl.train
-from offrl import sweep
-from offrl.train import finished, plan
+import offrl.training.trainer
+from offrl.training import sweep
+from offrl.training.trainer import finished, plan
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def test_status_tells_the_states_apart(capsys: pytest.CaptureFixture[str]) -> No
     Path("runs/bc/gone/e").mkdir(parents=True)
     Path("runs/bc/gone/e/failed.json").write_text('{"message": "no such dataset"}')
     make_run(Path("runs/bc/toy/f"), 40)
-    with offrl.train._locked(Path("runs/bc/toy/f")):
+    with offrl.training.trainer._locked(Path("runs/bc/toy/f")):
         assert main("status", "runs", "--json") == 0
     shown = {Path(s["folder"]).name: s for s in map(json.loads, capsys.readouterr().out.splitlines())}
     states = {name: s["state"] for name, s in shown.items()}
@@ -143,7 +143,7 @@ def test_a_sweep_makes_the_runs_that_single_commands_make(toy_file: Path, capfd:
     assert "is no longer finite" in errors
     assert "Traceback" not in output + errors
     good = options(toy_file, 60, lanes=1, agent={"critic_lr": 3e-4})
-    assert same_tensors(plan(good).folder(), offrl.train.train({**good, "out": "alone"}).folder)
+    assert same_tensors(plan(good).folder(), offrl.training.trainer.train({**good, "out": "alone"}).folder)
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -152,7 +152,7 @@ def processes_of(folder: Path) -> list[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             log = (entry / "fd" / "1").readlink()
-            if log == (folder / sweep.LOG).resolve() and b"offrl.sweep" in (entry / "cmdline").read_bytes():
+            if log == (folder / sweep.LOG).resolve() and b"offrl.training.sweep" in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
 
@@ -219,5 +219,7 @@ def test_twelve_jobs_with_one_killed_and_one_failing(toy_file: Path, launcher: s
     assert len(re.findall("already finished", output)) == 10
     assert {p: p.stat().st_mtime_ns for p in results} == results
     assert finished(broken, 1200)
-    alone = offrl.train.train({**options(toy_file, 1200, lanes=1, seed=1, agent={"critic_lr": 3e-4}), "out": "alone"})
+    alone = offrl.training.trainer.train(
+        {**options(toy_file, 1200, lanes=1, seed=1, agent={"critic_lr": 3e-4}), "out": "alone"}
+    )
     assert same_tensors(victim, alone.folder)

@@ -16,15 +16,15 @@ from conftest import best_action, make_toy
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offrl import checkpoint
-from offrl.agent import Agent, Spec
+from offrl.agents.base import Agent, Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
-from offrl.data.store import Store
-from offrl.engine import CudaGraph, Eager, make_engine
-from offrl.errors import OffrlError
-from offrl.paths import conf_dir
+from offrl.data.dataset import Store
 from offrl.sampling import Replay, Uniform
-from offrl.train import load_agent, make_agent, train
+from offrl.training.engine import CudaGraph, Eager, make_engine
+from offrl.training.trainer import load_agent, make_agent, train
+from offrl.utils import checkpoint
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import conf_dir
 
 SETTINGS = {p.stem: OmegaConf.load(p) for p in sorted((conf_dir() / "agent").glob("*.yaml"))}
 every_agent = pytest.mark.parametrize("name", SETTINGS)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data import ReadOptions, Store, from_arrays, load
+from offrl.cli.data import write_hdf5
+from offrl.data import ReadOptions, Store, from_arrays
 from offrl.data.arrays import read_npz, to_arrays, write_npz
-from offrl.data.commands import write_hdf5
 from offrl.data.d4rl import read_d4rl
-from offrl.data.store import DatasetInfo
-from offrl.errors import OffrlError
+from offrl.data.dataset import DatasetInfo
+from offrl.datasets import load
+from offrl.utils.errors import OffrlError
 
 
 def arrays(n: int = 60, with_next: bool = False, seed: int = 0) -> dict[str, np.ndarray]:

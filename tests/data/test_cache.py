@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data import Store, load
+from offrl.data import Store
 from offrl.data import cache as cache_module
 from offrl.data.cache import read_flat, write_flat
-from offrl.data.store import DatasetInfo
-from offrl.errors import OffrlError
+from offrl.data.dataset import DatasetInfo
+from offrl.datasets import load
+from offrl.utils.errors import OffrlError
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_second_load_comes_from_the_cache_and_is_the_same(
 ) -> None:
     first = load(source)
     assert len(flat_files(home)) == 1
-    monkeypatch.setattr("offrl.data.read_npz", lambda *_: pytest.fail("the source was read again"))
+    monkeypatch.setattr("offrl.datasets.read_npz", lambda *_: pytest.fail("the source was read again"))
     second = load(source)
     assert_same(first, second)
     assert second.__dict__["fingerprint"] == Store(**second.tensors()).fingerprint

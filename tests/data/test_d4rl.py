@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data import ReadOptions, Store, load
+from offrl.data import ReadOptions, Store
 from offrl.data.d4rl import read_d4rl
-from offrl.data.rows import horizon_timeouts
-from offrl.data.store import DatasetInfo
-from offrl.errors import OffrlError
+from offrl.data.dataset import DatasetInfo
+from offrl.data.episodes import horizon_timeouts
+from offrl.datasets import load
+from offrl.utils.errors import OffrlError
 
 Columns = dict[str, Any]
 

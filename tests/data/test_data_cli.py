@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offrl.data import load
-from offrl.data.commands import add_parser
-from offrl.errors import OffrlError
+from offrl.cli.data import add_parser
+from offrl.cli.main import main
+from offrl.datasets import load
+from offrl.utils.errors import OffrlError
 
 
 @pytest.fixture(autouse=True)
@@ -127,9 +128,9 @@ def test_build_calls_the_forge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    forge = types.ModuleType("offrl.data.forge")
+    forge = types.ModuleType("offrl.forge.registry")
     forge.ensure = lambda name, **options: asked.append((name, options)) or tmp_path  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "offrl.data.forge", forge)
+    monkeypatch.setitem(sys.modules, "offrl.forge.registry", forge)
     assert run("build", "forge/hopper/medium-v0", "--size", "500", "--seed", "3", "--force") == 0
     assert asked == [("forge/hopper/medium-v0", {"size": 500, "seed": 3, "force": True})]
     assert str(tmp_path) in capsys.readouterr().out
@@ -158,8 +159,7 @@ def test_bad_inputs_are_one_sentence(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_line_leaves_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli = pytest.importorskip("offrl.cli")
-    assert cli.main(["data", "info", str(tmp_path / "none.hdf5")]) == 2
+    assert main(["data", "info", str(tmp_path / "none.hdf5")]) == 2
     shown = capsys.readouterr()
     assert "no such file" in shown.err
     assert "Traceback" not in shown.err

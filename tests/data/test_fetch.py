@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from offrl.data import fetch as fetch_module
-from offrl.data import load
 from offrl.data.fetch import candidates, fetch, sha256
-from offrl.errors import OffrlError
+from offrl.datasets import load
+from offrl.utils.errors import OffrlError
 
 NAME, PUBLISHED = "hopper-medium-v2", "gym_mujoco_v2/hopper_medium-v2.hdf5"
 

@@ -17,11 +17,14 @@ import torch
 
 pytest.importorskip("mujoco")
 
-from offrl.data import forge, minari_write, noisy, stochastic
+from offrl.data import minari_write
 from offrl.data.minari import read_metadata, read_minari
-from offrl.data.rollout import TIME_LIMIT, Part, Robots, behavior_levels, behavior_policy, rollout, uniform_policy
-from offrl.errors import OffrlError
-from offrl.paths import PACKAGE, cache_dir
+from offrl.forge import noisy
+from offrl.forge import registry as forge
+from offrl.forge import tabular as stochastic
+from offrl.forge.rollout import TIME_LIMIT, Part, Robots, behavior_levels, behavior_policy, rollout, uniform_policy
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import PACKAGE, cache_dir
 
 ROBOTS = [("hopper", None), ("hopper", 180_000), ("walker2d", 200_000), ("halfcheetah", 280_000)]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from offrl.cli.dataset_info import describe, episode_ends, plot, print_info
 from offrl.data import DatasetInfo, Store, from_arrays
-from offrl.data.info import describe, episode_ends, plot, print_info
-from offrl.weights import positive_sided_variance
+from offrl.sampling.weights import positive_sided_variance
 
 
 def store(**info: object) -> Store:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data import load
 from offrl.data.minari import observation_leaves, read_minari
-from offrl.errors import OffrlError
+from offrl.datasets import load
+from offrl.utils.errors import OffrlError
 
 INFINITY = float("inf")
 
@@ -247,9 +247,9 @@ def test_forge_ids_are_built_where_they_are_missing(tmp_path: Path, monkeypatch:
         data = episodes(box(4), box(2, bound=1.0))
         return write(tmp_path / "home" / name, box(4), box(2, bound=1.0), data, offrl_info=own)
 
-    forge = types.ModuleType("offrl.data.forge")
+    forge = types.ModuleType("offrl.forge.registry")
     forge.ensure = ensure  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "offrl.data.forge", forge)
+    monkeypatch.setitem(sys.modules, "offrl.forge.registry", forge)
     first = load("forge/hopper/medium-v0")
     assert load("forge/hopper/medium-v0").fingerprint == first.fingerprint
     assert asked == ["forge/hopper/medium-v0"]

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data import catalogue, from_arrays, load
+from offrl.data import catalogue, from_arrays
 from offrl.data.arrays import to_arrays
+from offrl.data.dataset import DatasetInfo, Store
 from offrl.data.mixtures import build_mixture
-from offrl.data.store import DatasetInfo, Store
-from offrl.errors import OffrlError
+from offrl.datasets import load
+from offrl.utils.errors import OffrlError
 
 
 def make_store(name: str, lengths: list[int], value: float, obs_dim: int = 2) -> Store:

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("gymnasium_robotics")
 
-from offrl.data import pointmaze
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, steps_toward
+from offrl.forge import mazes as pointmaze
 
 
 @pytest.mark.parametrize("maze", LAYOUTS)

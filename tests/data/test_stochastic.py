@@ -14,28 +14,31 @@ import torch
 
 import offrl
 from offrl import data
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.bc import BC, BCConfig
-from offrl.data import forge, stochastic
 from offrl.data.minari import read_metadata
-from offrl.envs import make_env, tabular
-from offrl.errors import OffrlError
-from offrl.evaluate import Evaluator
-from offrl.paths import cache_dir
+from offrl.datasets import exogenous_noise, load
+from offrl.envs import make_env
+from offrl.envs import tabular_solver as tabular
+from offrl.evaluation.evaluator import Evaluator
+from offrl.forge import registry as forge
+from offrl.forge import tabular as stochastic
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import cache_dir
 
 NAMES = ("bandit/p0.3", "lake/p0.7-eps0.4-n100", "cliff/uniform", "gambling/uniform", "toy/uniform", "mstoy/uniform")
 
 
 def build(name: str, **options: Any) -> data.Store:
-    return data.load(forge.ensure(f"forge/{name}-v0", progress=False, **options))
+    return load(forge.ensure(f"forge/{name}-v0", progress=False, **options))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_episodes_are_those_of_the_environment(name: str) -> None:
     """Seed and commanded actions give back every observation, reward, end and noise."""
     folder = forge.ensure(f"forge/{name}-v0", size=300, progress=False)
-    store = data.load(folder)
-    noise = data.exogenous_noise(store)
+    store = load(folder)
+    noise = exogenous_noise(store)
     env = make_env(store.info)
     import h5py
 
@@ -95,7 +98,7 @@ def test_noise_tells_nothing_of_the_action() -> None:
     """Chi-square of (action, noise) at 4 standard deviations, and the noise's own law."""
     name = "lake/p0.7-eps0.4-n1000"
     store = build(name)
-    noise = data.exogenous_noise(store)
+    noise = exogenous_noise(store)
     counts = np.zeros((4, 3))
     np.add.at(counts, (store.actions.numpy(), noise.numpy()), 1)
     law = np.array([0.7, 0.15, 0.15])
@@ -105,11 +108,11 @@ def test_noise_tells_nothing_of_the_action() -> None:
 
 def test_noise_is_for_whole_datasets_that_recorded_it(toy_file: Path) -> None:
     store = build("bandit/p0.3", size=300)
-    assert data.exogenous_noise(store).dtype == torch.int64
+    assert exogenous_noise(store).dtype == torch.int64
     with pytest.raises(OffrlError, match="the noise of 300 rows is known, this Store has 3"):
-        data.exogenous_noise(store.select_episodes(torch.arange(3)))
+        exogenous_noise(store.select_episodes(torch.arange(3)))
     with pytest.raises(OffrlError, match="no Minari dataset"):
-        data.exogenous_noise(data.load(toy_file))
+        exogenous_noise(load(toy_file))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -159,8 +162,8 @@ def test_minari_reads_them_with_the_noise(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(cache_dir()))
     folder = forge.ensure("forge/lake/p0.7-eps0.4-n100-v0", progress=False)
     dataset = minari.load_dataset(read_metadata(folder)["dataset_id"])
-    store = data.load(folder)
-    noise = data.exogenous_noise(store)
+    store = load(folder)
+    noise = exogenous_noise(store)
     assert (dataset.total_steps, dataset.total_episodes) == (len(store), store.episodes)
     assert dataset.observation_space == gymnasium.spaces.Discrete(16)
     assert dataset.action_space == gymnasium.spaces.Discrete(4)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offrl.data.store import DatasetInfo, Store, concatenate
-from offrl.errors import OffrlError
+from offrl.data.dataset import DatasetInfo, Store, concatenate
+from offrl.utils.errors import OffrlError
 
 LENGTHS = (3, 1, 7, 2, 5)
 TERMINATED = (True, False, True, False, False)

@@ -13,15 +13,15 @@ import pytest
 
 pytest.importorskip("mujoco")
 
-from offrl.data import forge
 from offrl.data.catalogue import d4rl
+from offrl.data.dataset import DatasetInfo
 from offrl.data.flatten import flat_keys
 from offrl.data.minari import read_minari
-from offrl.data.store import DatasetInfo
 from offrl.envs import make_env, make_gymnasium
 from offrl.envs.adapters import D4RLKitchen, Maze2D
 from offrl.envs.mazes import LAYOUTS
-from offrl.errors import OffrlError
+from offrl.forge import registry as forge
+from offrl.utils.errors import OffrlError
 
 robotics = pytest.mark.skipif(not importlib.util.find_spec("gymnasium_robotics"), reason="needs gymnasium-robotics")
 

@@ -11,12 +11,13 @@ import pytest
 
 pytest.importorskip("mujoco")
 
-from offrl import data
-from offrl.data import forge, noisy
 from offrl.data.minari import read_metadata
+from offrl.datasets import exogenous_noise, load
 from offrl.envs import NOISY_IDS, make_env
 from offrl.envs.noisy import ROBOTS, NoiseLaw
-from offrl.errors import OffrlError
+from offrl.forge import noisy
+from offrl.forge import registry as forge
+from offrl.utils.errors import OffrlError
 
 
 def test_the_law() -> None:
@@ -114,8 +115,8 @@ def test_bad_strengths() -> None:
 def test_episodes_are_those_of_the_noisy_environment(name: str, kwargs: dict[str, float]) -> None:
     """Seeds and commanded actions give back observations, rewards, ends and noise."""
     folder = forge.ensure(f"forge/{name}-v0", size=700, progress=False)
-    store = data.load(folder)
-    noise = data.exogenous_noise(store).numpy()
+    store = load(folder)
+    noise = exogenous_noise(store).numpy()
     assert store.info.env_kwargs == kwargs
     assert (store.info.family, len(store)) == ("noisy-mujoco", 700)
     with h5py.File(folder / "data" / "main_data.hdf5") as file:
@@ -132,9 +133,9 @@ def test_episodes_are_those_of_the_noisy_environment(name: str, kwargs: dict[str
 
 
 def test_the_plain_robots_record_no_noise() -> None:
-    plain = data.load(forge.ensure("forge/hopper/random-v0", size=200, progress=False))
+    plain = load(forge.ensure("forge/hopper/random-v0", size=200, progress=False))
     with pytest.raises(OffrlError, match="noise was not recorded"):
-        data.exogenous_noise(plain)
+        exogenous_noise(plain)
 
 
 def test_building_leaves_the_registered_environment_alone() -> None:

@@ -11,11 +11,12 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import SyncVectorEnv
 
-from offrl.envs import TABULAR_IDS, tabular
-from offrl.envs.stepping import TabularVectorEnv
-from offrl.envs.tabular import Array, Tabular
-from offrl.envs.tasks import TASKS, cliff_walker, make_task
-from offrl.errors import OffrlError
+from offrl.envs import TABULAR_IDS
+from offrl.envs import tabular_solver as tabular
+from offrl.envs.tabular_env import TabularVectorEnv
+from offrl.envs.tabular_solver import Array, Tabular
+from offrl.envs.tabular_tasks import TASKS, cliff_walker, make_task
+from offrl.utils.errors import OffrlError
 
 # (slip, epsilon): behaviour, RCSL sampled, one-step improvement; and RCSL by the likeliest action, all published to 3 digits
 # in the method's notes and computed there by another program.

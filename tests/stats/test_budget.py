@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from offrl.budget import bandit_curve, expected_best, offline_best, regret_at, spearman
+from offrl.results.budget import bandit_curve, expected_best, offline_best, regret_at, spearman
 
 SCORES = np.array([31.0, 7.5, -4.0, 88.0, 52.0, 52.0])
 KS = range(1, 7)

@@ -15,10 +15,11 @@ import polars as pl
 import pytest
 import scipy.stats
 
-from offrl import figures, results
-from offrl import report as reporting
-from offrl.errors import OffrlError
-from offrl.published import lookup
+from offrl import results
+from offrl.results import figures
+from offrl.results import report as reporting
+from offrl.results.published import lookup
+from offrl.utils.errors import OffrlError
 
 D4RL = "hopper-medium-v2"
 STEPS = (10, 20, 30, 40)

@@ -18,8 +18,8 @@ import pytest
 
 import offrl
 from offrl import results
-from offrl.errors import OffrlError
-from offrl.paths import PACKAGE
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import PACKAGE
 
 RUN = {"run_id": "r1", "method": "bc", "dataset": "hopper-medium-v2", "env_id": "Hopper-v4", "updates": 30}
 
@@ -326,7 +326,7 @@ def test_git_state_follows_the_checkout(tmp_path, monkeypatch):
     package = tmp_path / "offrl"
     package.mkdir()
     (package / "__init__.py").write_text("a = 1\n")
-    monkeypatch.setattr(results, "PACKAGE", Path(package))
+    monkeypatch.setattr("offrl.results.rows.PACKAGE", Path(package))
     git("init")
     assert results.environment()["git"] is None  # inside a repository that does not track the package
     git("add", ".")

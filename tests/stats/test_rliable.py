@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offrl import stats
+from offrl.results import stats
 
 metrics = pytest.importorskip(
     "rliable.metrics", reason='rliable 1.2.0 is not installed; it needs "pandas<3" and "arch<8"'

@@ -10,8 +10,8 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from offrl import stats
-from offrl.data.store import DatasetInfo
+from offrl.data.dataset import DatasetInfo
+from offrl.results import stats
 
 RNG = np.random.default_rng(0)
 TASKS = [RNG.normal(50 + 10 * m, 5, size=10) for m in range(4)]

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from test_report import D4RL, cell, make, make_run
 
-from offrl import figures, page, stats, tables
-from offrl.budget import expected_best
-from offrl.published import lookup
+from offrl.results import figures, stats, tables
+from offrl.results import html as page
+from offrl.results.budget import expected_best
+from offrl.results.published import lookup
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

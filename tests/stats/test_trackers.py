@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from offrl.errors import OffrlError
-from offrl.trackers import make_tracker
+from offrl.training.trackers import make_tracker
+from offrl.utils.errors import OffrlError
 
 CONFIG = {"agent": {"_target_": "offrl.agents.bc.BC"}, "lanes": 2}
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from offrl.data.store import Store
-from offrl.random import LaneRandom
+from offrl.data.dataset import Store
 from offrl.sampling import Uniform
+from offrl.utils.random import LaneRandom
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

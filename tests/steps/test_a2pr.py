@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import mse_loss
 
-from offrl.agent import Batch, Spec
 from offrl.agents.a2pr import A2PR, A2PRConfig
+from offrl.agents.base import Batch, Spec
 from offrl.agents.bc import BC, BCConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.config import build, chosen_settings
-from offrl.data.store import Store
-from offrl.engine import Eager
-from offrl.paths import conf_dir
-from offrl.random import LaneRandom
+from offrl.data.dataset import Store
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
+from offrl.training.schema import build, chosen_settings
+from offrl.utils.paths import conf_dir
+from offrl.utils.random import LaneRandom
 
 SMALL: dict[str, Any] = {"hidden": (24, 16), "vae_hidden": (20, 18)}
 

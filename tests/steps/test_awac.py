@@ -12,12 +12,12 @@ from plain import batches, difference, sequential
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from offrl.agent import Spec
 from offrl.agents.awac import AWAC, AWACConfig
-from offrl.data.store import Store
-from offrl.engine import Eager
-from offrl.random import LaneRandom
+from offrl.agents.base import Spec
+from offrl.data.dataset import Store
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
+from offrl.utils.random import LaneRandom
 
 BATCH = 64
 

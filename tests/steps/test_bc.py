@@ -7,9 +7,9 @@ from conftest import make_toy
 from test_td3_bc import difference, sequential
 from torch import nn
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.bc import BC, BCConfig
-from offrl.batch import Batch
+from offrl.data.batch import Batch
 
 
 def test_updates_equal_plain_regression() -> None:

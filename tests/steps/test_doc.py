@@ -15,18 +15,18 @@ from test_rvs import make_agent as make_rvs
 from test_rvs import make_bandit, make_store
 from torch import Tensor, nn
 
-from offrl import data
-from offrl.agent import Batch, Spec
+from offrl.agents.base import Batch, Spec
 from offrl.agents.doc import DoC, contrast, reversed_gradient
 from offrl.agents.vae_bc import VAEBC
-from offrl.data import forge
-from offrl.data.store import Store
-from offrl.engine import Eager
-from offrl.evaluate import Evaluator
-from offrl.latents import Categorical, Gaussian
-from offrl.probes import leak, reward_and_state
-from offrl.random import LaneRandom
+from offrl.data.dataset import Store
+from offrl.datasets import load
+from offrl.evaluation.evaluator import Evaluator
+from offrl.evaluation.probes import leak, reward_and_state
+from offrl.forge import registry as forge
+from offrl.nets.latents import Categorical, Gaussian
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
+from offrl.utils.random import LaneRandom
 
 SMALL: dict[str, Any] = {"hidden": (12, 12), "latent_size": 3, "suffix": 4, "lr": 1e-2, "normalize_obs": False}
 ROWS = [0, 5, 7, 8, 12, 20]  # starts, middles and last steps of episodes of 7, 1, 3 and 11 steps
@@ -428,7 +428,7 @@ def evaluated(agent: Any, store: Store, sampled: bool) -> tuple[Tensor, Tensor]:
 
 
 def forge_store(name: str) -> Store:
-    return data.load(forge.ensure(name, progress=False))
+    return load(forge.ensure(name, progress=False))
 
 
 @pytest.mark.slow

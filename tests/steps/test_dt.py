@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offrl.agent import Batch, Spec
+from offrl.agents.base import Batch, Spec
 from offrl.agents.dt import DT, STATES, DTConfig
-from offrl.data.store import DatasetInfo, Store
-from offrl.engine import Eager
+from offrl.data.dataset import DatasetInfo, Store
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
 
 SMALL: dict[str, Any] = {"context": 4, "embed": 12, "heads": 2, "max_length": 9, "warmup": 50, "return_scale": 0.1}
 

@@ -11,13 +11,13 @@ from conftest import make_toy
 from test_sac_n import Plain, compare
 from torch import Tensor
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.edac import EDAC, EDACConfig
 from offrl.agents.sac_n import SACN, SACNConfig
-from offrl.engine import Eager
-from offrl.errors import OffrlError
 from offrl.sampling import Replay, Uniform
-from offrl.train import make_agent
+from offrl.training.engine import Eager
+from offrl.training.trainer import make_agent
+from offrl.utils.errors import OffrlError
 
 
 class PlainEDAC(Plain):

@@ -10,13 +10,13 @@ from plain import difference, sequential
 from test_rvs import make_store
 from torch import Tensor, nn
 
-from offrl.agent import Batch, Spec
+from offrl.agents.base import Batch, Spec
 from offrl.agents.esper import CLUSTERS, ESPER, POLICY, RETURNS
-from offrl.data.store import DatasetInfo, Store
-from offrl.engine import Eager
-from offrl.errors import OffrlError
+from offrl.data.dataset import DatasetInfo, Store
 from offrl.sampling import Replay, Uniform
-from offrl.train import train
+from offrl.training.engine import Eager
+from offrl.training.trainer import train
+from offrl.utils.errors import OffrlError
 
 SMALL: dict[str, Any] = {"context": 3, "embed": 8, "layers": 1, "dropout": 0.0, "normalize_obs": False}
 SMALL |= {"suffix": 4, "groups": 2, "kinds": 3, "label_hidden": (12,), "cluster_lr": 1e-2, "adversary_lr": 2e-2}

@@ -12,13 +12,13 @@ from plain import batches, difference, sequential
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.iql import IQL, IQLConfig
-from offrl.batch import Batch
-from offrl.engine import Eager
+from offrl.data.batch import Batch
 from offrl.nets import dropout
-from offrl.random import LaneRandom
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
+from offrl.utils.random import LaneRandom
 
 BATCH = 64
 

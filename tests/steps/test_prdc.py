@@ -11,14 +11,14 @@ from plain import batches
 from test_td3_bc import Plain as PlainTD3BC
 from torch import Tensor
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.prdc import PRDC, PRDCConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.data.store import Store
-from offrl.engine import Eager
-from offrl.neighbors import brute_force
-from offrl.random import LaneRandom
+from offrl.data.dataset import Store
+from offrl.nets.neighbors import brute_force
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
+from offrl.utils.random import LaneRandom
 
 SMALL: dict[str, Any] = {"hidden": (24, 16)}
 

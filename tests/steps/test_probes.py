@@ -14,13 +14,13 @@ from test_rvs import make_bandit
 
 from offrl.agents.doc import DoC
 from offrl.agents.vae_bc import VAEBC
-from offrl.cli import main
-from offrl.data.store import Store
-from offrl.engine import Eager
-from offrl.errors import OffrlError
-from offrl.probes import Leak, draws, leak, probe, reward_and_state
+from offrl.cli.main import main
+from offrl.data.dataset import Store
+from offrl.evaluation.probes import Leak, draws, leak, probe, reward_and_state
 from offrl.sampling import Replay, Uniform
-from offrl.train import train
+from offrl.training.engine import Eager
+from offrl.training.trainer import train
+from offrl.utils.errors import OffrlError
 
 
 def entropy(p: float) -> float:

@@ -11,12 +11,12 @@ from conftest import make_toy
 from plain import difference, drawn, sequential
 from torch import Tensor, nn
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.rebrac import ReBRAC, ReBRACConfig
-from offrl.data.store import Store
-from offrl.engine import Eager
-from offrl.random import LaneRandom
+from offrl.data.dataset import Store
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
+from offrl.utils.random import LaneRandom
 
 BATCH = 64
 

@@ -7,11 +7,11 @@ import torch
 from plain import difference, sequential
 from torch import Tensor, nn
 
-from offrl.agent import Batch, Spec
+from offrl.agents.base import Batch, Spec
 from offrl.agents.rvs import RvS, RvSConfig
-from offrl.data.store import DatasetInfo, Store
-from offrl.engine import Eager
+from offrl.data.dataset import DatasetInfo, Store
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
 
 
 def make_store(discrete: int | None = None) -> Store:

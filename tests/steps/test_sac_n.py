@@ -12,13 +12,13 @@ from plain import batches, difference, sequential
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.sac_n import SACN, SACNConfig
-from offrl.engine import Eager
-from offrl.errors import OffrlError
-from offrl.random import LaneRandom
 from offrl.sampling import Replay, Uniform
-from offrl.train import make_agent
+from offrl.training.engine import Eager
+from offrl.training.trainer import make_agent
+from offrl.utils.errors import OffrlError
+from offrl.utils.random import LaneRandom
 
 
 class Plain:

@@ -10,12 +10,12 @@ from conftest import best_action, make_toy
 from plain import batches, difference, sequential
 from torch import Tensor, nn
 
-from offrl.agent import Spec
+from offrl.agents.base import Spec
 from offrl.agents.bc import BC, BCConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.engine import Eager
-from offrl.random import LaneRandom
 from offrl.sampling import Replay, Uniform
+from offrl.training.engine import Eager
+from offrl.utils.random import LaneRandom
 
 
 class Plain:

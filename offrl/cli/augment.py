@@ -1,0 +1,256 @@
+"""`offrl augment train|sample|metrics`: each command takes its parsed arguments and returns an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import replacing
+
+if TYPE_CHECKING:
+    from offrl.agents.base import Agent
+    from offrl.data.dataset import Store
+    from offrl.training.trainer import Plan
+
+WORDS = "options as for `offrl train`: dataset=ID, augment=NAME, augment.KEY=VALUE, data.KEY=VALUE"
+COLUMNS = {  # of the table, with their headings
+    "dynamics_error": "dynamics error",
+    "dynamics_error_median": "median",
+    "reward_error": "reward error",
+    "termination_agrees": "flags agree",
+    "log_likelihood_policy": "log pi(a|s)",
+    "log_likelihood_behaviour": "log behaviour",
+    "coverage": "coverage",
+    "novelty": "novelty",
+    "terminated": "terminated",
+    "return_per_transition": "reward",
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `offrl augment`; the parsed arguments carry `run`, which returns the exit status."""
+    parser = subparsers.add_parser("augment", help="synthetic trajectories: their model, a file of them, their worth")
+
+    def usage(_: argparse.Namespace) -> int:
+        parser.print_usage()
+        return 2
+
+    parser.set_defaults(run=usage)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train the model of a dataset, or see that it is there")
+    train.set_defaults(run=run_train)
+
+    sample = commands.add_parser("sample", help="write synthetic trajectories as a dataset")
+    sample.add_argument("dest", type=Path, metavar="DEST", help="file, as for `offrl data convert`")
+    sample.add_argument("--policy", type=Path, metavar="RUN", help="run whose policy guides (default: none)")
+    sample.add_argument("--seed", type=int, default=0, help="of the samples")
+    sample.set_defaults(run=run_sample)
+
+    metrics = commands.add_parser(
+        "metrics", help="dynamics error, likelihood and coverage of synthetic trajectories, beside real ones"
+    )
+    metrics.add_argument("policy", type=Path, metavar="RUN", help="run whose policy guides and is asked")
+    metrics.add_argument("--coefficients", default="0,1", help="of guidance, separated by commas (default %(default)s)")
+    metrics.add_argument("--transitions", type=int, default=16_384, help="of each kind (default %(default)s)")
+    metrics.add_argument(
+        "--behaviour", type=Path, metavar="RUN", help="run whose policy is asked too, such as one of bc"
+    )
+    metrics.add_argument("--behaviour-std", type=float, default=0.3, help="its deviation (default %(default)s)")
+    metrics.add_argument("--no-world-model", action="store_true", help="leave the autoregressive model out")
+    metrics.add_argument("--seed", type=int, default=0, help="of the samples")
+    metrics.add_argument("--out", type=Path, help="folder to write to (default: `augment` in the run's)")
+    metrics.set_defaults(run=run_metrics)
+
+    for command in (sample, metrics):
+        command.add_argument("--lane", type=int, default=0, help="which of the run's policies (default 0)")
+    for command, more in ((train, ""), (sample, ""), (metrics, "; world_model.KEY=VALUE sets the world model")):
+        command.add_argument("words", nargs="*", metavar="KEY=VALUE", help=WORDS + more)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train the model that the options name, unless it is in the cache."""
+    from offrl.augment.base import make_augmentation
+
+    job = _job(arguments.words)
+    augmentation = make_augmentation(job.augment, _recorded(job), (0,))
+    augmentation.prepare(progress=True)
+    print(json.dumps(augmentation.facts(), indent=1))
+    return 0
+
+
+def run_sample(arguments: argparse.Namespace) -> int:
+    """Write trajectories, guided by a run's policy or unguided, as a dataset."""
+    from offrl.augment.base import make_augmentation
+    from offrl.cli.data import writer
+
+    write = writer(arguments.dest)
+    job = _job(arguments.words, arguments.policy)
+    policy = _policy(arguments.policy, arguments.lane) if arguments.policy else None
+    augmentation = make_augmentation(job.augment, _recorded(job), (arguments.seed,))
+    augmentation.prepare(progress=True)
+    made = augmentation.generate(policy, 1)
+    write(made)
+    print(f"{arguments.dest}: {made.episodes} trajectories, {len(made)} transitions")
+    return 0
+
+
+def run_metrics(arguments: argparse.Namespace) -> int:
+    """Measure real pieces, guided samples at each coefficient, and the world model's rollouts; write table and figure."""
+    from offrl.augment import metrics
+    from offrl.augment.base import make_augmentation
+    from offrl.training.trainer import tune_process, write_json
+
+    try:
+        coefficients = [float(word) for word in arguments.coefficients.split(",")]
+    except ValueError as error:
+        raise OffrlError(f"--coefficients {arguments.coefficients} should be numbers separated by commas.") from error
+    out = arguments.out or arguments.policy / "augment"
+    world_words = [word.removeprefix("world_model.") for word in arguments.words if word.startswith("world_model.")]
+    words = [word for word in arguments.words if not word.startswith("world_model.")]
+    count = f"augment.transitions={arguments.transitions}"
+    job = _job([*words, count], arguments.policy)
+    tune_process(job.train.threads)
+    real, seeds = _recorded(job), (arguments.seed,)
+    policies = {"policy": (_policy(arguments.policy, arguments.lane), job.augment.get("policy_std", 1.0))}
+    if arguments.behaviour:
+        policies["behaviour"] = (_policy(arguments.behaviour, 0), arguments.behaviour_std)
+
+    kinds: dict[str, dict[str, Any]] = {}
+    for coefficient in coefficients:
+        name = f"guided, {coefficient:g}" if coefficient else "unguided"
+        kinds[name] = {**job.augment, "coefficient": coefficient}
+    shape = make_augmentation(job.augment, real, seeds).cfg
+    if not arguments.no_world_model:
+        settings = [f"augment.{word}" for word in world_words]
+        rest = [word for word in words if not word.startswith("augment")]
+        named = ["augment=world_model", *rest, *settings, count, f"augment.length={shape.length}"]
+        kinds["world model"] = _job(named, arguments.policy).augment
+
+    simulator = metrics.Simulator(real.info)
+    found = {}
+    try:
+        pieces = metrics.real_pieces(real, shape.trajectories, shape.length, arguments.seed)
+        found["real"] = metrics.evaluate(pieces, real, simulator, policies)
+        for name, settings_of in kinds.items():
+            augmentation = make_augmentation(settings_of, real, seeds)
+            augmentation.prepare(progress=True)
+            made = augmentation.generate(policies["policy"][0], 1)
+            found[name] = metrics.evaluate(made, real, simulator, policies)
+    finally:
+        simulator.close()
+    facts = {"dataset": real.info.id, "policy": str(arguments.policy), "lane": arguments.lane, "augment": job.augment}
+    write_json(out / "metrics.json", {**facts, "kinds": found})
+    table = markdown(found)
+    with replacing(out / "metrics.md") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
+    with replacing(out / "metrics.png") as temporary:
+        draw(found).savefig(temporary, dpi=160, format="png")
+    print(f"{table}\n\n{out / 'metrics.md'}, metrics.json and metrics.png")
+    return 0
+
+
+def _job(words: Sequence[str], run: Path | None = None) -> Plan:
+    """The checked configuration behind some words; dataset and `data` are a run's where they are not given."""
+    from offrl.training.compose import compose_words
+    from offrl.training.trainer import plan, read_config
+
+    if odd := [word for word in words if "=" not in word or word.startswith("-")]:
+        raise OffrlError(f"{odd[0]} is no option; {WORDS}.")
+    kept = read_config(run) if run else {}
+    given = {word.split("=", 1)[0] for word in words}
+    first = [] if "augment" in given else ["augment=policy_guided_diffusion"]
+    if kept and "dataset" not in given:
+        first.append(f"dataset='{kept['dataset']}'")
+    values = compose_words([*first, *words])
+    if kept:
+        values["data"] = {**kept["data"], **(values.get("data") or {})}
+    job = plan(values)
+    if not job.augment:
+        raise OffrlError("augment=none makes no trajectories; choose another, `offrl train --help` lists them.")
+    return job
+
+
+def _recorded(job: Plan) -> Store:
+    from offrl.training.trainer import pick_device, read_data
+
+    return read_data(job.train, pick_device(job.train.device))
+
+
+def _policy(run: Path, lane: int) -> Agent:
+    from offrl.augment.metrics import OneLane
+    from offrl.training.trainer import load_agent, pick_device
+
+    return OneLane(load_agent(run, str(pick_device("auto"))), lane)
+
+
+# ---- table and figure ----------------------------------------------------------------------------------------------------
+
+
+def markdown(found: dict[str, dict[str, Any]]) -> str:
+    """One row a kind of trajectories."""
+    columns = [name for name in COLUMNS if any(name in kind for kind in found.values())]
+    lines = ["| trajectories | " + " | ".join(COLUMNS[name] for name in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for kind, values in found.items():
+        lines.append(f"| {kind} | " + " | ".join(_number(values.get(name)) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
+
+
+def _cut_rounding_off(errors: Any, both: Any, found: dict[str, dict[str, Any]], colour: str) -> None:
+    """End the axes of errors below the synthetic curves; a real error below (rounding) is told in words and by an arrow."""
+    curves = [values["curves"]["dynamics_error"] for kind, values in found.items() if kind != "real"]
+    synthetic = [error for curve in curves for error in curve if error]
+    real, bottom = found["real"]["dynamics_error"], min(synthetic, default=0.0) / 3
+    if real is None or real >= bottom:
+        return
+    for panel in (errors, both):
+        panel.set_ylim(bottom=bottom)
+    errors.annotate(f"real: {real:.0e}", (0.02, 0.03), xycoords="axes fraction", color=colour)
+    both.plot(found["real"]["log_likelihood_policy"], bottom, "v", color=colour, markersize=6, clip_on=False)
+
+
+def draw(found: dict[str, dict[str, Any]]) -> Any:
+    """Dynamics error and likelihood along the horizon, and one against the other."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from offrl.results.figures import MARKS, STYLE, legend_above, looks_of, tidy
+
+    looks = looks_of(list(found))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.3, 2.9), layout="constrained")
+        errors, likelihoods, both = figure.subplots(1, 3)
+        handles = []
+        for kind, values in found.items():
+            colour, style = looks[kind]
+            for panel, name in ((errors, "dynamics_error"), (likelihoods, "log_likelihood_policy")):
+                curve = np.array(values["curves"][name], dtype=float)
+                steps = np.arange(1, len(curve) + 1)
+                (line,) = panel.plot(steps, curve, color=colour, linestyle=style, linewidth=1.4)
+            handles.append(line)
+            point = values["log_likelihood_policy"], values["dynamics_error"]
+            both.plot(*point, MARKS[style], color=colour, markersize=5)
+        for panel in (errors, both):
+            panel.set_yscale("log")
+            panel.set_ylabel("dynamics error (dataset's variance)")
+        _cut_rounding_off(errors, both, found, looks["real"][0])
+        for panel in (errors, likelihoods):
+            panel.set_xlabel("step of the trajectory")
+        for panel in (both, likelihoods):
+            (panel.set_xlabel if panel is both else panel.set_ylabel)("log-likelihood under the policy")
+        for panel in (errors, likelihoods, both):
+            tidy(panel)
+        legend_above(figure, handles, list(found), 2)
+    return figure

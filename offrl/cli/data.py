@@ -1,0 +1,297 @@
+"""`offrl data list|info|fetch|convert|build`: each command takes its parsed arguments and returns an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from offrl.cli.dataset_info import describe, plot, print_info
+from offrl.data import catalogue
+from offrl.data.arrays import info_json, to_arrays, write_npz
+from offrl.data.cache import write_flat
+from offrl.data.dataset import Store
+from offrl.data.fetch import fetch
+from offrl.data.minari import data_folder, local_datasets, local_folder
+from offrl.datasets import load
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import cache_dir, replacing
+
+SOURCES = ("d4rl", "minari", "forge", "local")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `data` and its commands to the parser of `offrl`; each sets `run`, a function of the parsed arguments."""
+    data = subparsers.add_parser("data", help="list, inspect, fetch, convert and build datasets")
+    commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="known datasets and those on this machine")
+    listing.add_argument("--family", help="only this family, e.g. gym-mujoco, antmaze, maze2d, adroit, kitchen")
+    listing.add_argument("--source", choices=SOURCES, help="only this source; local: what is on this machine")
+    listing.set_defaults(run=run_list)
+
+    info = commands.add_parser("info", help="counts, returns, ranges and score of a dataset")
+    info.add_argument("dataset", help="id, file or folder")
+    info.add_argument("--plot", type=Path, metavar="FILE", help="also write a PNG")
+    info.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _add_reading(info)
+    info.set_defaults(run=run_info)
+
+    fetching = commands.add_parser("fetch", help="download a D4RL or Minari dataset")
+    fetching.add_argument("dataset", help="id, e.g. hopper-medium-v2 or D4RL/pen/human-v2")
+    fetching.add_argument("--dest", type=Path, metavar="FILE", help="where to put it (default: the cache folder)")
+    fetching.add_argument("--base-url", metavar="URL", help="mirror of D4RL's files (default: OFFRL_D4RL_URL)")
+    fetching.add_argument("--force", action="store_true", help="download again even if it is there")
+    fetching.set_defaults(run=run_fetch)
+
+    converting = commands.add_parser("convert", help="write a dataset in another format")
+    converting.add_argument("dataset", help="id, file or folder")
+    converting.add_argument(
+        "dest", type=Path, help=".hdf5 (D4RL's layout), .npz, .safetensors, or a folder NAME-v0 (Minari)"
+    )
+    _add_reading(converting)
+    converting.set_defaults(run=run_convert)
+
+    building = commands.add_parser("build", help="build a forge/... dataset from shipped behaviour policies")
+    building.add_argument("dataset", help="id, e.g. forge/hopper/medium-replay-v0")
+    building.add_argument("--size", type=int, help="transitions (default: the dataset's own)")
+    building.add_argument("--seed", type=int, default=0)
+    building.add_argument("--force", action="store_true", help="build again even if it is there")
+    building.set_defaults(run=run_build)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--semantics", choices=("exact", "d4rl"), default="exact", help="d4rl: rows of qlearning_dataset"
+    )
+    parser.add_argument("--clip-actions", action="store_true", help="clip actions that leave their bounds")
+    parser.add_argument("--action-bound", type=float, metavar="B", help="actions live in [-B, B]")
+    parser.add_argument("--unfinished", action="store_true", help="accept one trajectory without any episode end")
+    parser.add_argument("--goals", action="store_true", help="keep a maze's goal in the observation")
+    parser.add_argument("--no-cache", action="store_true", help="neither use nor write the flat cache")
+
+
+def _load(arguments: argparse.Namespace) -> Store:
+    return load(
+        arguments.dataset,
+        semantics=arguments.semantics,
+        cache=not arguments.no_cache,
+        clip_actions=arguments.clip_actions,
+        action_bound=arguments.action_bound,
+        unfinished=arguments.unfinished,
+        goals=arguments.goals,
+    )
+
+
+# ---- list --------------------------------------------------------------------------------------------------------
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    """Print a table of datasets; those on this machine are marked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [
+        row
+        for source, rows_of in (("forge", _forge_rows), ("d4rl", _d4rl_rows), ("minari", _minari_rows))
+        if arguments.source in (None, "local", source)
+        for row in rows_of()
+    ]
+    if arguments.source == "local":
+        rows = [row for row in rows if row[-1]]
+    if arguments.family:
+        families = sorted({row[2] for row in rows})
+        rows = [row for row in rows if row[2] == arguments.family]
+        if not rows and arguments.family not in families:
+            raise OffrlError(
+                f"--family {arguments.family}: no dataset of that family; there are {', '.join(families)}."
+            )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)  # ids stay whole for grep and the like
+    table = Table(box=None, pad_edge=False)
+    table.add_column("id", overflow="fold", min_width=min(46, max((len(row[0]) for row in rows), default=0)))
+    for column in ("here", "source", "family", "evaluated in"):
+        table.add_column(column)
+    for name, source, family, environment, here in rows:
+        table.add_row(name, here, source, family, environment)
+    console.print(table)
+    console.print(f"{len(rows):,} datasets; cache folder {cache_dir()}", highlight=False)
+    return 0
+
+
+def _forge_rows() -> list[tuple[str, ...]]:
+    try:
+        forge = importlib.import_module("offrl.forge.registry")
+    except ImportError:
+        return []
+    folders = {cache_dir() / name: name for name in local_datasets(cache_dir()) if name.startswith("forge/")}
+    here = {name: folders.pop(forge.folder_of(name), None) is not None for name in forge.names()}
+    here |= dict.fromkeys(folders.values(), True)  # of another size or seed
+    return [(name, "forge", forge.family(name), "", "yes" if built else "") for name, built in here.items()]
+
+
+def _d4rl_rows() -> list[tuple[str, ...]]:
+    return [
+        (entry.id, "d4rl", entry.family, entry.env_id or "", "yes" if any(f.is_file() for f in entry.files()) else "")
+        for entry in catalogue.d4rl().values()
+    ]
+
+
+def _minari_rows() -> list[tuple[str, ...]]:
+    known = catalogue.minari()
+    rows: list[tuple[str, ...]] = [
+        (
+            entry.id,
+            "minari",
+            catalogue.family_of(entry.env_id),
+            entry.env_id or "",
+            "yes" if data_folder(local_folder(entry.id)) else "",
+        )
+        for entry in known.values()
+    ]
+    names = {local_folder(name) for name in known}
+    return rows + [(name, "minari", "", "", "yes") for name in local_datasets() if local_folder(name) not in names]
+
+
+# ---- info, fetch, build ------------------------------------------------------------------------------------------
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """Print what is in a dataset, as tables or JSON, and write the picture if asked for."""
+    store = _load(arguments)
+    description = describe(store)
+    if arguments.json:
+        print(json.dumps(description, indent=2, default=str))
+    else:
+        print_info(description)
+    if arguments.plot is not None:
+        try:
+            plot(store, arguments.plot)
+        except OSError as error:
+            raise OffrlError(f"--plot {arguments.plot}: cannot be written ({error.strerror}).") from error
+        if not arguments.json:
+            print(f"picture: {arguments.plot}")
+    return 0
+
+
+def run_fetch(arguments: argparse.Namespace) -> int:
+    """Download a dataset and say where it lies."""
+    path = fetch(arguments.dataset, arguments.dest, arguments.base_url, progress=True, force=arguments.force)
+    print(path)
+    return 0
+
+
+def run_build(arguments: argparse.Namespace) -> int:
+    """Build a forge dataset and say where it lies."""
+    forge = importlib.import_module("offrl.forge.registry")
+    if arguments.size is not None and arguments.size < 1:
+        raise OffrlError(f"--size {arguments.size}: give a positive number of transitions.")
+    force = {"force": True} if arguments.force else {}
+    print(forge.ensure(arguments.dataset, size=arguments.size, seed=arguments.seed, **force))
+    return 0
+
+
+# ---- convert -----------------------------------------------------------------------------------------------------
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Write any dataset in the format that the destination's suffix names."""
+    write = writer(arguments.dest)
+    write(_load(arguments))
+    print(arguments.dest)
+    return 0
+
+
+def writer(dest: Path) -> Callable[[Store], None]:
+    """What writes a Store to a destination, in the format that its suffix names.
+
+    Raises:
+        OffrlError: no such format; later, when it is called, the destination can't be written.
+    """
+    writers = {".npz": write_npz, ".hdf5": write_hdf5, ".h5": write_hdf5, ".safetensors": write_flat}
+    if dest.suffix and dest.suffix not in writers:
+        raise OffrlError(f"{dest}: unknown format; use {', '.join(writers)} or a folder NAME-v0 for Minari.")
+    write = writers[dest.suffix] if dest.suffix else write_minari
+
+    def run(store: Store) -> None:
+        try:
+            write(store, dest)
+        except OSError as error:
+            raise OffrlError(f"{dest}: cannot be written ({error.strerror or error}).") from error
+
+    return run
+
+
+def write_hdf5(store: Store, path: Path) -> None:
+    """Write a Store in D4RL's layout (gzip), with what is known of it in the attribute `offrl_info`."""
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["offrl_info"] = info_json(store.info)
+        for key, array in to_arrays(store).items():
+            file.create_dataset(key, data=array, compression="gzip")
+
+
+def write_minari(store: Store, folder: Path) -> None:
+    """Write a Store as a Minari dataset whose id is the folder's name; a tail (no successor known) is left out."""
+    try:
+        import minari
+        from gymnasium import spaces
+        from minari.data_collector import EpisodeBuffer
+    except ImportError as error:
+        raise OffrlError(f'{folder}: a Minari folder needs its package; pip install "offrl[minari]".') from error
+    if folder.exists():
+        raise OffrlError(f"{folder}: exists already; remove it or choose another name.")
+    if not re.fullmatch(r"[\w-]+-v\d+", folder.name):
+        raise OffrlError(f"{folder}: a Minari dataset's name must end in -v0, -v1, ...; choose such a name.")
+    info, low, high = store.info, store.info.action_low, store.info.action_high
+    numbers = {name: tensor.cpu().numpy() for name, tensor in store.tensors().items()}
+    episodes = []
+    for index, (start, stop) in enumerate(zip(numbers["offsets"][:-1], numbers["offsets"][1:])):
+        terminations = numbers["terminations"][start:stop] > 0
+        truncations = terminations & False
+        truncations[-1] = numbers["complete"][index] and not terminations[-1]
+        observations = [*numbers["observations"][start:stop], numbers["next_observations"][stop - 1]]
+        episodes.append(
+            EpisodeBuffer(
+                id=index,
+                observations=observations,
+                actions=numbers["actions"][start:stop],
+                rewards=numbers["rewards"][start:stop],
+                terminations=terminations,
+                truncations=truncations,
+            )
+        )
+    actions: Any = spaces.Discrete(info.discrete) if info.discrete else spaces.Box(low, high, (store.action_dim,))
+    with _environment("MINARI_DATASETS_PATH", str(folder.parent)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # minari asks for an author, a description, ...
+        dataset = minari.create_dataset_from_buffers(
+            folder.name,
+            episodes,
+            observation_space=spaces.Box(-float("inf"), float("inf"), (store.obs_dim,)),
+            action_space=actions,
+            ref_min_score=info.ref_min,
+            ref_max_score=info.ref_max,
+        )
+        dataset.storage.update_metadata({"offrl_info": info_json(info)})
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

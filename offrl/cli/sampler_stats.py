@@ -1,0 +1,107 @@
+"""What each sampler would draw from a dataset: numbers, a table and two panels for `offrl data info`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from offrl.data.dataset import Store
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+# Trajectories from the best return to the worst: upper ends of the bands, as shares of their number.
+BANDS = {"best 1%": 0.01, "1-10%": 0.1, "10-25%": 0.25, "25-50%": 0.5, "worst half": 1.0}
+# Okabe and Ito's colours, apart for the colour-blind.
+LINE_COLOURS = ("#8C8C8C", "#0072B2", "#E69F00", "#009E73")
+BAND_COLOURS = ("#08306B", "#2B6CB0", "#6BAED6", "#BDD7EE", "#E4E4E4")
+
+
+def laws(store: Store) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """`[E]` float64 share of the draws that each trajectory gets, and the sampler's facts, by name; default settings."""
+    from offrl import sampling  # samplers are made of datasets; only this report looks back at them
+
+    made: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+    uniform = sampling.EpisodeWeighted(store, torch.ones(store.episodes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fallback stands in the facts
+        samplers = [sampling.ReturnWeighted(store), sampling.AdvantageWeighted(store), sampling.TopPercent(store)]
+    for sampler in (uniform, *samplers):
+        mass = sampler.weights * store.lengths
+        name = "uniform" if sampler is uniform else type(sampler).label(sampler.Config())
+        made[name] = ((mass / mass.sum()).cpu(), sampler.facts())
+    return made
+
+
+def describe_draws(store: Store) -> dict[str, Any]:
+    """By sampler: effective transitions, their share, the draws that go to each band of trajectories, and fallbacks."""
+    order = store.returns.cpu().argsort(descending=True, stable=True)
+    place = (torch.arange(store.episodes) + 0.5) / store.episodes
+    band = torch.bucketize(place, torch.tensor(list(BANDS.values())[:-1]), right=True)
+    samplers = {}
+    for name, (share, facts) in laws(store).items():
+        mass = torch.zeros(len(BANDS), dtype=torch.float64).index_add_(0, band, share[order])
+        samplers[name] = {
+            "effective_rows": facts["effective_rows"],
+            "effective_share": facts["effective_share"],
+            "mass": dict(zip(BANDS, mass.tolist())),
+            "fallback": facts.get("fallback"),
+        }
+    return samplers
+
+
+def draws_table(samplers: dict[str, Any]) -> Table:
+    """Share of the draws by band of trajectories, and the effective sample size (1 / sum of p^2)."""
+    from rich.table import Table
+
+    table = Table("draws", *BANDS, "ESS", "ESS / N")
+    for name, facts in samplers.items():
+        shares = [f"{share:.1%}" for share in facts["mass"].values()]
+        table.add_row(name, *shares, f"{facts['effective_rows']:,.0f}", f"{facts['effective_share']:.2%}")
+    return table
+
+
+def fallbacks(samplers: dict[str, Any]) -> list[str]:
+    """A line for every sampler that could not do as it is named."""
+    return [f"{name}: {facts['fallback']}" for name, facts in samplers.items() if facts["fallback"]]
+
+
+def plot_concentration(axes: Axes, store: Store) -> None:
+    """Share of the draws that the best trajectories get, against how many these are."""
+    order = store.returns.cpu().argsort(descending=True, stable=True)
+    best = (torch.arange(store.episodes) + 1) / store.episodes * 100
+    for (name, (share, facts)), colour in zip(laws(store).items(), LINE_COLOURS):
+        label = f"{name} (ESS / N {facts['effective_share']:.1%})"
+        style, width = {"uniform": ("--", 2.0), "RW": ("-", 4.5)}.get(name, ("-", 2.0))  # AW is often on top of RW
+        axes.plot(best, share[order].cumsum(0) * 100, color=colour, linewidth=width, linestyle=style, label=label)
+    axes.set_xscale("log")
+    axes.set_xlim(min(float(best[0]), 50.0), 103)
+    axes.set_ylim(0, 103)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    # Above the panel: lines go through every corner of it on one dataset or another.
+    axes.legend(ncols=2, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 0.99), columnspacing=1.0)
+
+
+def plot_bands(axes: Axes, samplers: dict[str, Any]) -> None:
+    """One bar a sampler, cut by the bands of trajectories that its draws come from."""
+    left = [0.0] * len(samplers)
+    for band, colour in zip(BANDS, BAND_COLOURS):
+        widths = [100 * facts["mass"][band] for facts in samplers.values()]
+        axes.barh(list(samplers), widths, left=left, color=colour, label=band, height=0.62)
+        for row, (width, start) in enumerate(zip(widths, left)):
+            if width >= 9:
+                ink = "white" if colour in BAND_COLOURS[:2] else "#222222"
+                axes.text(start + width / 2, row, f"{width:.0f}%", color=ink, ha="center", va="center", fontsize=9)
+        left = [start + width for start, width in zip(left, widths)]
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    axes.legend(
+        ncols=len(BANDS), fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.075),
+        columnspacing=0.9, handlelength=1.0, handletextpad=0.4,
+    )  # fmt: skip

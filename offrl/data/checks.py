@@ -1,0 +1,180 @@
+"""What all readers share: options, float32 memory, and checks that turn a bad file into one clear sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offrl.data.dataset import DatasetInfo
+from offrl.utils.errors import OffrlError
+
+Semantics = Literal["exact", "d4rl"]
+
+# A tanh policy's action may leave the box by rounding; more than this share of the bound is another action space.
+ACTION_TOLERANCE = 1e-3
+# Human demonstrations whose simulator clips the recorded action, so that clipping gives what was executed
+# (D4RL: kitchen_multitask_v0.py).
+CLIPPED_BY_SIMULATOR = ("kitchen",)
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a source becomes a Store.
+
+    Attributes:
+        semantics: `exact`, or `d4rl` for the very rows of D4RL's `qlearning_dataset`; see `offrl.data.episodes`.
+        clip_actions: clip actions that leave their bounds instead of refusing them.
+        action_bound: b when actions live in [-b, b] instead of the bounds that the source or its family tells.
+        unfinished: read data without any episode end as one unfinished episode instead of refusing it.
+        goals: keep the goals of goal-conditioned mazes in the observation.
+    """
+
+    semantics: Semantics = "exact"
+    clip_actions: bool = False
+    action_bound: float | None = None
+    unfinished: bool = False
+    goals: bool = False
+
+    def __post_init__(self) -> None:
+        if self.semantics not in ("exact", "d4rl"):
+            raise OffrlError(f"semantics={self.semantics!r} is unknown; use 'exact' or 'd4rl'.")
+        if self.action_bound is not None and not self.action_bound > 0:
+            raise OffrlError(f"action_bound={self.action_bound} must be positive; leave it out to use [-1, 1].")
+
+
+def empty(*shape: int) -> Tensor:
+    """Uninitialised float32 tensor. Memory comes from numpy, which asks the kernel for huge pages: a third faster to
+    fill for the first time, and a little faster to gather from, than `torch.empty`."""
+    return torch.from_numpy(np.empty(shape, np.float32))
+
+
+def check_dtype(key: str, dtype: np.dtype, where: str) -> None:
+    """Only plain numbers may become tensors."""
+    if dtype.kind not in "fiub":
+        name = "object" if dtype.kind == "O" else str(dtype)
+        raise OffrlError(f"{where}: {key} has dtype {name}; store it as plain numbers (float32, int64 or bool).")
+
+
+def check_length(key: str, length: int, expected: int, where: str) -> None:
+    if length != expected:
+        raise OffrlError(f"{where}: {key} has {length} rows but observations has {expected}; they must agree.")
+
+
+def check_finite(key: str, tensor: Tensor, where: str) -> None:
+    """Refuse NaN and infinity, naming key and row. Costs one pass and no memory unless something is wrong."""
+    if tensor.numel() == 0:
+        raise OffrlError(
+            f"{where}: {key} has no columns (shape {tuple(tensor.shape)}); check that the file is the right one."
+        )
+    low, high = torch.aminmax(tensor)
+    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+        return
+    for start, chunk in enumerate(tensor.split(65_536)):
+        bad = (~torch.isfinite(chunk)).nonzero()
+        if len(bad):
+            index, value = bad[0].tolist(), float(chunk[tuple(bad[0])])
+            place = f"row {start * 65_536 + index[0]}" + (f", column {index[1]}" if len(index) > 1 else "")
+            raise OffrlError(f"{where}: {key} holds {value} in {place}; remove or repair that episode.")
+
+
+def flags(key: str, array: np.ndarray, where: str) -> np.ndarray:
+    """`[N]` bool from an end-of-episode column; files store it as bool, integer or float, (N,) or (N, 1)."""
+    check_dtype(key, array.dtype, where)
+    if array.size == 0:
+        return np.zeros(len(array), dtype=bool)
+    array = array.reshape(len(array), -1)
+    if array.shape[1] != 1:
+        raise OffrlError(f"{where}: {key} has {array.shape[1]} columns; it must be one flag a row.")
+    array = array[:, 0]
+    if array.dtype == np.bool_:
+        return array
+    ones = array == 1
+    odd = np.flatnonzero(~ones & (array != 0))
+    if len(odd):
+        raise OffrlError(f"{where}: {key} holds {array[odd[0]]} in row {odd[0]}; it must hold only 0 and 1.")
+    return ones
+
+
+def check_actions(actions: Tensor, info: DatasetInfo, options: ReadOptions, where: str) -> DatasetInfo:
+    """Check actions against their bounds, clipping in place what may be clipped; returns `info` with the bounds used.
+
+    What leaves the box by rounding (`ACTION_TOLERANCE`) is clipped: the simulator did so, and a squashed Gaussian has
+    no density outside. The count of clipped numbers stays in `info.provenance`.
+    """
+    if info.discrete is not None:
+        first, last = int(actions.min()), int(actions.max())
+        if first < 0 or last >= info.discrete:
+            worst = first if first < 0 else last
+            raise OffrlError(f"{where}: actions holds {worst}; it must lie between 0 and {info.discrete - 1}.")
+        return info
+    if options.action_bound is not None:
+        info = replace(info, action_low=-options.action_bound, action_high=options.action_bound)
+    low, high = info.action_low, info.action_high
+    lowest, highest = (float(x) for x in torch.aminmax(actions))
+    if lowest >= low and highest <= high:
+        return info
+    tolerance = ACTION_TOLERANCE * max(abs(low), abs(high))
+    excess = max(low - lowest, highest - high)
+    outside = (actions < low) | (actions > high)
+    if excess > tolerance and not options.clip_actions and info.family not in CLIPPED_BY_SIMULATOR:
+        far = ((actions < low - tolerance) | (actions > high + tolerance)).nonzero()
+        row, column = far[0].tolist()
+        raise OffrlError(
+            f"{where}: actions holds {float(actions[row, column]):.6g} in row {row}, column {column}, outside "
+            f"[{low:g}, {high:g}]; give the true bound (action_bound=B, --action-bound B) or clip "
+            "(clip_actions=True, --clip-actions)."
+        )
+    actions.clamp_(low, high)
+    return replace(info, provenance=info.provenance | {"clipped_actions": int(outside.sum())})
+
+
+def file_kind(path: Path) -> str:
+    """`hdf5`, `npz`, `gzip` or `safetensors` by the first bytes; a pickle is recognised and never opened.
+
+    Raises:
+        OffrlError: the file is empty, a pickle, or nothing that can be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise OffrlError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from error
+    if not head:
+        raise OffrlError(f"{path}: the file is empty; fetch or write it again.")
+    suffix = path.suffix.lower()
+    if head[0] == 0x80 or suffix in (".pkl", ".pickle", ".p"):
+        raise OffrlError(
+            f"{path}: this is a pickle, which can run any code when opened, so it is never read; "
+            "save its arrays with numpy.savez or as HDF5."
+        )
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "hdf5"
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip"
+    if head.startswith(b"PK"):
+        return "npz"
+    if suffix == ".safetensors":
+        return "safetensors"
+    if suffix in (".hdf5", ".h5"):
+        raise OffrlError(f"{path}: this is no HDF5 file (it begins with {head[:12]!r}); fetch or write it again.")
+    if suffix == ".npz":
+        raise OffrlError(f"{path}: this is no NPZ file (it begins with {head[:12]!r}); write it with numpy.savez.")
+    raise OffrlError(f"{path}: not a format that can be read; use .hdf5, .h5, .hdf5.gz, .npz or a Minari folder.")
+
+
+def own_info(written: Any, base: DatasetInfo, where: str) -> DatasetInfo:
+    """`base` with what a dataset's own `offrl_info` tells: JSON of DatasetInfo's fields, or the fields themselves."""
+    try:
+        fields = dict(json.loads(written) if isinstance(written, (str, bytes)) else written)
+    except (ValueError, TypeError) as error:
+        raise OffrlError(f"{where}: offrl_info is no JSON object ({error}); write the dataset again.") from error
+    unknown = set(fields) - set(DatasetInfo.__dataclass_fields__)
+    if unknown:
+        raise OffrlError(f"{where}: offrl_info holds unknown fields {sorted(unknown)}; another version wrote it.")
+    return replace(base, **fields)

@@ -1,0 +1,147 @@
+"""Datasets: `load` turns a name or a file into a Store.
+
+store = load("forge/hopper/medium-replay-v0")   # built on the spot from shipped policies
+store = load("hopper-medium-v2")                # D4RL, after `offrl data fetch hopper-medium-v2`
+store = load("hopper-random-expert-0.1-v2")     # a mixture of two D4RL sets, drawn on the spot
+store = load("D4RL/pen/human-v2")               # Minari, after `offrl data fetch D4RL/pen/human-v2`
+store = load("my.hdf5")                         # a file in D4RL's layout, .npz, or a Minari folder
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from offrl.data import catalogue
+from offrl.data.arrays import read_npz
+from offrl.data.cache import cached, read_flat
+from offrl.data.checks import ReadOptions, Semantics, file_kind
+from offrl.data.d4rl import read_d4rl, read_d4rl_package
+from offrl.data.dataset import Store
+from offrl.data.minari import data_folder, local_datasets, local_folder, read_minari, read_noise
+from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
+from offrl.forge import registry
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import cache_dir
+
+__all__ = ["exogenous_noise", "load", "unknown"]
+
+MINARI_ID = re.compile(r"(hf://)?[\w.-]+(/[\w.-]+)*-v\d+")
+FILE_SUFFIXES = (".hdf5", ".h5", ".gz", ".npz", ".npy", ".safetensors", ".pkl", ".pickle", ".pt")
+
+
+def load(
+    name: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    semantics: Semantics = "exact",
+    cache: bool = True,
+    clip_actions: bool = False,
+    action_bound: float | None = None,
+    unfinished: bool = False,
+    goals: bool = False,
+) -> Store:
+    """Load a dataset as float32 tensors on `device`.
+
+    Args:
+        name: a D4RL id, a Minari id, a `forge/...` id, or the path of an HDF5 (also `.gz`), NPZ or flat safetensors
+            file or of a Minari folder. An id of the catalogue goes before a path of the same name.
+        semantics: `exact` (stored successors, time-limit rows kept where their successor is known) or `d4rl` (the
+            rows of D4RL's `qlearning_dataset`); `offrl.data.episodes` tells the difference.
+        cache: keep a flat copy in the cache folder, which loads a million steps in a fraction of a second.
+        clip_actions, action_bound, unfinished, goals: see `ReadOptions`.
+
+    Raises:
+        OffrlError: an unknown name (with the nearest known ones), a dataset that is not there yet (with the command
+            that gets it), or a bad file.
+    """
+    options = ReadOptions(semantics, clip_actions, action_bound, unfinished, goals)
+    store = _load(name, options, cache)
+    moved = store.to(device)
+    if moved is not store and "fingerprint" in store.__dict__:
+        moved.__dict__["fingerprint"] = store.fingerprint
+    return moved
+
+
+def _load(name: str | Path, options: ReadOptions, cache: bool) -> Store:
+    text = str(name)
+    if isinstance(name, str):
+        if text.startswith("forge/"):
+            # What was built with another size or seed lies under an id of its own.
+            built = cache_dir() / text
+            folder = built if data_folder(built) else registry.ensure(text)
+            return _read_path(folder, text, options, cache)
+        if text in catalogue.d4rl():
+            return _load_d4rl(text, options, cache)
+        if D4RL_MIXTURE.fullmatch(text):
+            return d4rl_mixture(text, partial(_load_d4rl, options=options, cache=cache))
+        if MINARI_ID.fullmatch(text) and data_folder(local_folder(text)) is not None:
+            return _read_path(local_folder(text), text, options, cache)
+        if text in catalogue.minari():
+            raise OffrlError(f"{text}: not on this machine yet; get it with `offrl data fetch {text}`.")
+    path = Path(name).expanduser()
+    if path.exists():
+        return _read_path(path, None, options, cache)
+    if isinstance(name, Path) or path.suffix.lower() in FILE_SUFFIXES or text.startswith((".", "/", "~")):
+        raise OffrlError(f"{text}: there is no such file or folder; check the path.")
+    store = read_d4rl_package(text, None, options)
+    if store is None:
+        raise unknown(text)
+    return store
+
+
+def exogenous_noise(store: Store) -> torch.Tensor:
+    """`[N, ...]`: what the environment drew at each row of a forge dataset, for probes of what a method has learnt.
+
+    It is read from the dataset's files anew and is neither in the Store nor in any batch, so that no learner sees it.
+
+    Raises:
+        OffrlError: the dataset recorded none, or the Store is not the whole of one.
+    """
+    noise = read_noise(Path(store.info.source))
+    if len(noise) != len(store):
+        raise OffrlError(f"{store.info.id}: the noise of {len(noise)} rows is known, this Store has {len(store)}.")
+    return noise
+
+
+def unknown(name: str) -> OffrlError:
+    """The error for a name that is no dataset, with the nearest known ones."""
+    close = catalogue.near(name, [*registry.names(), *local_datasets()])
+    if not close and MINARI_ID.fullmatch(name) and "/" in name:
+        return OffrlError(f"{name}: not on this machine; if Minari has it, get it with `offrl data fetch {name}`.")
+    hint = f"did you mean {' or '.join(close)}?" if close else "`offrl data list` shows the known ones."
+    return OffrlError(f"{name}: no such dataset or file; {hint}")
+
+
+def _load_d4rl(name: str, options: ReadOptions, cache: bool) -> Store:
+    entry = catalogue.d4rl()[name]
+    for path in entry.files():
+        if path.is_file():
+            return _cached(path, name, options, cache, partial(read_d4rl, path, entry.info(), options))
+    store = read_d4rl_package(name, entry.info(), options)
+    if store is None:
+        raise OffrlError(
+            f"{name}: not on this machine yet; get it with `offrl data fetch {name}`, or put "
+            f"{entry.filename} into the folder that D4RL_DATASET_DIR names."
+        )
+    return store
+
+
+def _read_path(path: Path, name: str | None, options: ReadOptions, cache: bool) -> Store:
+    """Read a file or folder by what it holds."""
+    if path.is_dir():
+        return _cached(path, name or str(path), options, cache, partial(read_minari, path, name, options))
+    kind, info = file_kind(path), catalogue.info_of_file(path)
+    if kind == "safetensors":
+        return read_flat(path)
+    if kind == "npz":
+        return _cached(path, str(path), options, cache, partial(read_npz, path, info, options))
+    return _cached(path, str(path), options, cache, partial(read_d4rl, path, info, options))
+
+
+def _cached(path: Path, name: str, options: ReadOptions, cache: bool, read: Callable[[], Store]) -> Store:
+    return cached(path, name, options, read) if cache else read()

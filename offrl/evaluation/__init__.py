@@ -1,0 +1,1 @@
+"""Scoring policies: in environments, and without them."""

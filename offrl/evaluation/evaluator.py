@@ -1,0 +1,344 @@
+"""Evaluation: all lanes step together in many environments; every episode is counted exactly once.
+
+Each environment plays one episode at a time and is left alone when it is done, so short episodes are not favoured (an
+autoresetting vector of environments that stops after N finished episodes would favour them). Episode k starts from
+environment seed `seed + k` for every lane and every method: common random numbers, apart from training's.
+
+Actions are computed in float64 by default: then an episode does not depend on how many others are stepped beside it
+(float32 matrix products round differently for different batch sizes, and the simulators are chaotic).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offrl.agents.base import Agent
+from offrl.data.dataset import DatasetInfo
+from offrl.utils.errors import OffrlError
+
+MakeEnv = Callable[[], Any]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Evaluation episodes, one column each.
+
+    Attributes:
+        returns: `[lanes, episodes]` undiscounted returns; lengths: `[lanes, episodes]` steps.
+        normalized: `[lanes, episodes]` scores by the dataset's references; None when it has none.
+        seeds: `[episodes]` environment seeds.
+        promised: `[lanes, episodes]` returns that the policy promised at the episodes' beginnings; None: it doesn't.
+    """
+
+    returns: Array
+    lengths: Array
+    normalized: Array | None
+    seeds: list[int]
+    promised: Array | None = None
+
+
+class VectorSlots:
+    """All environments of a wave as one vector, which makes a step of all of them in a few array operations.
+
+    Its rows are as those of `Slots`. Finished ones go on unseen.
+
+    Args:
+        env: Gymnasium's vector of a finite task.
+    """
+
+    def __init__(self, env: Any, arrays: dict[str, Array]) -> None:
+        from offrl.envs.tabular_env import features
+
+        self.env, self.arrays, self.features = env, arrays, features(env.task)
+
+    def reset(self, seeds: list[int | None]) -> None:
+        self.env.reset(seed=seeds)
+        self.arrays["done"][:] = [seed is None for seed in seeds]
+        self.arrays["observation"][:] = self.features[self.env.state]
+
+    def step(self) -> None:
+        _, reward, terminated, truncated, _ = self.env.step(self.arrays["action"])
+        running = ~self.arrays["done"]
+        self.arrays["reward"][running] = reward[running]
+        self.arrays["done"] |= terminated | truncated
+        self.arrays["observation"][running] = self.features[self.env.state[running]]
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class Slots:
+    """Environments `first ... last - 1` of a wave, stepped one after another into shared arrays.
+
+    Args:
+        make_env: makes one environment with flat observations.
+        observation, action, reward, done: arrays over all slots; this object writes its own rows.
+    """
+
+    def __init__(self, make_env: MakeEnv, rows: range, arrays: dict[str, Array]) -> None:
+        self.envs = [make_env() for _ in rows]
+        self.rows, self.arrays = rows, arrays
+
+    def reset(self, seeds: Sequence[int | None]) -> None:
+        """Start an episode in each slot; a slot with seed None stays out of this wave."""
+        for env, row, seed in zip(self.envs, self.rows, seeds):
+            self.arrays["done"][row] = seed is None
+            if seed is not None:
+                self.arrays["observation"][row] = env.reset(seed=seed)[0]
+
+    def step(self) -> None:
+        """One step of every slot that is not done."""
+        arrays = self.arrays
+        for env, row in zip(self.envs, self.rows):
+            if arrays["done"][row]:
+                continue
+            action = arrays["action"][row]
+            observation, reward, terminated, truncated, _ = env.step(action if action.ndim else int(action))
+            arrays["observation"][row] = observation
+            arrays["reward"][row] = reward
+            arrays["done"][row] = terminated or truncated
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+def _worker(ours: Connection, theirs: Connection, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
+    """Process that owns some slots: obeys (command, argument) messages, answers each with an error's text or nothing.
+
+    It ends with whoever started it, even if that one was killed: its own copy of their end of the pipe is closed, so
+    the pipe breaks.
+    """
+    theirs.close()
+    # A signal to the whole group is for the training process, which stops when the evaluation is over.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    slots: Slots | None = None
+    try:
+        slots = Slots(make_env, rows, {name: _as_array(*value) for name, value in shared.items()})
+        while True:
+            command, argument = ours.recv()
+            if command == "close":
+                break
+            slots.step() if command == "step" else slots.reset(argument)
+            ours.send("")
+    except EOFError:
+        pass
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            ours.send(f"{type(error).__name__}: {error}")
+    finally:
+        if slots:
+            slots.close()
+
+
+class _Process:
+    """Slots in another process, with the interface of `Slots` split into request and wait."""
+
+    def __init__(self, context: Any, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, self.connection, make_env, rows, shared)
+        self.process = context.Process(target=_worker, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.rows = rows
+
+    def request(self, command: str, argument: Any = None) -> None:
+        with contextlib.suppress(OSError):  # it has ended: `wait` says why
+            self.connection.send((command, argument))
+
+    def wait(self) -> None:
+        try:
+            failure = self.connection.recv()
+        except (EOFError, OSError):
+            failure = "its process was killed"
+        if failure:
+            raise OffrlError(f"The evaluation environment failed ({failure}); eval.workers=1 shows where.")
+
+    def close(self) -> None:
+        self.process.join(timeout=5)
+        self.process.kill()  # nothing happens to a process that has ended
+        self.process.join()
+        self.connection.close()
+
+
+class Evaluator:
+    """Plays episodes of a dataset's environment with every lane of an agent.
+
+    The environments, and the processes that hold them, live until `close`; use it as a context manager.
+
+    Args:
+        info: the dataset's; names the environment and the reference scores.
+        lanes: of the agents to come.
+        workers: processes that step environments; 1 steps them here. None: one per usable core.
+        slots: environments at once, over all lanes; None: 100, or 1000 where one call steps them all.
+        make_env: makes one environment; the default follows `info`.
+
+    Raises:
+        OffrlError: the dataset has no environment, or its simulator is not installed.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        lanes: int,
+        workers: int | None = None,
+        slots: int | None = None,
+        make_env: MakeEnv | None = None,
+    ) -> None:
+        from offrl.envs import make_env as make_env_of
+        from offrl.envs import make_vector_env
+
+        self.info, self.lanes = info, lanes
+        self.vector = make_env is None and make_vector_env(info, 1) is not None
+        self.width = max(1, (slots or (1000 if self.vector else 100)) // lanes)  # slots of each lane
+        self.make_env: MakeEnv = make_env or partial(make_env_of, info)  # a fresh interpreter can be sent this
+        probe = self.make_env()
+        self.obs_shape = tuple(probe.observation_space.shape or ())
+        self.action_shape = tuple(probe.action_space.shape or ())
+        probe.close()
+        self.workers = workers or min(8, usable_cores())
+        self.arrays: dict[str, Array] = {}
+        self.processes: list[_Process] = []
+        self.local: Slots | VectorSlots | None = None
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        for process in self.processes:
+            process.request("close")
+        for process in self.processes:
+            process.close()
+        if self.local:
+            self.local.close()
+        self.processes, self.local, self.arrays = [], None, {}
+
+    def run(self, agent: Agent, episodes: int, seed: int = 1_000_000, dtype: torch.dtype = torch.float64) -> Episodes:
+        """Play `episodes` episodes in every lane.
+
+        Args:
+            agent: has `lanes` lanes.
+            seed: environment seed of the first episode; the k-th has `seed + k`.
+            dtype: of the policy's arithmetic.
+        """
+        policy = copy.deepcopy(agent).to(dtype)
+        returns, lengths = np.zeros((self.lanes, episodes)), np.zeros((self.lanes, episodes), dtype=np.int64)
+        promised: list[Array] = []
+        try:
+            self._open(min(self.width, episodes))
+            for start in range(0, episodes, self.width):
+                wave = slice(start, min(start + self.width, episodes))
+                returns[:, wave], lengths[:, wave], promise = self._wave(policy, seed + start, wave.stop - start, dtype)
+                promised += [] if promise is None else [promise]
+        except BaseException:
+            self.close()  # the processes may be in the middle of a step: the next run needs others
+            raise
+        seeds = [seed + k for k in range(episodes)]
+        together = np.concatenate(promised, 1) if promised else None
+        return Episodes(returns, lengths, self.info.normalized(returns), seeds, together)
+
+    # ---- one wave: one episode in each slot -------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _wave(self, policy: Agent, seed: int, used: int, dtype: torch.dtype) -> tuple[Array, Array, Array | None]:
+        width = len(self.arrays["done"]) // self.lanes
+        seeds = [seed + k if k < used else None for k in range(width)] * self.lanes
+        self._all("reset", seeds)
+        observation, action, reward, done = (self.arrays[k] for k in ("observation", "action", "reward", "done"))
+        returns, lengths = np.zeros(len(done)), np.zeros(len(done), dtype=np.int64)
+        memory = policy.memory(width)
+        device, shape = policy.spec.device, (self.lanes, width)
+
+        def by_lane(array: Array) -> Tensor:
+            return torch.from_numpy(array).to(device, dtype).unflatten(0, shape)
+
+        promise = policy.promise(by_lane(observation), memory)
+        promised = None if promise is None else promise.cpu().numpy()[:, :used]
+        while not done.all():
+            running = ~done
+            obs = by_lane(observation)
+            chosen = policy.select_action(obs, memory)
+            action[...] = chosen.flatten(0, 1).cpu().numpy()
+            self._all("step")
+            returns[running] += reward[running]
+            lengths[running] += 1
+            memory = policy.observe(memory, chosen, by_lane(reward))
+        return returns.reshape(shape)[:, :used], lengths.reshape(shape)[:, :used], promised
+
+    def _all(self, command: str, argument: list[int | None] | None = None) -> None:
+        if self.local:
+            self.local.step() if argument is None else self.local.reset(argument)
+            return
+        for process in self.processes:
+            process.request(command, argument and [argument[row] for row in process.rows])
+        for process in self.processes:
+            process.wait()
+
+    # ---- environments -----------------------------------------------------------------------------------------
+
+    def _open(self, width: int) -> None:
+        """Make the environments, unless enough of them are there."""
+        from offrl.envs import make_vector_env
+
+        if self.arrays and len(self.arrays["done"]) >= width * self.lanes:
+            return
+        self.close()
+        atexit.register(self.close)  # before Python waits for the processes
+        total = width * self.lanes
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            "observation": ((total, *self.obs_shape), "d"),
+            "action": ((total, *self.action_shape), "d" if self.action_shape else "q"),
+            "reward": ((total,), "d"),
+            "done": ((total,), "?"),
+        }
+        workers = min(self.workers, total)
+        if workers == 1 or self.vector:
+            self.arrays = {k: np.zeros(shape, dtype=np.dtype(code)) for k, (shape, code) in shapes.items()}
+            if self.vector:
+                self.local = VectorSlots(make_vector_env(self.info, total), self.arrays)
+            else:
+                self.local = Slots(self.make_env, range(total), self.arrays)
+            return
+        # Forking is instant and the children touch neither torch nor CUDA; elsewhere a fresh interpreter is the safe way.
+        can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
+        context = multiprocessing.get_context("fork" if can_fork else "spawn")
+        shared = {
+            k: (context.RawArray("b", max(1, int(np.prod(shape)) * np.dtype(code).itemsize)), shape, code)
+            for k, (shape, code) in shapes.items()
+        }
+        self.arrays = {k: _as_array(*value) for k, value in shared.items()}
+        # Every process gets episodes of every lane, so that a lane with long ones is not one process's burden.
+        self.processes = [
+            _Process(context, self.make_env, range(first, total, workers), shared) for first in range(workers)
+        ]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _as_array(buffer: Any, shape: tuple[int, ...], code: str) -> Array:
+    count = int(np.prod(shape))
+    return np.frombuffer(buffer, dtype=np.dtype(code), count=count).reshape(shape)

@@ -1,0 +1,161 @@
+"""Fitted Q evaluation (FQE): what policies are worth, from the dataset alone, all of them at once.
+
+Le, Voloshin and Yue, "Batch Policy Learning under Constraints", ICML 2019; as a criterion to choose among trained policies:
+Paine et al., "Hyperparameter Selection for Offline Reinforcement Learning", 2020. Learning rate, discount and target copies are
+d3rlpy's defaults.
+
+Each policy is a lane: one batched network evaluates them all, on the same batches and from the same initial weights, so that
+estimates differ by the policies and not by luck.
+
+Deviations from d3rlpy: rewards are divided by their deviation and estimates multiplied back (one learning rate then suits all
+tasks); a share of the episodes is held out and the estimates are read there; the value of the start is read where
+episodes start and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from offrl.agents.base import Agent
+from offrl.data.dataset import Store
+from offrl.nets import Adam, Critics, target_of
+
+# What the policies' actions at all next states may take: above it, lanes are evaluated in groups.
+_ACTION_BYTES = 1 << 30
+
+
+@dataclass
+class FQEConfig:
+    updates: int = 100_000  # gradient steps
+    batch_size: int = 256  # rows, the same for all policies
+    lr: float = 1e-4  # of Adam
+    discount: float = 0.99  # gamma
+    target_every: int = 100  # updates between hard copies to the target
+    hidden: tuple[int, ...] = (256, 256)  # widths of the network's hidden layers
+    held_out: float = 0.1  # share of the episodes that estimates are read on; below ten episodes, all are used for both
+    seed: int = 0  # of the network, the batches and the held-out episodes
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """One number per policy, `[lanes]`, in units of the dataset's rewards.
+
+    Attributes:
+        value: mean of Q(s_0, pi(s_0)) over the starts of held-out episodes; the larger, the better.
+        soft_opc: mean Q(s, a) over held-out transitions of good episodes (the upper fifth by return) minus the mean over all
+            (Irpan et al. 2019, for returns instead of successes); the larger, the better.
+        td_error: root of the mean squared TD error on held-out transitions; a diagnostic, no criterion.
+    """
+
+    value: Tensor
+    soft_opc: Tensor
+    td_error: Tensor
+
+
+def fitted_q(
+    store: Store,
+    agents: Sequence[Agent],
+    cfg: FQEConfig | None = None,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Estimates:
+    """Evaluate the deterministic policies of all agents' lanes on a dataset.
+
+    Args:
+        store: the dataset, with the rewards that are to be valued.
+        agents: memoryless ones, on the Store's device; their lanes in order make the estimates' lanes.
+        track: wraps the iteration over updates, to show its progress.
+
+    Raises:
+        ValueError: an agent acts by its history.
+    """
+    cfg = cfg or FQEConfig()
+    if any(agent.memory(1) is not None for agent in agents):
+        raise ValueError("fitted Q evaluation needs policies of the observation alone")
+    width = store.action_dim if store.info.discrete is None else store.info.discrete
+    at_once = max(1, _ACTION_BYTES // (4 * width * len(store)))
+    groups: list[list[Agent]] = [[]]
+    for agent in agents:
+        if groups[-1] and sum(a.spec.lanes for a in groups[-1]) + agent.spec.lanes > at_once:
+            groups.append([])
+        groups[-1].append(agent)
+    parts = [_fit(store, group, cfg, track) for group in groups]
+    return Estimates(*(torch.cat([getattr(p, name) for p in parts]) for name in ("value", "soft_opc", "td_error")))
+
+
+def _fit(store: Store, agents: list[Agent], cfg: FQEConfig, track: Callable[..., Iterable[int]]) -> Estimates:
+    generator = torch.Generator().manual_seed(cfg.seed)
+    lanes = sum(agent.spec.lanes for agent in agents)
+    train, held = _split(store, cfg.held_out, generator)
+    mean, std = store.observation_statistics()
+    scale = float(store.rewards.std())  # networks see rewards of deviation 1
+    scale = scale if scale > 0 else 1.0
+
+    def see(obs: Tensor) -> Tensor:
+        """`[n, O]` to the networks' `[lanes, n, O]`."""
+        return ((obs - mean) / (std + 1e-3)).expand(lanes, *obs.shape)
+
+    actions = _features(store, store.actions)
+    next_actions = _act(store, agents, store.next_observations)  # [lanes, N, A]
+    rewards, mask = store.rewards / scale, cfg.discount * (1 - store.terminations)
+    critic = Critics([cfg.seed] * lanes, store.obs_dim, actions.shape[-1], cfg.hidden, members=1).to(store.device)
+    target, optimizer = target_of(critic), Adam(critic.parameters(), cfg.lr).to(store.device)
+
+    def td_error(rows: Tensor) -> Tensor:
+        """`[lanes, n]`: Q(s, a) - r - gamma (1 - d) Q'(s', pi(s'))."""
+        with torch.no_grad():
+            after = target(see(store.next_observations[rows]), next_actions[:, rows])[:, 0]
+            wanted = rewards[rows] + mask[rows] * after
+        action = actions[rows].expand(lanes, -1, -1)
+        return critic(see(store.observations[rows]), action)[:, 0] - wanted
+
+    for update in track(range(cfg.updates)):
+        if update % cfg.target_every == 0:
+            target.load_state_dict(critic.state_dict())
+        rows = train[torch.randint(len(train), (cfg.batch_size,), generator=generator).to(store.device)]
+        optimizer.step(td_error(rows).square().mean(-1))
+
+    with torch.no_grad():
+        starts = store.initial_observations[held]
+        value = critic(see(starts), _act(store, agents, starts))[:, 0].mean(-1)
+        rows = _rows_of(store, held)
+        blocks = rows.split(4096)
+        error = torch.cat([td_error(block) for block in blocks], 1).square().mean(-1).sqrt()
+        q = torch.cat([critic(see(store.observations[b]), actions[b].expand(lanes, -1, -1))[:, 0] for b in blocks], 1)
+        good = (store.returns >= store.returns[held].quantile(0.8))[store.episode_of_row[rows]]
+    return Estimates(value * scale, (q[:, good].mean(-1) - q.mean(-1)) * scale, error * scale)
+
+
+def _split(store: Store, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows to train on and episodes to read the estimates on."""
+    order = torch.randperm(store.episodes, generator=generator).to(store.device)
+    if store.episodes < 10 or share <= 0:
+        return torch.arange(len(store), device=store.device), order
+    count = max(1, round(share * store.episodes))
+    return _rows_of(store, order[count:]), order[:count]
+
+
+def _rows_of(store: Store, episodes: Tensor) -> Tensor:
+    """`[n]`: the rows of the given episodes, in the Store's order."""
+    wanted = torch.zeros(store.episodes, dtype=torch.bool, device=store.device)
+    wanted[episodes] = True
+    return wanted[store.episode_of_row].nonzero()[:, 0]
+
+
+@torch.no_grad()
+def _act(store: Store, agents: Sequence[Agent], obs: Tensor) -> Tensor:
+    """`[lanes, n, A]`: what every policy does at raw observations `[n, O]`."""
+    made = []
+    for agent in agents:
+        blocks = [agent.select_action(block.expand(agent.spec.lanes, *block.shape)) for block in obs.split(65_536)]
+        made.append(_features(store, torch.cat(blocks, 1)))
+    return torch.cat(made)
+
+
+def _features(store: Store, actions: Tensor) -> Tensor:
+    """Actions as a network takes them: discrete ones as unit vectors."""
+    return actions if store.info.discrete is None else one_hot(actions, store.info.discrete).to(store.rewards.dtype)

@@ -1,0 +1,1 @@
+"""Datasets that are built on the spot."""

@@ -1,0 +1,176 @@
+"""Datasets of the finite stochastic tasks: who acted, for how many episodes, and what is exactly true of them.
+
+`forge/bandit/p0.1-v0`, `forge/bandit/skewed-v0`, `forge/lake/p0.7-eps0.4-n1000-v0` (slip, exploration, episodes),
+`forge/cliff/uniform-v0`, `forge/gambling/uniform-v0`, `forge/toy/uniform-v0`, `forge/mstoy/uniform-v0`. Sizes, behaviours and
+sources: docs/stochastic_benchmarks.md. Score 0 is the exact return of uniform actions, 100 that of the best policy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from offrl.envs import TABULAR_IDS
+from offrl.envs import tabular_solver as exact
+from offrl.envs.tabular_env import TabularVectorEnv
+from offrl.envs.tabular_solver import Array, Tabular
+from offrl.envs.tabular_tasks import make_task
+from offrl.forge.rollout import Episode
+from offrl.utils.errors import OffrlError
+
+BANDITS = ("p0.1", "p0.2", "p0.3", "p0.4", "skewed")
+SLIPS, EPSILONS, EPISODES = ("0.33", "0.5", "0.7", "0.9", "1"), ("0.1", "0.4", "0.7", "1"), (100, 1000, 10_000)
+SHARE = r"(0\.\d*[1-9]|1)"  # one way to write a number: no two ids of one dataset
+CHUNK = 10_000  # episodes played at once
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a dataset of a finite task is made.
+
+    Attributes:
+        task: name in `offrl.envs.tabular_tasks.TASKS`. parameters: of the task.
+        behaviour: `[S, A]` probabilities of who acted, in words `described`.
+        episodes: how many; each is played to its end.
+        targets: returns that RCSL is asked for in what is told of the dataset.
+    """
+
+    task: str
+    parameters: dict[str, Any]
+    behaviour: Array
+    described: str
+    episodes: int
+    targets: tuple[int, ...]
+    success: int | None = None  # the least return of an episode that reached what there is to reach
+
+    @cached_property
+    def table(self) -> Tabular:
+        return make_task(self.task, **self.parameters)
+
+    @property
+    def env_id(self) -> str:
+        return TABULAR_IDS[self.task]
+
+    def exact(self) -> dict[str, Any]:
+        """Expected returns: of the best policy, uniform actions, the behaviour, one step of improvement, and RCSL."""
+        task, behaviour = self.table, self.behaviour
+        told = exact.rcsl(task, behaviour)
+        return {
+            "optimal": exact.optimum(task),
+            "uniform": exact.value(task, exact.uniform(task)),
+            "behaviour": exact.value(task, behaviour),
+            "one_step_improvement": exact.value(task, exact.improved(task, behaviour)),
+            "rcsl": [
+                {
+                    "target": target,
+                    "probability": told.probability(target),
+                    "sampled": told.value(target),
+                    "likeliest": told.value(target, likeliest=True),
+                }
+                for target in self.targets
+            ],
+        }
+
+
+def names() -> list[str]:
+    """Subject and level of the listed datasets (others of the same form can be built too)."""
+    lakes = [f"lake/p{p}-eps{eps}-n{n}" for p in SLIPS for eps in EPSILONS for n in EPISODES]
+    uniform = [f"{task}/uniform" for task in ("cliff", "gambling", "toy", "mstoy")]
+    return [*(f"bandit/{level}" for level in BANDITS), *lakes, *uniform]
+
+
+def recipe(name: str) -> Recipe | None:
+    """The recipe of `subject/level`; None when the name is none of ours."""
+    for pattern, make in _PATTERNS.items():
+        if match := re.fullmatch(pattern, name):
+            return make(*match.groups())
+    return None
+
+
+def play(
+    recipe: Recipe, size: int | None, seeds: np.random.SeedSequence, progress: Callable[[int], None]
+) -> list[Episode]:
+    """The recipe's episodes, or exactly `size` steps of which the last episode is cut.
+
+    Each is what `gymnasium.make` plays from its seed and actions.
+    """
+    resets, rng = (np.random.default_rng(s) for s in seeds.spawn(2))
+    episodes: list[Episode] = []
+    steps = 0
+    while len(episodes) < recipe.episodes if size is None else steps < size:
+        count = min(CHUNK, recipe.episodes - len(episodes) if size is None else size - steps)
+        chunk = _play(recipe, resets.integers(2**31, size=count).tolist(), rng)
+        for episode in chunk:
+            if size is not None and steps >= size:
+                break
+            episodes.append(episode if size is None else episode.cut(size - steps))
+            steps += len(episodes[-1])
+        progress(steps)
+    return episodes
+
+
+def _play(recipe: Recipe, seeds: list[int], rng: np.random.Generator) -> list[Episode]:
+    """One episode from each seed, all abreast."""
+    task, count = recipe.table, len(seeds)
+    env = TabularVectorEnv(count, recipe.task, **recipe.parameters)
+    observations = np.empty(
+        (task.limit + 1, count, *(env.single_observation_space.shape or ())), env.observation_space.dtype
+    )
+    actions, noise = np.empty((2, task.limit, count), np.int64)
+    rewards, running = np.empty((task.limit, count), np.float32), np.ones(count, bool)
+    lengths, fell, thresholds = np.zeros(count, np.int64), np.zeros(count, bool), recipe.behaviour.cumsum(-1)[:, :-1]
+    observations[0], _ = env.reset(seed=seeds)
+    for t in range(task.limit):
+        actions[t] = (thresholds[env.state] <= rng.random(count)[:, None]).sum(-1)
+        observations[t + 1], rewards[t], terminated, truncated, info = env.step(actions[t])
+        noise[t] = info["noise"]
+        lengths += running
+        fell |= running & terminated
+        running &= ~(terminated | truncated)
+        if not running.any():
+            break
+    return [
+        Episode(observations[: n + 1, i], actions[:n, i], rewards[:n, i], bool(fell[i]), seeds[i], noise[:n, i])
+        for i, n in enumerate(lengths.tolist())
+    ]
+
+
+# ---- recipes -------------------------------------------------------------------------------------------------------
+
+
+def _bandit(text: str | None) -> Recipe:
+    """1000 pulls by who prefers the worse arm: 1 - p of the pulls, in the skewed set 0.95 at p = 0.3."""
+    p = 0.3 if text is None else float(text)
+    if not 0 < p < 0.5:
+        raise OffrlError(f"bandit/p{text}: p should lie between 0 and 0.5; arm 1 is the better one then.")
+    worse = 0.95 if text is None else 1 - p
+    behaviour = np.array([[worse, 1 - worse]])
+    return Recipe("bandit", {"p": p}, behaviour, f"arm 0 with probability {worse:g}", 1000, (1,), success=1)
+
+
+def _lake(slip: str, epsilon: str, episodes: str) -> Recipe:
+    """Epsilon-greedy around the value-iteration policy (discount 0.99) of the same slip."""
+    p, eps = 1 / 3 if slip == "0.33" else float(slip), float(epsilon)
+    task = make_task("lake", no_slip_prob=p)
+    behaviour = exact.epsilon_greedy(exact.value_iteration(task, 0.99), eps)
+    described = f"{epsilon}-greedy around the policy of value iteration, discount 0.99"
+    return Recipe("lake", {"no_slip_prob": p}, behaviour, described, int(episodes), (1,), success=1)
+
+
+def _uniform(task: str, episodes: int, targets: tuple[int, ...], success: int | None = None) -> Callable[[], Recipe]:
+    return lambda: Recipe(task, {}, exact.uniform(make_task(task)), "uniform actions", episodes, targets, success)
+
+
+_PATTERNS: dict[str, Callable[..., Recipe]] = {
+    rf"bandit/(?:p{SHARE}|skewed)": _bandit,
+    rf"lake/p{SHARE}-eps{SHARE}-n([1-9]\d*)": _lake,
+    "cliff/uniform": _uniform("cliff", 10_000, (11,), success=-15),
+    "gambling/uniform": _uniform("gambling", 50_000, (5, 1)),
+    "toy/uniform": _uniform("toy", 1000, (6,)),
+    "mstoy/uniform": _uniform("mstoy", 1000, (10,)),
+}

@@ -1,0 +1,337 @@
+"""The exact nearest state-action pair of a dataset, for queries whose state is a row of it.
+
+PRDC (Ran et al. 2023) asks, for a row i and the policy's action pi there, for the row j with the least
+`beta^2 |s_i - s_j|^2 + |pi - a_j|^2`. Every answer here is exact: the distance equals that of `brute_force` in float64, and
+only which of several equally near rows is named may differ. On the processor a tree of boxes answers
+(`offrl.nets.neighbors_cpu`); on a GPU blocked matrix products name a few candidates, whose distances are computed again in
+float64, with a bound on rounding that certifies the answer (`Blocks`).
+
+The index depends on the states alone: one serves every beta, k, policy, seed and lane. It is kept beside the cached datasets,
+named by a hash of the states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offrl.nets import keep_uncompiled
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import cache_dir, replacing
+
+LIST_LENGTH = 8  # nearest states kept for each row
+_VERSION = "1"  # of the file's layout and of what stands in it
+_KEPT_FROM = 20_000  # rows; a smaller index is built faster than a reader could wonder where the file came from
+_CHUNK = 256  # rows whose lists are made together
+_SHARE = 48  # fewest searches worth a thread of their own: waking one, beside PyTorch's, costs what a few searches do
+
+
+class Answer(NamedTuple):
+    """`rows` int64, `distance` float64 (not squared), `settled` bool (see `Neighbors.query`), all shaped as the queries."""
+
+    rows: Tensor
+    distance: Tensor
+    settled: Tensor
+
+
+def brute_force(
+    states: Tensor, actions: Tensor, query_states: Tensor, query_actions: Tensor, beta: float, k: int = 1
+) -> tuple[Tensor, Tensor]:
+    """What the index computes, said simply: `[Q]` rows and distances of the k-th nearest pairs, all in float64.
+
+    Args:
+        states, actions: `[N, S]`, `[N, A]`, the dataset; query_states, query_actions: `[Q, S]`, `[Q, A]`.
+    """
+    rows, distances = [], []
+    for s, a in zip(query_states.double(), query_actions.double()):
+        square = beta**2 * (states.double() - s).square().sum(-1) + (actions.double() - a).square().sum(-1)
+        near, row = square.topk(k, largest=False, sorted=True)
+        rows.append(row[-1])
+        distances.append(near[-1].sqrt())
+    return torch.stack(rows), torch.stack(distances)
+
+
+class Neighbors:
+    """The index of a dataset's state-action pairs.
+
+    Args:
+        states: `[N, S]`, standardised as the method wants them; float64 is rounded to float32.
+        actions: `[N, A]`, on the same device.
+        keep: whether to look for the index in the cache, and to leave it there.
+
+    Memory: 1.4 to 2 times the dataset's own on the processor; a float32 copy of states and actions on a GPU.
+    """
+
+    def __init__(self, states: Tensor, actions: Tensor, keep: bool = True) -> None:
+        if actions.ndim != 2:
+            raise OffrlError("nearest pairs need continuous actions; choose another agent for discrete ones.")
+        self.states, self.actions = states.float().contiguous(), actions.float().contiguous()
+        if not bool(self.states.isfinite().all() and self.actions.isfinite().all()):
+            raise OffrlError("nearest pairs need finite observations and actions; look at the data.")
+        self.backend = OnProcessor(self.states, self.actions, keep) if states.device.type == "cpu" else None
+        self.blocks = None if self.backend else Blocks(self.states, self.actions)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @torch.no_grad()
+    def query(
+        self, rows: Tensor, actions: Tensor, beta: float | Tensor, k: int = 1, states: Tensor | None = None
+    ) -> Answer:
+        """The k-th nearest pair to each (beta s, a).
+
+        Args:
+            rows: `[lanes, batch]` int64, rows of the dataset whose states are asked about.
+            actions: `[lanes, batch, A]`, the policy's.
+            beta: weight of states, at least 0; one, or one per lane.
+            k: 1 for the nearest pair (the row's own pair counts); the k-th alone is returned, as in PRDC's code.
+            states: `[lanes, batch, S]`, read instead of a row's state where `rows` is -1.
+
+        Returns:
+            rows, distances, and `settled`. On the processor: whether the row's list of near states gave the answer, the
+            cheapest case. On a GPU: whether the answer is certified (see `Blocks` for when it may not be).
+        """
+        if not 1 <= k <= len(self):
+            raise OffrlError(f"k={k} asks for more neighbours than the dataset's {len(self)} rows; lower agent.k.")
+        betas = torch.as_tensor(beta, dtype=torch.float64, device=rows.device).expand(len(rows))
+        betas = betas.unsqueeze(1).expand(rows.shape).reshape(-1)
+        flat = None if states is None else states.reshape(-1, states.shape[-1]).float().contiguous()
+        # Contiguous, since the compiled kernels are made for one layout.
+        flat_actions = actions.reshape(-1, actions.shape[-1]).float().contiguous()
+        backend = self.backend or self.blocks
+        assert backend is not None
+        with torch.autocast(rows.device.type, enabled=False):  # bounds on rounding hold for float32 products
+            found = backend.query(rows.reshape(-1), flat_actions, betas, k, flat)
+        return Answer(*(part.view(rows.shape) for part in found))
+
+
+keep_uncompiled(Neighbors, "query")
+
+
+# ---- processor -----------------------------------------------------------------------------------------------
+
+
+class OnProcessor:
+    """The tree of `offrl.nets.neighbors_cpu`, over as many threads as PyTorch uses."""
+
+    def __init__(self, states: Tensor, actions: Tensor, keep: bool = True) -> None:
+        from offrl.nets import neighbors_cpu as kernels
+
+        self.kernels = kernels
+        plain = states.numpy()
+        path = _path(plain) if keep and len(plain) >= _KEPT_FROM else None
+        parts = _read(path, *plain.shape) if path else None
+        if parts is None:
+            parts = self._build(plain, path)
+            if path:
+                _write(path, parts)
+        self.order = parts["order"].astype(np.int64)
+        self.place = np.empty_like(self.order)
+        self.place[self.order] = np.arange(len(plain))
+        lists = parts["near"], parts["near_distance"]
+        self.tree = kernels.make_tree(plain, actions.numpy(), parts["axes"], parts["order"], *lists)
+        self.nowhere = np.zeros((1, plain.shape[1]), np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [part for part in self.tree if isinstance(part, np.ndarray)] + [self.order, self.place]
+        return sum(array.nbytes for array in arrays)
+
+    def _build(self, states: np.ndarray, path: Path | None) -> dict[str, np.ndarray]:
+        """Order of the leaves and lists of near states: some tens of microseconds a row and thread."""
+        if path and len(states) >= 100_000:
+            print(f"building the index of nearest states of {len(states):,} rows, once", file=sys.stderr, flush=True)
+        kernels, n = self.kernels, len(states)
+        axes = kernels.principal_axes(states)
+        order = kernels.leaf_order(kernels.turn(states, axes)[0]).astype(np.int32)
+        near = np.full((n, LIST_LENGTH), -1, np.int32)
+        near_distance = np.full((n, LIST_LENGTH), np.inf, np.float32)
+        nothing = np.zeros((n, 0), np.float32)  # lists compare states alone
+        tree = kernels.make_tree(states, nothing, axes, order, near, near_distance)
+        cuts = range(0, n, _CHUNK)
+        _spread([(kernels.near_states, tree, low, min(low + _CHUNK, n), near, near_distance) for low in cuts])
+        return {"axes": axes, "order": order, "near": near, "near_distance": near_distance}
+
+    def query(
+        self, rows: Tensor, actions: Tensor, betas: Tensor, k: int, states: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Neighbors.query`; everything is flat: `[Q]`, `[Q, A]`, `[Q]`."""
+        asked, count = rows.numpy(), len(rows)
+        places = np.where(asked >= 0, self.place[asked], -1)
+        # Neighbouring leaves one after the other: what they share is then in the processor's cache.
+        tour = np.argsort(places, kind="stable")
+        own = self.nowhere if states is None else states.numpy()[tour]
+        turned = (own.astype(np.float64) @ self.tree.axes).astype(np.float32)
+        places, asked_actions, weights = places[tour], actions.numpy()[tour], betas.numpy()[tour]
+        found, distance = np.empty((count, k), np.int64), np.empty((count, k))
+        settled = np.empty(count, np.uint8)
+        self.kernels.ask_lists(self.tree, places, asked_actions, weights, found, distance, settled)
+        rest = np.flatnonzero(settled == 0)
+        parts = np.array_split(rest, max(1, min(torch.get_num_threads(), len(rest) // _SHARE)))
+        question = (places, own, turned, asked_actions, weights, found, distance)
+        _spread([(self.kernels.answer, self.tree, part, *question) for part in parts if len(part)])
+        back = np.empty_like(tour)
+        back[tour] = np.arange(count)
+        nearest = self.order[found[back, k - 1]]
+        return (
+            torch.from_numpy(nearest),
+            torch.from_numpy(distance[back, k - 1]),
+            torch.from_numpy(settled[back].astype(bool)),
+        )
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "offrl-neighbors")
+
+
+def _spread(calls: list[tuple[Any, ...]]) -> None:
+    """Make the calls, side by side when PyTorch may use several threads; compiled code leaves the interpreter free."""
+    count = torch.get_num_threads()
+    if count == 1 or len(calls) <= 1:
+        for function, *arguments in calls:
+            function(*arguments)
+        return
+    pool = _threads(count)
+    running: list[Future[None]] = [pool.submit(*call) for call in calls]
+    for future in running:
+        future.result()
+
+
+def _path(states: np.ndarray) -> Path:
+    digest = hashlib.blake2b(np.ascontiguousarray(states).data.cast("B"), digest_size=16)
+    return cache_dir() / "neighbors" / f"{digest.hexdigest()}.safetensors"
+
+
+def _read(path: Path, rows: int, width: int) -> dict[str, np.ndarray] | None:
+    """The kept index; None when there is none, or it is damaged or of another version (then it is built anew)."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    wanted = {
+        "axes": (width, width),
+        "order": (rows,),
+        "near": (rows, LIST_LENGTH),
+        "near_distance": (rows, LIST_LENGTH),
+    }
+    try:
+        with safe_open(path, framework="np") as file:
+            if (file.metadata() or {}).get("version") != _VERSION:
+                return None
+            parts = {name: file.get_tensor(name) for name in wanted}
+    except (OSError, SafetensorError, ValueError) as error:
+        warnings.warn(f"{path} can't be used ({error}); the index is built again.", stacklevel=2)
+        return None
+    fits = all(parts[name].shape == shape for name, shape in wanted.items())
+    return parts if fits and np.array_equal(np.sort(parts["order"]), np.arange(rows)) else None
+
+
+def _write(path: Path, parts: dict[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    try:
+        with replacing(path) as temporary:
+            save_file(parts, temporary, metadata={"version": _VERSION})
+    except OSError as error:
+        warnings.warn(f"{path} can't be written ({error.strerror}); the index is not kept.", stacklevel=2)
+
+
+# ---- GPU -----------------------------------------------------------------------------------------------------
+
+
+class Blocks:
+    """Exact search by blocked matrix products, with shapes that don't depend on data and no word to the host.
+
+    |q - x|^2 = |q|^2 - 2 q x + |x|^2 costs one product for all pairs, but in float32 the terms cancel: the value may be off
+    by `c u (|q| + |x|)^2` with u = 2^-24 and c a little above the number of dimensions. So each query keeps its m smallest
+    values and computes these distances again, by differences in float64. The best of them is the answer for certain when
+    the m-th smallest value exceeds it by more than twice that error. The few most doubtful queries then get all their
+    distances in float64.
+
+    Args:
+        block: rows in a product; bounds the memory of the values, `[Q, block]`.
+        candidates: m, beyond k.
+        doubtful: queries that float64 looks at again in each call. Outside a captured graph on the processor further
+            rounds follow until no doubt is left; on a GPU, where nobody may wait for an answer, what exceeds them shows
+            as `settled` = False. It takes more than m rows within rounding of the nearest to get there.
+    """
+
+    def __init__(
+        self, states: Tensor, actions: Tensor, block: int = 65_536, candidates: int = 32, doubtful: int = 16
+    ) -> None:
+        self.states, self.actions = states, actions
+        self.block, self.candidates, self.doubtful = block, candidates, doubtful
+        self.centre = states.double().mean(0)
+        centred = (states.double() - self.centre).float()
+        # A query (-2 beta^2 s, -2 a, beta^2, 1) times a row (s, a, |s|^2, |a|^2) is the distance but for |q|^2.
+        self.table = torch.cat([centred, actions, _square(centred), _square(actions)], 1)
+        self.longest = _square(centred).max().double().sqrt(), _square(actions).max().double().sqrt()
+
+    def query(
+        self, rows: Tensor, actions: Tensor, betas: Tensor, k: int, states: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Neighbors.query`; everything is flat: `[Q]`, `[Q, A]`, `[Q]`."""
+        own = self.states[rows.clamp(min=0)]
+        if states is not None:
+            own = torch.where((rows >= 0).unsqueeze(1), own, states)
+        found, distance, doubt = self._pass(own, actions, betas, k, torch.float32)
+        waits = rows.device.type == "cpu"
+        for _ in range(-(-len(rows) // self.doubtful) if waits else 1):
+            if waits and not bool((doubt > 0).any()):
+                break
+            worst = doubt.topk(min(self.doubtful, len(rows))).indices
+            row, apart, _ = self._pass(own[worst], actions[worst], betas[worst], k, torch.float64)
+            found, distance = found.index_copy(0, worst, row), distance.index_copy(0, worst, apart)
+            doubt = doubt.index_fill(0, worst, -torch.inf)
+        return found, distance, doubt <= 0
+
+    def _block(self, first: int, dtype: torch.dtype) -> Tensor:
+        rows = slice(first, first + self.block)
+        if dtype == torch.float32:
+            return self.table[rows]
+        states, actions = self.states[rows].double() - self.centre, self.actions[rows].double()
+        return torch.cat([states, actions, _square(states), _square(actions)], 1)
+
+    def _pass(
+        self, states: Tensor, actions: Tensor, betas: Tensor, k: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """k-th nearest rows, distances, and by how much rounding exceeds what would certify them (`[Q]` each)."""
+        weight = betas.square()
+        centred = states.double() - self.centre
+        parts = [-2 * weight.unsqueeze(1) * centred, -2 * actions.double(), weight.unsqueeze(1)]
+        query = torch.cat([*parts, torch.ones_like(parts[-1])], 1).to(dtype)
+        kept = min(self.candidates + k, len(self.table))
+        values = query.new_empty(len(query), 0)
+        rows = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+        for first in range(0, len(self.table), self.block):
+            block = self._block(first, dtype)
+            value, row = (query @ block.T).topk(min(kept, len(block)), largest=False)
+            values, rows = torch.cat([values, value], 1), torch.cat([rows, row + first], 1)
+            values, pick = values.topk(min(kept, values.shape[1]), largest=False)
+            rows = rows.gather(1, pick)
+        exact = weight.unsqueeze(1) * (self.states[rows].double() - states.double().unsqueeze(1)).square().sum(-1)
+        exact = exact + (self.actions[rows].double() - actions.double().unsqueeze(1)).square().sum(-1)
+        exact, pick = exact.sort(dim=1, stable=True)
+        length = betas * (centred.norm(dim=1) + self.longest[0]) + actions.double().norm(dim=1) + self.longest[1]
+        coarse = states.is_cuda and torch.backends.cuda.matmul.allow_tf32
+        unit = 2.0**-10 if coarse else torch.finfo(torch.float32).eps
+        error = (self.table.shape[1] + 4) * unit * length.square()
+        constant = weight * centred.square().sum(1) + actions.double().square().sum(1)
+        beyond = values.amax(1).double() + constant - 2 * error
+        doubt = exact[:, k - 1] - beyond if kept < len(self.table) else torch.full_like(beyond, -torch.inf)
+        return rows.gather(1, pick[:, k - 1 : k]).squeeze(1), exact[:, k - 1].sqrt(), doubt
+
+
+def _square(rows: Tensor) -> Tensor:
+    """`[n, 1]` squared lengths."""
+    return rows.square().sum(-1, keepdim=True)

@@ -1,0 +1,98 @@
+"""Published scores: what others report, shown beside our numbers and never averaged with them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from offrl.utils.paths import PACKAGE
+
+# Scores that were chosen by online evaluation, or that are no score of one trained policy.
+_NOT_COMPARABLE = re.compile(r"\bbest\b|maximum|EOP|offline-to-online|online", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number somebody published, and where."""
+
+    method: str
+    dataset: str
+    mean: float
+    std: float
+    seeds: int | None
+    protocol: str
+    source: str
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over seeds, 0 where deviation or seeds are unknown; a deviation with ddof 0 is made one with ddof 1."""
+        if math.isnan(self.std) or not self.seeds or self.seeds < 2:
+            return 0.0
+        return self.std / math.sqrt(self.seeds if "ddof 1" in self.protocol else self.seeds - 1)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if math.isnan(self.std) else f"{self.mean:.1f} ± {self.std:.1f}"
+
+    def cite(self) -> str:
+        """Where the number stands, and its protocol."""
+        seeds = f"{self.seeds} seeds; " if self.seeds else ""
+        return f"{self.source} ({seeds}{self.protocol})"
+
+
+def lookup(method: str, dataset: str) -> list[Published]:
+    """Published scores of a last checkpoint, the one that states so first; empty when there is none."""
+    return _table().get((_same_name(method), dataset), [])
+
+
+def lookup_tuned(method: str, family: str) -> dict[int, Published]:
+    """Published expected best-of-k scores of a D4RL family, k -> score; empty when there are none (ReBRAC's table 9)."""
+    return _tuned().get((_same_name(method), f"d4rl-{family}"), {})
+
+
+def _same_name(method: str) -> str:
+    """One spelling of a method: `td3_bc`, `TD3+BC` and `TD3+BC+Uniform` are the same."""
+    name = re.sub(r"[^a-z0-9%()]", "", re.sub(r"\+uniform$", "", method.lower()))
+    return {"bctop10%": "10%bc", "bc10%": "10%bc"}.get(name, name)
+
+
+def _rows(name: str) -> Iterator[tuple[dict[str, str], Published]]:
+    with open(PACKAGE / "assets" / "reference" / f"scores_{name}.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["mean"]:
+                std = float(row["std"]) if row["std"] else math.nan
+                seeds = int(row["seeds"]) if row["seeds"] else None
+                facts = (row["method"], row["dataset"], float(row["mean"]), std, seeds, row["protocol"], row["source"])
+                yield row, Published(*facts)
+
+
+@lru_cache(maxsize=1)
+def _tuned() -> dict[tuple[str, str], dict[int, Published]]:
+    found: dict[tuple[str, str], dict[int, Published]] = {}
+    for row, number in _rows("pgd"):
+        if k := re.search(r"best of k=(\d+)", number.protocol):
+            found.setdefault((_same_name(number.method), row["benchmark"]), {})[int(k[1])] = number
+    return found
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[tuple[str, str], list[Published]]:
+    """Published scores by method and dataset, those that state a last checkpoint first."""
+    found: dict[tuple[str, str], list[Published]] = {}
+    for name in ("zoo", "prdc_a2pr", "doc", "weighting"):
+        for _, number in _rows(name):
+            if _NOT_COMPARABLE.search(number.protocol):
+                continue
+            cell = found.setdefault((_same_name(number.method), number.dataset), [])
+            if not any(_same_number(number, other) for other in cell):  # the same table copied by two collections
+                cell.append(number)
+    for cell in found.values():
+        cell.sort(key=lambda number: not re.search(r"^final|last evaluation", number.protocol))
+    return found
+
+
+def _same_number(a: Published, b: Published) -> bool:
+    return a.mean == b.mean and (a.std == b.std or math.isnan(a.std) or math.isnan(b.std))

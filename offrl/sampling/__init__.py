@@ -1,0 +1,3 @@
+"""Samplers: which rows a batch is made of."""
+
+from offrl.sampling.samplers import *  # noqa: F403

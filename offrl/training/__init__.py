@@ -1,0 +1,1 @@
+"""Running: configuration, the trainer, its engine, sweeps."""

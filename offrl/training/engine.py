@@ -1,0 +1,196 @@
+"""Engines: turn "draw a batch, update the agent" into many updates per call.
+
+All engines give the numbers of `Eager`, the reference: random draws depend on the update's number alone, so an engine is free
+to draw for many updates at once. `Compiled` and `CudaGraph` may differ from it by rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offrl.agents.base import Agent
+from offrl.data.batch import Batch
+from offrl.nets import leave_uncompiled
+from offrl.sampling import Replay
+from offrl.utils.errors import OffrlError
+
+# Gathered batches should stay in the processor's cache until they are used.
+_CHUNK_BYTES = 1 << 20
+_MAX_CHUNK = 64
+
+
+class Engine(Protocol):
+    """Runs updates."""
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        """Make updates number `step + 1 ... step + updates`; the last value of each metric, `[lanes]`."""
+
+    def renew(self) -> None:
+        """Look at the replay again: a source was replaced."""
+
+
+class Eager:
+    """Draws a chunk of batches at once, then updates one by one."""
+
+    def __init__(self, agent: Agent, replay: Replay, precision: str = "float32") -> None:
+        self.agent, self.replay, self.precision = agent, replay, precision
+        self.device = torch.device(agent.spec.device)
+        self.update = agent.update
+        self.chunk = 0
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        end = step + updates
+        while step < end:
+            count = min(end - step, self.chunk or 1)
+            batches = self._draw(step, count)
+            self._announce(step + 1, count)
+            for i in range(count):
+                with _autocast(self.device, self.precision):
+                    metrics |= self.update(batches[i], self.agent.phase(step + i))
+                self.agent.random.advance()
+            step += count
+        self.agent.random.look_ahead(end, 0)
+        return metrics
+
+    def renew(self) -> None:
+        """Nothing to do: every draw asks the replay."""
+
+    def _announce(self, first: int, count: int) -> None:
+        self.agent.random.look_ahead(first, count)
+
+    def _draw(self, step: int, count: int) -> Batch:
+        steps = torch.arange(step + 1, step + 1 + count, device=self.device)
+        batches = self.agent.prepare(self.replay.draw(self.agent.random, steps))
+        if not self.chunk:
+            tensors = [t for t in vars(batches).values() if t is not None]
+            self.chunk = max(1, min(_MAX_CHUNK, _CHUNK_BYTES // sum(t.nbytes for t in tensors)))
+        return batches
+
+
+class Compiled(Eager):
+    """`Eager` with the update through `torch.compile`; one graph per phase of the update."""
+
+    def __init__(self, agent: Agent, replay: Replay, precision: str = "float32") -> None:
+        super().__init__(agent, replay, precision)
+        leave_uncompiled()
+        self.update = torch.compile(agent.update, dynamic=False)
+
+    def _announce(self, first: int, count: int) -> None:
+        self.agent.random.look_ahead(first, 0)  # compiled code makes the numbers of one update where they are used
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        try:
+            return super().run(step, updates)
+        except Exception as error:
+            if "compiler" not in type(error).__name__.lower() and "compiler" not in str(error).lower():
+                raise
+            raise OffrlError("engine=compile needs a C++ compiler; install gcc or use engine=eager.") from error
+
+
+class CudaGraph:
+    """Captures whole periods of "draw + update" in one CUDA graph and replays it: no launch cost, no host in the loop.
+
+    Works since an update has no host copy and every random draw reads the update's number from a device tensor, which
+    the graph itself advances. Updates that don't fill a whole graph run eagerly, and so do the first of every phase. Where
+    an agent's phases change for good (a stage of its training is over), another graph is captured.
+
+    Args:
+        updates_per_launch: updates in one graph, rounded up to whole periods.
+    """
+
+    def __init__(self, agent: Agent, replay: Replay, precision: str = "float32", updates_per_launch: int = 16) -> None:
+        self.eager = Eager(agent, replay, precision)
+        self.agent = agent
+        self.size = -(-updates_per_launch // agent.period) * agent.period
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.phases: list[int] = []  # of the updates that the graph holds
+        self.met: Counter[int] = Counter()  # how often each phase has run eagerly, which fills lazily made buffers
+        self.metrics: dict[str, Tensor] = {}
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        end = step + updates
+        metrics: dict[str, Tensor] = {}
+        while step < end:
+            phases = [self.agent.phase(step + i) for i in range(self.size)]
+            eager = self._eager_first(step, phases)
+            if eager or end - step < self.size:
+                count = min(eager or end - step, end - step)
+                metrics |= self.eager.run(step, count)
+                self.met.update(self.agent.phase(step + i) for i in range(count))
+                step += count
+                continue
+            if self.graph is None or self.phases != phases:
+                self.phases = phases
+                self._capture()
+            assert self.graph is not None
+            self.agent.random.step.fill_(step)
+            while end - step >= self.size and phases == self.phases:
+                self.graph.replay()
+                step += self.size
+                phases = [self.agent.phase(step + i) for i in range(self.size)]
+            metrics |= {name: value.clone() for name, value in self.metrics.items()}
+        return metrics
+
+    def _eager_first(self, step: int, phases: list[int]) -> int:
+        """Updates until a period begins, and two periods more where a phase is new."""
+        new = 0 if all(self.met[phase] > 1 for phase in phases) else 2 * self.agent.period
+        return -step % self.agent.period + new
+
+    def renew(self) -> None:
+        """Capture again: the graph reads the Stores that it was captured with."""
+        self.graph, self.met = None, Counter()
+
+    def _capture(self) -> None:
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.metrics = self._updates()
+
+    def _updates(self) -> dict[str, Tensor]:
+        """`size` updates as the graph holds them, from the update after `agent.random.step` on."""
+        agent = self.agent
+        metrics: dict[str, Tensor] = {}
+        # All batches in one go: launches of small kernels are what an update costs here, and a weighted draw has some twenty.
+        steps = agent.random.step + torch.arange(1, self.size + 1, device=self.eager.device)
+        batches = agent.prepare(self.eager.replay.draw(agent.random, steps))
+        for i in range(self.size):
+            agent.random.step.add_(1)
+            with _autocast(self.eager.device, self.eager.precision):
+                metrics |= agent.update(batches[i], self.phases[i])
+        return metrics
+
+
+def make_engine(
+    name: str, agent: Agent, replay: Replay, precision: str = "float32", updates_per_launch: int = 16
+) -> Engine:
+    """`eager`, `compile`, `cudagraph`, or `auto`: the graph on a GPU, else eager.
+
+    Eager is the automatic choice on a CPU: there an update is bound by arithmetic, and compiling costs a minute.
+    """
+    cuda = torch.device(agent.spec.device).type == "cuda"
+    if name == "auto":
+        name = "cudagraph" if cuda else "eager"
+    if name == "cudagraph" and not cuda:
+        raise OffrlError("engine=cudagraph needs device=cuda; use engine=eager or engine=compile on a CPU.")
+    if name == "cudagraph":
+        return CudaGraph(agent, replay, precision, updates_per_launch)
+    if name == "compile":
+        return Compiled(agent, replay, precision)
+    if name == "eager":
+        return Eager(agent, replay, precision)
+    raise OffrlError(f"engine={name} is unknown; choose auto, eager, compile or cudagraph.")
+
+
+def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Matrix products in bfloat16 when asked for; parameters, targets and optimisers stay float32."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    if precision != "bfloat16":
+        raise OffrlError(f"precision={precision} is unknown; choose float32 or bfloat16.")
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)

@@ -1,0 +1,332 @@
+"""Sweeps: each job is a process of its own, and how it ended is noted, shown and summed up.
+
+Hydra's launchers (basic, joblib, ray, submitit) decide where and when a job runs; here is what one does. A run that is
+finished is seen by its `result.json` and skipped. Any other is trained in a fresh interpreter whose output goes to `log.txt` in
+the run's folder, so a job that is killed, or takes its process down, is a failed job and not a failed sweep.
+
+No torch is imported here: the launchers' own processes stay light until the first job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+
+from offrl.results import FAILURE, LOG, progress
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import replacing
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+
+STOP = "stop"  # among the notes: no further job is to start
+
+# ---- one job, wherever the launcher runs it ------------------------------------------------------------------
+
+
+def run_job(values: Mapping[str, Any], note: Path) -> int:
+    """Train as a composed configuration says, in a process of its own.
+
+    Args:
+        note: JSON file that tells the sweep's own process how the job stands.
+
+    Returns the exit status: 0, 130 when it was stopped and saved, 1 when it failed. Nothing is raised, lest a launcher
+    gives up the other jobs.
+    """
+    from offrl.training.trainer import done_before, finished, plan, summary
+
+    folder = None
+    try:
+        job = plan(values)
+        folder = job.folder()
+        if done := done_before(job):
+            _note(note, "finished", folder, summary(done))
+            return 0
+        if (note.parent / STOP).exists():
+            return 130
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILURE).unlink(missing_ok=True)
+        status = _train_in_child(values, folder / LOG, lambda pid: _note(note, "running", folder, pid=pid))
+        done = finished(folder, job.train.updates) if status == 0 else None
+    except (OffrlError, OSError) as error:
+        _fail(note, folder, str(error))
+        return 1
+    if done:
+        _note(note, "finished", folder, summary(done).replace("already finished", "finished", 1))
+    elif status == 130:
+        _note(note, "stopped", folder, f"saved; the same command goes on; {folder}")
+        return 130
+    else:
+        _fail(note, folder, _reason(status, folder / LOG))
+        return 1
+    return 0
+
+
+def _train_in_child(values: Mapping[str, Any], log: Path, started: Callable[[int], None]) -> int:
+    """The exit status of a training process, negative for the signal that ended it; `started` gets its number."""
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    with open(log, "ab") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "offrl.training.sweep"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        started(child.pid)
+        try:
+            child.communicate(json.dumps(values).encode())
+        except KeyboardInterrupt:  # let it save
+            child.terminate()
+            return child.wait() or 130
+    return child.returncode
+
+
+def _child() -> int:
+    """What the training process does: the configuration comes by the standard input."""
+    from offrl.cli import main as cli
+    from offrl.training.trainer import train
+
+    if sys.platform == "linux":  # whoever started this was killed: save and stop
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    try:
+        return cli.show(train(json.load(sys.stdin)))
+    except OffrlError as error:
+        print(f"offrl: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _reason(status: int, log: Path) -> str:
+    """Why a job failed, in a line."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    lines = _tail(log)
+    return lines[-1].removeprefix("offrl: error: ") if lines else f"exit status {status}"
+
+
+def _tail(log: Path, lines: int = 9) -> list[str]:
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
+        return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()][-lines:]
+    return []
+
+
+def _fail(note: Path, folder: Path | None, message: str) -> None:
+    if folder and folder.is_dir():
+        with contextlib.suppress(OSError):
+            _write(folder / FAILURE, {"message": message, "log": LOG, "time": time.time()})
+    _note(note, "failed", folder, message)
+
+
+def _note(path: Path, state: str, folder: Path | None, message: str = "", pid: int = 0) -> None:
+    if path.parent.is_dir():  # else nobody watches any more
+        note = {"state": state, "folder": str(folder or ""), "message": message, "pid": pid, "host": platform.node()}
+        with contextlib.suppress(OSError):  # a full disk shows in the run itself
+            _write(path, note)
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value) + "\n")
+
+
+# ---- the sweep's own process ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """A job as the sweep's own process sees it."""
+
+    name: str
+    state: str = "waiting"
+    folder: Path = field(default_factory=Path)
+    message: str = ""
+    pid: int = 0  # of its training process, where that runs on this machine
+
+
+class Sweep:
+    """The jobs of a sweep; as a context manager it shows them while the launcher runs them and sums up at the end.
+
+    Args:
+        begun: called with the folder for the jobs' notes (`0.json`, ...), before the first job is launched.
+    """
+
+    current: Sweep | None = None
+
+    def __init__(self, begun: Callable[[Path], None]) -> None:
+        self.begun = begun
+        self.notes = Path()
+        self.jobs: list[Job] = []
+        self._seen: dict[int, int] = {}
+        self._before: dict[int, Any] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Sweep:
+        Sweep.current = self
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _stop(self, *_: object) -> None:
+        """On SIGINT or SIGTERM: no further job begins, and those that run save. Only then launchers hear of it: some kill."""
+        for number in self._before:
+            signal.signal(number, signal.default_int_handler)  # the second time is meant
+        if self.notes != Path():
+            with contextlib.suppress(OSError):
+                (self.notes / STOP).touch()
+            asked: set[int] = set()
+            began = training = time.monotonic()
+            while (now := time.monotonic()) < training + 5 and now < began + 60:
+                running = {job.pid for job in self.jobs if job.state == "running" and job.pid}
+                for pid in running - asked:
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGTERM)
+                asked |= running
+                training = now if any(map(_trains, asked)) else training
+                if now > began + 1 and not running:  # a job may just have been announced
+                    break
+                time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    def begin(self, out: Path, jobs: Sequence[Sequence[str]]) -> None:
+        """Hydra is about to launch these jobs, given by their words."""
+        self.notes = out.absolute() / ".sweep" / f"{time.time_ns():x}"
+        self.notes.mkdir(parents=True)
+        shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+        self.jobs = [Job(" ".join(w.lstrip("+") for w in words if w not in shared) or "the job") for words in jobs]
+        self.begun(self.notes)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        Sweep.current = None
+        self._over.set()
+        if self._thread.ident:
+            self._thread.join()
+            shutil.rmtree(self.notes, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another sweep's notes may be there
+                self.notes.parent.rmdir()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def status(self) -> int:
+        """0 when all jobs are finished, 130 when one was stopped, else 1."""
+        states = {job.state for job in self.jobs}
+        return 0 if states <= {"finished"} else 130 if "stopped" in states else 1
+
+    def summary(self) -> list[str]:
+        """How the sweep ended: a line, and for each failure its reason, log and the log's last lines."""
+        lines = [f"{len(self.jobs)} jobs: {_counts(self.jobs)}"] if self.jobs else []
+        for number, job in enumerate(self.jobs):
+            if job.state == "failed":
+                lines.append(f"job {number} failed: {job.name}: {job.message}")
+                if (log := job.folder / LOG).is_file() and job.folder != Path():
+                    lines.append(f"  log: {log}")
+                    lines += [f"  | {line}" for line in _tail(log)[:-1]]
+        if any(job.state != "finished" for job in self.jobs):
+            lines.append("the same command goes on with what is not finished")
+        return lines
+
+    # ---- what is shown ----------------------------------------------------------------------------------------
+
+    def _read(self) -> list[int]:
+        """Take in the notes; the numbers of the jobs that have just ended."""
+        ended = []
+        for number, job in enumerate(self.jobs):
+            path = self.notes / f"{number}.json"
+            with contextlib.suppress(OSError, ValueError):
+                stamp = path.stat().st_mtime_ns
+                if self._seen.get(number) == stamp:
+                    continue
+                note = json.loads(path.read_text())
+                self._seen[number] = stamp
+                if job.state != note["state"] and note["state"] != "running":
+                    ended.append(number)
+                job.state, job.folder, job.message = note["state"], Path(note["folder"]), note["message"]
+                job.pid = note["pid"] if note["host"] == platform.node() else 0
+        return ended
+
+    def _watch(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        printed = time.monotonic()
+        with live or contextlib.nullcontext():
+            while True:
+                over = self._over.wait(0.5)
+                for number in self._read():
+                    job = self.jobs[number]
+                    text = job.message if job.state == "finished" else f"{job.state}: {job.message}"
+                    console.print(f"[{number}] {job.name}: {text}", style="red" if job.state == "failed" else None)
+                if over:
+                    break
+                if live:
+                    live.update(self._running(console))
+                elif time.monotonic() - printed > 60:
+                    printed = time.monotonic()
+                    console.print("\n".join([_counts(self.jobs), *map("  ".join, self._rows())]))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """(name, progress) of the jobs that run."""
+        running = [job for job in self.jobs if job.state == "running"]
+        return [(job.name, str(progress(job.folder))) for job in running]
+
+    def _running(self, console: Console) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for row in self._rows()[: max(1, console.height - 4)]:
+            table.add_row(*row)
+        return Group(table, _counts(self.jobs))
+
+
+def _counts(jobs: Sequence[Job]) -> str:
+    states = ("finished", "running", "waiting", "stopped", "failed")
+    counts = {state: sum(job.state == state for job in jobs) for state in states}
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+
+
+def _trains(pid: int) -> bool:
+    """Whether a training process is still at it; one that has ended and was not waited for is not."""
+    with contextlib.suppress(OSError):
+        return b"offrl.training.sweep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+class Announce(Callback):
+    """Hydra's callback that tells a `Sweep` which jobs are to come."""
+
+    def on_multirun_start(self, config: Any, **_: Any) -> None:
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        if Sweep.current is None:
+            return
+        words = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        overrides = parser.parse_overrides([*words, *config.hydra.overrides.task])
+        Sweep.current.begin(Path(config.out), BasicSweeper.split_arguments(overrides, None)[0])
+
+
+if __name__ == "__main__":
+    sys.exit(_child())

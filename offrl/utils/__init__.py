@@ -1,0 +1,1 @@
+"""What every room needs: errors, paths, random numbers per lane, progress, checkpoints."""

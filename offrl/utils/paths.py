@@ -1,0 +1,67 @@
+"""Where things live: the cache of datasets, the configuration, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from offrl.utils.errors import OffrlError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def cache_dir() -> Path:
+    """Root of downloaded, built and cached datasets.
+
+    `OFFRL_HOME`, else `$XDG_CACHE_HOME/offrl`, else `~/.cache/offrl`. Not created here.
+    """
+    if home := os.environ.get("OFFRL_HOME"):
+        return Path(home).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "offrl"
+
+
+def conf_dir() -> Path:
+    """Folder of the Hydra configuration: inside an installed wheel, else at the top of the checkout."""
+    inside = PACKAGE / "conf"
+    return inside if (inside / "train.yaml").is_file() else PACKAGE.parent / "conf"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`.
+
+    On any error (a full disk, a kill, an exception) `path` keeps its old content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock's file, then hold it; a process that dies lets go.
+
+    Raises:
+        OffrlError: the lock's folder can't be written.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115 - held while the caller works
+    except OSError as error:
+        reason = error.strerror or error
+        raise OffrlError(
+            f"{lock.parent} cannot be written ({reason}); free space or set OFFRL_HOME elsewhere."
+        ) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
