@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from offrl.agents.base import Agent
     from offrl.data.dataset import Store
-    from offrl.training.trainer import Result
+    from offrl.training.runs import Result
 
 __version__ = "0.1.0"
 __all__ = ["fit", "load_agent", "load_data"]
@@ -43,7 +43,7 @@ def fit(**options: Any) -> Result:
 
 def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
     """The agent of a run's last checkpoint; `agent.select_action(obs)` maps `[lanes, n, O]` to `[lanes, n, A]`."""
-    from offrl.training.trainer import load_agent
+    from offrl.training.runs import load_agent
 
     return load_agent(folder, device)
 

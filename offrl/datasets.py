@@ -9,7 +9,6 @@ store = load("my.hdf5")                         # a file in D4RL's layout, .npz,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from offrl.data import catalogue
 from offrl.data.arrays import read_npz
 from offrl.data.cache import cached, read_flat
+from offrl.data.catalogue import MINARI_ID, unknown
 from offrl.data.checks import ReadOptions, Semantics, file_kind
 from offrl.data.d4rl import read_d4rl, read_d4rl_package
 from offrl.data.dataset import Store
@@ -28,9 +28,8 @@ from offrl.forge import registry
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 
-__all__ = ["exogenous_noise", "load", "unknown"]
+__all__ = ["exogenous_noise", "load"]
 
-MINARI_ID = re.compile(r"(hf://)?[\w.-]+(/[\w.-]+)*-v\d+")
 FILE_SUFFIXES = (".hdf5", ".h5", ".gz", ".npz", ".npy", ".safetensors", ".pkl", ".pickle", ".pt")
 
 
@@ -90,7 +89,7 @@ def _load(name: str | Path, options: ReadOptions, cache: bool) -> Store:
         raise OffrlError(f"{text}: there is no such file or folder; check the path.")
     store = read_d4rl_package(text, None, options)
     if store is None:
-        raise unknown(text)
+        raise unknown(text, [*registry.names(), *local_datasets()])
     return store
 
 
@@ -106,15 +105,6 @@ def exogenous_noise(store: Store) -> torch.Tensor:
     if len(noise) != len(store):
         raise OffrlError(f"{store.info.id}: the noise of {len(noise)} rows is known, this Store has {len(store)}.")
     return noise
-
-
-def unknown(name: str) -> OffrlError:
-    """The error for a name that is no dataset, with the nearest known ones."""
-    close = catalogue.near(name, [*registry.names(), *local_datasets()])
-    if not close and MINARI_ID.fullmatch(name) and "/" in name:
-        return OffrlError(f"{name}: not on this machine; if Minari has it, get it with `offrl data fetch {name}`.")
-    hint = f"did you mean {' or '.join(close)}?" if close else "`offrl data list` shows the known ones."
-    return OffrlError(f"{name}: no such dataset or file; {hint}")
 
 
 def _load_d4rl(name: str, options: ReadOptions, cache: bool) -> Store:

@@ -13,10 +13,12 @@ from omegaconf import OmegaConf
 from offrl.agents.base import Spec
 from offrl.results import published
 from offrl.training.compose import compose, tolerant
-from offrl.training.schema import TrainConfig, build, chosen_settings
-from offrl.training.trainer import Plan, make_agent, plan
+from offrl.training.run_config import Plan, plan
+from offrl.training.runs import make_agent
+from offrl.training.schema import TrainConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
+from offrl.utils.settings import build, chosen_settings
 
 TD3BC = "offrl.agents.td3_bc.TD3BC"
 

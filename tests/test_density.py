@@ -157,7 +157,8 @@ def test_bad_settings() -> None:
 
 @pytest.mark.parametrize("refresh", [0, 40])
 def test_resume_is_exact_between_refreshes(toy_file: Any, refresh: int) -> None:
-    from offrl.training.trainer import load_agent, train
+    from offrl.training.runs import load_agent
+    from offrl.training.trainer import train
     from offrl.utils import checkpoint
 
     sampler = {

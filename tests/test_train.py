@@ -26,7 +26,9 @@ from offrl.cli import main as cli
 from offrl.data.arrays import write_npz
 from offrl.data.batch import Batch
 from offrl.results import read, read_metrics
-from offrl.training.trainer import Result, Trainer, dataset_info, load_agent, load_data, plan, resume, train
+from offrl.training.run_config import plan
+from offrl.training.runs import Result, dataset_info, load_agent, load_data
+from offrl.training.trainer import Trainer, resume, train
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 

@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from offrl.data.dataset import Store
+from offrl.data.statistics import positive_sided_variance
 from offrl.sampling import (
     AdvantageWeighted,
     AdvantageWeightedConfig,
@@ -30,7 +31,7 @@ from offrl.sampling import (
     alias_table,
     make_sampler,
 )
-from offrl.sampling.weights import baseline, boltzmann, effective_rows, positive_sided_variance, top
+from offrl.sampling.weights import baseline, boltzmann, effective_rows, top
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
 from offrl.utils.random import LaneRandom
@@ -616,7 +617,8 @@ def options(file: Any, sampler: dict[str, Any], **changes: Any) -> dict[str, Any
 
 
 def test_weighted_cloning_clones_the_good(mixed_file: Any) -> None:
-    from offrl.training.trainer import load_agent, train
+    from offrl.training.runs import load_agent
+    from offrl.training.trainer import train
 
     actions = {}
     for name in ("Uniform", "ReturnWeighted", "AdvantageWeighted", "TopPercent"):
@@ -649,7 +651,8 @@ def test_runs_name_their_sampler_and_keep_its_facts(mixed_file: Any) -> None:
 
 def test_returns_are_of_rewards_as_recorded(mixed_file: Any, tmp_path: Any) -> None:
     """data.reward_* changes what the agent sees, and no weight: AntMaze's -1 would make short episodes good ones."""
-    from offrl.training.trainer import Trainer, plan
+    from offrl.training.run_config import plan
+    from offrl.training.trainer import Trainer
 
     values = options(mixed_file, {"_target_": "offrl.sampling.ReturnWeighted"})
     plain = Trainer(plan(values), tmp_path / "a")
@@ -674,7 +677,7 @@ def test_resume_is_exact(mixed_file: Any, name: str) -> None:
 
 def test_a_sweep_over_samplers_gives_runs_of_their_own(mixed_file: Any) -> None:
     from offrl.training.compose import compose
-    from offrl.training.trainer import plan
+    from offrl.training.run_config import plan
 
     names = ("uniform", "return_weighted", "advantage_weighted", "top_percent")
     plans = [plan(compose({"agent": "td3_bc", "sampler": name, "dataset": str(mixed_file)})) for name in names]
@@ -705,7 +708,8 @@ PAIRS = [
 @pytest.mark.parametrize(("agent", "sampler"), PAIRS)
 def test_every_agent_trains_under_every_sampler(mixed_file: Any, agent: str, sampler: str) -> None:
     from offrl.training.compose import compose
-    from offrl.training.trainer import Trainer, plan
+    from offrl.training.run_config import plan
+    from offrl.training.trainer import Trainer
 
     values = compose({"agent": agent, "sampler": sampler, "dataset": str(mixed_file)})
     settings = SAMPLERS[sampler] | ({"datasets": [str(mixed_file)]} if sampler == "mixture" else {})
@@ -779,7 +783,8 @@ def test_mixtures_that_cant_be(settings: dict[str, Any], message: str) -> None:
 def test_training_on_a_mixture(mixed_file: Any) -> None:
     import shutil
 
-    from offrl.training.trainer import Trainer, plan, train
+    from offrl.training.run_config import plan
+    from offrl.training.trainer import Trainer, train
 
     other = mixed_file.parent / "other.npz"
     shutil.copy(mixed_file, other)

@@ -34,7 +34,7 @@ from offrl.augment.edm import SamplerConfig
 from offrl.augment.policy_guided import PolicyGuidedConfig, PolicyGuidedDiffusion
 from offrl.augment.world_model import Ensemble, EnsembleConfig, EnsembleFit, WorldModel, WorldModelConfig, termination
 from offrl.data.dataset import Store
-from offrl.training.trainer import tune_process
+from offrl.utils.process import tune_process
 
 OBS, ACTION = 11, 3
 PRODUCTS = "products of 256 x 256 matrices"

@@ -19,7 +19,8 @@ from offrl.agents.td3_bc import TD3BC
 from offrl.data.dataset import DatasetInfo
 from offrl.envs import make_env
 from offrl.evaluation.evaluator import Evaluator
-from offrl.training.trainer import load_agent, tune_process
+from offrl.training.runs import load_agent
+from offrl.utils.process import tune_process
 
 
 def plain(agents: list[Agent], info: DatasetInfo, episodes: int, seed: int, dtype: torch.dtype) -> np.ndarray:

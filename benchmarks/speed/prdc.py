@@ -38,7 +38,7 @@ from offrl.forge import registry as forge
 from offrl.nets.neighbors import Neighbors
 from offrl.sampling import Replay, Uniform
 from offrl.training.engine import Engine, make_engine
-from offrl.training.trainer import tune_process
+from offrl.utils.process import tune_process
 
 BATCH = 256
 

@@ -39,7 +39,7 @@ from offrl.sampling import (
     Uniform,
 )
 from offrl.training.engine import make_engine
-from offrl.training.trainer import tune_process
+from offrl.utils.process import tune_process
 from offrl.utils.random import LaneRandom
 
 OBS, ACTION = 17, 6

@@ -70,8 +70,9 @@ def offrl_burst(who: Contestant) -> Callable[[int], None]:
     from offrl.data.dataset import Store
     from offrl.sampling import Replay, Uniform
     from offrl.training.engine import make_engine
-    from offrl.training.trainer import make_agent, tune_process
+    from offrl.training.runs import make_agent
     from offrl.utils.paths import conf_dir
+    from offrl.utils.process import tune_process
 
     tune_process(who.threads)
     obs, action, reward, next_obs = arrays()

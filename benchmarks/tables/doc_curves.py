@@ -26,9 +26,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from offrl import results
+from offrl.cli.probe import draw
 from offrl.evaluation import probes
 from offrl.results.figures import STYLE, looks_of
-from offrl.training.trainer import dataset_info
+from offrl.training.runs import dataset_info
 from offrl.utils import checkpoint
 from offrl.utils.paths import replacing
 
@@ -170,7 +171,7 @@ def main() -> None:
         probes.Probe(**one["sampled"]) for one in found if one["dataset"] in PROMISES and one["sampled"]["promised"]
     ]
     if promising:
-        probes.draw(promising).savefig(arguments.out / f"{arguments.name}_promises.png", dpi=170)
+        draw(promising).savefig(arguments.out / f"{arguments.name}_promises.png", dpi=170)
     print(table(found))
 
 

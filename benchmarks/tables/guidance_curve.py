@@ -23,7 +23,7 @@ from offrl import results
 from offrl.augment.base import augmentation_config
 from offrl.augment.diffusion import Diffusion
 from offrl.results.figures import STYLE
-from offrl.training.trainer import read_config
+from offrl.training.runs import read_config
 from offrl.utils.paths import replacing
 
 MEASURES = (("log_likelihood_policy", "mean log π(a | s)"), ("dynamics_error", "dynamics error (variances)"))

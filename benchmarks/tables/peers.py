@@ -33,7 +33,8 @@ from offrl.agents.base import Spec
 from offrl.data.dataset import Store
 from offrl.evaluation.evaluator import Evaluator
 from offrl.training.compose import compose_words
-from offrl.training.trainer import Trainer, plan
+from offrl.training.run_config import plan
+from offrl.training.trainer import Trainer
 from offrl.utils.paths import replacing
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -20,9 +20,9 @@ from offrl.agents.base import Agent
 from offrl.data.cache import read_flat, write_flat
 from offrl.data.dataset import Store
 from offrl.sampling import Replay, Sampler, Uniform
-from offrl.training import schema as config
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
+from offrl.utils.settings import check_lane_lists, from_target, lane_lists
 
 FOLDER = "synthetic"  # below a run's folder
 
@@ -69,7 +69,7 @@ class Augmentation:
     def __init__(self, store: Store, cfg: Any = None, seeds: Sequence[int] = (0,)) -> None:
         self.store, self.seeds = store, tuple(seeds)
         given = cfg or self.Config()
-        lists = config.lane_lists(given)
+        lists = lane_lists(given)
         self.cfg: Any = replace(given, **{k: torch.tensor(v, device=store.device) for k, v in lists.items()})
         if store.info.discrete is not None:
             raise OffrlError(
@@ -220,11 +220,11 @@ def augmentation_config(settings: Mapping[str, Any], lanes: int) -> tuple[type[A
     Raises:
         OffrlError: no such class, an unknown key, a wrong value, a list where lanes can't differ or of another length.
     """
-    cls, cfg = config.from_target(settings, Augmentation, "augment")
-    for name, value in config.lane_lists(cfg).items():
+    cls, cfg = from_target(settings, Augmentation, "augment")
+    for name, value in lane_lists(cfg).items():
         if name not in cls.per_lane:
             raise OffrlError(f"augment.{name}={value}: lanes share this setting; give a single number.")
-    config.check_lane_lists(cfg, "augment", lanes)
+    check_lane_lists(cfg, "augment", lanes)
     return cls, cfg
 
 

@@ -14,7 +14,7 @@ from offrl.utils.paths import replacing
 if TYPE_CHECKING:
     from offrl.agents.base import Agent
     from offrl.data.dataset import Store
-    from offrl.training.trainer import Plan
+    from offrl.training.run_config import Plan
 
 WORDS = "options as for `offrl train`: dataset=ID, augment=NAME, augment.KEY=VALUE, data.KEY=VALUE"
 COLUMNS = {  # of the table, with their headings
@@ -86,7 +86,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 def run_sample(arguments: argparse.Namespace) -> int:
     """Write trajectories, guided by a run's policy or unguided, as a dataset."""
     from offrl.augment.base import make_augmentation
-    from offrl.cli.data import writer
+    from offrl.data.writers import writer
 
     write = writer(arguments.dest)
     job = _job(arguments.words, arguments.policy)
@@ -103,7 +103,8 @@ def run_metrics(arguments: argparse.Namespace) -> int:
     """Measure real pieces, guided samples at each coefficient, and the world model's rollouts; write table and figure."""
     from offrl.augment import metrics
     from offrl.augment.base import make_augmentation
-    from offrl.training.trainer import tune_process, write_json
+    from offrl.utils.paths import write_json
+    from offrl.utils.process import tune_process
 
     try:
         coefficients = [float(word) for word in arguments.coefficients.split(",")]
@@ -157,7 +158,8 @@ def run_metrics(arguments: argparse.Namespace) -> int:
 def _job(words: Sequence[str], run: Path | None = None) -> Plan:
     """The checked configuration behind some words; dataset and `data` are a run's where they are not given."""
     from offrl.training.compose import compose_words
-    from offrl.training.trainer import plan, read_config
+    from offrl.training.run_config import plan
+    from offrl.training.runs import read_config
 
     if odd := [word for word in words if "=" not in word or word.startswith("-")]:
         raise OffrlError(f"{odd[0]} is no option; {WORDS}.")
@@ -176,14 +178,16 @@ def _job(words: Sequence[str], run: Path | None = None) -> Plan:
 
 
 def _recorded(job: Plan) -> Store:
-    from offrl.training.trainer import pick_device, read_data
+    from offrl.training.runs import read_data
+    from offrl.utils.process import pick_device
 
     return read_data(job.train, pick_device(job.train.device))
 
 
 def _policy(run: Path, lane: int) -> Agent:
     from offrl.augment.metrics import OneLane
-    from offrl.training.trainer import load_agent, pick_device
+    from offrl.training.runs import load_agent
+    from offrl.utils.process import pick_device
 
     return OneLane(load_agent(run, str(pick_device("auto"))), lane)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offrl.cli.sampler_stats import describe_draws, draws_table, fallbacks, plot_bands, plot_concentration
 from offrl.data.dataset import Store
-from offrl.sampling.weights import positive_sided_variance
+from offrl.data.statistics import return_spread
 from offrl.utils.paths import replacing
 
 if TYPE_CHECKING:
@@ -78,19 +78,6 @@ def episode_ends(store: Store) -> Tensor:
     terminated = (store.terminations[store.offsets[1:] - 1] > 0) & ~store.has_tail
     ends = torch.where(store.complete, 1, 2)
     return torch.where(terminated, 0, ends).cpu()
-
-
-def return_spread(store: Store) -> float:
-    """Positive-sided variance of the normalised returns (score / 100; of [0, 1] without references)."""
-    return positive_sided_variance(_normalised(store))
-
-
-def _normalised(store: Store) -> Tensor:
-    scores, returns = store.info.normalized(store.returns), store.returns
-    if scores is not None:
-        return scores / 100
-    low, high = returns.min(), returns.max()
-    return (returns - low) / (high - low) if high > low else torch.zeros_like(returns)
 
 
 def _summary(values: Tensor) -> dict[str, float]:

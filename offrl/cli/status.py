@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from offrl import results
+from offrl.results.rows import FAILURE
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def _state(run: results.Run) -> State:
     now, kept, failure = (
         results.progress(run.folder),
         _json(run.folder / "result.json"),
-        _json(run.folder / results.FAILURE),
+        _json(run.folder / FAILURE),
     )
     if _held(run.folder / ".lock"):
         state, message = "running", str(now)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import csv
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
 from offrl.data.dataset import DatasetInfo
+from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 
 TABLES = Path(__file__).parent / "tables"
+MINARI_ID = re.compile(r"(hf://)?[\w.-]+(/[\w.-]+)*-v\d+")
 GYM_MUJOCO = (
     *("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher", "Pusher"),
     *("InvertedPendulum", "InvertedDoublePendulum"),
@@ -185,3 +188,33 @@ def near(name: str, more: Iterable[str] = ()) -> list[str]:
     """Up to three known ids that look like `name`."""
     known = [*d4rl(), *minari(), *more]
     return difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+
+
+def unknown(name: str, more: Iterable[str] = ()) -> OffrlError:
+    """The error for a name that is no dataset, with the nearest known ones; `more`: ids beside the catalogue's."""
+    close = near(name, more)
+    if not close and MINARI_ID.fullmatch(name) and "/" in name:
+        return OffrlError(f"{name}: not on this machine; if Minari has it, get it with `offrl data fetch {name}`.")
+    hint = f"did you mean {' or '.join(close)}?" if close else "`offrl data list` shows the known ones."
+    return OffrlError(f"{name}: no such dataset or file; {hint}")
+
+
+def flat_keys(env_id: str, keys: Iterable[str]) -> list[str]:
+    """Keys of a Dict observation that are concatenated into the flat vector, in order.
+
+    D4RL's mazes have a fixed goal that is no part of the observation. AntMaze's position stands under
+    `achieved_goal` and not in `observation`; PointMaze repeats its position there. Every other environment is
+    concatenated in alphabetical order of its keys.
+
+    Args:
+        env_id: Gymnasium id, e.g. `AntMaze_UMaze-v5`; only its name is looked at.
+        keys: keys of the observation space.
+    """
+    available, name = set(keys), env_id.rsplit("/", 1)[-1].lower()
+    if name.startswith("antmaze"):
+        wanted = ["achieved_goal", "observation"]
+    elif name.startswith("pointmaze"):
+        wanted = ["observation"]
+    else:
+        return sorted(available)
+    return wanted if available.issuperset(wanted) else sorted(available)

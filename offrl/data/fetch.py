@@ -16,7 +16,7 @@ from typing import IO, Protocol
 
 from offrl.data import catalogue
 from offrl.data.d4rl import REQUIRED, open_hdf5, row_blocks
-from offrl.data.minari import local_folder
+from offrl.data.minari import local_datasets, local_folder
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 
@@ -245,12 +245,10 @@ def _bar(name: str, show: bool) -> Iterator[Report]:
 
 
 def _fetch_minari(name: str, force: bool) -> Path:
-    from offrl.datasets import MINARI_ID, unknown
-
     if name.startswith("forge/"):
         raise OffrlError(f"{name}: forge datasets are built, not fetched; use `offrl data build {name}`.")
-    if name not in catalogue.minari() and not ("/" in name and MINARI_ID.fullmatch(name)):
-        raise unknown(name)
+    if name not in catalogue.minari() and not ("/" in name and catalogue.MINARI_ID.fullmatch(name)):
+        raise catalogue.unknown(name, local_datasets())
     try:
         import minari
     except ImportError as error:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from typing import Any
 import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5p, h5s, h5t
+from numpy.typing import NDArray
 
 from offrl.data.dataset import DatasetInfo
-from offrl.forge.rollout import Episode
 from offrl.utils.errors import OffrlError
 
 MINARI_VERSION = "0.5.4"
@@ -193,3 +193,36 @@ def _layout(compact: bool) -> Any:
     if compact:
         properties.set_layout(h5d.COMPACT)
     return properties
+
+
+@dataclass
+class Episode:
+    """One episode of `T` steps.
+
+    Attributes:
+        observations: `[T + 1, O]` float32, or a dict of such arrays; the last row follows the last action. Discrete
+            ones are `[T + 1]` int64.
+        actions: `[T, A]` float32, or `[T]` int64: what was commanded, whatever noise made of it.
+        rewards: `[T]` float32.
+        terminated: whether the episode truly ended; otherwise it stopped at the time limit or was cut.
+        seed: seed of the environment's reset; None where the episode is a copy.
+        noise: `[T, ...]` what the environment drew at each step; None where nobody recorded it.
+    """
+
+    observations: Any
+    actions: NDArray[Any]
+    rewards: NDArray[np.float32]
+    terminated: bool
+    seed: int | None = None
+    noise: NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def cut(self, steps: int) -> Episode:
+        """The first `steps` steps as an episode that was truncated."""
+        if steps >= len(self):
+            return self
+        noise = None if self.noise is None else self.noise[:steps]
+        arrays = self.observations[: steps + 1], self.actions[:steps], self.rewards[:steps]
+        return Episode(*arrays, terminated=False, seed=self.seed, noise=noise)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from offrl.data.dataset import Store, concatenate
-from offrl.sampling.weights import positive_sided_variance
+from offrl.data.statistics import positive_sided_variance
 from offrl.utils.errors import OffrlError
 
 D4RL_MIXTURE = re.compile(r"(hopper|halfcheetah|walker2d|ant)-random-(medium|expert)-(0\.\d+)-v2")

@@ -19,9 +19,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from offrl.data.catalogue import d4rl
+from offrl.data.catalogue import d4rl, flat_keys
 from offrl.data.dataset import DatasetInfo
-from offrl.data.flatten import flat_keys
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
 from offrl.utils.errors import OffrlError
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,9 +24,6 @@ from offrl.data.dataset import Store
 from offrl.nets import Adam, one_hot
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BATCH, HELD_OUT, SHOWN = 256, 0.25, 50  # rows of a batch, share of episodes kept for the measurement, batches of it
 WIDEST = 10.0  # standard deviations that a standardised input may lie from the mean
@@ -151,102 +146,3 @@ def leak(
 def _draw(random: LaneRandom, rows: Tensor, step: int, count: int) -> Tensor:
     """`[lanes, count]` of the given rows, with replacement."""
     return rows[random.integers("probe", len(rows), (count,), torch.tensor(step, device=rows.device))]
-
-
-# ---- runs ------------------------------------------------------------------------------------------------------
-
-
-def probe(
-    folder: Path | str, episodes: int = 100, updates: int = 1000, sampled: bool = False, seed: int = 1_000_000
-) -> Probe:
-    """Probe the policy of a run.
-
-    Args:
-        episodes: per lane, from environment seed `seed` on; 0: none are played, and no promise is checked.
-        updates: of the networks that look for luck in the labels; 0: they are not trained.
-        sampled: draw discrete actions from the policy instead of taking the likeliest.
-    """
-    from offrl.datasets import exogenous_noise
-    from offrl.evaluation.evaluator import Evaluator
-    from offrl.training.trainer import load_agent, load_data, plan, read_config, tune_process
-
-    tune_process(1)
-    agent, job = load_agent(folder), plan(read_config(Path(folder)))
-    if sampled:
-        if not (agent.spec.discrete and hasattr(agent.cfg, "sample_actions")):
-            raise OffrlError(f"{folder}: its policy draws no discrete actions; leave --sampled away.")
-        agent.cfg.sample_actions = True
-    store = load_data(job.train, agent.spec.device)
-    promised = obtained = outcome = noise = None
-    if episodes:
-        with Evaluator(store.info, agent.spec.lanes) as evaluator:
-            played = evaluator.run(agent, episodes, seed)
-        obtained = played.returns.mean(1).tolist()
-        promised = None if played.promised is None else played.promised.mean(1).tolist()
-    if updates:
-        outcome = leak(agent, store, reward_and_state(agent, store), updates)
-        try:
-            recorded = exogenous_noise(store)
-        except OffrlError:
-            recorded = None
-        noise = None if recorded is None else leak(agent, store, draws(recorded), updates)
-    method = job.train.label or job.method
-    return Probe(str(folder), method, store.info.id, bool(sampled), promised, obtained, outcome, noise)
-
-
-# ---- what is shown ---------------------------------------------------------------------------------------------
-
-
-def show(found: Sequence[Probe]) -> None:
-    """Print a table, one line a run."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Means over lanes; leaks in nats, in brackets a dealt label's")
-    for heading in ("dataset", "method", "promised", "obtained", "gap", "leak of reward, state", "leak of noise"):
-        table.add_column(heading, justify="left" if heading in ("dataset", "method") else "right")
-    for one in found:
-        table.add_row(*_row(one))
-    Console().print(table)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _row(one: Probe) -> list[str]:
-    gap = None
-    if one.promised and one.obtained:
-        gap = [abs(a - b) for a, b in zip(one.promised, one.obtained)]
-    returns = ["-" if x is None else f"{_mean(x):.3f}" for x in (one.promised, one.obtained, gap)]
-    leaks = ["-" if x is None else f"{_mean(x.gain):.3f} ({_mean(x.control):.3f})" for x in (one.outcome, one.noise)]
-    return [one.dataset, one.method + (" sampled" if one.sampled else ""), *returns, *leaks]
-
-
-def draw(found: Sequence[Probe]) -> Figure:
-    """A panel per dataset: every lane's obtained against its promised return, and the line of kept promises."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    from offrl.results.figures import STYLE, looks_of
-
-    kept = [one for one in found if one.promised and one.obtained]
-    if not kept:
-        raise OffrlError("none of these runs promises a return; there is nothing to plot.")
-    datasets = list(dict.fromkeys(one.dataset for one in kept))
-    looks = looks_of(sorted({one.method for one in kept}))
-    with matplotlib.rc_context(STYLE):
-        wide = max(2.9, 0.09 * max(map(len, datasets)))  # so that titles don't run into each other
-        figure = Figure(figsize=(wide * len(datasets), 2.7), layout="constrained")
-        for panel, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets):
-            here = [one for one in kept if one.dataset == dataset]
-            for one in here:
-                panel.scatter(one.promised, one.obtained, s=14, color=looks[one.method][0], label=one.method, alpha=0.8)
-            ends = [x for one in here for x in (*(one.promised or []), *(one.obtained or []))]
-            panel.plot([min(ends), max(ends)], [min(ends), max(ends)], color="#999999", linewidth=0.7, zorder=0)
-            panel.set_title(dataset)
-            panel.set_xlabel("promised return")
-            panel.spines[["top", "right"]].set_visible(False)
-        figure.axes[0].set_ylabel("obtained return")
-        figure.axes[0].legend(frameon=False)
-    return figure

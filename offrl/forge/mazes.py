@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from offrl.data.minari_write import Episode
 from offrl.envs.adapters import make_gymnasium
 from offrl.envs.mazes import Cell, free_cells, maze_map, steps_toward
-from offrl.forge.rollout import Episode
 
 # Gymnasium's name and time limit.
 MAZES = {"umaze": ("UMaze", 300), "medium": ("Medium", 600), "large": ("Large", 800)}

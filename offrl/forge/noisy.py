@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offrl.data.minari_write import Episode
 from offrl.envs import NOISY_IDS
 from offrl.envs.adapters import make_gymnasium
 from offrl.envs.noisy import NoiseLaw
-from offrl.forge.rollout import Episode
 
 ROBOTS = {robot.lower(): robot for robot in NOISY_IDS}
 LEVELS = ("random", "medium", "expert", "medium-expert", "medium-replay")

@@ -32,7 +32,7 @@ import torch
 
 from offrl.data.dataset import DatasetInfo, Store
 from offrl.data.minari import read_metadata, read_minari
-from offrl.data.minari_write import box, discrete, write_minari
+from offrl.data.minari_write import Episode, box, discrete, write_minari
 from offrl.data.mixtures import build_mixture
 from offrl.envs import TABULAR_IDS
 from offrl.forge import mazes as pointmaze
@@ -40,7 +40,6 @@ from offrl.forge import noisy
 from offrl.forge import tabular as stochastic
 from offrl.forge.rollout import (
     TIME_LIMIT,
-    Episode,
     Part,
     Robots,
     behavior_levels,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from offrl.data.minari_write import Episode
 from offrl.envs.adapters import make_gymnasium
 from offrl.envs.noisy import NoiseLaw, noise_generator
 from offrl.utils.paths import PACKAGE
@@ -25,39 +26,6 @@ from offrl.utils.paths import PACKAGE
 SLOTS = 32
 TIME_LIMIT = 1000
 Policy = Callable[[torch.Tensor, np.random.Generator], NDArray[np.float32]]
-
-
-@dataclass
-class Episode:
-    """One episode of `T` steps.
-
-    Attributes:
-        observations: `[T + 1, O]` float32, or a dict of such arrays; the last row follows the last action. Discrete
-            ones are `[T + 1]` int64.
-        actions: `[T, A]` float32, or `[T]` int64: what was commanded, whatever noise made of it.
-        rewards: `[T]` float32.
-        terminated: whether the episode truly ended; otherwise it stopped at the time limit or was cut.
-        seed: seed of the environment's reset; None where the episode is a copy.
-        noise: `[T, ...]` what the environment drew at each step; None where nobody recorded it.
-    """
-
-    observations: Any
-    actions: NDArray[Any]
-    rewards: NDArray[np.float32]
-    terminated: bool
-    seed: int | None = None
-    noise: NDArray[Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rewards)
-
-    def cut(self, steps: int) -> Episode:
-        """The first `steps` steps as an episode that was truncated."""
-        if steps >= len(self):
-            return self
-        noise = None if self.noise is None else self.noise[:steps]
-        arrays = self.observations[: steps + 1], self.actions[:steps], self.rewards[:steps]
-        return Episode(*arrays, terminated=False, seed=self.seed, noise=noise)
 
 
 @contextmanager

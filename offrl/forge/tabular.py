@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from offrl.data.minari_write import Episode
 from offrl.envs import TABULAR_IDS
 from offrl.envs import tabular_solver as exact
 from offrl.envs.tabular_env import TabularVectorEnv
 from offrl.envs.tabular_solver import Array, Tabular
 from offrl.envs.tabular_tasks import make_task
-from offrl.forge.rollout import Episode
 from offrl.utils.errors import OffrlError
 
 BANDITS = ("p0.1", "p0.2", "p0.3", "p0.4", "skewed")

@@ -1,3 +1,16 @@
-"""Rows of results, and what is made of them."""
+"""Rows of results: written by a run, read by everything else."""
 
-from offrl.results.rows import *  # noqa: F403
+from offrl.results.rows import EPISODE_COLUMNS, METRIC_COLUMNS, Progress, Run, progress, read, read_metrics, runs
+from offrl.results.writer import RunWriter
+
+__all__ = [
+    "EPISODE_COLUMNS",
+    "METRIC_COLUMNS",
+    "Progress",
+    "Run",
+    "RunWriter",
+    "progress",
+    "read",
+    "read_metrics",
+    "runs",
+]

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offrl.results import stats
+from offrl.results.cells import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from offrl.results.report import Cell, Curve
+    from offrl.results.cells import Cell, Curve
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; a second round changes the line style and the mark.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
@@ -199,11 +200,3 @@ def legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str], a
     rows = math.ceil(len(names) / columns)
     figure.set_size_inches(width, height + 0.17 * max(0, rows - 1))  # the panels keep their height
     figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
-
-
-def count(number: float) -> str:
-    """1000000 -> 1M, 20000 -> 20k, 500 -> 500."""
-    for unit, name in ((1_000_000, "M"), (1_000, "k")):
-        if number >= unit:
-            return f"{number / unit:.4g}{name}"
-    return f"{number:.0f}"

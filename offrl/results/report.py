@@ -6,209 +6,31 @@ The last checkpoint needs no online information to be chosen; the best one would
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
 
 from offrl import results
 from offrl.results import budget, figures, stats, tables
 from offrl.results import html as page
+from offrl.results.cells import FIGURES, FILES, METRICS, Aggregate, Cell, Comparison, Curve, Report, Tuning
+from offrl.results.labels import _method, label_lanes, scale_of
 from offrl.results.published import Published, lookup, lookup_tuned
 from offrl.results.stats import Array
-from offrl.training.schema import FREE
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
 
 if TYPE_CHECKING:
     import polars as pl
 
-METRICS = ("score", "return", "length")
-FIGURES = ("curves", "scores", "profiles")
-FILES = (
-    "report.html",
-    "report.md",
-    "report.tex",
-    "report.csv",
-    "episodes.parquet",
-    *(f"{name}.png" for name in FIGURES),
-)
-# Seeds below which a difference between methods is not called one.
-ENOUGH_SEEDS = 10
-
-
 # ---- what a report holds -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Scores against updates: mean over lanes, half width of its 95 % t interval (NaN for one lane), extremes; all `[T]`."""
-
-    steps: Array
-    mean: Array
-    half_width: Array
-    low: Array
-    high: Array
-
-
-@dataclass
-class Cell:
-    """A method on a dataset.
-
-    Attributes:
-        method: the label; `base` is the same without the settings that tell variants apart.
-        last, average: `[S]` score at the last evaluation and mean over the last `k` evaluations, one per lane.
-        best: `[S]` the best evaluation of each lane: chosen by online scores, so no final number.
-        online: episodes of a lane over all its evaluations, which that choice costs.
-        episodes, steps: fewest and most over lanes, at the last evaluation.
-        budget: updates the runs were meant to do, 0 when unknown. `short`: lanes that have not got there.
-        settled: the last k evaluations are at most half of all, so that they say something of the end of training.
-    """
-
-    method: str
-    base: str
-    dataset: str
-    family: str
-    scale: str
-    last: Array
-    average: Array
-    best: Array
-    online: int
-    k: int
-    seeds: list[int]
-    episodes: tuple[int, int]
-    steps: tuple[int, int]
-    budget: int
-    short: int
-    settled: bool
-    curve: Curve
-    published: list[Published]
-    bold: bool = False
-
-    @property
-    def normalized(self) -> bool:
-        return self.scale.endswith("score")
-
-    @property
-    def mean(self) -> float:
-        return stats.mean_std(self.last)[0]
-
-    @property
-    def std(self) -> float:
-        return stats.mean_std(self.last)[1]
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return stats.t_interval(self.last)
-
-    @property
-    def difference(self) -> tuple[float, float]:
-        """Ours minus the published mean, in points and in standard errors of the difference (NaN where unknown).
-
-        The error is ours and theirs together where they gave deviation and seeds, else ours alone.
-        """
-        if not self.published:
-            return math.nan, math.nan
-        theirs = self.published[0]
-        points = self.mean - theirs.mean
-        error = math.hypot(self.std / math.sqrt(len(self.last)), theirs.standard_error)
-        return points, points / error if error else math.nan
-
-    @property
-    def unstable(self) -> bool:
-        """The last evaluation is no typical one: more than two standard deviations from the mean of the last k."""
-        return self.settled and abs(self.mean - stats.mean_std(self.average)[0]) > 2 * self.std
-
-    @property
-    def marks(self) -> str:
-        return ("†" if self.short else "") + ("‡" if self.unstable else "")
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """A method over the datasets of a family; `interval` is NaN when a dataset has a single seed."""
-
-    family: str
-    method: str
-    datasets: list[str]
-    seeds: int
-    mean: float
-    iqm: float
-    interval: tuple[float, float]
-    gap: float  # optimality gap: by how much runs fall short of 100
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A method that was run with several settings: what choosing among them by online evaluations is worth.
-
-    Attributes:
-        where: a dataset, or a family: then each configuration was averaged over its datasets first.
-        configurations: how many; a score of one is the mean over its seeds.
-        best: k -> expected best of k configurations, and its deviation.
-        bandit: single episodes spent on the policies of a dataset by UCB; None for a family.
-        published: k -> what somebody published for a D4RL family, over a range of settings of their own.
-    """
-
-    where: str
-    method: str
-    configurations: int
-    best: dict[int, tuple[float, float]]
-    bandit: budget.BanditCurve | None
-    published: dict[int, Published]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Method `better` (the higher IQM) against `other`, on the datasets that all methods of the family have."""
-
-    family: str
-    better: str
-    other: str
-    datasets: int
-    seeds: int
-    probability: float
-    probability_interval: tuple[float, float]
-    difference: float
-    difference_interval: tuple[float, float]
-
-    @property
-    def verdict(self) -> str:
-        low, _ = self.difference_interval
-        if not low > 0:
-            return "no difference detected"
-        return "higher" if self.seeds >= ENOUGH_SEEDS else f"higher, but fewer than {ENOUGH_SEEDS} seeds"
-
-
-@dataclass
-class Report:
-    """What `report` found; `folder` holds the files named by `FILES`."""
-
-    folder: Path
-    cells: list[Cell]
-    aggregates: list[Aggregate]
-    comparisons: list[Comparison]
-    tunings: list[Tuning]
-    notes: list[str]
-
-    def show(self) -> None:
-        """Print the tables."""
-        from rich.console import Console
-
-        console = Console()
-        for table in tables.all_tables(self):
-            console.print(tables.layout(table), soft_wrap=True)
-        for line in [*tables.legend(self), *self.notes]:
-            console.print(line, style="dim", markup=False, highlight=False)
-        console.print(f"Written to {self.folder}: {', '.join(FILES)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def report(
@@ -248,8 +70,18 @@ def report(
     except OSError as error:
         raise OffrlError(f"{out} could not be written ({error.strerror or error}): choose another --out.") from error
     if show:
-        made.show()
+        show_tables(made)
     return made
+
+
+def show_tables(made: Report) -> None:
+    """Print the tables."""
+    console = Console()
+    for table in tables.all_tables(made):
+        console.print(tables.layout(table), soft_wrap=True)
+    for line in [*tables.legend(made), *made.notes]:
+        console.print(line, style="dim", markup=False, highlight=False)
+    console.print(f"Written to {made.folder}: {', '.join(FILES)}", markup=False, highlight=False, soft_wrap=True)
 
 
 # ---- rows to cells -------------------------------------------------------------------------------------------
@@ -282,13 +114,6 @@ def _prepare(rows: pl.DataFrame, runs: list[results.Run], metric: str) -> tuple[
             f"Left out, same settings and seed as another run that got at least as far: {_enumerate(repeated)}."
         )
     return rows, notes
-
-
-def scale_of(dataset: str) -> str:
-    """Whose reference returns: scores of different collections are not comparable."""
-    if dataset.startswith("forge/"):
-        return "forge-normalised score"
-    return "Minari-normalised score" if "/" in dataset else "D4RL-normalised score"
 
 
 def _without_repeated_seeds(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
@@ -398,85 +223,6 @@ def _enumerate(names: Sequence[str], most: int = 5) -> str:
 
 
 # ---- methods and settings -----------------------------------------------------------------------------
-
-# Parts of a configuration that do not change what is learned, or that a cell averages over.
-NOT_SETTINGS = FREE - {"updates"} | {"method", "_target_", "cache"}
-
-
-def _method(run: results.Run) -> str | None:
-    """The agent's name, with sampler and augmentation where there are some: what a published number has to match."""
-    return run.manifest.get("method")
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in NOT_SETTINGS:
-            continue
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
-    """Whether a setting is a list with one coefficient per lane (and not, say, the sizes of layers)."""
-    if not isinstance(value, list) or len(value) != lanes or re.search("hidden|dims|sizes|layers|betas|shares", key):
-        return False
-    return key.startswith(("agent.", "sampler.", "augment.")) and all(isinstance(v, int | float) for v in value)
-
-
-def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
-    """`folder`, `lane`, `base`, `label`: the method, and with the settings in which its runs on a dataset differ."""
-    import polars as pl
-
-    by_folder = {str(run.folder): run for run in runs}
-    lanes = rows.group_by("folder", "lane", "dataset", "method").agg(pl.col("policy_mode").unique().sort())
-    lanes = lanes.sort("folder", "lane")
-    counts = dict(lanes.group_by("folder").len().iter_rows())
-    flat = {folder: _flatten(by_folder[folder].config) for folder in counts}
-    entries = []
-    for folder, lane, dataset, method, modes in lanes.iter_rows():
-        settings = flat[folder] | {
-            key: value[lane] for key, value in flat[folder].items() if _varies_by_lane(key, value, counts[folder])
-        }
-        if modes != ["deterministic"]:
-            settings["policy"] = "+".join(modes)
-        base = by_folder[folder].config.get("label") or _method(by_folder[folder]) or method
-        entries.append((folder, lane, dataset, str(base), settings))
-
-    # The same setting may well depend on the dataset (a table per family): only a choice on one dataset is a variant.
-    values: dict[tuple[str, str, str], set[str]] = {}
-    keys: dict[str, set[str]] = {}
-    for _, _, _, method, settings in entries:
-        keys.setdefault(method, set()).update(settings)
-    for _, _, dataset, method, settings in entries:
-        for key in keys[method]:
-            values.setdefault((method, dataset, key), set()).add(repr(settings.get(key)))
-    differing: dict[str, list[str]] = {method: [] for method in keys}
-    for method, _, key in sorted(k for k, v in values.items() if len(v) > 1):
-        if key not in differing[method] and key not in ("agent", "sampler", "augment"):
-            differing[method].append(key)
-    labels = [_label(method, settings, differing[method]) for _, _, _, method, settings in entries]
-    columns = {"folder": pl.String, "lane": pl.Int64, "base": pl.String, "label": pl.String}
-    found = [(folder, lane, base, label) for (folder, lane, _, base, _), label in zip(entries, labels)]
-    return pl.DataFrame(found, schema=columns, orient="row")
-
-
-def _label(method: str, settings: Mapping[str, Any], differing: Sequence[str]) -> str:
-    if not differing:
-        return method
-    short = [key.rpartition(".")[2] for key in differing]
-    names = [name if short.count(name) == 1 else key for name, key in zip(short, differing)]
-    shown = [f"{name}={_setting(settings, key)}" for name, key in zip(names, differing)]
-    return f"{method} ({', '.join(shown)})"
-
-
-def _setting(settings: Mapping[str, Any], key: str) -> str:
-    value = settings.get(key, "default")  # a configuration names what differs from the method's own defaults
-    return value if isinstance(value, str) else json.dumps(value)
-
 
 # ---- several datasets ----------------------------------------------------------------------------------------
 
@@ -693,29 +439,3 @@ def _record(cell: Cell) -> dict[str, Any]:
 
 
 # ---- command -------------------------------------------------------------------------------------------------
-
-
-def add_parser(subparsers: Any) -> None:
-    """Add `offrl report`; the parsed arguments carry `run`, which returns the exit status."""
-    parser = subparsers.add_parser(
-        "report",
-        help="tables, statistics and curves of runs",
-        description="Print tables of all runs in or below the given folders; write HTML, Markdown, LaTeX, CSV, Parquet, PNG.",
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of runs, or folders above them")
-    parser.add_argument(
-        "--out", type=Path, help="where to write (default: `report` in the folder, or here for several)"
-    )
-    parser.add_argument(
-        "--last-k", type=int, default=10, metavar="K", help="evaluations that the second score averages"
-    )
-    parser.add_argument("--metric", choices=METRICS, default="score", help="what to report (default: %(default)s)")
-    parser.set_defaults(run=_command)
-
-
-def _command(arguments: argparse.Namespace) -> int:
-    out = arguments.out
-    if out is None:
-        out = arguments.runs[0] / "report" if len(arguments.runs) == 1 else Path("report")
-    report(arguments.runs, out, arguments.last_k, arguments.metric)
-    return 0

@@ -7,13 +7,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offrl.results import budget, figures, stats
+from offrl.results import budget, stats
+from offrl.results.cells import count
 from offrl.results.published import Published
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from offrl.results.report import Cell, Report
+    from offrl.results.cells import Cell, Report
 
 
 def _number(value: float, digits: int = 1) -> str:
@@ -30,7 +31,7 @@ def _interval(interval: tuple[float, float], digits: int = 1) -> str:
 
 
 def _between(bounds: tuple[int, int]) -> str:
-    low, high = (figures.count(bound) for bound in bounds)
+    low, high = (count(bound) for bound in bounds)
     return low if low == high else f"{low}–{high}"
 
 
@@ -96,7 +97,7 @@ def _score_table(report: Report, footnotes: Sequence[str]) -> Table:
         row.append(_with_note(cell.published[0], footnotes) if cell.published else "")
         row.append(_difference(cell))
         row.append(f"{len(cell.seeds)} × {_between(cell.episodes)}")
-        row.append(_between(cell.steps) + (f" of {figures.count(cell.budget)}" if cell.short else ""))
+        row.append(_between(cell.steps) + (f" of {count(cell.budget)}" if cell.short else ""))
         rows.append(row)
         bold.append({2} if cell.bold else set())
     scales = ", ".join(sorted({cell.scale for cell in report.cells}))

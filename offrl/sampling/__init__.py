@@ -1,3 +1,53 @@
-"""Samplers: which rows a batch is made of."""
+"""Samplers, which choose the rows of a batch, and the loader that gathers them."""
 
-from offrl.sampling.samplers import *  # noqa: F403
+from offrl.sampling.batches import Replay
+from offrl.sampling.samplers import (
+    AdvantageWeighted,
+    AdvantageWeightedConfig,
+    EpisodeWeighted,
+    Mixture,
+    MixtureConfig,
+    NoSettings,
+    ReturnWeighted,
+    ReturnWeightedConfig,
+    RowWeighted,
+    Sampler,
+    TopPercent,
+    TopPercentConfig,
+    Uniform,
+    alias_table,
+    as_list,
+    check_above_zero,
+    further_datasets,
+    make_sampler,
+    per_lane,
+    sampler_config,
+    shared_out,
+    warn,
+)
+
+__all__ = [
+    "AdvantageWeighted",
+    "AdvantageWeightedConfig",
+    "EpisodeWeighted",
+    "Mixture",
+    "MixtureConfig",
+    "NoSettings",
+    "Replay",
+    "ReturnWeighted",
+    "ReturnWeightedConfig",
+    "RowWeighted",
+    "Sampler",
+    "TopPercent",
+    "TopPercentConfig",
+    "Uniform",
+    "alias_table",
+    "as_list",
+    "check_above_zero",
+    "further_datasets",
+    "make_sampler",
+    "per_lane",
+    "sampler_config",
+    "shared_out",
+    "warn",
+]

@@ -69,12 +69,6 @@ def top(scores: Tensor, percent: float) -> Tensor:
 # ---- facts -----------------------------------------------------------------------------------------------------------
 
 
-def positive_sided_variance(returns: Tensor) -> float:
-    """Upper semivariance about the mean, mean(max(G - mean(G), 0)^2)."""
-    returns = returns.double()
-    return float((returns - returns.mean()).clamp(min=0).square().mean())
-
-
 def effective_rows(weights: Tensor, lengths: Tensor) -> Tensor:
     """1 / sum of p^2 over transitions: how many equally likely ones would be as varied; `[...]` for weights `[..., E]`."""
     mass = weights.double() * lengths

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
-from offrl.results import FAILURE, LOG, progress
+from offrl.results.rows import FAILURE, LOG, progress
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
 
@@ -48,7 +48,8 @@ def run_job(values: Mapping[str, Any], note: Path) -> int:
     Returns the exit status: 0, 130 when it was stopped and saved, 1 when it failed. Nothing is raised, lest a launcher
     gives up the other jobs.
     """
-    from offrl.training.trainer import done_before, finished, plan, summary
+    from offrl.training.run_config import plan
+    from offrl.training.runs import done_before, finished, summary
 
     folder = None
     try:
@@ -99,13 +100,13 @@ def _train_in_child(values: Mapping[str, Any], log: Path, started: Callable[[int
 
 def _child() -> int:
     """What the training process does: the configuration comes by the standard input."""
-    from offrl.cli import main as cli
+    from offrl.training.runs import print_result
     from offrl.training.trainer import train
 
     if sys.platform == "linux":  # whoever started this was killed: save and stop
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
-        return cli.show(train(json.load(sys.stdin)))
+        return print_result(train(json.load(sys.stdin)))
     except OffrlError as error:
         print(f"offrl: error: {error}", file=sys.stderr)
         return 2

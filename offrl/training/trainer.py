@@ -2,178 +2,43 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import gc
-import hashlib
-import json
-import re
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from operator import attrgetter
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from offrl import results
-from offrl.agents.base import Agent, Spec
-from offrl.augment.base import Synthetic, augmentation_config, check_agent, make_augmentation
-from offrl.cli.dataset_info import return_spread
-from offrl.data.dataset import DatasetInfo, Store, concatenate
-from offrl.datasets import load
+from offrl.agents.base import Spec
+from offrl.augment.base import Synthetic, check_agent, make_augmentation
+from offrl.data.dataset import Store, concatenate
+from offrl.data.statistics import return_spread
 from offrl.evaluation.evaluator import Episodes, Evaluator
-from offrl.sampling import Replay, further_datasets, make_sampler, sampler_config
-from offrl.training import schema as config
+from offrl.sampling import Replay, further_datasets, make_sampler
 from offrl.training.engine import make_engine
-from offrl.training.schema import FREE, DataConfig, TrainConfig
+from offrl.training.run_config import Plan, plan
+from offrl.training.runs import (
+    Result,
+    _check_same,
+    _spec_to,
+    done_before,
+    finished,
+    make_agent,
+    read_config,
+    read_data,
+    reward_transform,
+    transform_rewards,
+)
 from offrl.training.trackers import make_tracker
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
-from offrl.utils.paths import replacing
+from offrl.utils.paths import write_json
+from offrl.utils.process import _locked, _no_collector, _Nothing, _stopping, pick_device, tune_process
 from offrl.utils.progress import Bar
-
-
-@dataclass
-class Result:
-    """What a finished run says.
-
-    Attributes:
-        folder: the run's folder.
-        step: updates made.
-        returns: `[lanes]` mean return of the last evaluation's episodes; empty when nothing was evaluated.
-        scores: `[lanes]` the same as normalised scores; None without references.
-        status: `finished`, `interrupted` (saved, can be resumed) or `already finished`.
-    """
-
-    folder: Path
-    step: int
-    returns: list[float]
-    scores: list[float] | None
-    status: str
-
-
-@dataclass
-class Plan:
-    """A checked configuration: what to run, before any data is loaded."""
-
-    train: TrainConfig
-    agent: dict[str, Any]  # `_target_` and the settings that differ from the dataclass
-    sampler: dict[str, Any]
-    augment: dict[str, Any] = field(default_factory=dict)  # empty: no augmentation
-
-    @property
-    def agent_name(self) -> str:
-        return self.agent["_target_"].split(".")[-2]
-
-    @property
-    def method(self) -> str:
-        """The agent's name, the sampler's where it is not the uniform one, the augmentation's: `td3_bc+AW+PGD`."""
-        lanes = len(self.train.lane_seeds())
-        cls, cfg = sampler_config(self.sampler, lanes)
-        augmentation = augmentation_config(self.augment, lanes)[0].name if self.augment else ""
-        return "+".join(filter(None, (self.agent_name, cls.label(cfg), augmentation)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as it is kept with the run; `plan` reads it back."""
-        train = asdict(self.train)
-        augment = {"augment": self.augment} if self.augment else {}
-        method = self.train.label or self.method
-        return {"method": method, "agent": self.agent, "sampler": self.sampler, **augment, **train}
-
-    def identity(self) -> str:
-        """8 hex digits of everything that changes the training's numbers, seeds apart."""
-        what = {k: v for k, v in self.to_dict().items() if k not in FREE | {"method"}}
-        return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=4).hexdigest()
-
-    def folder(self) -> Path:
-        if self.train.name:
-            return Path(self.train.out) / self.train.name
-        seeds = self.train.lane_seeds()
-        run = seeds == list(range(seeds[0], seeds[0] + len(seeds))) and len(seeds) > 1
-        text = f"{seeds[0]}-{seeds[-1]}" if run else "_".join(map(str, seeds))
-        if len(text) > 40:
-            text = f"{text[:30]}...{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
-        dataset = re.sub(r"[^\w.-]+", "_", self.train.dataset).strip("._")
-        method = re.sub(r"[^\w.+-]+", "", self.method)
-        return Path(self.train.out) / method / dataset / f"seed{text}-{self.identity()}"
-
-
-def plan(values: Mapping[str, Any]) -> Plan:
-    """Check a composed configuration.
-
-    The settings that a method's table has for the dataset are filled in where nothing was given.
-
-    Raises:
-        OffrlError: an unknown key or a wrong value.
-    """
-    values = {k: v for k, v in values.items() if k not in ("method", "hydra")}
-    tables = ("agent", "sampler", "augment", "data", "sizes")
-    agent, sampler, augment, given_data, sizes = (_table(values, name) for name in tables)
-    if "_target_" not in agent:
-        raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
-    chosen = config.chosen_settings(agent.pop("settings", None), str(values.get("dataset", "")))
-    for key, value in chosen.items():
-        if key.startswith("data."):
-            given_data.setdefault(key.removeprefix("data."), value)
-        elif key in config.TABLED:
-            values.setdefault(key, value)
-        else:
-            agent.setdefault(key, value)
-    groups = ("agent", "sampler", "augment", "preset", "experiment")
-    train = config.build(TrainConfig, {**values, "data": given_data}, others=groups)
-    if not train.dataset:
-        raise OffrlError("dataset is empty; name one with dataset=ID, `offrl data list` shows the known ones.")
-    _check_ranges(train)
-    if train.seeds and len(train.seeds) != train.lanes:
-        if train.lanes != 1:
-            raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
-        train.lanes = len(train.seeds)
-    cls, _ = agent_config(agent)  # a typing error should not wait for the data
-    _take_sizes(agent, cls.Config, sizes)
-    sampler.setdefault("_target_", "offrl.sampling.Uniform")
-    sampler_config(sampler, len(train.lane_seeds()))
-    if augment and "_target_" not in augment:
-        raise OffrlError(
-            f"augment.{next(iter(augment))}: there is no augmentation to set; choose one with augment=NAME."
-        )
-    if augment:
-        augmentation, _ = augmentation_config(augment, len(train.lane_seeds()))
-        _take_sizes(augment, augmentation.Config, sizes)
-    return Plan(train, agent, sampler, augment)
-
-
-def _take_sizes(settings: dict[str, Any], cls: type[Any], sizes: Mapping[str, Any]) -> None:
-    """A preset's sizes, where a method has them and nothing else was given."""
-    for f in fields(cls):
-        if f.name in sizes:
-            settings.setdefault(f.name, sizes[f.name])
-
-
-def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """The settings under a name, taken out of `values`."""
-    settings = values.pop(name, None)
-    if not isinstance(settings, Mapping | None):
-        raise OffrlError(f"{name}={settings} should be a table of settings, not a single value.")
-    return dict(settings or {})
-
-
-def _check_ranges(train: TrainConfig) -> None:
-    positive = ("updates", "batch_size", "lanes", "updates_per_launch", "log_every", "checkpoint_every", "threads")
-    least = dict.fromkeys(positive, 1) | {"eval.workers": 1, "eval.slots": 1}
-    least |= dict.fromkeys(("eval.every", "eval.episodes", "eval.final_episodes", "eval.seed"), 0)
-    for key, smallest in least.items():
-        value = attrgetter(key)(train)
-        if value is not None and value < smallest:
-            raise OffrlError(f"{key}={value} should be at least {smallest}.")
-    if any(not -(2**63) <= seed < 2**63 for seed in train.lane_seeds()):
-        raise OffrlError("a seed should be a number of at most 63 bits.")
+from offrl.utils.provenance import environment
+from offrl.utils.settings import FREE
 
 
 def train(values: Mapping[str, Any]) -> Result:
@@ -209,142 +74,6 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
     with _locked(folder):
         _check_same(job, folder)
         return finished(folder, job.train.updates) or Trainer(job, folder).run()
-
-
-def read_config(folder: Path, option: str = "") -> dict[str, Any]:
-    """The configuration of the run in a folder, which was named by `option`."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise OffrlError(f"{option}{folder}: there is no config.json; name the folder of a run.")
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise OffrlError(f"{path} is damaged ({error}); repeat the command that started the run.") from error
-
-
-def _check_same(job: Plan, folder: Path) -> None:
-    """Refuse to continue a run, or to take it for done, under settings that make other numbers than it has."""
-    path = folder / checkpoint.NAME
-    if not path.exists():
-        return
-    kept = checkpoint.facts(path)
-    now = json.loads(json.dumps(job.to_dict()))
-    pairs = {key: (kept["config"].get(key), now.get(key)) for key in now.keys() - FREE - {"method"} | {"augment"}}
-    pairs["seeds"] = (list(kept["spec"]["seeds"]), job.train.lane_seeds())
-    for key, (before, after) in sorted(pairs.items()):
-        if before != after:
-            raise OffrlError(
-                f"{folder}: the run was made with other settings ({key} {before}, now {after}); choose another name=, or "
-                "start over with fresh=true."
-            )
-
-
-def done_before(job: Plan) -> Result | None:
-    """The result of a run that has nothing left to do; None otherwise, or when it is to start over.
-
-    Raises:
-        OffrlError: a run of other settings stands in the job's folder.
-    """
-    if job.train.fresh:
-        return None
-    _check_same(job, job.folder())
-    return finished(job.folder(), job.train.updates)
-
-
-def finished(folder: Path, updates: int) -> Result | None:
-    """The result of a run that has made its updates; None otherwise."""
-    try:
-        kept = json.loads((folder / "result.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    if kept["step"] < updates:
-        return None
-    return Result(folder, kept["step"], kept["returns"], kept["scores"], "already finished")
-
-
-def summary(result: Result) -> str:
-    """A run's result in a line."""
-    if result.status == "interrupted":
-        return f"stopped at update {result.step}; go on with: offrl train resume={result.folder}"
-    scores = result.scores if result.scores is not None else result.returns
-    name = "normalised score" if result.scores is not None else "return"
-    text = "not evaluated"
-    if scores:
-        spread = f" +- {np.std(scores, ddof=1):.1f} (std over {len(scores)} lanes)" if len(scores) > 1 else ""
-        text = f"{name} {np.mean(scores):.1f}{spread}"
-    return f"{result.status}: {text} after {result.step} updates; {result.folder}"
-
-
-def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
-    """The agent of a run, as its last checkpoint has it; `agent.select_action(obs)` acts on raw observations.
-
-    Args:
-        folder: of the run, or a checkpoint's file.
-    """
-    path = Path(folder)
-    path = path if path.is_file() else path / checkpoint.NAME
-    tensors, facts = checkpoint.load(path)
-    agent = make_agent(facts["config"]["agent"], _spec_from(facts["spec"], device))
-    checkpoint.restore(agent, tensors, path)
-    agent.random.step.fill_(facts["step"])
-    return agent.eval()
-
-
-def agent_config(settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The class that `_target_` names and its configuration with the given settings, both checked."""
-    return config.from_target(settings, Agent, "agent")
-
-
-def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
-    """An agent from its `_target_` and the settings that differ from its dataclass."""
-    cls, cfg = agent_config(settings)
-    try:
-        agent: Agent = cls(spec, cfg)
-    except ValueError as error:
-        raise OffrlError(f"agent.{error}") from error
-    return agent
-
-
-def load_data(job: TrainConfig, device: torch.device | str) -> Store:
-    """The Store to train on, with its rewards transformed as the configuration says."""
-    return transform_rewards(read_data(job, device), job.data)
-
-
-def read_data(job: TrainConfig, device: torch.device | str) -> Store:
-    """The Store as it was recorded."""
-    from offrl.forge import registry as forge
-
-    options = job.data
-    name: str | Path = job.dataset
-    if job.dataset.startswith("forge/"):
-        name = forge.ensure(job.dataset, size=options.size, seed=options.seed, progress=job.progress)
-    return load(
-        name,
-        device=device,
-        semantics=options.semantics,
-        cache=options.cache,
-        clip_actions=options.clip_actions,
-        action_bound=options.action_bound,
-        unfinished=options.unfinished,
-        goals=options.goals,
-    )
-
-
-def transform_rewards(store: Store, options: DataConfig) -> Store:
-    """r <- scale r + shift, as the configuration says."""
-    scale, shift = reward_transform(store, options)
-    return store if (scale, shift) == (1.0, 0.0) else store.with_rewards(scale, shift)
-
-
-def reward_transform(store: Store, options: DataConfig) -> tuple[float, float]:
-    """Scale and shift of a dataset's rewards."""
-    scale = options.reward_scale
-    if options.reward_normalize:
-        spread = float(store.returns.max() - store.returns.min())
-        if spread <= 0:
-            raise OffrlError("data.reward_normalize=true needs episodes of different return; set it to false.")
-        scale *= 1000.0 / spread
-    return scale, options.reward_shift
 
 
 class Trainer:
@@ -561,7 +290,7 @@ class Trainer:
             "dataset_info": asdict(self.store.info),
             "transitions": len(self.store),
             "episodes": self.store.episodes,
-            "environment": results.environment(),
+            "environment": environment(),
             "device": str(self.device),
             "parameters_per_lane": sum(p.numel() for p in self.agent.parameters() if p.requires_grad)
             // len(self.seeds),
@@ -600,121 +329,4 @@ class Trainer:
 # ---- process -------------------------------------------------------------------------------------------------
 
 
-def tune_process(threads: int) -> None:
-    """Threads, and an allocator that keeps what it freed.
-
-    Networks of these sizes free and claim the same half megabytes thousands of times a second; glibc by default gives
-    them back to the kernel each time, and the page faults cost several percent of an update.
-    """
-    torch.set_num_threads(threads)
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        except (OSError, AttributeError):
-            return  # another C library: nothing to tune
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Keep the cycle collector from walking millions of objects that stay; it still sees what is made from here on."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
-def _stopping(request: Callable[[], None]) -> Iterator[None]:
-    """On SIGINT or SIGTERM ask for a stop after the current burst; a second SIGINT ends at once."""
-
-    def handle(number: int, frame: Any) -> None:
-        request()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs it decides when to stop
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process a run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 - held until the run ends
-    except OSError as error:
-        raise OffrlError(
-            f"{folder} can't be written ({error.strerror}); choose another folder with out=DIR."
-        ) from error
-    with file:
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # `offrl status` may be looking
-                time.sleep(0.2)
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OffrlError(f"{folder}: another process is training this run; wait for it or choose name=.") from error
-        yield
-
-
-class _Nothing:
-    """Stands where an Evaluator would when nothing is evaluated."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
 # ---- small things --------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, value: Any) -> None:
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    except OSError as error:
-        raise OffrlError(f"{path} can't be written ({error.strerror}); choose another folder with out=DIR.") from error
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `device=` names; `auto` is a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OffrlError(f"device={name} is unknown; choose auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OffrlError(f"device={name}: this PyTorch sees no GPU; use device=cpu.")
-    return device
-
-
-def _spec_to(spec: Spec) -> dict[str, Any]:
-    """The Spec as JSON; the statistics travel as tensors of the agent."""
-    kept = ("obs_dim", "action_dim", "seeds", "action_low", "action_high", "discrete")
-    return {name: getattr(spec, name) for name in kept}
-
-
-def _spec_from(values: Mapping[str, Any], device: str) -> Spec:
-    zeros: Tensor = torch.zeros(values["obs_dim"])
-    return Spec(**{**values, "seeds": tuple(values["seeds"])}, obs_mean=zeros, obs_std=zeros + 1, device=device)
-
-
-def dataset_info(folder: Path | str) -> DatasetInfo:
-    """The dataset of a run or checkpoint, as it was when the run was made."""
-    path = Path(folder)
-    return DatasetInfo(**checkpoint.facts(path if path.is_file() else path / checkpoint.NAME)["info"])

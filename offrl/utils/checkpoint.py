@@ -15,9 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from offrl.agents.base import Agent
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
 
@@ -26,7 +25,7 @@ _KEY = "offrl"
 _SAMPLER = "sampler/"
 
 
-def save(path: Path, agent: Agent, facts: dict[str, Any], sampler: Mapping[str, Tensor] | None = None) -> None:
+def save(path: Path, agent: nn.Module, facts: dict[str, Any], sampler: Mapping[str, Tensor] | None = None) -> None:
     """Write a checkpoint beside `path` and rename it over the old one.
 
     Args:
@@ -86,7 +85,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise OffrlError(f"{path}: this is no offrl checkpoint, or it is damaged ({error}); remove it.") from error
 
 
-def restore(agent: Agent, tensors: dict[str, Tensor], path: Path) -> None:
+def restore(agent: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy a checkpoint's tensors into an agent made from the same configuration."""
     mine, tensors = agent.state_dict(), {k: v for k, v in tensors.items() if not k.startswith(_SAMPLER)}
     odd = sorted(set(mine) ^ set(tensors)) or sorted(k for k in mine if mine[k].shape != tensors[k].shape)

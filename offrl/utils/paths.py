@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from offrl.utils.errors import OffrlError
 
@@ -65,3 +67,11 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def write_json(path: Path, value: Any) -> None:
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    except OSError as error:
+        raise OffrlError(f"{path} can't be written ({error.strerror}); choose another folder with out=DIR.") from error

@@ -19,7 +19,8 @@ from offrl.data.dataset import DatasetInfo, Store
 from offrl.datasets import load as load_dataset
 from offrl.envs.adapters import make_env
 from offrl.forge import registry as forge
-from offrl.training.trainer import load_agent, train
+from offrl.training.runs import load_agent
+from offrl.training.trainer import train
 from offrl.utils.errors import OffrlError
 
 pytest.importorskip("mujoco")

@@ -20,7 +20,9 @@ from offrl.data.dataset import DatasetInfo, Store
 from offrl.nets.neighbors import brute_force
 from offrl.sampling import Replay, Uniform
 from offrl.training.engine import CudaGraph, Eager
-from offrl.training.trainer import Result, load_agent, make_agent, plan, resume, train
+from offrl.training.run_config import plan
+from offrl.training.runs import Result, load_agent, make_agent
+from offrl.training.trainer import resume, train
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom

@@ -13,7 +13,7 @@ from offrl.agents.base import Spec
 from offrl.augment.base import make_augmentation
 from offrl.augment.world_model import Ensemble, EnsembleConfig, EnsembleFit, termination
 from offrl.data.dataset import DatasetInfo, Store
-from offrl.training.trainer import make_agent
+from offrl.training.runs import make_agent
 from offrl.utils.errors import OffrlError
 
 WORLD = "offrl.augment.world_model.WorldModel"

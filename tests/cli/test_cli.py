@@ -12,8 +12,8 @@ from test_train import options, same_tensors, start, step_of, tensors, words, wo
 
 import offrl
 from offrl.cli import main as cli
+from offrl.training.run_config import plan
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
-from offrl.training.trainer import plan
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
 

@@ -11,6 +11,7 @@ import pytest
 from test_cli import main
 from test_train import options, world  # noqa: F401 - a fixture
 
+from offrl.cli.select import FILES
 from offrl.evaluation import selection as select
 from offrl.evaluation.fqe import FQEConfig
 from offrl.results import read
@@ -59,7 +60,7 @@ def test_runs_are_ranked_on_their_data(world: Path) -> None:  # noqa: F811
         assert p.score == pytest.approx(mine["normalized"].mean())
         assert -8 < p.value < 0  # four rewards between -1.5 and 0 each
     assert made.scale == "D4RL-normalised score"
-    assert {path.name for path in Path("out").iterdir()} == set(select.FILES)
+    assert {path.name for path in Path("out").iterdir()} == set(FILES)
     with open("out/select.csv") as file:
         lines = list(csv.DictReader(file))
     assert [float(line["value"]) for line in lines] == [p.value for p in made.policies]

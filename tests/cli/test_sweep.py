@@ -18,7 +18,8 @@ from test_train import options, same_tensors, start, step_of, wait_for, words
 
 import offrl.training.trainer
 from offrl.training import sweep
-from offrl.training.trainer import finished, plan
+from offrl.training.run_config import plan
+from offrl.training.runs import finished
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +117,7 @@ def test_status_tells_the_states_apart(capsys: pytest.CaptureFixture[str]) -> No
     Path("runs/bc/gone/e").mkdir(parents=True)
     Path("runs/bc/gone/e/failed.json").write_text('{"message": "no such dataset"}')
     make_run(Path("runs/bc/toy/f"), 40)
-    with offrl.training.trainer._locked(Path("runs/bc/toy/f")):
+    with offrl.utils.process._locked(Path("runs/bc/toy/f")):
         assert main("status", "runs", "--json") == 0
     shown = {Path(s["folder"]).name: s for s in map(json.loads, capsys.readouterr().out.splitlines())}
     states = {name: s["state"] for name, s in shown.items()}

@@ -21,7 +21,8 @@ from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import Store
 from offrl.sampling import Replay, Uniform
 from offrl.training.engine import CudaGraph, Eager, make_engine
-from offrl.training.trainer import load_agent, make_agent, train
+from offrl.training.runs import load_agent, make_agent
+from offrl.training.trainer import train
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.cli.data import write_hdf5
 from offrl.data import ReadOptions, Store, from_arrays
 from offrl.data.arrays import read_npz, to_arrays, write_npz
 from offrl.data.d4rl import read_d4rl
 from offrl.data.dataset import DatasetInfo
+from offrl.data.writers import write_hdf5
 from offrl.datasets import load
 from offrl.utils.errors import OffrlError
 

@@ -11,7 +11,7 @@ import torch
 
 from offrl.cli.dataset_info import describe, episode_ends, plot, print_info
 from offrl.data import DatasetInfo, Store, from_arrays
-from offrl.sampling.weights import positive_sided_variance
+from offrl.data.statistics import positive_sided_variance
 
 
 def store(**info: object) -> Store:

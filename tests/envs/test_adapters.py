@@ -13,9 +13,8 @@ import pytest
 
 pytest.importorskip("mujoco")
 
-from offrl.data.catalogue import d4rl
+from offrl.data.catalogue import d4rl, flat_keys
 from offrl.data.dataset import DatasetInfo
-from offrl.data.flatten import flat_keys
 from offrl.data.minari import read_minari
 from offrl.envs import make_env, make_gymnasium
 from offrl.envs.adapters import D4RLKitchen, Maze2D

@@ -16,8 +16,10 @@ import pytest
 import scipy.stats
 
 from offrl import results
+from offrl.cli.report import add_parser
 from offrl.results import figures
 from offrl.results import report as reporting
+from offrl.results.cells import FILES
 from offrl.results.published import lookup
 from offrl.utils.errors import OffrlError
 
@@ -354,7 +356,7 @@ def test_all_files_are_written_and_pictures_are_pictures(tmp_path):
     for i in range(9):  # more methods than colours, more datasets than columns
         make_run(tmp_path / "runs" / f"{i}", f"m{i}", f"set{i % 5}-v0", seeds=(0,) if i == 3 else (0, 1, 2))
     make(tmp_path)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(reporting.FILES)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
     for name in ("curves.png", "scores.png"):
         data = (tmp_path / "out" / name).read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -374,7 +376,7 @@ def test_report_inside_the_sweep_does_not_count_itself(tmp_path):
 
 def command(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    reporting.add_parser(parser.add_subparsers())
+    add_parser(parser.add_subparsers())
     arguments = parser.parse_args(["report", *words])
     return arguments.run(arguments)
 

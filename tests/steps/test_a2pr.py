@@ -21,9 +21,9 @@ from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.data.dataset import Store
 from offrl.sampling import Replay, Uniform
 from offrl.training.engine import Eager
-from offrl.training.schema import build, chosen_settings
 from offrl.utils.paths import conf_dir
 from offrl.utils.random import LaneRandom
+from offrl.utils.settings import build, chosen_settings
 
 SMALL: dict[str, Any] = {"hidden": (24, 16), "vae_hidden": (20, 18)}
 

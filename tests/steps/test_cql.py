@@ -18,7 +18,7 @@ from offrl.agents.cql import CQL, CQLConfig
 from offrl.nets import TanhGaussian
 from offrl.sampling import Replay, Uniform
 from offrl.training.engine import Eager
-from offrl.training.trainer import make_agent
+from offrl.training.runs import make_agent
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 

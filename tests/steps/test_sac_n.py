@@ -16,7 +16,7 @@ from offrl.agents.base import Spec
 from offrl.agents.sac_n import SACN, SACNConfig
 from offrl.sampling import Replay, Uniform
 from offrl.training.engine import Eager
-from offrl.training.trainer import make_agent
+from offrl.training.runs import make_agent
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 

@@ -1,0 +1,42 @@
+"""Ensembles of Q functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offrl.nets.mlp import MLP
+
+
+class Critics(nn.Module):
+    """An ensemble Q_1 ... Q_n(s, a); `options` are those of `MLP`."""
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        members: int = 2,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.mlp = MLP(seeds, [obs_dim + action_dim, *hidden, 1], members, name="critics", **options)
+
+    def forward(self, obs: Tensor, action: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
+        """`[lanes, members, batch]`, or `[lanes, batch]` of one member; `frozen` as in `MLP`."""
+        return self.mlp(torch.cat([obs, action], -1), member, frozen).squeeze(-1)
+
+    def of_many(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """`[lanes, members, batch, n]`: n actions `[lanes, batch, n, A]` judged in each state `[lanes, batch, obs]`."""
+        lanes, batch, n, _ = actions.shape
+        obs = obs.unsqueeze(2).expand(lanes, batch, n, -1)
+        return self(obs.flatten(1, 2), actions.flatten(1, 2)).unflatten(-1, (batch, n))
+
+    def with_action_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Values `[lanes, members, batch]` and dQ_i/da `[lanes, members, batch, A]`, both differentiable by the weights."""
+        q, slope = self.mlp.with_input_gradient(torch.cat([obs, action], -1), first=obs.shape[-1])
+        return q.squeeze(-1), slope

@@ -1,0 +1,135 @@
+"""The optimiser and the moving average of targets, with a lane axis."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offrl.nets.lanes import column, keep_uncompiled
+
+
+def target_of(network: nn.Module) -> Any:
+    """A copy that no gradient reaches."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, online: nn.Module, tau: float | Tensor) -> None:
+    """target <- (1 - tau) target + tau online; the rate may differ between lanes."""
+    if isinstance(tau, Tensor):
+        for slow, fast in zip(target.parameters(), online.parameters()):
+            slow.lerp_(fast, column(tau, slow.ndim - 1).to(slow.dtype))
+    else:
+        torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+class Adam(nn.Module):
+    """Adam (Kingma & Ba 2015), or AdamW, as PyTorch computes them, with the moments as buffers of the agent.
+
+    So a checkpoint of the agent holds its optimisers, and the step counts live on the device, where a captured graph
+    can advance them. The rates may differ between lanes.
+
+    Args:
+        parameters: tensors `[lanes, ...]`.
+        lr: one rate, or one per lane.
+        weight_decay: decoupled from the gradient, as in AdamW (Loshchilov & Hutter 2019).
+        clip: largest norm of a lane's gradient over all parameters; None: any.
+        warmup: steps over which the rate grows linearly; the n-th has n / warmup of it.
+        decay: steps over which the rate falls to zero along half a cosine; 0: it does not.
+    """
+
+    count: Tensor
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 0.0,
+        clip: float | Tensor | None = None,
+        warmup: int = 0,
+        decay: int = 0,
+    ) -> None:
+        super().__init__()
+        self.lr, self.betas, self.eps = lr, betas, eps
+        self.weight_decay, self.clip, self.warmup, self.decay = weight_decay, clip, warmup, decay
+        self.lane_rates = _lane_pairs(lr, weight_decay)  # read once: a graph can't wait for the host
+        self.targets = [list(parameters)]  # inside a list: they belong to the networks, not to this module
+        for i, p in enumerate(self.targets[0]):
+            self.register_buffer(f"mean_{i}", torch.zeros_like(p))
+            self.register_buffer(f"square_{i}", torch.zeros_like(p))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float32))
+        self._cached: list[list[Tensor]] = []
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adam:
+        self._cached = []  # a change of device or type makes new buffers
+        super()._apply(fn, recurse)
+        return self
+
+    def _moments(self) -> list[list[Tensor]]:
+        if not self._cached:
+            names = range(len(self.targets[0]))
+            self._cached = [[getattr(self, f"{kind}_{i}") for i in names] for kind in ("mean", "square")]
+        return self._cached
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient of `loss` (one number per lane: lanes are independent, so their sum serves)."""
+        self.apply_gradients(torch.autograd.grad(loss.sum(), self.targets[0]))
+
+    @torch.no_grad()
+    def apply_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """One step along given gradients, in the order of the parameters."""
+        if self.clip is not None:
+            gradients = clip_by_lane(gradients, self.clip)
+        # The operator goes through memory in order, whatever the strides: a transposed gradient would meet other weights.
+        rows: list[list[Tensor]] = [list(self.targets[0]), [g.contiguous() for g in gradients], *self._moments()]
+        self.count.add_(1)
+        if not self.lane_rates:
+            self._adam(rows, self.lr, self.weight_decay)
+        for lane, (lr, weight_decay) in enumerate(self.lane_rates):
+            self._adam([[tensor[lane] for tensor in row] for row in rows], lr, weight_decay)
+
+    def _adam(self, rows: list[list[Tensor]], lr: Any, weight_decay: Any) -> None:
+        parameters, gradients, means, squares = rows
+        if self.warmup:  # a tensor: the host need not know the count
+            lr = lr * (self.count / self.warmup).clamp(max=1)
+        if self.decay:
+            lr = lr * (0.5 + 0.5 * torch.cos(math.pi * ((self.count - 1) / self.decay).clamp(max=1)))
+        # The operator behind torch.optim.AdamW(fused=True), called directly: it can be captured and compiled.
+        torch._fused_adamw_(
+            parameters,
+            gradients,
+            means,
+            squares,
+            [],
+            [self.count] * len(parameters),
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=weight_decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+keep_uncompiled(Adam, "_adam")  # one operator: nothing to fuse
+
+
+def _lane_pairs(*values: float | Tensor) -> list[tuple[float, ...]]:
+    """The values of each lane; empty where lanes share them all."""
+    lanes = next((len(value) for value in values if isinstance(value, Tensor)), 0)
+    return list(zip(*(v.tolist() if isinstance(v, Tensor) else [v] * lanes for v in values)))
+
+
+def clip_by_lane(gradients: Sequence[Tensor], largest: float | Tensor) -> list[Tensor]:
+    """Gradients `[lanes, ...]`, each lane's scaled down to norm `largest` over them all if it is longer."""
+    norm = torch.stack([g.flatten(1).square().sum(-1) for g in gradients]).sum(0).sqrt()  # [lanes]
+    scale = (largest / (norm + 1e-6)).clamp(max=1)  # the 1e-6 of torch.nn.utils.clip_grad_norm_
+    return [g * column(scale, g.ndim - 1) for g in gradients]

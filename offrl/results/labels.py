@@ -1,0 +1,100 @@
+"""Names of methods in a report: the method, and the settings in which its runs differ."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from offrl import results
+from offrl.utils.settings import FREE
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def scale_of(dataset: str) -> str:
+    """Whose reference returns: scores of different collections are not comparable."""
+    if dataset.startswith("forge/"):
+        return "forge-normalised score"
+    return "Minari-normalised score" if "/" in dataset else "D4RL-normalised score"
+
+
+# Parts of a configuration that do not change what is learned, or that a cell averages over.
+NOT_SETTINGS = FREE - {"updates"} | {"method", "_target_", "cache"}
+
+
+def _method(run: results.Run) -> str | None:
+    """The agent's name, with sampler and augmentation where there are some: what a published number has to match."""
+    return run.manifest.get("method")
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in NOT_SETTINGS:
+            continue
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
+    """Whether a setting is a list with one coefficient per lane (and not, say, the sizes of layers)."""
+    if not isinstance(value, list) or len(value) != lanes or re.search("hidden|dims|sizes|layers|betas|shares", key):
+        return False
+    return key.startswith(("agent.", "sampler.", "augment.")) and all(isinstance(v, int | float) for v in value)
+
+
+def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
+    """`folder`, `lane`, `base`, `label`: the method, and with the settings in which its runs on a dataset differ."""
+    import polars as pl
+
+    by_folder = {str(run.folder): run for run in runs}
+    lanes = rows.group_by("folder", "lane", "dataset", "method").agg(pl.col("policy_mode").unique().sort())
+    lanes = lanes.sort("folder", "lane")
+    counts = dict(lanes.group_by("folder").len().iter_rows())
+    flat = {folder: _flatten(by_folder[folder].config) for folder in counts}
+    entries = []
+    for folder, lane, dataset, method, modes in lanes.iter_rows():
+        settings = flat[folder] | {
+            key: value[lane] for key, value in flat[folder].items() if _varies_by_lane(key, value, counts[folder])
+        }
+        if modes != ["deterministic"]:
+            settings["policy"] = "+".join(modes)
+        base = by_folder[folder].config.get("label") or _method(by_folder[folder]) or method
+        entries.append((folder, lane, dataset, str(base), settings))
+
+    # The same setting may well depend on the dataset (a table per family): only a choice on one dataset is a variant.
+    values: dict[tuple[str, str, str], set[str]] = {}
+    keys: dict[str, set[str]] = {}
+    for _, _, _, method, settings in entries:
+        keys.setdefault(method, set()).update(settings)
+    for _, _, dataset, method, settings in entries:
+        for key in keys[method]:
+            values.setdefault((method, dataset, key), set()).add(repr(settings.get(key)))
+    differing: dict[str, list[str]] = {method: [] for method in keys}
+    for method, _, key in sorted(k for k, v in values.items() if len(v) > 1):
+        if key not in differing[method] and key not in ("agent", "sampler", "augment"):
+            differing[method].append(key)
+    labels = [_label(method, settings, differing[method]) for _, _, _, method, settings in entries]
+    columns = {"folder": pl.String, "lane": pl.Int64, "base": pl.String, "label": pl.String}
+    found = [(folder, lane, base, label) for (folder, lane, _, base, _), label in zip(entries, labels)]
+    return pl.DataFrame(found, schema=columns, orient="row")
+
+
+def _label(method: str, settings: Mapping[str, Any], differing: Sequence[str]) -> str:
+    if not differing:
+        return method
+    short = [key.rpartition(".")[2] for key in differing]
+    names = [name if short.count(name) == 1 else key for name, key in zip(short, differing)]
+    shown = [f"{name}={_setting(settings, key)}" for name, key in zip(names, differing)]
+    return f"{method} ({', '.join(shown)})"
+
+
+def _setting(settings: Mapping[str, Any], key: str) -> str:
+    value = settings.get(key, "default")  # a configuration names what differs from the method's own defaults
+    return value if isinstance(value, str) else json.dumps(value)

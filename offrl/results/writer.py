@@ -1,0 +1,227 @@
+"""Writing the rows of a run, so that they survive a kill."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from offrl.results.rows import EPISODE_COLUMNS, METRIC_COLUMNS, _damaged, _read_lines
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import replacing
+
+
+class RunWriter:
+    """Appends the rows of one run.
+
+    Args:
+        folder: the run's folder, made if need be.
+        run: what all rows share. Needs `method` (or `agent`) and `dataset`; also read: `run_id` (else the folder's
+            name), `env_id`, `policy_mode` (else "deterministic") and `updates`, the budget: rows at that step carry
+            the checkpoint "last", others their step.
+        resume_step: the update from which training goes on. Rows past it, and a line torn by a kill, are dropped, so
+            that nothing is counted twice; -1 drops all rows. None is a new run: rows that a killed run left behind are
+            dropped, but a folder whose run was closed is refused.
+
+    Every call writes at once; `flush` also brings the rows to the disk and belongs before a checkpoint is saved.
+
+    Raises:
+        OffrlError: the folder can't be written, the disk is full (the rows written before stay intact), a row in the
+            middle of a file is damaged, or a closed run would be overwritten.
+    """
+
+    def __init__(self, folder: Path | str, run: Mapping[str, Any], resume_step: int | None = None) -> None:
+        self.folder = Path(folder)
+        compacted = [self.folder / f"{kind}.parquet" for kind in ("episodes", "metrics")]
+        if resume_step is None and compacted[0].exists():
+            raise OffrlError(
+                f"{self.folder} already holds the rows of a run: resume that run or choose another folder."
+            )
+        self._budget = run.get("updates")
+        self._shared = {
+            "run_id": str(run.get("run_id") or self.folder.name),
+            "method": str(run.get("method") or run["agent"]),
+            "dataset": str(run["dataset"]),
+            "env_id": run.get("env_id"),
+            "policy_mode": str(run.get("policy_mode") or "deterministic"),
+        }
+        for path in compacted:
+            if path.exists() and not path.with_suffix(".jsonl").exists():
+                raise OffrlError(f"{path.with_suffix('.jsonl')} is missing: restore it before the run is resumed.")
+        keep_until = -1 if resume_step is None else resume_step
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._episodes = _Log(self.folder / "episodes.jsonl", keep_until)
+            self._metrics = _Log(self.folder / "metrics.jsonl", keep_until)
+            for path in compacted:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def episodes(
+        self,
+        step: int,
+        lane_seeds: Sequence[int],
+        returns: ArrayLike,
+        lengths: ArrayLike,
+        normalized: ArrayLike | None,
+        eval_seeds: Sequence[int],
+    ) -> None:
+        """Add one evaluation: `returns`, `lengths`, `normalized` are `[lanes, E]`, `eval_seeds` has E entries."""
+        shape = (len(lane_seeds), len(eval_seeds))
+        scores = np.full(shape, np.nan) if normalized is None else np.asarray(normalized, dtype=np.float64)
+        total, length = np.asarray(returns, dtype=np.float64), np.asarray(lengths, dtype=np.int64)
+        for name, array in (("returns", total), ("lengths", length), ("normalized", scores)):
+            if array.shape != shape:
+                raise ValueError(f"{name} has shape {array.shape}, expected [lanes, episodes] = {shape}")
+        now = round(time.time(), 3)
+        checkpoint = "last" if step == self._budget else str(step)
+        self._episodes.append(
+            {
+                **self._shared,
+                "lane": lane,
+                "seed": int(seed),
+                "step": int(step),
+                "checkpoint": checkpoint,
+                "episode": episode,
+                "eval_seed": int(eval_seed),
+                "return_raw": _finite(total[lane, episode]),
+                "length": int(length[lane, episode]),
+                "normalized": _finite(scores[lane, episode]),
+                "wall_clock": now,
+            }
+            for lane, seed in enumerate(lane_seeds)
+            for episode, eval_seed in enumerate(eval_seeds)
+        )
+
+    def metrics(
+        self,
+        step: int,
+        lane_seeds: Sequence[int],
+        values: Mapping[str, Sequence[float] | np.ndarray],
+        updates_per_second: float | None = None,
+    ) -> None:
+        """Add the metrics of one step, each `[lanes]`; the rate belongs to all lanes: its row has no lane."""
+        shared = {"run_id": self._shared["run_id"], "step": int(step), "wall_clock": round(time.time(), 3)}
+        rows = [
+            {**shared, "lane": lane, "seed": int(seed), "metric": name, "value": _finite(value)}
+            for name, lanes in values.items()
+            for lane, (seed, value) in enumerate(zip(lane_seeds, lanes, strict=True))
+        ]
+        if updates_per_second is not None:
+            rate = {"metric": "updates_per_second", "value": _finite(updates_per_second)}
+            rows.append({**shared, "lane": None, "seed": None, **rate})
+        self._metrics.append(rows)
+
+    def flush(self) -> None:
+        """Bring all rows to the disk."""
+        self._episodes.flush()
+        self._metrics.flush()
+
+    def close(self) -> None:
+        """Flush, close, and write the Parquet copies. Closing twice does no harm."""
+        if self._episodes.closed:
+            return
+        self._episodes.close()
+        self._metrics.close()
+        _compact(self.folder)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Log:
+    """An append-only file of JSON lines that holds whole lines only, whatever happens."""
+
+    def __init__(self, path: Path, keep_until: int) -> None:
+        self.path = path
+        try:
+            if path.exists():
+                data = path.read_bytes()
+                kept = _rows_until(data, keep_until, path)
+                if kept != data:
+                    with replacing(path) as temporary:
+                        temporary.write_bytes(kept)
+            self._file = io.FileIO(path, "ab")  # unbuffered: what was appended outlives the process
+            self._size = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        data = "".join(json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows).encode()
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(self._size)  # never leave half a line, or half an evaluation
+            raise _unwritable(self.path, error) from error
+        self._size += len(data)
+
+    def flush(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+
+def _rows_until(data: bytes, step: int, path: Path) -> bytes:
+    """The whole lines of `data` whose step is at most `step`."""
+    lines = data.split(b"\n")[:-1]  # behind the last newline stands nothing, or a torn line
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError) as error:
+            # A power failure may leave a last line of zeros; damage further up is somebody else's.
+            if number < len(lines) and step >= 0:
+                raise _damaged(path, number) from error
+    return b"".join(kept)
+
+
+def _finite(value: Any) -> float | None:
+    """JSON knows no NaN and no infinity: they become null, and NaN when read back."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _unwritable(path: Path, error: OSError) -> OffrlError:
+    return OffrlError(
+        f"{path} could not be written ({error.strerror or error}): free space or choose a writable folder, then "
+        "resume the run; what was written before is intact."
+    )
+
+
+def _compact(folder: Path) -> None:
+    """Write the Parquet copies; without them nothing is lost, so a failure is only a warning."""
+    import polars as pl
+
+    for kind, columns in (("episodes", EPISODE_COLUMNS), ("metrics", METRIC_COLUMNS)):
+        try:
+            with replacing(folder / f"{kind}.parquet") as temporary:
+                _read_lines(folder / f"{kind}.jsonl", columns).write_parquet(temporary, compression="zstd")
+        except (OSError, pl.exceptions.PolarsError) as error:
+            warnings.warn(f"{folder}/{kind}.parquet was not written ({error}); {kind}.jsonl is complete.", stacklevel=2)

@@ -1,0 +1,68 @@
+"""Batches: rows that samplers choose, gathered from one or several datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offrl.data.batch import Batch
+from offrl.data.dataset import Store
+from offrl.sampling.samplers import Sampler, shared_out
+from offrl.utils.random import LaneRandom
+
+
+class Replay:
+    """Batches for the engine: one Store and sampler, or several mixed with fixed shares of each batch.
+
+    This is the seam for augmentations: a source can be replaced by a fresh Store while training goes on. A batch's `index` is
+    the row of the first source's Store, and -1 in rows of the others.
+
+    Args:
+        sources: (store, sampler, share) triples; shares are rounded to whole rows, the first source takes the rest.
+        batch: rows per lane and update.
+        window: length of windows; None for transitions.
+        extra: further fields of the batch.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Store, Sampler, float]],
+        batch: int,
+        window: int | None = None,
+        extra: tuple[str, ...] = (),
+    ) -> None:
+        self.sources, self.batch, self.window, self.extra = list(sources), batch, window, extra
+        self.counts = shared_out([share for _, _, share in self.sources[1:]], batch)
+        if min(self.counts) < 0:
+            raise ValueError("the shares of mixed stores add up to more than 1")
+
+    def replace(self, source: int, store: Store, sampler: Sampler) -> None:
+        """Swap a source for a refreshed one; its share stays."""
+        self.sources[source] = (store, sampler, self.sources[source][2])
+
+    def draw(self, random: LaneRandom, steps: Tensor) -> Batch:
+        """`[updates, lanes, batch, ...]` for the updates numbered `steps`."""
+        parts = []
+        for i, ((store, sampler, _), count) in enumerate(zip(self.sources, self.counts)):
+            if count:
+                parts.append(self._gather(store, sampler.draw(random, steps, count, f"sampler/{i}")))
+                if i:
+                    parts[-1].index = torch.full_like(parts[-1].index, -1)
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+    def _gather(self, store: Store, index: Tensor) -> Batch:
+        if self.window is None:
+            return store.transitions(index, self.extra)
+        return store.windows(index, self.window, self.extra)
+
+
+def _join(parts: list[Batch]) -> Batch:
+    """Several batches as one along the batch axis (axis 2 behind updates and lanes)."""
+    first: dict[str, Any] = vars(parts[0])
+    joined: dict[str, Any] = {
+        k: None if v is None else torch.cat([getattr(part, k) for part in parts], 2) for k, v in first.items()
+    }
+    return Batch(**joined)

@@ -1,0 +1,195 @@
+"""Opening a finished or interrupted run: its configuration, agent, data and result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offrl.agents.base import Agent, Spec
+from offrl.data.dataset import DatasetInfo, Store
+from offrl.datasets import load
+from offrl.training.run_config import Plan, agent_config
+from offrl.training.schema import DataConfig, TrainConfig
+from offrl.utils import checkpoint
+from offrl.utils.errors import OffrlError
+from offrl.utils.settings import FREE
+
+
+@dataclass
+class Result:
+    """What a finished run says.
+
+    Attributes:
+        folder: the run's folder.
+        step: updates made.
+        returns: `[lanes]` mean return of the last evaluation's episodes; empty when nothing was evaluated.
+        scores: `[lanes]` the same as normalised scores; None without references.
+        status: `finished`, `interrupted` (saved, can be resumed) or `already finished`.
+    """
+
+    folder: Path
+    step: int
+    returns: list[float]
+    scores: list[float] | None
+    status: str
+
+
+def read_config(folder: Path, option: str = "") -> dict[str, Any]:
+    """The configuration of the run in a folder, which was named by `option`."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise OffrlError(f"{option}{folder}: there is no config.json; name the folder of a run.")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise OffrlError(f"{path} is damaged ({error}); repeat the command that started the run.") from error
+
+
+def _check_same(job: Plan, folder: Path) -> None:
+    """Refuse to continue a run, or to take it for done, under settings that make other numbers than it has."""
+    path = folder / checkpoint.NAME
+    if not path.exists():
+        return
+    kept = checkpoint.facts(path)
+    now = json.loads(json.dumps(job.to_dict()))
+    pairs = {key: (kept["config"].get(key), now.get(key)) for key in now.keys() - FREE - {"method"} | {"augment"}}
+    pairs["seeds"] = (list(kept["spec"]["seeds"]), job.train.lane_seeds())
+    for key, (before, after) in sorted(pairs.items()):
+        if before != after:
+            raise OffrlError(
+                f"{folder}: the run was made with other settings ({key} {before}, now {after}); choose another name=, or "
+                "start over with fresh=true."
+            )
+
+
+def done_before(job: Plan) -> Result | None:
+    """The result of a run that has nothing left to do; None otherwise, or when it is to start over.
+
+    Raises:
+        OffrlError: a run of other settings stands in the job's folder.
+    """
+    if job.train.fresh:
+        return None
+    _check_same(job, job.folder())
+    return finished(job.folder(), job.train.updates)
+
+
+def finished(folder: Path, updates: int) -> Result | None:
+    """The result of a run that has made its updates; None otherwise."""
+    try:
+        kept = json.loads((folder / "result.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    if kept["step"] < updates:
+        return None
+    return Result(folder, kept["step"], kept["returns"], kept["scores"], "already finished")
+
+
+def summary(result: Result) -> str:
+    """A run's result in a line."""
+    if result.status == "interrupted":
+        return f"stopped at update {result.step}; go on with: offrl train resume={result.folder}"
+    scores = result.scores if result.scores is not None else result.returns
+    name = "normalised score" if result.scores is not None else "return"
+    text = "not evaluated"
+    if scores:
+        spread = f" +- {np.std(scores, ddof=1):.1f} (std over {len(scores)} lanes)" if len(scores) > 1 else ""
+        text = f"{name} {np.mean(scores):.1f}{spread}"
+    return f"{result.status}: {text} after {result.step} updates; {result.folder}"
+
+
+def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
+    """The agent of a run, as its last checkpoint has it; `agent.select_action(obs)` acts on raw observations.
+
+    Args:
+        folder: of the run, or a checkpoint's file.
+    """
+    path = Path(folder)
+    path = path if path.is_file() else path / checkpoint.NAME
+    tensors, facts = checkpoint.load(path)
+    agent = make_agent(facts["config"]["agent"], _spec_from(facts["spec"], device))
+    checkpoint.restore(agent, tensors, path)
+    agent.random.step.fill_(facts["step"])
+    return agent.eval()
+
+
+def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
+    """An agent from its `_target_` and the settings that differ from its dataclass."""
+    cls, cfg = agent_config(settings)
+    try:
+        agent: Agent = cls(spec, cfg)
+    except ValueError as error:
+        raise OffrlError(f"agent.{error}") from error
+    return agent
+
+
+def load_data(job: TrainConfig, device: torch.device | str) -> Store:
+    """The Store to train on, with its rewards transformed as the configuration says."""
+    return transform_rewards(read_data(job, device), job.data)
+
+
+def read_data(job: TrainConfig, device: torch.device | str) -> Store:
+    """The Store as it was recorded."""
+    from offrl.forge import registry as forge
+
+    options = job.data
+    name: str | Path = job.dataset
+    if job.dataset.startswith("forge/"):
+        name = forge.ensure(job.dataset, size=options.size, seed=options.seed, progress=job.progress)
+    return load(
+        name,
+        device=device,
+        semantics=options.semantics,
+        cache=options.cache,
+        clip_actions=options.clip_actions,
+        action_bound=options.action_bound,
+        unfinished=options.unfinished,
+        goals=options.goals,
+    )
+
+
+def transform_rewards(store: Store, options: DataConfig) -> Store:
+    """r <- scale r + shift, as the configuration says."""
+    scale, shift = reward_transform(store, options)
+    return store if (scale, shift) == (1.0, 0.0) else store.with_rewards(scale, shift)
+
+
+def reward_transform(store: Store, options: DataConfig) -> tuple[float, float]:
+    """Scale and shift of a dataset's rewards."""
+    scale = options.reward_scale
+    if options.reward_normalize:
+        spread = float(store.returns.max() - store.returns.min())
+        if spread <= 0:
+            raise OffrlError("data.reward_normalize=true needs episodes of different return; set it to false.")
+        scale *= 1000.0 / spread
+    return scale, options.reward_shift
+
+
+def _spec_to(spec: Spec) -> dict[str, Any]:
+    """The Spec as JSON; the statistics travel as tensors of the agent."""
+    kept = ("obs_dim", "action_dim", "seeds", "action_low", "action_high", "discrete")
+    return {name: getattr(spec, name) for name in kept}
+
+
+def _spec_from(values: Mapping[str, Any], device: str) -> Spec:
+    zeros: Tensor = torch.zeros(values["obs_dim"])
+    return Spec(**{**values, "seeds": tuple(values["seeds"])}, obs_mean=zeros, obs_std=zeros + 1, device=device)
+
+
+def dataset_info(folder: Path | str) -> DatasetInfo:
+    """The dataset of a run or checkpoint, as it was when the run was made."""
+    path = Path(folder)
+    return DatasetInfo(**checkpoint.facts(path if path.is_file() else path / checkpoint.NAME)["info"])
+
+
+def print_result(result: Any) -> int:
+    """Print a run's result; 0, or 130 when it was interrupted."""
+    print(summary(result))
+    return 130 if result.status == "interrupted" else 0

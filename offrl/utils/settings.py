@@ -1,0 +1,134 @@
+"""From mappings to checked dataclasses."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from fnmatch import fnmatch
+from typing import Any, Literal
+
+from offrl.utils.errors import OffrlError
+
+
+def build(
+    cls: type[Any], values: Mapping[str, Any], where: str = "", per_lane: bool = False, others: Iterable[str] = ()
+) -> Any:
+    """An instance of dataclass `cls` from a mapping; nested dataclasses from nested mappings.
+
+    Args:
+        where: prefix of keys in messages, such as `agent.`.
+        per_lane: a float may also be a list of floats, one per lane.
+        others: names that stand beside the dataclass's, for hints at a misspelt one.
+
+    Raises:
+        OffrlError: an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    known = {f.name: f for f in fields(cls)}
+    types_of = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, [*known, *others], 1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}."
+            raise OffrlError(f"{where}{key} is no option; {hint}")
+        wanted = types_of[key]
+        if is_dataclass(wanted) and isinstance(wanted, type):
+            if not isinstance(value, Mapping):
+                raise OffrlError(f"{where}{key}={value} should be a table of settings, not a single value.")
+            kwargs[key] = build(wanted, value, f"{where}{key}.")
+        else:
+            kwargs[key] = _convert(value, wanted, where + key, per_lane)
+    return cls(**kwargs)
+
+
+def _convert(value: Any, wanted: Any, key: str, per_lane: bool) -> Any:
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin is Literal:
+            if value in typing.get_args(option):
+                return value
+            raise OffrlError(f"{key}={value} should be one of {', '.join(map(str, typing.get_args(option)))}.")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        sequence = isinstance(value, Sequence) and not isinstance(value, str)
+        if origin is bool and isinstance(value, bool):
+            return value
+        if origin is int and number and float(value).is_integer():
+            return int(value)
+        if origin is float and number:
+            return float(value)
+        if origin is str and isinstance(value, str):
+            return value
+        if origin in (tuple, list) and sequence:
+            inner = typing.get_args(option)[0]
+            return origin(_convert(v, inner, key, False) for v in value)
+        if origin is float and per_lane and sequence:
+            return [_convert(v, float, key, False) for v in value]
+        if origin is dict and isinstance(value, Mapping):
+            return dict(value)
+    names = " or ".join(_name(option, per_lane) for option in options)
+    raise OffrlError(f"{key}={value!r} should be {names}.")
+
+
+def _name(option: Any, per_lane: bool) -> str:
+    """What a type asks for, in words."""
+    if typing.get_origin(option) in (tuple, list):
+        return f"a list of {_name(typing.get_args(option)[0], False).removeprefix('a ')}s"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return words.get(option, str(option)) + (", or a list with one per lane" if option is float and per_lane else "")
+
+
+def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tuple[Any, Any]:
+    """The class that `_target_` names and its configuration with the other settings, both checked.
+
+    Args:
+        base: what the class has to descend from.
+        group: the settings' name in the configuration, for messages.
+
+    Raises:
+        OffrlError: no such class, an unknown key, a wrong value.
+    """
+    from hydra.utils import get_class
+
+    target = settings["_target_"]
+    try:
+        cls: Any = get_class(target)
+    except Exception as error:
+        raise OffrlError(f"{group}._target_={target} can't be imported ({error}); check its spelling.") from error
+    if not issubclass(cls, base):
+        wanted = f"{base.__module__}.{base.__qualname__}"
+        raise OffrlError(f"{group}._target_={target} is no {wanted}; name a class that is.")
+    given = {k: v for k, v in settings.items() if k != "_target_"}
+    return cls, build(cls.Config, given, f"{group}.", per_lane=True)
+
+
+def lane_lists(cfg: Any) -> dict[str, list[float]]:
+    """The settings that hold one number per lane where a single one would do."""
+    values = {f.name: getattr(cfg, f.name) for f in fields(cfg) if str(f.type) == "float"}
+    return {name: value for name, value in values.items() if isinstance(value, list)}
+
+
+def check_lane_lists(cfg: Any, group: str, lanes: int) -> None:
+    """Raise OffrlError for a list whose length is not the number of lanes."""
+    for name, value in lane_lists(cfg).items():
+        if len(value) != lanes:
+            raise OffrlError(f"{group}.{name} has {len(value)} values for {lanes} lanes; give one per lane.")
+
+
+def chosen_settings(tables: Mapping[str, Mapping[str, Any]] | None, dataset: str) -> dict[str, Any]:
+    """The settings that a method's table has for a dataset: every pattern that matches its id, later ones winning."""
+    chosen: dict[str, Any] = {}
+    for pattern, settings in (tables or {}).items():
+        if fnmatch(dataset, pattern):
+            chosen |= settings
+    return chosen
+
+
+# What may change when a run is continued: none of it changes a number of the training.
+FREE = {"updates", "device", "engine", "updates_per_launch", "threads", "log_every", "checkpoint_every"}
+FREE |= {"keep_checkpoints", "out", "name", "label", "fresh", "progress", "tracker", "eval", "lanes", "seed", "seeds"}
