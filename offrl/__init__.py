@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offrl.agents.base import Agent
-    from offrl.data.dataset import Store
+    from offrl.data.dataset import OfflineDataset
     from offrl.training.runs import Result
 
 __version__ = "0.1.0"
@@ -48,7 +48,7 @@ def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
     return load_agent(folder, device)
 
 
-def load_data(name: Path | str, device: str = "cpu") -> Store:
+def load_data(name: Path | str, device: str = "cpu") -> OfflineDataset:
     """A dataset by id, file or folder (see `offrl data list`)."""
     from offrl.datasets import load
 

@@ -1,4 +1,4 @@
-"""Datasets: `load` turns a name or a file into a Store.
+"""Datasets: `load` turns a name or a file into a dataset.
 
 store = load("forge/hopper/medium-replay-v0")   # built on the spot from shipped policies
 store = load("hopper-medium-v2")                # D4RL, after `offrl data fetch hopper-medium-v2`
@@ -21,7 +21,7 @@ from offrl.data.cache import cached, read_flat
 from offrl.data.catalogue import MINARI_ID, unknown
 from offrl.data.checks import ReadOptions, Semantics, file_kind
 from offrl.data.d4rl import read_d4rl, read_d4rl_package
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.data.minari import data_folder, local_datasets, local_folder, read_minari, read_noise
 from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
 from offrl.forge import registry
@@ -43,7 +43,7 @@ def load(
     action_bound: float | None = None,
     unfinished: bool = False,
     goals: bool = False,
-) -> Store:
+) -> OfflineDataset:
     """Load a dataset as float32 tensors on `device`.
 
     Args:
@@ -66,7 +66,7 @@ def load(
     return moved
 
 
-def _load(name: str | Path, options: ReadOptions, cache: bool) -> Store:
+def _load(name: str | Path, options: ReadOptions, cache: bool) -> OfflineDataset:
     text = str(name)
     if isinstance(name, str):
         if text.startswith("forge/"):
@@ -93,21 +93,21 @@ def _load(name: str | Path, options: ReadOptions, cache: bool) -> Store:
     return store
 
 
-def exogenous_noise(store: Store) -> torch.Tensor:
+def exogenous_noise(store: OfflineDataset) -> torch.Tensor:
     """`[N, ...]`: what the environment drew at each row of a forge dataset, for probes of what a method has learnt.
 
-    It is read from the dataset's files anew and is neither in the Store nor in any batch, so that no learner sees it.
+    It is read from the dataset's files anew and is neither in the dataset nor in any batch, so that no learner sees it.
 
     Raises:
-        OffrlError: the dataset recorded none, or the Store is not the whole of one.
+        OffrlError: the dataset recorded none, or the dataset is not the whole of one.
     """
     noise = read_noise(Path(store.info.source))
     if len(noise) != len(store):
-        raise OffrlError(f"{store.info.id}: the noise of {len(noise)} rows is known, this Store has {len(store)}.")
+        raise OffrlError(f"{store.info.id}: the noise of {len(noise)} rows is known, this dataset has {len(store)}.")
     return noise
 
 
-def _load_d4rl(name: str, options: ReadOptions, cache: bool) -> Store:
+def _load_d4rl(name: str, options: ReadOptions, cache: bool) -> OfflineDataset:
     entry = catalogue.d4rl()[name]
     for path in entry.files():
         if path.is_file():
@@ -121,7 +121,7 @@ def _load_d4rl(name: str, options: ReadOptions, cache: bool) -> Store:
     return store
 
 
-def _read_path(path: Path, name: str | None, options: ReadOptions, cache: bool) -> Store:
+def _read_path(path: Path, name: str | None, options: ReadOptions, cache: bool) -> OfflineDataset:
     """Read a file or folder by what it holds."""
     if path.is_dir():
         return _cached(path, name or str(path), options, cache, partial(read_minari, path, name, options))
@@ -133,5 +133,7 @@ def _read_path(path: Path, name: str | None, options: ReadOptions, cache: bool) 
     return _cached(path, str(path), options, cache, partial(read_d4rl, path, info, options))
 
 
-def _cached(path: Path, name: str, options: ReadOptions, cache: bool, read: Callable[[], Store]) -> Store:
+def _cached(
+    path: Path, name: str, options: ReadOptions, cache: bool, read: Callable[[], OfflineDataset]
+) -> OfflineDataset:
     return cached(path, name, options, read) if cache else read()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -29,7 +29,7 @@ def best_action(obs: torch.Tensor) -> torch.Tensor:
     return 0.5 * torch.stack([obs[..., 0].sin(), (obs[..., 0] * obs[..., 1]).tanh()], -1)
 
 
-def make_toy(rows: int = 4096, bias: float = 0.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> Store:
+def make_toy(rows: int = 4096, bias: float = 0.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> OfflineDataset:
     """Episodes of four independent states with reward -4 |a - best_action(s)|^2, so the optimal policy is known.
 
     The behaviour is the optimum plus `bias` plus uniform noise: cloning it has about the error `bias`.
@@ -44,16 +44,16 @@ def make_toy(rows: int = 4096, bias: float = 0.0, dtype: torch.dtype = torch.flo
     tensors = (obs, action, reward, obs.roll(-1, 0), termination)
     obs, action, reward, next_obs, termination = (t.to(dtype) for t in tensors)
     info = DatasetInfo(id="toy", ref_min=-10.0, ref_max=0.0)
-    return Store(obs, action, reward, next_obs, termination, torch.arange(0, rows + 1, 4), info)
+    return OfflineDataset(obs, action, reward, next_obs, termination, torch.arange(0, rows + 1, 4), info)
 
 
 @pytest.fixture
-def toy() -> Store:
+def toy() -> OfflineDataset:
     return make_toy()
 
 
 @pytest.fixture
-def toy_file(tmp_path: Path, toy: Store) -> Path:
+def toy_file(tmp_path: Path, toy: OfflineDataset) -> Path:
     """The toy task as an NPZ file."""
     import numpy as np
 

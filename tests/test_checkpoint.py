@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
@@ -28,8 +28,8 @@ def agent_of(seed: int = 0, hidden: tuple[int, ...] = (8, 8)) -> TD3BC:
 
 
 def trained() -> TD3BC:
-    agent, store = agent_of(), make_toy(64)
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], 8)).run(0, 5)
+    agent, dataset = agent_of(), make_toy(64)
+    Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 8)).run(0, 5)
     return agent
 
 
@@ -43,8 +43,8 @@ def saved(tmp_path: Path) -> Path:
 def test_everything_comes_back(saved: Path) -> None:
     """Networks, targets, moments and counts, bit for bit, into an agent that was made elsewhere."""
     agent, other = trained(), agent_of(seed=50)
-    tensors, facts = checkpoint.load(saved)
-    assert facts == FACTS
+    tensors, metadata = checkpoint.load(saved)
+    assert metadata == FACTS
     checkpoint.restore(other, tensors, saved)
     assert agent.state_dict().keys() == other.state_dict().keys()
     for key, value in agent.state_dict().items():

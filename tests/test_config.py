@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from offrl.agents.base import Spec
 from offrl.results import published
-from offrl.training.compose import compose, tolerant
-from offrl.training.run_config import Plan, plan
+from offrl.training.compose import compose, to_hydra_overrides
+from offrl.training.run_config import RunConfig, resolve_config
 from offrl.training.runs import make_agent
 from offrl.training.schema import TrainConfig
 from offrl.utils.errors import OffrlError
@@ -41,9 +41,9 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
-def planned(**values: Any) -> Plan:
+def planned(**values: Any) -> RunConfig:
     agent = {"_target_": TD3BC, **values.pop("agent", {})}
-    return plan({"agent": agent, "dataset": "toy.npz", **values})
+    return resolve_config({"agent": agent, "dataset": "toy.npz", **values})
 
 
 # ---- values ---------------------------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def test_bad_plans_are_refused_before_any_data_is_read(values: dict[str, Any], m
 def test_an_agent_is_needed() -> None:
     for agent in ({}, {"agent": None}, {"agent": {"alpha": 1.0}}):
         with pytest.raises(OffrlError, match="agent needs a _target_; choose one with agent=NAME"):
-            plan({**agent, "dataset": "x"})
+            resolve_config({**agent, "dataset": "x"})
     with pytest.raises(OffrlError, match="agent=td3_bc should be a table of settings"):
-        plan({"agent": "td3_bc", "dataset": "x"})
+        resolve_config({"agent": "td3_bc", "dataset": "x"})
 
 
 def test_lanes_and_their_seeds() -> None:
@@ -230,7 +230,7 @@ def test_a_wrong_name_in_a_table_is_found() -> None:
     ids=str,
 )
 def test_what_changes_no_number_keeps_a_runs_identity(change: dict[str, Any]) -> None:
-    assert planned(**change).identity() == planned().identity()
+    assert planned(**change).config_hash() == planned().config_hash()
 
 
 @pytest.mark.parametrize(
@@ -248,11 +248,11 @@ def test_what_changes_no_number_keeps_a_runs_identity(change: dict[str, Any]) ->
     ids=str,
 )
 def test_what_changes_numbers_changes_the_identity(change: dict[str, Any]) -> None:
-    assert planned(**change).identity() != planned().identity()
+    assert planned(**change).config_hash() != planned().config_hash()
 
 
 def test_folders_tell_method_dataset_and_seeds_apart() -> None:
-    code = planned().identity()
+    code = planned().config_hash()
     assert planned().folder() == Path(f"runs/td3_bc/toy.npz/seed0-{code}")
     assert planned(lanes=5, seed=2).folder().name == f"seed2-6-{code}"
     assert planned(seeds=[4, 1]).folder().name == f"seed4_1-{code}"
@@ -274,9 +274,9 @@ def test_many_seeds_of_their_own_have_folders_of_their_own() -> None:
 
 def test_a_kept_configuration_makes_the_same_plan() -> None:
     first = planned(agent={"alpha": [1.0, 2.0], "hidden": [8, 8]}, lanes=2, data={"reward_scale": 2.0}, label="x")
-    again = plan(first.to_dict())
+    again = resolve_config(first.to_dict())
     assert again == first
-    assert again.identity() == first.identity()
+    assert again.config_hash() == first.config_hash()
 
 
 # ---- composing ------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_a_kept_configuration_makes_the_same_plan() -> None:
 
 def test_composed_options_are_those_of_the_command_line() -> None:
     values = compose({"agent": "bc", "preset": "laptop", "dataset": "x", "eval.every": 7, "agent.hidden": [4, 4]})
-    made = plan(values)
+    made = resolve_config(values)
     assert made.agent == {"_target_": "offrl.agents.bc.BC", "hidden": [4, 4]}
     assert (made.train.updates, made.train.eval.every, made.train.eval.episodes) == (20_000, 7, 10)
 
@@ -320,45 +320,50 @@ def test_words_for_hydra(tmp_path: Path) -> None:
         "-m",
         "sampler=u",
     ]
-    assert tolerant(words) == ["-m", "++agent.alpha=1", "++evl.every=1", *(word for word in words[2:] if word != "-m")]
+    assert to_hydra_overrides(words) == [
+        "-m",
+        "++agent.alpha=1",
+        "++evl.every=1",
+        *(word for word in words[2:] if word != "-m"),
+    ]
     (tmp_path / "mygroup").mkdir()
     for flag in (["--config-dir", str(tmp_path)], ["-cd", str(tmp_path)], [f"--config-dir={tmp_path}"]):
-        assert tolerant([*flag, "mygroup=x"])[-1] == "mygroup=x"
-    assert tolerant(["mygroup=x"]) == ["++mygroup=x"]
+        assert to_hydra_overrides([*flag, "mygroup=x"])[-1] == "mygroup=x"
+    assert to_hydra_overrides(["mygroup=x"]) == ["++mygroup=x"]
     with pytest.raises(OffrlError, match="there is no such folder"):
-        tolerant(["--config-dir", str(tmp_path / "no")])
+        to_hydra_overrides(["--config-dir", str(tmp_path / "no")])
 
 
 def test_a_methods_table_for_a_dataset_works_when_composed() -> None:
     """AntMaze's rewards are shifted for TD3+BC; defaults that nobody typed don't undo it, what was typed does."""
     antmaze = {"agent": "td3_bc", "dataset": "antmaze-umaze-v2"}
-    assert plan(compose(antmaze)).train.data.reward_shift == -1.0
-    assert plan(compose({**antmaze, "data.cache": False})).train.data.reward_shift == -1.0
-    assert plan(compose({**antmaze, "data.reward_shift": 0.0})).train.data.reward_shift == 0.0
-    assert plan(compose({**antmaze, "dataset": "hopper-medium-v2"})).train.data.reward_shift == 0.0
+    assert resolve_config(compose(antmaze)).train.data.reward_shift == -1.0
+    assert resolve_config(compose({**antmaze, "data.cache": False})).train.data.reward_shift == -1.0
+    assert resolve_config(compose({**antmaze, "data.reward_shift": 0.0})).train.data.reward_shift == 0.0
+    assert resolve_config(compose({**antmaze, "dataset": "hopper-medium-v2"})).train.data.reward_shift == 0.0
 
 
 def test_a_methods_table_may_set_the_batch_size() -> None:
     """ReBRAC's batches on locomotion have 1024 rows, unless the user or a preset says otherwise."""
     hopper = {"agent": "rebrac", "dataset": "hopper-medium-v2"}
-    assert plan(compose(hopper)).train.batch_size == 1024
-    assert plan(compose({**hopper, "batch_size": 64})).train.batch_size == 64
-    assert plan(compose({**hopper, "preset": "laptop"})).train.batch_size == 128
-    assert plan(compose({**hopper, "dataset": "pen-human-v1"})).train.batch_size == 256
-    assert plan(compose({**hopper, "agent": "td3_bc"})).train.batch_size == 256
+    assert resolve_config(compose(hopper)).train.batch_size == 1024
+    assert resolve_config(compose({**hopper, "batch_size": 64})).train.batch_size == 64
+    assert resolve_config(compose({**hopper, "preset": "laptop"})).train.batch_size == 128
+    assert resolve_config(compose({**hopper, "dataset": "pen-human-v1"})).train.batch_size == 256
+    assert resolve_config(compose({**hopper, "agent": "td3_bc"})).train.batch_size == 256
 
 
 def test_iqls_schedule_spans_the_run() -> None:
     iql = {"agent": "iql", "dataset": "walker2d-medium-v2"}
-    assert plan(compose({**iql, "updates": 1234})).agent["actor_decay"] == 1234
-    assert plan(compose({**iql, "updates": 1234, "agent.actor_decay": 0})).agent["actor_decay"] == 0
+    assert resolve_config(compose({**iql, "updates": 1234})).agent["actor_decay"] == 1234
+    assert resolve_config(compose({**iql, "updates": 1234, "agent.actor_decay": 0})).agent["actor_decay"] == 0
 
 
 def test_published_settings_of_the_baselines() -> None:
     """One set of each kind, against the configurations in corl-team/CORL."""
 
-    def settings(agent: str, dataset: str) -> tuple[dict[str, Any], Plan]:
-        made = plan(compose({"agent": agent, "dataset": dataset}))
+    def settings(agent: str, dataset: str) -> tuple[dict[str, Any], RunConfig]:
+        made = resolve_config(compose({"agent": agent, "dataset": dataset}))
         return {k: v for k, v in made.agent.items() if k not in ("_target_", "actor_decay")}, made
 
     for dataset in ("hopper-medium-replay-v2", "forge/hopper/medium-replay-v0"):
@@ -381,7 +386,7 @@ def test_published_settings_of_the_baselines() -> None:
 
 def test_percentile_bc_is_bc_under_a_sampler() -> None:
     """Recipe and label: the tenth of the trajectories, and the name under which its published scores are found."""
-    made = plan(compose({"experiment": "percentile_bc/gym", "dataset": "hopper-medium-v2"}))
+    made = resolve_config(compose({"experiment": "percentile_bc/gym", "dataset": "hopper-medium-v2"}))
     assert made.agent == {"_target_": "offrl.agents.bc.BC"}
     assert made.method == "bc+Top-10%"
     assert {row.mean for row in published.lookup(made.to_dict()["method"], "hopper-medium-v2")} == {55.48}
@@ -390,13 +395,13 @@ def test_percentile_bc_is_bc_under_a_sampler() -> None:
 def test_every_preset_composes() -> None:
     for preset in ("paper", "laptop", "demo"):
         for agent in ("bc", "td3_bc"):
-            assert isinstance(plan(compose({"preset": preset, "agent": agent})).train, TrainConfig)
+            assert isinstance(resolve_config(compose({"preset": preset, "agent": agent})).train, TrainConfig)
 
 
 def test_a_presets_sizes_go_to_agents_that_have_them() -> None:
-    sizes = [plan(compose({"preset": "laptop", "agent": agent})).agent for agent in ("bc", "dt", "a2pr")]
+    sizes = [resolve_config(compose({"preset": "laptop", "agent": agent})).agent for agent in ("bc", "dt", "a2pr")]
     assert [(s.get("hidden"), s.get("embed")) for s in sizes] == [([64, 64], None), (None, 64), ([64, 64], None)]
-    given = plan(compose({"preset": "laptop", "agent": "bc", "agent.hidden": [8]}))
+    given = resolve_config(compose({"preset": "laptop", "agent": "bc", "agent.hidden": [8]}))
     assert given.agent["hidden"] == [8]
 
 
@@ -415,5 +420,5 @@ def test_every_recipe_composes_to_a_plan(name: str) -> None:
     for key, values in swept.items():
         for value in values:
             first = {other: options[0] for other, options in swept.items()}
-            job = plan(compose({"experiment": name, **first, key: value}))
+            job = resolve_config(compose({"experiment": name, **first, key: value}))
             assert job.train.dataset == {**first, key: value}["dataset"]

@@ -12,7 +12,7 @@ from conftest import make_toy
 from scipy import stats
 from torch import Tensor
 
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.sampling.density import DensityRatio, DensityWeighted, DensityWeightedConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
@@ -20,7 +20,9 @@ from offrl.utils.random import LaneRandom
 SMALL = DensityWeightedConfig(steps=200, hidden=(16,), batch_size=64, lr=3e-3)
 
 
-def started(store: Store, cfg: DensityWeightedConfig = SMALL, seeds: tuple[int, ...] = (0,)) -> DensityWeighted:
+def started(
+    store: OfflineDataset, cfg: DensityWeightedConfig = SMALL, seeds: tuple[int, ...] = (0,)
+) -> DensityWeighted:
     sampler = DensityWeighted(store, cfg, seeds)
     sampler.start()
     return sampler
@@ -79,7 +81,7 @@ def test_good_transitions_are_drawn_more_often() -> None:
     assert float(p @ reward) > float(reward.mean()) + 0.2 * float(reward.std())
     assert stats.spearmanr(p, reward).statistic > 0.5
     far = started(toy, replace(SMALL, entropy_weight=50.0, flow_weight=0.01))
-    assert far.facts()["effective_share"][0] > 0.98 > near.facts()["effective_share"][0]
+    assert far.metadata()["effective_share"][0] > 0.98 > near.metadata()["effective_share"][0]
     assert float(p.max() / p.min()) <= np.exp(4.8) * 1.001  # both logits are bounded by 1.2
     assert float(p.sum()) == pytest.approx(1, abs=1e-12)
 
@@ -99,7 +101,7 @@ def test_lanes_are_independent_and_may_differ_in_settings() -> None:
         alone = started(toy, replace(SMALL, entropy_weight=weight), (seed,))
         # float32 products of other shapes round differently, and Adam carries that on.
         torch.testing.assert_close(law(both)[lane], law(alone)[0], rtol=2e-3, atol=0)
-    assert both.facts()["effective_share"][0] < both.facts()["effective_share"][1]
+    assert both.metadata()["effective_share"][0] < both.metadata()["effective_share"][1]
 
 
 def test_refreshing_goes_on_where_it_stood_and_in_place() -> None:
@@ -111,7 +113,7 @@ def test_refreshing_goes_on_where_it_stood_and_in_place() -> None:
     assert twice.keep.data_ptr() == where
     assert not torch.equal(law(twice), before)
     assert torch.equal(law(twice), law(once))
-    assert twice.facts()["density_updates"] == 300
+    assert twice.metadata()["density_updates"] == 300
 
 
 def test_state_restores_the_law() -> None:
@@ -136,7 +138,7 @@ def test_discrete_actions() -> None:
     action = torch.tensor(rng.integers(0, 3, 200))
     reward = (action == 1).float()
     info = DatasetInfo(discrete=3)
-    store = Store(obs, action, reward, obs, torch.ones(200), torch.arange(0, 201, 2), info)
+    store = OfflineDataset(obs, action, reward, obs, torch.ones(200), torch.arange(0, 201, 2), info)
     p = law(started(store, replace(SMALL, steps=500, flow_weight=0.0)))[0]
     assert float(p[action == 1].mean() / p[action != 1].mean()) > 2
 

@@ -13,19 +13,19 @@ from torch import Tensor
 from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.data.batch import Batch
-from offrl.data.dataset import Store
-from offrl.sampling import Replay, Uniform
+from offrl.data.dataset import OfflineDataset
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Compiled, CudaGraph, Eager, make_engine
 from offrl.utils.errors import OffrlError
 
 
-def agent_of(store: Store, seeds: Sequence[int] = (0, 1), **settings: Any) -> TD3BC:
+def agent_of(store: OfflineDataset, seeds: Sequence[int] = (0, 1), **settings: Any) -> TD3BC:
     spec = Spec(store.obs_dim, store.action_dim, tuple(seeds), *store.observation_statistics())
     return TD3BC(spec, TD3BCConfig(**{"hidden": (32, 32), **settings}))
 
 
-def replay_of(store: Store, batch: int = 32) -> Replay:
-    return Replay([(store, Uniform(store), 1.0)], batch)
+def replay_of(store: OfflineDataset, batch: int = 32) -> BatchLoader:
+    return BatchLoader([(store, Uniform(store), 1.0)], batch)
 
 
 class Recorder(TD3BC):
@@ -41,7 +41,7 @@ class Recorder(TD3BC):
         return {f"phase{phase}": noise.sum(-1), "value": self.random.step.expand(2).double()}
 
 
-def recorder(store: Store) -> Recorder:
+def recorder(store: OfflineDataset) -> Recorder:
     spec = Spec(store.obs_dim, store.action_dim, (0, 1))
     return Recorder(spec, TD3BCConfig(hidden=(4,)))
 
@@ -50,22 +50,22 @@ def recorder(store: Store) -> Recorder:
 
 
 @pytest.mark.parametrize("name", ["jit", "", "Eager"])
-def test_unknown_engines_are_refused(name: str, toy: Store) -> None:
+def test_unknown_engines_are_refused(name: str, toy: OfflineDataset) -> None:
     with pytest.raises(OffrlError, match=f"engine={name} is unknown; choose auto, eager, compile or cudagraph"):
         make_engine(name, agent_of(toy), replay_of(toy))
 
 
-def test_a_graph_needs_a_gpu(toy: Store) -> None:
+def test_a_graph_needs_a_gpu(toy: OfflineDataset) -> None:
     with pytest.raises(OffrlError, match="engine=cudagraph needs device=cuda"):
         make_engine("cudagraph", agent_of(toy), replay_of(toy))
 
 
-def test_automatic_choice_on_a_cpu_is_eager(toy: Store) -> None:
+def test_automatic_choice_on_a_cpu_is_eager(toy: OfflineDataset) -> None:
     assert type(make_engine("auto", agent_of(toy), replay_of(toy))) is Eager
     assert type(make_engine("compile", agent_of(toy), replay_of(toy))) is Compiled
 
 
-def test_unknown_precisions_are_refused(toy: Store) -> None:
+def test_unknown_precisions_are_refused(toy: OfflineDataset) -> None:
     with pytest.raises(OffrlError, match="precision=float16 is unknown; choose float32 or bfloat16"):
         make_engine("eager", agent_of(toy), replay_of(toy), precision="float16").run(0, 1)
 
@@ -73,7 +73,7 @@ def test_unknown_precisions_are_refused(toy: Store) -> None:
 # ---- how the work is cut --------------------------------------------------------------------------------------
 
 
-def test_each_update_is_made_once_with_its_own_number_phase_and_rows(toy: Store) -> None:
+def test_each_update_is_made_once_with_its_own_number_phase_and_rows(toy: OfflineDataset) -> None:
     """Whatever the chunks: update n sees number n, phase (n - 1) mod period, and the rows that the sampler gives n."""
     agent = recorder(toy)
     engine = Eager(agent, replay_of(toy, 16))
@@ -89,7 +89,7 @@ def test_each_update_is_made_once_with_its_own_number_phase_and_rows(toy: Store)
         assert torch.equal(index, expected)
 
 
-def test_chunks_are_bounded_and_keep_their_numbers(toy: Store) -> None:
+def test_chunks_are_bounded_and_keep_their_numbers(toy: OfflineDataset) -> None:
     """Small batches are drawn many at once, large ones one by one; both train alike."""
     small = Eager(agent_of(toy), replay_of(toy, 4))
     small.run(0, 3)
@@ -106,7 +106,7 @@ def test_chunks_are_bounded_and_keep_their_numbers(toy: Store) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_metrics_are_the_last_of_each_kind(toy: Store) -> None:
+def test_metrics_are_the_last_of_each_kind(toy: OfflineDataset) -> None:
     """Those of the delayed actor stay from its last update."""
     agent = recorder(toy)
     engine = Eager(agent, replay_of(toy, 8))
@@ -119,7 +119,7 @@ def test_metrics_are_the_last_of_each_kind(toy: Store) -> None:
     assert torch.equal(metrics["phase1"], noise[1])
 
 
-def test_no_updates_change_nothing(toy: Store) -> None:
+def test_no_updates_change_nothing(toy: OfflineDataset) -> None:
     agent = agent_of(toy)
     before = {k: v.clone() for k, v in agent.state_dict().items()}
     assert Eager(agent, replay_of(toy)).run(5, 0) == {}
@@ -127,7 +127,9 @@ def test_no_updates_change_nothing(toy: Store) -> None:
 
 
 @pytest.mark.parametrize(("per_launch", "size"), [(1, 2), (5, 6), (16, 16)])
-def test_a_graph_holds_whole_periods_and_replays_as_often_as_it_fits(per_launch: int, size: int, toy: Store) -> None:
+def test_a_graph_holds_whole_periods_and_replays_as_often_as_it_fits(
+    per_launch: int, size: int, toy: OfflineDataset
+) -> None:
     agent = recorder(toy)
     engine = CountedGraph(agent, replay_of(toy, 8), updates_per_launch=per_launch)
     assert engine.size == size
@@ -152,7 +154,7 @@ class CountedGraph(CudaGraph):
         this = self
 
         class Graph:
-            def replay(self) -> None:
+            def loader(self) -> None:
                 this.replays += 1
                 this.metrics = this._updates()
 
@@ -162,7 +164,7 @@ class CountedGraph(CudaGraph):
 # ---- half precision -------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_products_stay_close_to_float32(toy: Store) -> None:
+def test_bfloat16_products_stay_close_to_float32(toy: OfflineDataset) -> None:
     """Products carry 8 bits: after a few updates losses agree to a percent or so, and all that is kept is float32."""
     full, half = agent_of(toy), agent_of(toy)
     metrics = make_engine("eager", full, replay_of(toy, 256)).run(0, 6)

@@ -171,7 +171,7 @@ def test_threads_change_nothing() -> None:
             answers.append(Neighbors(states, actions, keep=False).query(rows, asked, 0.3))
     finally:
         torch.set_num_threads(before)
-    assert (~answers[0].settled).sum() > 3 * neighbors._SHARE  # enough open searches for three threads
+    assert (~answers[0].from_list).sum() > 3 * neighbors._SHARE  # enough open searches for three threads
     assert torch.equal(answers[0].rows, answers[1].rows)
     assert torch.equal(answers[0].distance, answers[1].distance)
 
@@ -221,8 +221,8 @@ def test_the_list_settles_what_stays_close_and_the_tree_the_rest() -> None:
     rows = torch.arange(3000).unsqueeze(0)
     close = index.query(rows, policy(actions, rows, 0.02), 2.0)
     astray = index.query(rows, policy(actions, rows, 1.5), 0.3)
-    assert close.settled.float().mean() > 0.9
-    assert astray.settled.float().mean() < 0.3
+    assert close.from_list.float().mean() > 0.9
+    assert astray.from_list.float().mean() < 0.3
 
 
 def test_blocks_certify_or_look_again() -> None:
@@ -240,8 +240,8 @@ def test_blocks_certify_or_look_again() -> None:
     near_offset.longest = states.norm(dim=1).max().double(), actions.norm(dim=1).max().double()
     _, _, doubt = near_offset._pass(states[rows], asked, betas, 1, torch.float32)
     assert (doubt > 0).all()
-    _, distance, settled = near_offset.query(rows, asked, betas, 1, None)
-    assert settled.all()
+    _, distance, from_list = near_offset.query(rows, asked, betas, 1, None)
+    assert from_list.all()
     _, expected = brute_force(states, actions, states[rows], asked, 2.0)
     torch.testing.assert_close(distance, expected, rtol=1e-12, atol=1e-12)
 

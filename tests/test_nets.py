@@ -21,13 +21,13 @@ from offrl.nets import (
     GaussianActor,
     TanhGaussian,
     clip_by_lane,
-    column,
     lane_generators,
+    make_target,
     normal_log_prob,
     orthogonal_,
+    per_lane,
     polyak,
     relu_mlp_reference,
-    target_of,
 )
 from offrl.nets.mlp import _ReluMLP
 
@@ -356,7 +356,7 @@ def test_the_written_out_gradient_equals_automatic_differentiation(hidden: tuple
     critics = Critics((1, 2), 4, 3, hidden, members=5).double()
     generator = torch.Generator().manual_seed(0)
     obs, action = (torch.randn(2, 9, n, generator=generator, dtype=torch.float64) for n in (4, 3))
-    q, slope = critics.with_action_gradient(obs, action)
+    q, slope = critics.q_and_grad(obs, action)
     torch.testing.assert_close(q, critics(obs, action), rtol=1e-12, atol=1e-12)
 
     x = torch.cat([obs, action], -1).unsqueeze(1).expand(2, 5, 9, 7).flatten(0, 1).requires_grad_()
@@ -375,7 +375,7 @@ def test_many_actions_are_judged_as_one_by_one() -> None:
     critics = Critics((1, 2), 4, 3, (8,), members=2).double()
     obs, actions = torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(2, 5, 6, 3, dtype=torch.float64)
     expected = torch.stack([critics(obs, actions[:, :, i]) for i in range(6)], -1)
-    torch.testing.assert_close(critics.of_many(obs, actions), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(critics.q_of_actions(obs, actions), expected, rtol=1e-12, atol=1e-12)
 
 
 # ---- squashed Gaussians ---------------------------------------------------------------------------------------
@@ -544,7 +544,7 @@ def test_cosine_decay_equals_pytorchs(lr: Any) -> None:
 def test_a_lanes_gradient_is_clipped_by_its_own_norm() -> None:
     """Over all tensors of the lane; what is short stays as it is."""
     gradients = [torch.ones(2, 3, 3), torch.full((2, 7), 1.0)]  # each lane's norm is 4
-    gradients = [g * column(torch.tensor([1.0, 1e-3]), g.ndim - 1) for g in gradients]
+    gradients = [g * per_lane(torch.tensor([1.0, 1e-3]), g.ndim - 1) for g in gradients]
     long, short = ([g[lane] for g in clip_by_lane(gradients, 2.0)] for lane in (0, 1))
     assert torch.cat([g.flatten() for g in long]).norm().item() == pytest.approx(2.0)
     for clipped, own in zip(short, gradients):
@@ -586,20 +586,20 @@ def test_adams_moments_travel_with_the_state() -> None:
 def test_polyak_is_geometric(tau: float | list[float]) -> None:
     """Towards a constant network the n-th average has covered 1 - (1 - tau)^n of the way, in each lane at its rate."""
     online = MLP((0, 1), [3, 4, 2]).double()
-    target = target_of(MLP((2, 3), [3, 4, 2]).double())
+    target = make_target(MLP((2, 3), [3, 4, 2]).double())
     start = [p.clone() for p in target.parameters()]
     rate = torch.tensor(tau, dtype=torch.float64) if isinstance(tau, list) else tau
     for _ in range(20):
         polyak(target, online, rate)
     way = 1 - (1 - torch.as_tensor(rate, dtype=torch.float64).expand(2)) ** 20
     for slow, fast, origin in zip(target.parameters(), online.parameters(), start):
-        w = column(way, slow.ndim - 1)
+        w = per_lane(way, slow.ndim - 1)
         torch.testing.assert_close(slow, origin + w * (fast.detach() - origin), rtol=1e-12, atol=1e-14)
 
 
 def test_targets_are_copies_without_gradients() -> None:
     online = MLP((0,), [3, 4, 2])
-    target = target_of(online)
+    target = make_target(online)
     assert not any(p.requires_grad for p in target.parameters())
     assert all(p.requires_grad for p in online.parameters())
     with torch.no_grad():
@@ -608,5 +608,5 @@ def test_targets_are_copies_without_gradients() -> None:
 
 
 def test_columns_line_up_with_lanes() -> None:
-    assert column(2.0, 3) == 2.0
-    assert column(torch.tensor([1.0, 2.0]), 2).shape == (2, 1, 1)
+    assert per_lane(2.0, 3) == 2.0
+    assert per_lane(torch.tensor([1.0, 2.0]), 2).shape == (2, 1, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from offrl.agents.base import Agent, Spec
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.evaluation.fqe import FQEConfig, fitted_q
 
 STATES, ACTIONS, GAMMA = 4, 2, 0.8
@@ -53,7 +53,7 @@ def pair(state: Tensor, action: Tensor) -> Tensor:
     return one_hot(state * ACTIONS + action, STATES * ACTIONS).float()
 
 
-def random_data(rows: int, discrete: bool = False) -> Store:
+def random_data(rows: int, discrete: bool = False) -> OfflineDataset:
     """Steps from uniform states under random actions; episodes of one step that go on unless they terminate."""
     generator = torch.Generator().manual_seed(1)
     state = torch.randint(STATES, (rows,), generator=generator)
@@ -63,12 +63,12 @@ def random_data(rows: int, discrete: bool = False) -> Store:
     vectors = [one_hot(s, STATES).float() for s in (state, after)]
     info = DatasetInfo(discrete=ACTIONS if discrete else None)
     reward = R[state, action].float()
-    return Store(
+    return OfflineDataset(
         vectors[0], action if discrete else pair(state, action), reward, vectors[1], done, torch.arange(rows + 1), info
     )
 
 
-def exact_q(store: Store, policy: list[int]) -> Tensor:
+def exact_q(store: OfflineDataset, policy: list[int]) -> Tensor:
     """`[states, actions]`: the solution of Bellman's equation of the data's own frequencies; the last state is terminal."""
     state, after = store.observations.argmax(-1), store.next_observations.argmax(-1)
     action = store.actions.argmax(-1) % ACTIONS
@@ -117,7 +117,7 @@ def test_the_behaviours_value_is_its_mean_discounted_return() -> None:
     done = (steps == 2).float()
     offsets = torch.arange(0, 151, 3)
     actions = pair(steps, torch.zeros_like(steps))
-    store = Store(vectors[0], actions, torch.ones(150), vectors[1], done, offsets)
+    store = OfflineDataset(vectors[0], actions, torch.ones(150), vectors[1], done, offsets)
     estimates = fitted_q(store, [Fixed([[0] * 4])], replace(QUICK, updates=1000))
     assert float(estimates.value[0]) == pytest.approx(1 + GAMMA + GAMMA**2, abs=0.02)
     assert float(estimates.soft_opc[0]) == pytest.approx(0, abs=1e-5)  # all episodes are equally good

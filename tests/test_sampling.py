@@ -12,21 +12,21 @@ from conftest import make_toy
 from scipy import stats
 from torch import Tensor
 
-from offrl.data.dataset import Store
-from offrl.sampling import EpisodeWeighted, Replay, Uniform
+from offrl.data.dataset import OfflineDataset
+from offrl.sampling import BatchLoader, EpisodeWeighted, Uniform
 from offrl.utils.random import LaneRandom
 
 P_VALUE = 1e-4  # draws are fixed by the seeds
 
 
 def lengths_only(lengths: Tensor) -> Any:
-    """Stands for a Store of any size: samplers read nothing but the episodes' places."""
+    """Stands for a dataset of any size: samplers read nothing but the episodes' places."""
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return SimpleNamespace(lengths=lengths, offsets=offsets, episodes=len(lengths), device=torch.device("cpu"))
 
 
 class Rows:
-    """A Store that has a length only."""
+    """A dataset that has a length only."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -35,12 +35,12 @@ class Rows:
         return self.rows
 
 
-def episodes(*lengths: int) -> Store:
-    """A Store of the given episode lengths whose observation is the row's number."""
+def episodes(*lengths: int) -> OfflineDataset:
+    """A dataset of the given episode lengths whose observation is the row's number."""
     n = sum(lengths)
     row = torch.arange(n, dtype=torch.float32).unsqueeze(-1)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return Store(row, row.clone(), row[:, 0].clone(), row + 0.5, torch.zeros(n), offsets)
+    return OfflineDataset(row, row.clone(), row[:, 0].clone(), row + 0.5, torch.zeros(n), offsets)
 
 
 def draw(sampler: Any, count: int, seeds: tuple[int, ...] = (0,), stream: str = "s") -> Tensor:
@@ -216,8 +216,8 @@ def test_many_updates_at_once_equal_one_by_one(kind: str) -> None:
 # ---- replay ---------------------------------------------------------------------------------------------------
 
 
-def sources(*shares: float) -> list[tuple[Store, Uniform, float]]:
-    """Stores whose rewards tell which one a row came from."""
+def sources(*shares: float) -> list[tuple[OfflineDataset, Uniform, float]]:
+    """datasets whose rewards tell which one a row came from."""
     stores = []
     for i in range(len(shares)):
         store = episodes(6, 6)
@@ -230,28 +230,28 @@ def sources(*shares: float) -> list[tuple[Store, Uniform, float]]:
     [((1.0,), 10, [10]), ((0.5, 0.5), 10, [5, 5]), ((0.7, 0.3), 256, [179, 77]), ((0.5, 0.25, 0.25), 9, [5, 2, 2])],
 )
 def test_every_batch_holds_the_stated_shares(shares: tuple[float, ...], batch: int, expected: list[int]) -> None:
-    replay = Replay(sources(*shares), batch)
-    reward = replay.draw(LaneRandom((0, 1)), torch.arange(1, 6)).reward
+    loader = BatchLoader(sources(*shares), batch)
+    reward = loader.draw(LaneRandom((0, 1)), torch.arange(1, 6)).reward
     assert reward.shape == (5, 2, batch)
     for part in reward.flatten(0, 1):
         assert torch.bincount(part.long(), minlength=len(shares)).tolist() == expected
 
 
 def test_a_share_of_nothing_draws_nothing() -> None:
-    assert not Replay(sources(1.0, 0.0), 8).draw(LaneRandom((0,)), torch.tensor([1])).reward.any()
+    assert not BatchLoader(sources(1.0, 0.0), 8).draw(LaneRandom((0,)), torch.tensor([1])).reward.any()
 
 
 def test_shares_beyond_the_whole_are_refused() -> None:
     with pytest.raises(ValueError, match="more than 1"):
-        Replay(sources(0.0, 0.8, 0.8), 10)
+        BatchLoader(sources(0.0, 0.8, 0.8), 10)
 
 
 def test_a_source_can_be_replaced_while_training_runs() -> None:
-    replay, random, step = Replay(sources(0.5, 0.5), 8), LaneRandom((0,)), torch.tensor([3])
-    before = replay.draw(random, step)
+    loader, random, step = BatchLoader(sources(0.5, 0.5), 8), LaneRandom((0,)), torch.tensor([3])
+    before = loader.draw(random, step)
     fresh = episodes(40).with_rewards(0.0, 7.0)
-    replay.replace(1, fresh, Uniform(fresh))
-    after = replay.draw(random, step)
+    loader.replace(1, fresh, Uniform(fresh))
+    after = loader.draw(random, step)
     assert torch.equal(after.index[..., :4], before.index[..., :4])  # the other source goes on as it was
     assert (after.reward[..., 4:] == 7).all()
     assert after.reward.shape == before.reward.shape
@@ -259,27 +259,27 @@ def test_a_source_can_be_replaced_while_training_runs() -> None:
 
 def test_sources_do_not_share_random_numbers() -> None:
     """Two samplers over stores of one size must not draw the same rows."""
-    rows = Replay(sources(0.5, 0.5), 4000).draw(LaneRandom((0,)), torch.tensor([1])).obs[0, 0, :, 0]
+    rows = BatchLoader(sources(0.5, 0.5), 4000).draw(LaneRandom((0,)), torch.tensor([1])).obs[0, 0, :, 0]
     agree = (rows[:2000] == rows[2000:]).double().mean().item()
     assert agree == pytest.approx(1 / 12, abs=5 * (1 / 12 / 2000) ** 0.5)
 
 
 def test_extra_fields_of_mixed_sources_line_up() -> None:
-    replay = Replay(sources(0.5, 0.5), 10, extra=("next_action", "return_to_go", "timestep"))
-    batch = replay.draw(LaneRandom((0, 1)), torch.arange(1, 4))
+    loader = BatchLoader(sources(0.5, 0.5), 10, extra=("next_action", "return_to_go", "timestep"))
+    batch = loader.draw(LaneRandom((0, 1)), torch.arange(1, 4))
     assert batch.timestep is not None
     assert batch.return_to_go is not None
     row = batch.obs[..., 0].long()
     assert torch.equal(batch.timestep, row % 6)
     assert torch.equal(batch.return_to_go, batch.reward * (6 - row % 6))
     assert torch.equal(batch.index[..., :5], row[..., :5])
-    assert (batch.index[..., 5:] == -1).all()  # rows of another Store than the agent was given
+    assert (batch.index[..., 5:] == -1).all()  # rows of another dataset than the agent was given
 
 
 def test_windows_never_cross_an_episodes_end() -> None:
     store = episodes(3, 1, 7, 4)
-    replay = Replay([(store, Uniform(store), 1.0)], 200, window=5)
-    batch = replay.draw(LaneRandom((0, 1)), torch.arange(1, 4))
+    loader = BatchLoader([(store, Uniform(store), 1.0)], 200, window=5)
+    batch = loader.draw(LaneRandom((0, 1)), torch.arange(1, 4))
     assert batch.valid is not None
     assert batch.obs.shape == (3, 2, 200, 5, 1)
     valid = batch.valid.bool()

@@ -26,7 +26,7 @@ from offrl.cli import main as cli
 from offrl.data.arrays import write_npz
 from offrl.data.batch import Batch
 from offrl.results import read, read_metrics
-from offrl.training.run_config import plan
+from offrl.training.run_config import resolve_config
 from offrl.training.runs import Result, dataset_info, load_agent, load_data
 from offrl.training.trainer import Trainer, resume, train
 from offrl.utils import checkpoint
@@ -102,7 +102,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 def step_of(folder: Path) -> int:
     """Update of the last checkpoint; 0 when there is none."""
     path = folder / checkpoint.NAME
-    return int(checkpoint.facts(path)["step"]) if path.exists() else 0
+    return int(checkpoint.metadata(path)["step"]) if path.exists() else 0
 
 
 def same_tensors(a: Path, b: Path) -> bool:
@@ -159,7 +159,7 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(world: Path) ->
 def test_signals_save_and_the_rest_follows(number: signal.Signals, toy_file: Path) -> None:
     """Stopped between checkpoints, it leaves one of that very update, with status 130; meanwhile nobody else may train."""
     values = options(toy_file, 1_000_000, checkpoint_every=300, log_every=7)
-    folder = plan(values).folder()
+    folder = resolve_config(values).folder()
     process = start("train", *words(values), stdout=subprocess.PIPE)
     wait_for(lambda: step_of(folder) > 0, process)
     with pytest.raises(OffrlError, match="another process is training this run"):
@@ -184,7 +184,7 @@ def test_a_signal_in_between_is_harmless_here_too(toy_file: Path) -> None:
     values = options(toy_file, 1_000_000)
 
     def stop_after_a_checkpoint() -> None:
-        while step_of(plan(values).folder()) == 0:
+        while step_of(resolve_config(values).folder()) == 0:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -235,7 +235,7 @@ def test_a_failure_to_save_can_be_repaired(toy_file: Path, monkeypatch: pytest.M
         patch.setattr(checkpoint, "save_file", filling_up)
         with pytest.raises(OffrlError, match=r"could not be written .*No space left.*free some space"):
             train(values)
-    folder = plan(values).folder()
+    folder = resolve_config(values).folder()
     assert step_of(folder) == 100
     assert train(values).status == "finished"
     assert same_tensors(folder, train({**values, "out": "undisturbed"}).folder)
@@ -243,7 +243,7 @@ def test_a_failure_to_save_can_be_repaired(toy_file: Path, monkeypatch: pytest.M
 
 def test_remains_of_a_kill_are_swept_away(toy_file: Path) -> None:
     values = options(toy_file)
-    folder = plan(values).folder()
+    folder = resolve_config(values).folder()
     folder.mkdir(parents=True)
     torn = folder / f".{checkpoint.NAME}.123.part"
     torn.write_bytes(b"half")
@@ -416,7 +416,7 @@ def test_a_missing_environment_shows_before_training(toy_file: Path) -> None:
     values = options(toy_file, eval={"every": 0, "final_episodes": 1})
     with pytest.raises(OffrlError, match=r"no environment"):
         train(values)
-    assert not (plan(values).folder() / checkpoint.NAME).exists()
+    assert not (resolve_config(values).folder() / checkpoint.NAME).exists()
 
 
 # ---- numbers that break ---------------------------------------------------------------------------------------
@@ -446,9 +446,9 @@ def test_numbers_that_break_stop_the_run_and_are_never_saved(
     for _ in range(2):
         with pytest.raises(OffrlError, match=f"{broken} is no longer finite at update 150; lower the learning rates"):
             train(values)
-        assert step_of(plan(values).folder()) == 100
-    assert all(value.isfinite().all() for value in tensors(plan(values).folder()).values())
-    assert {row["step"] for row in raw_rows(plan(values).folder(), "metrics")} == {50, 100, 150}
+        assert step_of(resolve_config(values).folder()) == 100
+    assert all(value.isfinite().all() for value in tensors(resolve_config(values).folder()).values())
+    assert {row["step"] for row in raw_rows(resolve_config(values).folder(), "metrics")} == {50, 100, 150}
 
 
 def test_learning_rates_out_of_this_world(toy_file: Path) -> None:
@@ -509,7 +509,7 @@ def test_a_folder_says_how_it_was_made(toy_file: Path) -> None:
     assert config["method"] == "ours"
     assert config["agent"] == values["agent"]
     assert config["eval"]["seed"] == 1_000_000  # defaults are there, too
-    store = load_data(plan(values).train, "cpu")
+    store = load_data(resolve_config(values).train, "cpu")
     assert manifest["fingerprint"] == store.fingerprint
     assert (manifest["transitions"], manifest["episodes"]) == (4096, 1024)
     # Actor 3-8-8-2, two critics 5-8-8-1.
@@ -551,7 +551,7 @@ def test_unknown_trackers_are_refused(toy_file: Path) -> None:
 
 
 def rewards(toy_file: Path, **data: Any) -> Tensor:
-    return load_data(plan(options(toy_file, data=data)).train, "cpu").rewards
+    return load_data(resolve_config(options(toy_file, data=data)).train, "cpu").rewards
 
 
 def test_rewards_are_scaled_then_shifted(toy_file: Path) -> None:

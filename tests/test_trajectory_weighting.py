@@ -15,13 +15,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.data.statistics import positive_sided_variance
 from offrl.sampling import (
     AdvantageWeighted,
     AdvantageWeightedConfig,
+    BatchLoader,
     EpisodeWeighted,
-    Replay,
     ReturnWeighted,
     ReturnWeightedConfig,
     RowWeighted,
@@ -41,7 +41,7 @@ P_VALUE = 1e-4
 
 def episodes(
     returns: list[float] | np.ndarray, lengths: list[int] | np.ndarray, starts: np.ndarray | None = None
-) -> Store:
+) -> OfflineDataset:
     """Episodes of given returns (all of it in the first reward), lengths and initial observations."""
     lengths, n = np.asarray(lengths), int(np.sum(lengths))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -53,7 +53,7 @@ def episodes(
     terminations = np.zeros(n)
     terminations[offsets[1:] - 1] = 1
     tensors = [torch.tensor(x, dtype=torch.float32) for x in (obs, np.zeros((n, 1)), rewards, obs, terminations)]
-    return Store(*tensors, torch.tensor(offsets))
+    return OfflineDataset(*tensors, torch.tensor(offsets))
 
 
 def law(sampler: EpisodeWeighted) -> Tensor:
@@ -62,15 +62,15 @@ def law(sampler: EpisodeWeighted) -> Tensor:
     return rows / rows.sum(-1, keepdim=True)
 
 
-def rw(store: Store, **settings: Any) -> Tensor:
+def rw(store: OfflineDataset, **settings: Any) -> Tensor:
     return law(ReturnWeighted(store, ReturnWeightedConfig(**settings)))
 
 
-def aw(store: Store, **settings: Any) -> Tensor:
+def aw(store: OfflineDataset, **settings: Any) -> Tensor:
     return law(AdvantageWeighted(store, AdvantageWeightedConfig(**settings)))
 
 
-def random_episodes(count: int = 60, starts: int = 3, seed: int = 0) -> Store:
+def random_episodes(count: int = 60, starts: int = 3, seed: int = 0) -> OfflineDataset:
     rng = np.random.default_rng(seed)
     return episodes(rng.normal(size=count) * 20, rng.integers(1, 30, count), rng.normal(size=(count, starts)))
 
@@ -101,10 +101,10 @@ def test_the_worked_example() -> None:
     p = law(sampler)
     expected = torch.tensor([0.0825945, 0.0825945, 0.2245152, 0.6102957], dtype=torch.float64)
     torch.testing.assert_close(p, expected, atol=5e-8, rtol=0)
-    facts = sampler.facts()
-    assert facts["effective_rows"] == pytest.approx(2.29089, abs=5e-6)
-    assert facts["effective_share"] == pytest.approx(2.29089 / 4, abs=5e-6)
-    assert facts["fallback"] is None
+    metadata = sampler.metadata()
+    assert metadata["effective_rows"] == pytest.approx(2.29089, abs=5e-6)
+    assert metadata["effective_share"] == pytest.approx(2.29089 / 4, abs=5e-6)
+    assert metadata["fallback"] is None
 
 
 @pytest.mark.parametrize("weighted", [rw, aw])
@@ -169,7 +169,7 @@ def test_negative_returns_and_tails_count() -> None:
     p = rw(episodes([-3, -1, -2], [1, 1, 1]), temperature=0.5)
     torch.testing.assert_close(p, torch.softmax(torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64), 0))
     store = episodes([0, 1], [2, 2])
-    tail = Store(
+    tail = OfflineDataset(
         **{**store.tensors(), "tail_rewards": torch.tensor([3.0, 0.0]), "has_tail": torch.tensor([True, False])}
     )
     assert float(rw(tail)[0]) > float(rw(tail)[-1])  # the first one's last reward is known, if not its successor
@@ -177,7 +177,7 @@ def test_negative_returns_and_tails_count() -> None:
 
 def test_cut_trajectories_count_with_what_they_have() -> None:
     store = episodes([1, 2, 4], [2, 4, 8])
-    cut = Store(**{**store.tensors(), "complete": torch.tensor([False, True, False])})
+    cut = OfflineDataset(**{**store.tensors(), "complete": torch.tensor([False, True, False])})
     assert torch.equal(rw(cut), rw(store))
 
 
@@ -243,7 +243,7 @@ def test_equal_returns_are_uniform_with_one_warning(cls: Any, returns: list[floa
         sampler = cls(store)
     assert len([w for w in caught if "equally good" in str(w.message)]) == 1
     assert float((law(sampler) - 1 / len(store)).abs().max()) < 1e-15
-    assert "uniform" in sampler.facts()["fallback"]
+    assert "uniform" in sampler.metadata()["fallback"]
 
 
 def test_two_trajectories() -> None:
@@ -266,9 +266,9 @@ def test_too_few_trajectories_for_least_squares_never_give_random_weights(count:
     # Returns have nothing to do with the starts: the best must stay near the best, whichever fallback was taken.
     ranks = stats.spearmanr(sampler.weights.numpy(), returns).statistic
     assert ranks > 0.8
-    facts = sampler.facts()
-    assert facts["baseline"] in ("ridge", "mean")
-    assert "too few" in facts["fallback"]
+    metadata = sampler.metadata()
+    assert metadata["baseline"] in ("ridge", "mean")
+    assert "too few" in metadata["fallback"]
 
 
 def test_few_trajectories_whose_starts_matter_keep_a_baseline() -> None:
@@ -451,7 +451,7 @@ def test_many_updates_at_once_are_the_same_draws() -> None:
 def test_windows_start_by_the_weights_and_stop_at_the_trajectorys_end() -> None:
     store = random_episodes()
     sampler = ReturnWeighted(store, ReturnWeightedConfig(temperature=0.3))
-    batch = Replay([(store, sampler, 1.0)], 50_000, window=4).draw(LaneRandom((0,)), torch.tensor([1]))
+    batch = BatchLoader([(store, sampler, 1.0)], 50_000, window=4).draw(LaneRandom((0,)), torch.tensor([1]))
     assert batch.valid is not None
     assert fits(batch.index, law(sampler)) > P_VALUE
     left = store.offsets[1:][store.episode_of_row[batch.index]] - batch.index
@@ -482,12 +482,12 @@ def test_samplers_from_settings() -> None:
     store = random_episodes()
     made = make_sampler({"_target_": "offrl.sampling.AdvantageWeighted", "temperature": [0.1, 0.5]}, [store], (3, 4))
     torch.testing.assert_close(law(made), aw(store, temperature=[0.1, 0.5]))  # type: ignore[arg-type]
-    facts = made.facts()
-    assert len(facts["effective_rows"]) == 2
-    assert facts["baseline"] == "ols"
-    assert 0 < facts["baseline_r2"] < 0.3
+    metadata = made.metadata()
+    assert len(metadata["effective_rows"]) == 2
+    assert metadata["baseline"] == "ols"
+    assert 0 < metadata["baseline_r2"] < 0.3
     settings = {"_target_": "offrl.sampling.TopPercent", "percent": 20}
-    assert make_sampler(settings, [store], (0,)).facts()["effective_rows"] == float(
+    assert make_sampler(settings, [store], (0,)).metadata()["effective_rows"] == float(
         store.lengths[store.returns.argsort(descending=True)[:12]].sum()
     )
 
@@ -640,23 +640,23 @@ def test_runs_name_their_sampler_and_keep_its_facts(mixed_file: Any) -> None:
     assert run.parts[-3] == "bc+AW"
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["method"] == "bc+AW"
-    facts = manifest["sampler"]
-    assert facts["fallback"] is None
-    assert facts["baseline"] == "ols"
-    assert facts["effective_share"][0] < facts["effective_share"][1] < 1
-    assert facts["positive_sided_variance"] > 0
+    metadata = manifest["sampler"]
+    assert metadata["fallback"] is None
+    assert metadata["baseline"] == "ols"
+    assert metadata["effective_share"][0] < metadata["effective_share"][1] < 1
+    assert metadata["positive_sided_variance"] > 0
     other = train(options(mixed_file, {"_target_": "offrl.sampling.TopPercent"}, updates=2)).folder
     assert other.parts[-3] == "bc+Top-10"
 
 
 def test_returns_are_of_rewards_as_recorded(mixed_file: Any, tmp_path: Any) -> None:
     """data.reward_* changes what the agent sees, and no weight: AntMaze's -1 would make short episodes good ones."""
-    from offrl.training.run_config import plan
+    from offrl.training.run_config import resolve_config
     from offrl.training.trainer import Trainer
 
     values = options(mixed_file, {"_target_": "offrl.sampling.ReturnWeighted"})
-    plain = Trainer(plan(values), tmp_path / "a")
-    shifted = Trainer(plan({**values, "data": {"reward_shift": -1.0, "reward_scale": 3.0}}), tmp_path / "b")
+    plain = Trainer(resolve_config(values), tmp_path / "a")
+    shifted = Trainer(resolve_config({**values, "data": {"reward_shift": -1.0, "reward_scale": 3.0}}), tmp_path / "b")
     assert not torch.equal(plain.store.rewards, shifted.store.rewards)
     assert torch.equal(plain.sampler.weights, shifted.sampler.weights)  # type: ignore[attr-defined]
 
@@ -677,13 +677,17 @@ def test_resume_is_exact(mixed_file: Any, name: str) -> None:
 
 def test_a_sweep_over_samplers_gives_runs_of_their_own(mixed_file: Any) -> None:
     from offrl.training.compose import compose
-    from offrl.training.run_config import plan
+    from offrl.training.run_config import resolve_config
 
     names = ("uniform", "return_weighted", "advantage_weighted", "top_percent")
-    plans = [plan(compose({"agent": "td3_bc", "sampler": name, "dataset": str(mixed_file)})) for name in names]
+    plans = [
+        resolve_config(compose({"agent": "td3_bc", "sampler": name, "dataset": str(mixed_file)})) for name in names
+    ]
     assert [p.method for p in plans] == ["td3_bc", "td3_bc+RW", "td3_bc+AW", "td3_bc+Top-10%"]
-    assert len({p.folder() for p in plans}) == len({p.identity() for p in plans}) == 4
-    warm = plan(compose({"sampler": "return_weighted", "sampler.temperature": 0.5, "dataset": str(mixed_file)}))
+    assert len({p.folder() for p in plans}) == len({p.config_hash() for p in plans}) == 4
+    warm = resolve_config(
+        compose({"sampler": "return_weighted", "sampler.temperature": 0.5, "dataset": str(mixed_file)})
+    )
     assert warm.folder() != plans[1].folder()
 
 
@@ -708,7 +712,7 @@ PAIRS = [
 @pytest.mark.parametrize(("agent", "sampler"), PAIRS)
 def test_every_agent_trains_under_every_sampler(mixed_file: Any, agent: str, sampler: str) -> None:
     from offrl.training.compose import compose
-    from offrl.training.run_config import plan
+    from offrl.training.run_config import resolve_config
     from offrl.training.trainer import Trainer
 
     values = compose({"agent": agent, "sampler": sampler, "dataset": str(mixed_file)})
@@ -717,7 +721,7 @@ def test_every_agent_trains_under_every_sampler(mixed_file: Any, agent: str, sam
     sizes |= {"suffix": 4, "label_hidden": [8], "cluster_updates": 2, "return_updates": 1}
     small = {"sizes": sizes, "sampler": values["sampler"] | settings}
     small |= {"lanes": 2, "updates": 5, "batch_size": 16, "eval": {"every": 0, "final_episodes": 0}, "progress": False}
-    result = Trainer(plan({**values, **small}), mixed_file.parent / "run").run()
+    result = Trainer(resolve_config({**values, **small}), mixed_file.parent / "run").run()
     assert result.status == "finished"  # the trainer itself refuses numbers that are not finite
 
 
@@ -740,7 +744,7 @@ def test_draws_on_a_gpu_are_those_of_the_cpu() -> None:
 # ---- several datasets ------------------------------------------------------------------------------------------------
 
 
-def mixture(stores: list[Store], **settings: Any) -> Any:
+def mixture(stores: list[OfflineDataset], **settings: Any) -> Any:
     return make_sampler({"_target_": "offrl.sampling.Mixture", **settings}, stores, (0,))
 
 
@@ -755,7 +759,7 @@ def test_a_mixture_draws_fixed_shares_each_by_its_own_sampler() -> None:
     laws = [torch.ones(len(a), dtype=torch.float64) / len(a), rw(b, temperature=0.5), law(TopPercent(c))]
     for i, expected in enumerate(laws):
         assert fits(drawn[part == i] - first[i], expected) > P_VALUE
-    assert made.facts()["parts"][0]["effective_share"] == 1.0
+    assert made.metadata()["parts"][0]["effective_share"] == 1.0
     plain = mixture([a, b], datasets=["b"], shares=[0.5]).draw(LaneRandom((0,)), torch.arange(1, 2001), 64)
     assert fits(plain[..., 32:] - len(a), torch.ones(len(b), dtype=torch.float64)) > P_VALUE
 
@@ -783,7 +787,7 @@ def test_mixtures_that_cant_be(settings: dict[str, Any], message: str) -> None:
 def test_training_on_a_mixture(mixed_file: Any) -> None:
     import shutil
 
-    from offrl.training.run_config import plan
+    from offrl.training.run_config import resolve_config
     from offrl.training.trainer import Trainer, train
 
     other = mixed_file.parent / "other.npz"
@@ -791,9 +795,9 @@ def test_training_on_a_mixture(mixed_file: Any) -> None:
     sampler = {"_target_": "offrl.sampling.Mixture", "datasets": [str(other)], "shares": [0.5]}
     sampler |= {"samplers": ["uniform", "advantage_weighted"]}
     values = options(mixed_file, sampler)
-    trainer = Trainer(plan(values), mixed_file.parent / "x")
+    trainer = Trainer(resolve_config(values), mixed_file.parent / "x")
     assert (len(trainer.store), trainer.store.episodes) == (600, 120)
-    batch = trainer.replay.draw(LaneRandom((0, 1)), torch.arange(1, 200))
+    batch = trainer.loader.draw(LaneRandom((0, 1)), torch.arange(1, 200))
     assert torch.equal(batch.obs, trainer.store.observations[batch.index])
     good = batch.action[..., 0] > 0.7
     assert float(good[..., :16].double().mean()) == pytest.approx(0.1, abs=0.03)
@@ -805,4 +809,4 @@ def test_training_on_a_mixture(mixed_file: Any) -> None:
         arrays = dict(data)
     np.savez(wide, **{**arrays, "actions": np.repeat(arrays["actions"], 2, 1)})
     with pytest.raises(OffrlError, match="differ in observations or actions"):
-        Trainer(plan(options(mixed_file, {**sampler, "datasets": [str(wide)]})), mixed_file.parent / "y")
+        Trainer(resolve_config(options(mixed_file, {**sampler, "datasets": [str(wide)]})), mixed_file.parent / "y")

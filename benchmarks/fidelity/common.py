@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agents.base import Agent, Spec
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.nets import MLP
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.utils.random import LaneRandom
 
@@ -45,8 +45,8 @@ class Comparison:
         order: what their buffer's `sample` returns; rewards and masks come as columns.
     """
 
-    ours: Callable[[Spec, Store], Any]
-    theirs: Callable[[Any, Store], Any]
+    ours: Callable[[Spec, OfflineDataset], Any]
+    theirs: Callable[[Any, OfflineDataset], Any]
     pairs: Callable[[Any, Any], dict[str, list[Pair]]]
     draws: Sequence[Draw] = (("target_action", ACTION),)
     uniforms: Sequence[Draw] = ()
@@ -101,7 +101,7 @@ def td3_pairs(agent: Any, theirs: Any, actor: str, critics: Sequence[str]) -> di
     return result
 
 
-def random_store(dtype: torch.dtype) -> Store:
+def random_store(dtype: torch.dtype) -> OfflineDataset:
     generator = torch.Generator().manual_seed(1)
     obs = torch.randn(ROWS + 1, OBS, generator=generator, dtype=torch.float64)
     action = torch.rand(ROWS, ACTION, generator=generator, dtype=torch.float64) * 2 - 1
@@ -111,7 +111,7 @@ def random_store(dtype: torch.dtype) -> Store:
     offsets = torch.arange(0, ROWS + 1, 1000)
     # A tail behind every episode, so that each row has a next action.
     tails = {"tail_actions": action[offsets[:-1]].to(dtype), "has_tail": torch.ones(len(offsets) - 1, dtype=torch.bool)}
-    return Store(*tensors, offsets, **tails)
+    return OfflineDataset(*tensors, offsets, **tails)
 
 
 class Fed:
@@ -165,12 +165,12 @@ def compare(comparison: Comparison, dtype: torch.dtype, marks: Sequence[int]) ->
     theirs = comparison.theirs(agent, store)
     pairs = comparison.pairs(agent, theirs)
     start_alike(agent, pairs)
-    engine = Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH, extra=agent.extra))
+    engine = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, extra=agent.batch_fields))
     random, sampler, fed, done = LaneRandom((SEED,)), Uniform(store), Fed(), 0
     for mark in marks:
         for t in range(done + 1, mark + 1):
             rows = sampler.draw(random, torch.tensor([t]), BATCH, "sampler/0")[0]
-            batch = agent.prepare(store.transitions(rows, agent.extra))[0]
+            batch = agent.prepare(store.transitions(rows, agent.batch_fields))[0]
             random.step.fill_(t)
             fed.batch = tuple(getattr(batch, name).reshape(BATCH, -1) for name in comparison.order)
             noise = (random.normal(name, torch.empty(1, BATCH, width)) for name, width in comparison.draws)

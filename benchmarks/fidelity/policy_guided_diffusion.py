@@ -27,7 +27,7 @@ from offrl.augment.diffusion import Denoiser, DenoiserConfig
 from offrl.augment.edm import SamplerConfig
 from offrl.augment.policy_guided import PerStep, PolicyGuidedConfig
 from offrl.augment.unet import UNet
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 
 REPOSITORY = "EmptyJackson/policy-guided-diffusion"
 OBS, ACTION, FEATURES = 5, 3, 32
@@ -119,7 +119,7 @@ def made_denoiser() -> Denoiser:
     obs = 3 * torch.randn(n, OBS, generator=generator) + 1
     action, reward = torch.rand(n, ACTION, generator=generator) * 2 - 1, torch.randn(n, generator=generator)
     flags = (torch.arange(n) % 9 == 8).float()
-    store = Store(obs, action, reward, obs, flags, torch.tensor([0, n]))
+    store = OfflineDataset(obs, action, reward, obs, flags, torch.tensor([0, n]))
     denoiser = Denoiser(store, DenoiserConfig(features=FEATURES, groups=8, terminals="zscore")).double()
     denoiser.codec.fit(denoiser.codec.raw(obs, action, reward, flags), torch.ones(n))
     with torch.no_grad():  # biases and norms that say something

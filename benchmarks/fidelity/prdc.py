@@ -16,7 +16,7 @@ import torch
 from common import ACTION, OBS, Comparison, authors_module, run, td3_pairs
 
 from offrl.agents.prdc import PRDC, PRDCConfig
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 
 REPOSITORY = "LAMDA-RL/PRDC"
 # Random states of 17 dimensions are far apart: with the usual beta of 2 every row would be its own neighbour.
@@ -26,15 +26,15 @@ ALPHA, BETA = 40.0, 0.25
 def comparison(checkout: Path) -> Comparison:
     module = authors_module(checkout, "prdc", REPOSITORY)
 
-    def ours(spec: Any, store: Store) -> PRDC:
+    def ours(spec: Any, store: OfflineDataset) -> PRDC:
         agent = PRDC(spec, PRDCConfig(alpha=ALPHA, beta=BETA)).to(store.rewards.dtype)
-        agent.attach(store)
+        agent.setup(store)
         batch = agent.prepare(store.transitions(torch.arange(1000).unsqueeze(0)))
-        share = agent.pull(batch, agent.act(batch.obs).detach())[1]["other_row"]
+        share = agent.policy_regularizer(batch, agent.act(batch.obs).detach())[1]["other_row"]
         print(f"neighbours that are other rows, under the initial policy: {share.item():.0%}")
         return agent
 
-    def theirs(agent: PRDC, store: Store) -> Any:
+    def theirs(agent: PRDC, store: OfflineDataset) -> Any:
         states = agent.normalize(store.observations).numpy()
         pairs = np.hstack([BETA * states, store.actions.numpy()])
         return module.PRDC(pairs, OBS, ACTION, 1.0, "cpu", alpha=ALPHA, beta=BETA)

@@ -33,7 +33,7 @@ from offrl.augment.diffusion import Denoiser, DenoiserConfig, Diffusion, Trainin
 from offrl.augment.edm import SamplerConfig
 from offrl.augment.policy_guided import PolicyGuidedConfig, PolicyGuidedDiffusion
 from offrl.augment.world_model import Ensemble, EnsembleConfig, EnsembleFit, WorldModel, WorldModelConfig, termination
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.utils.process import tune_process
 
 OBS, ACTION = 11, 3
@@ -41,18 +41,18 @@ PRODUCTS = "products of 256 x 256 matrices"
 Work = Callable[[], int]  # does something and says how much
 
 
-def make_store(rows: int = 20_000) -> Store:
+def make_store(rows: int = 20_000) -> OfflineDataset:
     generator = torch.Generator().manual_seed(0)
     obs = torch.randn(rows, OBS, generator=generator)
     action, reward = torch.rand(rows, ACTION, generator=generator) * 2 - 1, torch.randn(rows, generator=generator)
-    return Store(obs, action, reward, obs.roll(-1, 0), torch.zeros(rows), torch.arange(0, rows + 1, 200))
+    return OfflineDataset(obs, action, reward, obs.roll(-1, 0), torch.zeros(rows), torch.arange(0, rows + 1, 200))
 
 
 def denoiser_config(arguments: argparse.Namespace) -> DenoiserConfig:
     return DenoiserConfig(features=arguments.features, groups=arguments.groups, batch_size=arguments.batch)
 
 
-def generators(store: Store, arguments: argparse.Namespace) -> dict[str, Work]:
+def generators(store: OfflineDataset, arguments: argparse.Namespace) -> dict[str, Work]:
     """Each makes a generation of trajectories for one lane and says of how many transitions; models are untrained."""
     agent = TD3BC(Spec(OBS, ACTION, (0,), device=arguments.device), TD3BCConfig())
     denoiser = Denoiser(store, denoiser_config(arguments)).to(store.device).requires_grad_(False)
@@ -73,7 +73,7 @@ def generators(store: Store, arguments: argparse.Namespace) -> dict[str, Work]:
     return works
 
 
-def trainers(store: Store, arguments: argparse.Namespace) -> dict[str, Work]:
+def trainers(store: OfflineDataset, arguments: argparse.Namespace) -> dict[str, Work]:
     """Each makes a few updates."""
     fits: dict[str, Any] = {
         "denoiser": Training(store, denoiser_config(arguments)),
@@ -89,7 +89,7 @@ def trainers(store: Store, arguments: argparse.Namespace) -> dict[str, Work]:
     return {name: lambda fit=fit: burst(fit) for name, fit in fits.items()}
 
 
-def official(store: Store, arguments: argparse.Namespace) -> tuple[dict[str, Work], dict[str, Work]]:
+def official(store: OfflineDataset, arguments: argparse.Namespace) -> tuple[dict[str, Work], dict[str, Work]]:
     """The authors' training step and sampler, compiled, at the same sizes (32 trajectories at a time, as theirs)."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "fidelity"))
     import jax
@@ -229,8 +229,8 @@ def main() -> None:
             share = f"{rate * each / most:6.0%} of products" if most and each else ""
             print(f"  {name:30} {rate:16.1f} {share}")
     if arguments.out:
-        facts = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "out"}
-        about = {**facts, "flop_each": flop, "machine": platform.platform(), "torch": torch.__version__}
+        metadata = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "out"}
+        about = {**metadata, "flop_each": flop, "machine": platform.platform(), "torch": torch.__version__}
         arguments.out.write_text(json.dumps({**about, **found}, indent=1) + "\n")
 
 

@@ -45,12 +45,12 @@ def floor(name: str, size: int) -> float | None:
     if robot not in forge.ROBOTS:
         return None
     env = Robots(forge.ROBOTS[robot].env_id, 1).env
-    store = read_minari(forge.folder_of(f"forge/{name}-v0", size))
+    dataset = read_minari(forge.folder_of(f"forge/{name}-v0", size))
     spent, steps = 0.0, 0
-    for start, stop in zip(store.offsets[:-1].tolist(), store.offsets[1:].tolist()):
+    for start, stop in zip(dataset.offsets[:-1].tolist(), dataset.offsets[1:].tolist()):
         env.reset(seed=start)
         begin = process_time()
-        for action in store.actions[start:stop].double().numpy():
+        for action in dataset.actions[start:stop].double().numpy():
             env.data.ctrl[:] = action
             mujoco.mj_step(env.model, env.data, env.frame_skip)
         spent, steps = spent + process_time() - begin, steps + stop - start

@@ -32,19 +32,19 @@ import torch
 from offrl.agents.base import Agent, Spec
 from offrl.agents.prdc import PRDC, PRDCConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.datasets import load
 from offrl.forge import registry as forge
 from offrl.nets.neighbors import Neighbors
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Engine, make_engine
 from offrl.utils.process import tune_process
 
 BATCH = 256
 
 
-def engine_of(agent: Agent, store: Store) -> Engine:
-    return make_engine("auto", agent, Replay([(store, Uniform(store), 1.0)], BATCH))
+def engine_of(agent: Agent, store: OfflineDataset) -> Engine:
+    return make_engine("auto", agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH))
 
 
 def timed(engine: Engine, step: int, updates: int, device: str) -> tuple[float, dict[str, Any]]:
@@ -59,7 +59,7 @@ def timed(engine: Engine, step: int, updates: int, device: str) -> tuple[float, 
 class Official:
     """The authors' class over the same data, with our networks put in."""
 
-    def __init__(self, checkout: Path, store: Store, agent: PRDC, alpha: float) -> None:
+    def __init__(self, checkout: Path, store: OfflineDataset, agent: PRDC, alpha: float) -> None:
         sys.path.insert(0, str(checkout))
         self.states = agent.normalize(store.observations)
         self.next_states = agent.normalize(store.next_observations)
@@ -97,12 +97,12 @@ class Official:
         return done / (time.perf_counter() - began)
 
 
-def run(store: Store, alpha: float, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(store: OfflineDataset, alpha: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """One real run of PRDC with TD3+BC, and at marks the authors' code, beside it."""
     mean, std = store.observation_statistics()
     spec = Spec(store.obs_dim, store.action_dim, (0,), mean, std, device=arguments.device)
     prdc, td3_bc = PRDC(spec, PRDCConfig(alpha=alpha)), TD3BC(spec, TD3BCConfig(alpha=alpha))
-    prdc.attach(store)
+    prdc.setup(store)
     official = Official(arguments.official, store, prdc, alpha) if arguments.official else None
     ours, theirs = engine_of(prdc, store), engine_of(td3_bc, store)
     burst, beside = 500, 100
@@ -114,7 +114,7 @@ def run(store: Store, alpha: float, arguments: argparse.Namespace) -> dict[str, 
         seconds, metrics = timed(ours, step, burst, arguments.device)
         other, _ = timed(theirs, step, beside, arguments.device)
         row = {"step": step, "prdc": burst / seconds, "td3_bc": beside / other}
-        row |= {name: float(metrics[name][0]) for name in ("other_row", "settled", "bc_loss", "pair_distance")}
+        row |= {name: float(metrics[name][0]) for name in ("other_row", "list_hit_rate", "bc_loss", "pair_distance")}
         bursts.append(row)
         if marks and marks[-1]["step"] == step:
             marks[-1] |= {"prdc_rate": row["prdc"]}
@@ -131,7 +131,7 @@ def run(store: Store, alpha: float, arguments: argparse.Namespace) -> dict[str, 
     }
 
 
-def index_facts(store: Store) -> dict[str, float]:
+def index_facts(store: OfflineDataset) -> dict[str, float]:
     """Seconds to build the index anew, and its memory against the dataset's."""
     mean, std = store.observation_statistics()
     states = (store.observations - mean) / (std + 1e-3)
@@ -161,11 +161,11 @@ def main() -> None:
     tune_process(arguments.threads)
     store = load(forge.ensure(arguments.dataset, size=arguments.size, seed=0), device=arguments.device)
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
-    facts: dict[str, Any] = {"dataset": arguments.dataset, "transitions": len(store), "threads": arguments.threads}
-    facts["index"] = index_facts(store) if arguments.device == "cpu" and not arguments.skip_build else {}
-    print(f"{len(store):,} transitions; index: {facts['index']}")
-    facts["runs"] = [run(store, float(alpha), arguments) for alpha in arguments.alphas.split(",")]
-    for result in facts["runs"]:
+    metadata: dict[str, Any] = {"dataset": arguments.dataset, "transitions": len(store), "threads": arguments.threads}
+    metadata["index"] = index_facts(store) if arguments.device == "cpu" and not arguments.skip_build else {}
+    print(f"{len(store):,} transitions; index: {metadata['index']}")
+    metadata["runs"] = [run(store, float(alpha), arguments) for alpha in arguments.alphas.split(",")]
+    for result in metadata["runs"]:
         ratio = result["prdc_seconds"] / result["td3_bc_seconds"]
         print(
             f"\nalpha {result['alpha']}: {arguments.updates} updates of PRDC {result['prdc_seconds']:.0f} s,", end=" "
@@ -179,8 +179,8 @@ def main() -> None:
                 f"  at {mark['step']:6}: ours {mark['prdc_rate']:.1f}/s, authors' {mark['official_rate']:.2f}/s: {gain:.1f} x"
             )
     if arguments.out:
-        facts |= {"torch": torch.__version__, "machine": platform.platform()}
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+        metadata |= {"torch": torch.__version__, "machine": platform.platform()}
+        arguments.out.write_text(json.dumps(metadata, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ import torch
 
 from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.sampling import (
     AdvantageWeighted,
     AdvantageWeightedConfig,
-    Replay,
+    BatchLoader,
     ReturnWeighted,
     RowWeighted,
     Sampler,
@@ -45,7 +45,7 @@ from offrl.utils.random import LaneRandom
 OBS, ACTION = 17, 6
 
 
-def make_store(rows: int) -> Store:
+def make_store(rows: int) -> OfflineDataset:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 1001, rows // 250)
     lengths = lengths[lengths.cumsum() <= rows]
@@ -55,10 +55,10 @@ def make_store(rows: int) -> Store:
     action = torch.rand(rows, ACTION, generator=generator) * 2 - 1
     quality = torch.tensor(rng.exponential(size=len(offsets) - 1), dtype=torch.float32)
     reward = torch.repeat_interleave(quality, offsets.diff())
-    return Store(obs, action, reward, obs.roll(-1, 0), torch.zeros(rows), offsets)
+    return OfflineDataset(obs, action, reward, obs.roll(-1, 0), torch.zeros(rows), offsets)
 
 
-def make_samplers(store: Store, lanes: int) -> dict[str, Sampler]:
+def make_samplers(store: OfflineDataset, lanes: int) -> dict[str, Sampler]:
     """Each kind of draw: none, one table for all lanes, a table for each lane, and a weight for each transition."""
     per_row = torch.rand(lanes, len(store), generator=torch.Generator().manual_seed(1)).to(store.device)
     temperatures: Any = [0.1 + 0.1 * lane for lane in range(lanes)]
@@ -73,12 +73,12 @@ def make_samplers(store: Store, lanes: int) -> dict[str, Sampler]:
     }
 
 
-def trainer(store: Store, sampler: Sampler, arguments: argparse.Namespace) -> Callable[[int], None]:
+def trainer(store: OfflineDataset, sampler: Sampler, arguments: argparse.Namespace) -> Callable[[int], None]:
     """`burst(n)` makes n updates of TD3+BC as `offrl train` does."""
     seeds = tuple(range(arguments.lanes))
     spec = Spec(OBS, ACTION, seeds, *store.observation_statistics(), device=arguments.device)
     agent = TD3BC(spec, TD3BCConfig(hidden=(arguments.hidden, arguments.hidden)))
-    engine = make_engine(arguments.engine, agent, Replay([(store, sampler, 1.0)], arguments.batch))
+    engine = make_engine(arguments.engine, agent, BatchLoader([(store, sampler, 1.0)], arguments.batch))
     step = 0
 
     def burst(updates: int) -> None:
@@ -163,9 +163,9 @@ def main() -> None:
             }
         )
     if arguments.out:
-        facts = {k: v for k, v in vars(arguments).items() if k != "out"}
+        metadata = {k: v for k, v in vars(arguments).items() if k != "out"}
         arguments.out.write_text(
-            json.dumps({**facts, "machine": platform.platform(), "torch": torch.__version__, "rows": rows}, indent=1)
+            json.dumps({**metadata, "machine": platform.platform(), "torch": torch.__version__, "rows": rows}, indent=1)
             + "\n"
         )
 

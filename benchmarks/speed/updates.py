@@ -67,8 +67,8 @@ def offrl_burst(who: Contestant) -> Callable[[int], None]:
     from omegaconf import OmegaConf
 
     from offrl.agents.base import Spec
-    from offrl.data.dataset import Store
-    from offrl.sampling import Replay, Uniform
+    from offrl.data.dataset import OfflineDataset
+    from offrl.sampling import BatchLoader, Uniform
     from offrl.training.engine import make_engine
     from offrl.training.runs import make_agent
     from offrl.utils.paths import conf_dir
@@ -76,13 +76,15 @@ def offrl_burst(who: Contestant) -> Callable[[int], None]:
 
     tune_process(who.threads)
     obs, action, reward, next_obs = arrays()
-    store = Store(obs, action, reward, next_obs, torch.zeros(ROWS), torch.arange(0, ROWS + 1, 1000)).to(who.device)
+    store = OfflineDataset(obs, action, reward, next_obs, torch.zeros(ROWS), torch.arange(0, ROWS + 1, 1000)).to(
+        who.device
+    )
     spec = Spec(OBS, ACTION, tuple(range(who.lanes)), *store.observation_statistics(), device=who.device)
     agent = make_agent({"_target_": OmegaConf.load(conf_dir() / "agent" / f"{who.agent}.yaml")._target_}, spec)
-    agent.attach(store)
+    agent.setup(store)
     batch = BATCHES.get(who.agent, BATCH)
-    replay = Replay([(store, Uniform(store), 1.0)], batch, agent.window, agent.extra)
-    engine = make_engine(who.engine, agent, replay, who.precision)
+    loader = BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields)
+    engine = make_engine(who.engine, agent, loader, who.precision)
     step = 0
 
     def burst(updates: int) -> None:
@@ -307,8 +309,10 @@ def main() -> None:
             print(f"\nbest of offrl / best of {kind}: {best['offrl'] / best[kind]:.2f}")
     if arguments.out:
         rows = [{**asdict(who), "seed_updates_per_second": values} for who, values in rates.items()]
-        facts = {"flop_per_update": flop, "matmul_flop_per_second": ceiling, "torch": torch.__version__}
-        arguments.out.write_text(json.dumps({**facts, "machine": platform.platform(), "rows": rows}, indent=1) + "\n")
+        metadata = {"flop_per_update": flop, "matmul_flop_per_second": ceiling, "torch": torch.__version__}
+        arguments.out.write_text(
+            json.dumps({**metadata, "machine": platform.platform(), "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

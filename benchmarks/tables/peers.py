@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agents.base import Spec
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.evaluation.evaluator import Evaluator
 from offrl.training.compose import compose_words
-from offrl.training.run_config import plan
+from offrl.training.run_config import resolve_config
 from offrl.training.trainer import Trainer
 from offrl.utils.paths import replacing
 
@@ -170,7 +170,7 @@ class Seed:
         self.numbers = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
 
 
-def replay_buffer(module: Any, store: Store, normalize: bool) -> tuple[Any, Any, Any]:
+def replay_buffer(module: Any, store: OfflineDataset, normalize: bool) -> tuple[Any, Any, Any]:
     """Theirs, filled; and the observations' mean and deviation as their code takes them."""
     obs, next_obs = store.observations.numpy(), store.next_observations.numpy()
     mean, std = module.compute_mean_std(obs, eps=1e-3) if normalize else (np.zeros(1), np.ones(1))
@@ -241,7 +241,7 @@ def compare(method: str, arguments: argparse.Namespace, save: Callable[[], None]
     """Train both sides of a method in turns; adds to `records` and calls `save` after each evaluation."""
     words = [f"agent={method}", f"dataset={arguments.dataset}", f"updates={arguments.updates}"]
     words += [f"lanes={arguments.seeds}", "device=cpu", "engine=eager", "progress=false", *arguments.options]
-    trainer = Trainer(plan(compose_words(words)), Path(method))
+    trainer = Trainer(resolve_config(compose_words(words)), Path(method))
     torch.set_num_threads(1)
     sides = [Theirs(method, corl.load(arguments.checkout, method), trainer), Ours(trainer)]
     settings = {**trainer.job.agent, "batch_size": trainer.cfg.batch_size}
@@ -301,14 +301,14 @@ def main() -> None:
     if unknown := [method for method in methods if method not in METHODS]:
         raise SystemExit(f"{unknown[0]} is unknown here; there are {', '.join(METHODS)}.")
     records: list[Record] = []
-    facts = {k: v for k, v in vars(arguments).items() if k not in ("checkout", "out")}
-    facts |= {"machine": platform.platform(), "torch": torch.__version__, "corl": commit(arguments.checkout)}
+    metadata = {k: v for k, v in vars(arguments).items() if k not in ("checkout", "out")}
+    metadata |= {"machine": platform.platform(), "torch": torch.__version__, "corl": commit(arguments.checkout)}
 
     def save() -> None:
         if arguments.out:
             rows = [{**asdict(record), "seed_updates_per_second": record.rate} for record in records if record.updates]
             with replacing(arguments.out) as temporary:
-                temporary.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+                temporary.write_text(json.dumps({**metadata, "rows": rows}, indent=1) + "\n")
 
     for method in methods:
         compare(method, arguments, save, records)

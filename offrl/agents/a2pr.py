@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Batch
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.nets import MLP, Adam, Critics, DeterministicActor, column, polyak, target_of
+from offrl.nets import MLP, Adam, Critics, DeterministicActor, make_target, per_lane, polyak
 
 
 @dataclass
@@ -85,7 +85,7 @@ class A2PR(TD3BC):
         deep = (*cfg.hidden, *cfg.hidden[-1:])
         self.actor = DeterministicActor(spec.seeds, *sizes, cfg.hidden, *box)
         self.critics = Critics(spec.seeds, *sizes, deep, members=2)
-        self.actor_target, self.critics_target = target_of(self.actor), target_of(self.critics)
+        self.actor_target, self.critics_target = make_target(self.actor), make_target(self.critics)
         self.value = MLP(spec.seeds, [spec.obs_dim, *deep, 1], name="value")
         self.vae = VAE(spec.seeds, *sizes, cfg.vae_hidden, *box)
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
@@ -96,9 +96,11 @@ class A2PR(TD3BC):
     def backup(self, batch: Batch, critics: Critics, next_action: Tensor) -> Tensor:
         """`[lanes, batch]`: r + gamma (1 - d) min_i Q_i(s', a~) of the given critics, without a gradient."""
         next_q = critics(batch.next_obs, next_action, frozen=True).amin(1)
-        return batch.reward + batch.mask * column(self.cfg.discount) * next_q
+        return batch.reward + batch.mask * per_lane(self.cfg.discount) * next_q
 
-    def render(self, obs: Tensor, action: Tensor, draw: str, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def reconstruct(
+        self, obs: Tensor, action: Tensor, draw: str, frozen: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The VAE's g(s, mean + sigma eps) for a state and an action, with mean and log sigma; `draw` names eps."""
         mean, log_sigma = self.vae.encode(obs, action, frozen)
         z = mean + log_sigma.exp() * self.random.normal(draw, mean)
@@ -106,8 +108,8 @@ class A2PR(TD3BC):
 
     def vae_loss(self, batch: Batch, value: Tensor, q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`[lanes]`: omega (reconstruction of the actions with Q_1(s, a) > V(s)) + KL / 2; the KL is not gated."""
-        action, mean, log_sigma = self.render(batch.obs, batch.action, "vae/data")
-        gate = (q > value + column(self.cfg.vae_adv_eps)).to(q.dtype)
+        action, mean, log_sigma = self.reconstruct(batch.obs, batch.action, "vae/data")
+        gate = (q > value + per_lane(self.cfg.vae_adv_eps)).to(q.dtype)
         reconstruction = (gate * (action - batch.action).square().mean(-1)).mean(-1)
         kl = -0.5 * (1 + 2 * log_sigma - mean.square() - (2 * log_sigma).exp()).mean((-2, -1))
         loss = self.cfg.vae_weight * reconstruction + 0.5 * kl
@@ -122,7 +124,7 @@ class A2PR(TD3BC):
             `[lanes, batch]`: c is the rendering, and one of the two is worth as much as the state.
         """
         action = action.detach() if self.cfg.detach_reference else action
-        proposal, _, _ = self.render(batch.obs, action, "vae/policy", frozen=True)
+        proposal, _, _ = self.reconstruct(batch.obs, action, "vae/policy", frozen=True)
         q_proposal = self.critics(batch.obs, proposal.detach(), member=0, frozen=True)
         generated = q_proposal >= q
         gate = (q_proposal >= value) | (q > value)
@@ -134,10 +136,10 @@ class A2PR(TD3BC):
         q_policy = self.critics(batch.obs, action, member=0, frozen=True)
         lam = self.cfg.alpha / q_policy.detach().abs().mean(-1)
         reference, generated, gate = self.reference(batch, action, value, q)
-        pull = (gate * (action - reference).square().mean(-1)).mean(-1) * self.cfg.bc_weight
-        loss = pull - lam * q_policy.mean(-1)
+        regularizer = (gate * (action - reference).square().mean(-1)).mean(-1) * self.cfg.bc_weight
+        loss = regularizer - lam * q_policy.mean(-1)
         shares = {"generated": generated.to(q.dtype).mean(-1), "bc_gate": gate.to(q.dtype).mean(-1)}
-        metrics = {"q": q_policy.detach().mean(-1), "lambda": lam, "bc_loss": pull.detach(), **shares}
+        metrics = {"q": q_policy.detach().mean(-1), "lambda": lam, "bc_loss": regularizer.detach(), **shares}
         return loss, {"actor_loss": loss.detach(), **metrics}
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:

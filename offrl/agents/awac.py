@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from offrl.agents.base import Agent, Batch
-from offrl.nets import Adam, Critics, GaussianActor, column, polyak, target_of
+from offrl.nets import Adam, Critics, GaussianActor, make_target, per_lane, polyak
 
 
 @dataclass
@@ -47,7 +47,7 @@ class AWAC(Agent):
         sizes, box = (spec.obs_dim, spec.action_dim), (spec.action_low, spec.action_high)
         self.actor = GaussianActor(spec.seeds, *sizes, cfg.hidden, *box, squash=False)
         self.critics = Critics(spec.seeds, *sizes, cfg.hidden, members=2)
-        self.critics_target = target_of(self.critics)
+        self.critics_target = make_target(self.critics)
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
 
@@ -68,7 +68,7 @@ class AWAC(Agent):
     def target_value(self, batch: Batch) -> Tensor:
         """`[lanes, batch]`: r + gamma (1 - d) min_i Q'_i(s', a~), a~ an action of the policy."""
         next_q = self.critics_target(batch.next_obs, self.sample(batch.next_obs, "next_action")).amin(1)
-        return batch.reward + batch.mask * column(self.cfg.discount) * next_q
+        return batch.reward + batch.mask * per_lane(self.cfg.discount) * next_q
 
     def critic_loss(self, batch: Batch) -> Tensor:
         """`[lanes]`: sum over both critics of the mean squared error."""
@@ -80,8 +80,8 @@ class AWAC(Agent):
         """min(exp((Q(s, a) - V(s)) / lambda), 100), and Q(s, a), `[lanes, batch]` each; V(s) by one action of the policy."""
         value = self.critics(batch.obs, self.sample(batch.obs, "action")).amin(1)
         q = self.critics(batch.obs, batch.action).amin(1)
-        weight = ((q - value) / column(self.cfg.temperature)).exp()
-        return torch.clamp(weight, max=column(self.cfg.max_weight)), q
+        weight = ((q - value) / per_lane(self.cfg.temperature)).exp()
+        return torch.clamp(weight, max=per_lane(self.cfg.max_weight)), q
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         critic_loss = self.critic_loss(batch)
@@ -98,5 +98,5 @@ class AWAC(Agent):
             "q": q.mean(-1),
             "log_prob": log_prob.detach().mean(-1),
             "weight": weight.mean(-1),
-            "clipped": (weight >= column(self.cfg.max_weight)).to(q.dtype).mean(-1),
+            "clipped": (weight >= per_lane(self.cfg.max_weight)).to(q.dtype).mean(-1),
         }

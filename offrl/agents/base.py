@@ -19,7 +19,7 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
 if TYPE_CHECKING:
-    from offrl.data.dataset import Store
+    from offrl.data.dataset import OfflineDataset
 
 __all__ = ["Agent", "Batch", "RememberingAgent", "Spec"]
 
@@ -64,7 +64,7 @@ class Agent(nn.Module):
     Attributes:
         period: updates until the pattern of an update repeats; engines capture whole periods.
         window: length of the windows the agent learns from; None for transitions.
-        extra: further fields of the batch it needs (see `Store.transitions`).
+        extra: further fields of the batch it needs (see `OfflineDataset.transitions`).
         takes_discrete: whether it can act by integers; one that can't refuses a dataset of discrete actions.
         starts_after: updates that prepare what the policy learns from, before it learns anything.
         obs_eps: what is added to the observations' deviation; 1e-3 in TD3+BC and its descendants.
@@ -72,12 +72,12 @@ class Agent(nn.Module):
 
     Config: ClassVar[type]
     period: ClassVar[int] = 1
-    extra: ClassVar[tuple[str, ...]] = ()
+    batch_fields: ClassVar[tuple[str, ...]] = ()
     takes_discrete: ClassVar[bool] = False
     obs_eps: ClassVar[float] = 1e-3
     window: int | None = None
-    starts_after: int = 0
-    attached: Any = None
+    pretrain_updates: int = 0
+    dataset_index: Any = None
     obs_mean: Tensor
     obs_scale: Tensor
 
@@ -135,15 +135,15 @@ class Agent(nn.Module):
             raise NotImplementedError(f"{type(self).__name__}: the policy has no density")
         return normal_log_prob(*gaussian, action)
 
-    def attach(self, store: Store) -> None:
+    def setup(self, store: OfflineDataset) -> None:
         """Take the whole dataset, before the first update; a method that looks things up in it keeps what it needs.
 
-        Rows of the Store are the `index` of the batches that follow (-1: a synthetic row, which it doesn't hold). What is to
+        Rows of the dataset are the `index` of the batches that follow (-1: a synthetic row, which it doesn't hold). What is to
         stay is put under `self.attached`: it is in no checkpoint and in no copy, since a copy only acts.
         """
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "attached": None}
+        return {**self.__dict__, "dataset_index": None}
 
     def phase(self, step: int) -> int:
         """What kind of update comes after `step` updates; `update` is told.
@@ -224,8 +224,8 @@ class RememberingAgent(Agent):
     def choose_action(self, logits: Tensor, memory: Any) -> Tensor:
         """A discrete action of logits `[lanes, envs, actions]`: the likeliest, or a draw where the configuration wants it."""
         draw = self.cfg.sample_actions and memory.name
-        coin = self.random.uniform(f"{memory.name}/{memory.time}", logits.shape[1:2]) if draw else None
-        return choose(logits, coin)
+        uniform = self.random.uniform(f"{memory.name}/{memory.time}", logits.shape[1:2]) if draw else None
+        return choose(logits, uniform)
 
     def act(self, obs: Tensor) -> Tensor:
         """The action at the beginning of an episode."""

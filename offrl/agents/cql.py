@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agents.base import Agent, Batch
-from offrl.nets import Adam, Critics, TanhGaussian, TanhGaussianActor, column, orthogonal_, polyak, target_of
+from offrl.nets import Adam, Critics, TanhGaussian, TanhGaussianActor, make_target, orthogonal_, per_lane, polyak
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Policy(TanhGaussianActor):
         self.factor, self.offset = (nn.Parameter(torch.full((len(seeds),), x)) for x in (1.0, -1.0))
 
     def rescale(self, log_std: Tensor) -> Tensor:
-        return column(self.factor, 2) * log_std + column(self.offset, 2)
+        return per_lane(self.factor, 2) * log_std + per_lane(self.offset, 2)
 
 
 class CQL(Agent):
@@ -76,7 +76,7 @@ class CQL(Agent):
         self.actor = Policy(spec.seeds, spec.obs_dim, spec.action_dim, cfg.hidden, *box)
         self.critics = Critics(spec.seeds, spec.obs_dim, spec.action_dim, cfg.critic_hidden or cfg.hidden, members=2)
         orthogonal_(self.critics.mlp, spec.seeds, gain=math.sqrt(2), last=0.01)
-        self.critics_target = target_of(self.critics)
+        self.critics_target = make_target(self.critics)
         self.log_alpha, self.log_alpha_prime = (nn.Parameter(torch.full((spec.lanes,), x)) for x in (0.0, 1.0))
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
@@ -109,17 +109,17 @@ class CQL(Agent):
         value = self.critics(batch.obs, action, frozen=True).amin(1)
         if self.cfg.bc_steps:
             value = torch.where(self.random.step <= self.cfg.bc_steps, policy.log_prob(batch.action), value)
-        loss = (column(alpha) * log_pi - value).mean(-1)
+        loss = (per_lane(alpha) * log_pi - value).mean(-1)
         return loss, {"actor_loss": loss.detach(), "alpha": alpha, "entropy": -log_pi.detach().mean(-1)}
 
     @torch.no_grad()
     def target_value(self, batch: Batch, next_policy: TanhGaussian, alpha: Tensor) -> Tensor:
         """`[lanes, batch]`: r + gamma (1 - d) max_a' min_i Q'_i(s', a') over one sampled action, or several."""
         actions, log_pi = self.sample_many(next_policy, "target", self.cfg.actions if self.cfg.max_backup else 1)
-        value, best = self.critics_target.of_many(batch.next_obs, actions).amin(1).max(-1, keepdim=True)
+        value, best = self.critics_target.q_of_actions(batch.next_obs, actions).amin(1).max(-1, keepdim=True)
         if self.cfg.backup_entropy:
-            value = value - column(alpha, 2) * log_pi.gather(-1, best)
-        return batch.reward + batch.mask * column(self.cfg.discount) * value.squeeze(-1)
+            value = value - per_lane(alpha, 2) * log_pi.gather(-1, best)
+        return batch.reward + batch.mask * per_lane(self.cfg.discount) * value.squeeze(-1)
 
     @torch.no_grad()
     def proposals(self, policy: TanhGaussian, next_policy: TanhGaussian) -> tuple[Tensor, Tensor]:
@@ -140,14 +140,14 @@ class CQL(Agent):
             q_proposed: `[lanes, 2, batch, 3 n]`, at actions that were drawn with `log_density` `[lanes, batch, 3 n]`;
                 subtracting that makes the sum over them an estimate of 3 n times the integral over all actions.
         """
-        heat = column(self.cfg.temperature, 3)
+        heat = per_lane(self.cfg.temperature, 3)
         soft_maximum = heat * ((q_proposed - log_density.unsqueeze(1)) / heat).logsumexp(-1, keepdim=True)
-        return (soft_maximum.squeeze(-1) - q_data).clamp(min=column(self.cfg.diff_min, 2)).mean(-1)
+        return (soft_maximum.squeeze(-1) - q_data).clamp(min=per_lane(self.cfg.diff_min, 2)).mean(-1)
 
     def multiplier(self, difference: Tensor) -> Tensor:
         """alpha' `[lanes]` as it was, after which it moves up where the difference is above the gap."""
         alpha_prime = self.log_alpha_prime.detach().exp().clamp(max=1e6)
-        excess = (difference.detach() - column(self.cfg.gap)).mean(-1)
+        excess = (difference.detach() - per_lane(self.cfg.gap)).mean(-1)
         gradient = -alpha_prime * self.cfg.cql_alpha * excess
         self.alpha_prime_optimizer.apply_gradients([torch.where(alpha_prime < 1e6, gradient, 0.0)])
         return alpha_prime
@@ -157,7 +157,7 @@ class CQL(Agent):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`[lanes]`: sum over both critics of squared Bellman error and weighted conservative difference."""
         actions, log_density = self.proposals(policy, next_policy)
-        q = self.critics.of_many(batch.obs, torch.cat([batch.action.unsqueeze(2), actions], 2))
+        q = self.critics.q_of_actions(batch.obs, torch.cat([batch.action.unsqueeze(2), actions], 2))
         q_data, q_proposed = q[..., 0], q[..., 1:]
         error = (q_data - target.unsqueeze(1)).square().mean(-1).sum(-1)
         difference = self.conservative_difference(q_data, q_proposed, log_density)
@@ -165,7 +165,7 @@ class CQL(Agent):
         penalty = difference
         if self.cfg.lagrange:
             metrics["alpha_prime"] = self.multiplier(difference)
-            penalty = column(metrics["alpha_prime"]) * (difference - column(self.cfg.gap))
+            penalty = per_lane(metrics["alpha_prime"]) * (difference - per_lane(self.cfg.gap))
         loss = error + self.cfg.cql_alpha * penalty.sum(-1)
         n = self.cfg.actions
         chance, current = q_proposed[..., :n].detach(), q_proposed[..., n : 2 * n].detach()

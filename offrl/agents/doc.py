@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Batch
 from offrl.agents.vae_bc import VAEBC, VAEBCConfig, at_step
-from offrl.nets import MLP, Adam, column
+from offrl.nets import MLP, Adam, per_lane
 
 
 @dataclass
@@ -126,4 +126,4 @@ def contrast(energy: Tensor) -> Tensor:
 
 def reversed_gradient(x: Tensor, weight: Tensor) -> Tensor:
     """`x` itself, whose gradient comes back times -weight."""
-    return x.detach() - (column(weight, x.ndim - 1) if weight.ndim else weight) * (x - x.detach())
+    return x.detach() - (per_lane(weight, x.ndim - 1) if weight.ndim else weight) * (x - x.detach())

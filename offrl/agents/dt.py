@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agents.base import Batch, RememberingAgent, Spec
-from offrl.nets import Adam, Drop, categorical_log_prob, column, dropout, lane_generators, one_hot
+from offrl.nets import Adam, Drop, categorical_log_prob, dropout, lane_generators, one_hot, per_lane
 from offrl.nets.transformer import Block, KeysValues, LayerNorm, Linear
 
 if TYPE_CHECKING:
-    from offrl.data.dataset import Store
+    from offrl.data.dataset import OfflineDataset
 
 EVERY, STATES, LAST = slice(None), slice(1, None, 3), slice(-1, None)  # the tokens whose outputs are asked for
 
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
             timestep: `[lanes, batch, time]` places in the episode.
         """
         first_row = torch.arange(len(timestep), device=timestep.device) * self.max_length  # of a lane's table
-        rows = timestep.clamp(max=self.max_length - 1) + column(first_row, 2)
+        rows = timestep.clamp(max=self.max_length - 1) + per_lane(first_row, 2)
         time = nn.functional.embedding(rows, self.embed_time.flatten(0, 1))
         return self.norm_in(torch.stack([embed(x) + time for embed, x in values.items()], 3).flatten(2, 3))
 
@@ -123,7 +123,7 @@ class DT(RememberingAgent):
     Config = DTConfig
     takes_discrete = True
     stream = "dt"
-    extra = ("return_to_go", "timestep")
+    batch_fields = ("return_to_go", "timestep")
     obs_eps = 1e-6
     target: Tensor
 
@@ -136,7 +136,7 @@ class DT(RememberingAgent):
         rates = {"weight_decay": cfg.weight_decay, "clip": cfg.grad_clip, "warmup": cfg.warmup}
         self.optimizer = Adam(self.net.parameters(), cfg.lr, **rates)
 
-    def attach(self, store: Store) -> None:
+    def setup(self, store: OfflineDataset) -> None:
         """Ask for the best return among the episodes that ended, unless the configuration names one."""
         if self.cfg.target_return is None:
             self.target.fill_(store.best_return)
@@ -145,7 +145,7 @@ class DT(RememberingAgent):
 
     def prompt(self, return_to_go: Tensor, obs: Tensor) -> dict[Linear, Tensor]:
         """Return-to-go `[lanes, batch, time]` and normalised observations as the network's tokens want them."""
-        scaled = return_to_go * column(self.cfg.return_scale, 2)
+        scaled = return_to_go * per_lane(self.cfg.return_scale, 2)
         return {self.net.embed_return: scaled.unsqueeze(-1), self.net.embed_state: obs}
 
     def taken(self, action: Tensor) -> dict[Linear, Tensor]:

@@ -47,7 +47,7 @@ class EDAC(SACN):
 
     def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`[lanes]`: SAC-N's squared errors, and eta times the critics' similarity at the data's actions."""
-        q, slope = self.critics.with_action_gradient(batch.obs, batch.action)
+        q, slope = self.critics.q_and_grad(batch.obs, batch.action)
         error = (q - target.unsqueeze(1)).square().mean(-1).sum(-1)
         similarity = self.similarity(slope)
         cosine = similarity.detach() / self.cfg.members  # the mean over pairs

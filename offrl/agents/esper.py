@@ -25,10 +25,10 @@ from torch import Tensor
 
 from offrl.agents.base import Batch
 from offrl.agents.dt import DT, DTConfig
-from offrl.nets import MLP, Adam, categorical_log_prob, choose, column, keep_uncompiled, one_hot
+from offrl.nets import MLP, Adam, categorical_log_prob, choose, no_compile, one_hot, per_lane
 
 if TYPE_CHECKING:
-    from offrl.data.dataset import Store
+    from offrl.data.dataset import OfflineDataset
 
 CLUSTERS, RETURNS, POLICY = range(3)  # stages
 ROWS = 4096  # that are relabelled at once
@@ -59,7 +59,7 @@ class ESPER(DT):
         super().build()
         spec, cfg = self.spec, self.cfg
         self.window = max(cfg.context, cfg.suffix)
-        self.starts_after = cfg.cluster_updates + cfg.return_updates
+        self.pretrain_updates = cfg.cluster_updates + cfg.return_updates
         self.horizon: Tensor
         self.register_buffer("horizon", torch.ones(()))
         code, known = cfg.groups * cfg.kinds, spec.obs_dim + spec.action_dim
@@ -78,10 +78,10 @@ class ESPER(DT):
         self.adversary_optimizer = Adam(self.adversary.parameters(), cfg.adversary_lr, **decay)
         self.return_optimizer = Adam(self.return_head.parameters(), cfg.cluster_lr, **decay)
 
-    def attach(self, store: Store) -> None:
-        super().attach(store)
+    def setup(self, store: OfflineDataset) -> None:
+        super().setup(store)
         self.horizon.fill_(store.lengths.max())
-        self.attached = Relabelled(store)
+        self.dataset_index = Relabelled(store)
 
     def phase(self, step: int) -> int:
         """The stage."""
@@ -114,14 +114,14 @@ class ESPER(DT):
 
     def soft(self, logits: Tensor) -> Tensor:
         """Gumbel-softmax samples at temperature 1, `[lanes, batch, code]`."""
-        coin = self.random.uniform("esper/cluster", logits.shape[1:])
-        gumbel = -(-(coin + 2.0**-54).log()).log()
+        uniform = self.random.uniform("esper/cluster", logits.shape[1:])
+        gumbel = -(-(uniform + 2.0**-54).log()).log()
         return (logits + gumbel.to(logits.dtype)).softmax(-1).flatten(2)
 
     def hard(self, logits: Tensor, name: str, steps: Tensor | None = None) -> Tensor:
         """One-hot samples, `[lanes, batch, code]`."""
-        coin = self.random.uniform(name, logits.shape[1:-1], steps)
-        return one_hot(choose(logits, coin), self.cfg.kinds, logits.dtype).flatten(2)
+        uniform = self.random.uniform(name, logits.shape[1:-1], steps)
+        return one_hot(choose(logits, uniform), self.cfg.kinds, logits.dtype).flatten(2)
 
     def cluster_update(self, batch: Batch) -> dict[str, Tensor]:
         """Clusters tell actions and not next states; the adversary tells next states, with the cluster and without."""
@@ -160,15 +160,15 @@ class ESPER(DT):
         assert batch.return_to_go is not None
         with torch.no_grad():
             code = self.hard(self.logits(batch), "esper/cluster")
-        target = batch.return_to_go[:, :, 0] * column(self.cfg.return_scale)
+        target = batch.return_to_go[:, :, 0] * per_lane(self.cfg.return_scale)
         loss = (self.expected_return(batch.obs[:, :, 0], batch.action[:, :, 0], code) - target).square().mean(1)
         self.return_optimizer.step(loss)
         return {"return_loss": loss.detach()}
 
     def rounded(self, scaled: Tensor) -> Tensor:
         """Labels as returns, of scaled ones."""
-        step = column(self.cfg.label_step)
-        return (scaled / step).round() * step / column(self.cfg.return_scale)
+        step = per_lane(self.cfg.label_step)
+        return (scaled / step).round() * step / per_lane(self.cfg.return_scale)
 
     @torch.no_grad()
     def label(self, batch: Batch) -> Tensor:
@@ -179,7 +179,7 @@ class ESPER(DT):
     @torch.no_grad()
     def relabel(self) -> None:
         """Labels of all rows; and ask for the best one of an episode's start, unless the configuration names a return."""
-        store, labels = self.attached.store, []
+        store, labels = self.dataset_index.store, []
         last = store.offsets[1:][store.episode_of_row]
         never = torch.zeros((), dtype=torch.int64, device=store.device)  # no update's number: every call draws the same
         obs, action = self.normalize(store.observations), store.actions
@@ -195,19 +195,19 @@ class ESPER(DT):
             state, taken = (x[rows].expand(self.spec.lanes, *x[rows].shape) for x in (obs, action))
             code = self.hard(logits, f"esper/label/{start}", never)
             labels.append(self.rounded(self.expected_return(state, taken, code)))
-        self.attached.labels = torch.cat(labels, 1)
+        self.dataset_index.labels = torch.cat(labels, 1)
         if self.cfg.target_return is None:
-            self.target.copy_(self.attached.labels[:, store.offsets[:-1]].amax(1))
+            self.target.copy_(self.dataset_index.labels[:, store.offsets[:-1]].amax(1))
 
     # ---- the policy -------------------------------------------------------------------------------------------
 
     def relabelled(self, batch: Batch) -> Batch:
         """The policy's windows, with labels for returns to go."""
-        if self.attached is None:
-            raise RuntimeError("ESPER relabels the dataset; call agent.attach(store) before the first update")
-        if self.attached.labels is None:
+        if self.dataset_index is None:
+            raise RuntimeError("ESPER relabels the dataset; call agent.setup(dataset) before the first update")
+        if self.dataset_index.labels is None:
             self.relabel()
-        labels, steps = self.attached.labels, slice(0, self.cfg.context)
+        labels, steps = self.dataset_index.labels, slice(0, self.cfg.context)
         rows = batch.index.unsqueeze(-1) + torch.arange(self.cfg.context, device=labels.device)
         rows = rows.clamp(max=labels.shape[1] - 1)
         cut = batch.map(lambda x: x if x.ndim == 2 else x[:, :, steps])
@@ -224,12 +224,12 @@ class ESPER(DT):
 class Relabelled:
     """A dataset and its labels `[lanes, N]`, once they are made."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: OfflineDataset) -> None:
         self.store = store
         self.labels: Tensor | None = None
 
 
-keep_uncompiled(ESPER, "relabel")  # once a run, in pieces
+no_compile(ESPER, "relabel")  # once a run, in pieces
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:

@@ -30,11 +30,11 @@ from offrl.nets import (
     DeterministicActor,
     Drop,
     GaussianActor,
-    column,
     dropout,
+    make_target,
     normal_log_prob,
+    per_lane,
     polyak,
-    target_of,
 )
 
 
@@ -68,7 +68,7 @@ class IQL(Agent):
         policy = DeterministicActor if cfg.deterministic else GaussianActor
         self.actor: DeterministicActor | GaussianActor = policy(spec.seeds, *sizes, cfg.hidden, *box)
         self.critics = Critics(spec.seeds, *sizes, cfg.hidden, members=2)
-        self.critics_target = target_of(self.critics)
+        self.critics_target = make_target(self.critics)
         self.value = MLP(spec.seeds, [spec.obs_dim, *cfg.hidden, 1], name="value")
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr, decay=cfg.actor_decay)
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
@@ -82,12 +82,12 @@ class IQL(Agent):
 
     def value_loss(self, advantage: Tensor) -> Tensor:
         """`[lanes]`: mean |t - 1[u < 0]| u^2 of u = Q - V (equation 5), least where V is the t-expectile of Q."""
-        t = column(self.cfg.expectile)
+        t = per_lane(self.cfg.expectile)
         return (torch.where(advantage < 0, 1 - t, t) * advantage.square()).mean(-1)
 
     def critic_loss(self, batch: Batch, next_value: Tensor) -> Tensor:
         """`[lanes]`: mean over both critics of the squared error to r + gamma (1 - d) V(s') (equation 6)."""
-        target = batch.reward + batch.mask * column(self.cfg.discount) * next_value
+        target = batch.reward + batch.mask * per_lane(self.cfg.discount) * next_value
         return (self.critics(batch.obs, batch.action) - target.unsqueeze(1)).square().mean((-2, -1))
 
     def policy_loss(self, batch: Batch, weight: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class IQL(Agent):
         self.critic_optimizer.step(critic_loss)
         polyak(self.critics_target, self.critics, self.cfg.tau)
 
-        weight = torch.clamp((column(self.cfg.beta) * advantage.detach()).exp(), max=column(self.cfg.max_weight))
+        weight = torch.clamp((per_lane(self.cfg.beta) * advantage.detach()).exp(), max=per_lane(self.cfg.max_weight))
         actor_loss = self.policy_loss(batch, weight)
         self.actor_optimizer.step(actor_loss)
         return {
@@ -128,5 +128,5 @@ class IQL(Agent):
             "q": q.mean(-1),
             "value": value.detach().mean(-1),
             "weight": weight.mean(-1),
-            "clipped": (weight >= column(self.cfg.max_weight)).to(q.dtype).mean(-1),
+            "clipped": (weight >= per_lane(self.cfg.max_weight)).to(q.dtype).mean(-1),
         }

@@ -23,7 +23,7 @@ from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.nets.neighbors import Neighbors
 
 if TYPE_CHECKING:
-    from offrl.data.dataset import Store
+    from offrl.data.dataset import OfflineDataset
 
 
 @dataclass
@@ -37,16 +37,16 @@ class PRDC(TD3BC):
 
     Config = PRDCConfig
 
-    def attach(self, store: Store) -> None:
-        self.attached = Neighbors(self.normalize(store.observations), store.actions), store.actions
+    def setup(self, store: OfflineDataset) -> None:
+        self.dataset_index = Neighbors(self.normalize(store.observations), store.actions), store.actions
 
-    def pull(self, batch: Batch, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def policy_regularizer(self, batch: Batch, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L_DC `[lanes]`: mean squared distance to the nearest pair's action, which carries no gradient."""
-        if self.attached is None:
+        if self.dataset_index is None:
             raise RuntimeError(
-                "PRDC looks neighbours up in the dataset; call agent.attach(store) before the first update"
+                "PRDC looks neighbours up in the dataset; call agent.setup(dataset) before the first update"
             )
-        neighbors, dataset_action = self.attached
+        neighbors, dataset_action = self.dataset_index
         # Synthetic rows (index -1) are asked about by their state.
         nearest = neighbors.query(batch.index, action.detach(), self.cfg.beta, self.cfg.k, batch.obs)
         target = dataset_action[nearest.rows]
@@ -56,6 +56,6 @@ class PRDC(TD3BC):
             "bc_loss": (action.detach() - batch.action).square().mean((-2, -1)),
             "other_row": (nearest.rows != batch.index).to(loss.dtype).mean(-1),
             "pair_distance": nearest.distance.mean(-1).to(loss.dtype),
-            "settled": nearest.settled.to(loss.dtype).mean(-1),
+            "list_hit_rate": nearest.from_list.to(loss.dtype).mean(-1),
         }
         return loss, metrics

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from offrl.agents.base import Batch
 from offrl.agents.td3_bc import TD3BC
-from offrl.nets import Adam, Critics, DeterministicActor, column, polyak, target_of
+from offrl.nets import Adam, Critics, DeterministicActor, make_target, per_lane, polyak
 
 
 @dataclass
@@ -45,14 +45,14 @@ class ReBRAC(TD3BC):
     """max_pi E [lambda min_i Q_i(s, pi(s)) - beta_1 |pi(s) - a|^2], Q backed up with -beta_2 |a~ - a'|^2."""
 
     Config = ReBRACConfig
-    extra = ("next_action",)
+    batch_fields = ("next_action",)
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
         sizes, box = (spec.obs_dim, spec.action_dim), (spec.action_low, spec.action_high)
         self.actor = DeterministicActor(spec.seeds, *sizes, cfg.hidden, *box, bias=0.1, last=1e-3)
         self.critics = Critics(spec.seeds, *sizes, cfg.hidden, norm=cfg.critic_norm, bias=0.1, last=3e-3)
-        self.actor_target, self.critics_target = target_of(self.actor), target_of(self.critics)
+        self.actor_target, self.critics_target = make_target(self.actor), make_target(self.critics)
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
 
@@ -63,8 +63,8 @@ class ReBRAC(TD3BC):
         assert batch.has_next_action is not None
         action = self.target_action(batch)
         distance = (action - batch.next_action).square().sum(-1) * batch.has_next_action
-        next_q = self.critics_target(batch.next_obs, action).amin(1) - column(self.cfg.critic_bc) * distance
-        return batch.reward + batch.mask * column(self.cfg.discount) * next_q
+        next_q = self.critics_target(batch.next_obs, action).amin(1) - per_lane(self.cfg.critic_bc) * distance
+        return batch.reward + batch.mask * per_lane(self.cfg.discount) * next_q
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`[lanes]`: mean of beta_1 |pi(s) - a|^2 - lambda min_i Q_i(s, pi(s)), lambda = 1 / mean |min_i Q_i|."""

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from offrl.agents.base import Batch, RememberingAgent
-from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, column, normal_log_prob
+from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, normal_log_prob, per_lane
 
 if TYPE_CHECKING:
-    from offrl.data.dataset import Store
+    from offrl.data.dataset import OfflineDataset
 
 
 @dataclass
@@ -50,7 +50,7 @@ class RvS(RememberingAgent):
     """pi(a | s, R) <- argmax E_D log pi(a_t | s_t, R_t)."""
 
     Config = RvSConfig
-    extra = ("return_to_go", "timestep")
+    batch_fields = ("return_to_go", "timestep")
     takes_discrete = True
     stream = "rvs"
     target: Tensor
@@ -69,7 +69,7 @@ class RvS(RememberingAgent):
         )
         self.optimizer = Adam(self.actor.parameters(), cfg.lr)
 
-    def attach(self, store: Store) -> None:
+    def setup(self, store: OfflineDataset) -> None:
         """Learn the longest episode, and ask for the best return unless the configuration names one."""
         self.horizon.fill_(store.lengths.max())
         if self.cfg.target_return is None:
@@ -79,7 +79,7 @@ class RvS(RememberingAgent):
         """`[lanes, n, 1]`: what the policy is conditioned on."""
         if self.cfg.average:
             return_to_go = return_to_go / (self.horizon - timestep).clamp(min=1)
-        return (return_to_go * column(self.cfg.return_scale)).unsqueeze(-1)
+        return (return_to_go * per_lane(self.cfg.return_scale)).unsqueeze(-1)
 
     def action_loss(self, batch: Batch) -> Tensor:
         """`[lanes]`: mean -log pi(a | s, R)."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agents.base import Agent, Batch
-from offrl.nets import Adam, Critics, TanhGaussianActor, column, polyak, target_of
+from offrl.nets import Adam, Critics, TanhGaussianActor, make_target, per_lane, polyak
 
 
 @dataclass
@@ -49,7 +49,7 @@ class SACN(Agent):
         sizes, box = (spec.obs_dim, spec.action_dim, cfg.hidden), (spec.action_low, spec.action_high)
         self.actor = TanhGaussianActor(spec.seeds, *sizes, *box, log_std=(-5.0, 2.0), bias=0.1, last=1e-3)
         self.critics = Critics(spec.seeds, *sizes, members=cfg.members, bias=0.1, last=3e-3)
-        self.critics_target = target_of(self.critics)
+        self.critics_target = make_target(self.critics)
         self.log_alpha = nn.Parameter(torch.zeros(spec.lanes))
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
@@ -76,7 +76,7 @@ class SACN(Agent):
         """`[lanes]`: mean of alpha log pi(a|s) - min_i Q_i(s, a) at the policy's sample."""
         q = self.critics(batch.obs, action, frozen=True)
         smallest = q.amin(1)
-        loss = (column(alpha) * log_pi - smallest).mean(-1)
+        loss = (per_lane(alpha) * log_pi - smallest).mean(-1)
         spread = q.detach().std(1, correction=0).mean(-1)
         return loss, {"actor_loss": loss.detach(), "q": smallest.detach().mean(-1), "q_std": spread}
 
@@ -84,8 +84,8 @@ class SACN(Agent):
     def target_value(self, batch: Batch, alpha: Tensor) -> Tensor:
         """`[lanes, batch]`: r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s'))."""
         action, log_pi = self.actor(batch.next_obs).sample(self.random.normal("target", batch.action))
-        next_value = self.critics_target(batch.next_obs, action).amin(1) - column(alpha) * log_pi
-        return batch.reward + batch.mask * column(self.cfg.discount) * next_value
+        next_value = self.critics_target(batch.next_obs, action).amin(1) - per_lane(alpha) * log_pi
+        return batch.reward + batch.mask * per_lane(self.cfg.discount) * next_value
 
     def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`[lanes]`: sum over the critics of the mean squared error; EDAC adds to it."""

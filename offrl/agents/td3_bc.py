@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offrl.agents.base import Agent, Batch
-from offrl.nets import Adam, Critics, DeterministicActor, column, polyak, target_of
+from offrl.nets import Adam, Critics, DeterministicActor, make_target, per_lane, polyak
 
 
 @dataclass
@@ -45,7 +45,7 @@ class TD3BC(Agent):
             spec.seeds, spec.obs_dim, spec.action_dim, cfg.hidden, spec.action_low, spec.action_high
         )
         self.critics = Critics(spec.seeds, spec.obs_dim, spec.action_dim, cfg.hidden, members=2)
-        self.actor_target, self.critics_target = target_of(self.actor), target_of(self.critics)
+        self.actor_target, self.critics_target = make_target(self.actor), make_target(self.critics)
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
 
@@ -55,22 +55,22 @@ class TD3BC(Agent):
     def target_action(self, batch: Batch) -> Tensor:
         """Target policy smoothing: clip(pi'(s') + clip(noise)) (TD3, equation 14)."""
         largest, cfg = self.spec.action_high, self.cfg
-        noise = self.random.normal("target_action", batch.action) * column(cfg.policy_noise, 2)
-        noise = clip(noise, column(cfg.noise_clip, 2)) * largest
+        noise = self.random.normal("target_action", batch.action) * per_lane(cfg.policy_noise, 2)
+        noise = clip(noise, per_lane(cfg.noise_clip, 2)) * largest
         return (self.actor_target(batch.next_obs) + noise).clamp(self.spec.action_low, self.spec.action_high)
 
     @torch.no_grad()
     def target_value(self, batch: Batch) -> Tensor:
         """`[lanes, batch]`: r + gamma (1 - d) min_i Q'_i(s', a~)."""
         next_q = self.critics_target(batch.next_obs, self.target_action(batch)).amin(1)
-        return batch.reward + batch.mask * column(self.cfg.discount) * next_q
+        return batch.reward + batch.mask * per_lane(self.cfg.discount) * next_q
 
     def critic_loss(self, batch: Batch) -> Tensor:
         """`[lanes]`: sum over both critics of the mean squared error."""
         q = self.critics(batch.obs, batch.action)
         return (q - self.target_value(batch).unsqueeze(1)).square().mean(-1).sum(-1)
 
-    def pull(self, batch: Batch, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def policy_regularizer(self, batch: Batch, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The regulariser `[lanes]` that ties the policy's action to the data, and its metrics; relatives replace it."""
         loss = (action - batch.action).square().mean((-2, -1))
         return loss, {"bc_loss": loss.detach()}
@@ -79,8 +79,8 @@ class TD3BC(Agent):
         action = self.act(batch.obs)
         q = self.critics(batch.obs, action, member=0, frozen=True)
         lam = self.cfg.alpha / q.detach().abs().mean(-1)
-        pull, metrics = self.pull(batch, action)
-        return pull - lam * q.mean(-1), {"q": q.detach().mean(-1), "lambda": lam, **metrics}
+        policy_regularizer, metrics = self.policy_regularizer(batch, action)
+        return policy_regularizer - lam * q.mean(-1), {"q": q.detach().mean(-1), "lambda": lam, **metrics}
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         critic_loss = self.critic_loss(batch)

@@ -25,7 +25,7 @@ from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, normal_lo
 from offrl.nets.latents import Categorical, Gaussian
 
 if TYPE_CHECKING:
-    from offrl.data.dataset import Store
+    from offrl.data.dataset import OfflineDataset
 
 
 @dataclass
@@ -66,7 +66,7 @@ class VAEBC(RememberingAgent):
     """min E [-log pi(a_t | s_t, z)] + KL(q || p) + (V(s, z) - R)^2, z ~ q(z | future)."""
 
     Config = VAEBCConfig
-    extra = ("return_to_go", "timestep")
+    batch_fields = ("return_to_go", "timestep")
     takes_discrete = True
     stream = "doc"
     horizon: Tensor
@@ -100,7 +100,7 @@ class VAEBC(RememberingAgent):
         self.learnt = [p for net in nets for p in net.parameters()]
         self.optimizer = Adam(self.learnt, cfg.lr, weight_decay=cfg.weight_decay, clip=cfg.grad_clip)
 
-    def attach(self, store: Store) -> None:
+    def setup(self, store: OfflineDataset) -> None:
         """Learn the longest episode, and the spread of rewards and returns, which networks see and predict standardised."""
         self.horizon.fill_(store.lengths.max())
         self.reward_scale.fill_(1 / (store.rewards.double().std(correction=0) + 1e-6))

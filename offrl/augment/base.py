@@ -18,8 +18,8 @@ from torch import Tensor
 
 from offrl.agents.base import Agent
 from offrl.data.cache import read_flat, write_flat
-from offrl.data.dataset import Store
-from offrl.sampling import Replay, Sampler, Uniform
+from offrl.data.dataset import OfflineDataset
+from offrl.sampling import BatchLoader, Sampler, Uniform
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 from offrl.utils.settings import check_lane_lists, from_target, lane_lists
@@ -66,7 +66,7 @@ class Augmentation:
     per_lane: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str] = ""
 
-    def __init__(self, store: Store, cfg: Any = None, seeds: Sequence[int] = (0,)) -> None:
+    def __init__(self, store: OfflineDataset, cfg: Any = None, seeds: Sequence[int] = (0,)) -> None:
         self.store, self.seeds = store, tuple(seeds)
         given = cfg or self.Config()
         lists = lane_lists(given)
@@ -79,7 +79,7 @@ class Augmentation:
     def prepare(self, progress: bool = False) -> None:
         """Train the model, or read the one that was trained before."""
 
-    def generate(self, policy: Agent | None, step: int) -> Store:
+    def generate(self, policy: Agent | None, step: int) -> OfflineDataset:
         """Trajectories under the policy (None: none to be guided by): lane after lane, `trajectories` episodes each.
 
         A function of the policy, the seeds, the update's number `step` and the dataset alone; a lane's do not depend on the
@@ -87,7 +87,7 @@ class Augmentation:
         """
         raise NotImplementedError
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What is worth keeping with a run."""
         return {}
 
@@ -99,9 +99,9 @@ class Augmentation:
 
 
 class LaneSegments(Sampler):
-    """Uniform over a lane's own rows of a Store that holds all lanes' episodes, equally many each, lane after lane."""
+    """Uniform over a lane's own rows of a dataset that holds all lanes' episodes, equally many each, lane after lane."""
 
-    def __init__(self, store: Store, lanes: int) -> None:
+    def __init__(self, store: OfflineDataset, lanes: int) -> None:
         bounds = store.offsets[:: store.episodes // lanes]
         self.first, self.rows = bounds[:-1].unsqueeze(-1), bounds.diff().unsqueeze(-1)  # [lanes, 1]
 
@@ -124,7 +124,11 @@ class Synthetic:
     """
 
     def __init__(
-        self, augmentation: Augmentation, real: tuple[Store, Sampler], rewards: tuple[float, float], folder: Path
+        self,
+        augmentation: Augmentation,
+        real: tuple[OfflineDataset, Sampler],
+        rewards: tuple[float, float],
+        folder: Path,
     ) -> None:
         self.augmentation, self.rewards, self.folder = augmentation, rewards, folder / FOLDER
         self.cfg = augmentation.cfg
@@ -132,11 +136,11 @@ class Synthetic:
         # Until `begin` puts trajectories there, the dataset stands in the places.
         stand_in, part = (real[0], Uniform(real[0])), self.cfg.share / self.cfg.keep
         self.sources = [(*real, 1.0), *((*stand_in, part) for _ in range(self.cfg.keep))]
-        self.stores: dict[int, Store] = {}  # by the update at which they were made
+        self.stores: dict[int, OfflineDataset] = {}  # by the update at which they were made
 
-    def begin(self, replay: Replay, policy: Agent, step: int, progress: bool = False) -> None:
+    def begin(self, loader: BatchLoader, policy: Agent, step: int, progress: bool = False) -> None:
         """Put the first generation, or what a run draws from after update `step`, into batches made with `sources`."""
-        self.replay = replay
+        self.loader = loader
         self.augmentation.prepare(progress)
         if step:
             self.restore(policy, step)
@@ -195,7 +199,7 @@ class Synthetic:
         for path in (*self.folder.glob("*.safetensors"), *self.folder.glob(".*.part")):
             path.unlink(missing_ok=True)
 
-    def _make(self, policy: Agent | None, step: int) -> Store:
+    def _make(self, policy: Agent | None, step: int) -> OfflineDataset:
         store = self.augmentation.generate(policy, step)
         scale, shift = self.rewards
         return store if (scale, shift) == (1.0, 0.0) else store.with_rewards(scale, shift)
@@ -204,7 +208,7 @@ class Synthetic:
         places = self.places(step)
         for place, made in enumerate(places):
             store = self.stores[made]
-            self.replay.replace(1 + place, store, LaneSegments(store, len(self.augmentation.seeds)))
+            self.loader.replace(1 + place, store, LaneSegments(store, len(self.augmentation.seeds)))
         self.stores = {made: self.stores[made] for made in set(places)}
 
     def _path(self, made: int) -> Path:
@@ -228,7 +232,7 @@ def augmentation_config(settings: Mapping[str, Any], lanes: int) -> tuple[type[A
     return cls, cfg
 
 
-def make_augmentation(settings: Mapping[str, Any], store: Store, seeds: Sequence[int]) -> Augmentation:
+def make_augmentation(settings: Mapping[str, Any], store: OfflineDataset, seeds: Sequence[int]) -> Augmentation:
     """An augmentation from its `_target_` and the settings that differ from its dataclass."""
     cls, cfg = augmentation_config(settings, len(seeds))
     return cls(store, cfg, seeds)
@@ -236,7 +240,7 @@ def make_augmentation(settings: Mapping[str, Any], store: Store, seeds: Sequence
 
 def check_agent(agent: Agent) -> None:
     """Raise OffrlError for an agent that can't learn from pieces of trajectories."""
-    if "return_to_go" in agent.extra:
+    if "return_to_go" in agent.batch_fields:
         raise OffrlError(
             f"{type(agent).__name__} needs the return from each step to an episode's end, which synthetic pieces of episodes "
             "don't have; set augment=none."

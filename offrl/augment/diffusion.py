@@ -28,8 +28,8 @@ from offrl.augment.base import Augmentation, SyntheticConfig
 from offrl.augment.fitting import Fit, kept, model_path
 from offrl.augment.trajectories import Codec, Windows, split_episodes, synthetic_store
 from offrl.augment.unet import UNet
-from offrl.data.dataset import Store
-from offrl.nets import Adam, polyak, target_of
+from offrl.data.dataset import OfflineDataset
+from offrl.nets import Adam, make_target, polyak
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
@@ -72,7 +72,7 @@ class Denoiser(nn.Module):
 
     action_variance: Tensor
 
-    def __init__(self, store: Store, cfg: DenoiserConfig) -> None:
+    def __init__(self, store: OfflineDataset, cfg: DenoiserConfig) -> None:
         super().__init__()
         info, sizes = store.info, (store.obs_dim, store.action_dim)
         self.codec = Codec(*sizes, info.action_low, info.action_high, cfg.terminals)
@@ -89,7 +89,7 @@ class Trained:
     """A denoiser, facts about its training, and its file."""
 
     denoiser: Denoiser
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     path: Path
 
 
@@ -99,7 +99,7 @@ class Trained:
 class Training(Fit):
     """The training of one denoiser."""
 
-    def __init__(self, store: Store, cfg: DenoiserConfig) -> None:
+    def __init__(self, store: OfflineDataset, cfg: DenoiserConfig) -> None:
         self.store, self.cfg, self.device, self.updates = store, cfg, store.device, cfg.updates
         self.average = Denoiser(store, cfg).to(self.device).requires_grad_(False)
         learn, held = (part.to(self.device) for part in split_episodes(store, cfg.holdout, cfg.seed))
@@ -107,15 +107,15 @@ class Training(Fit):
         self.windows.fit()
         self.held = self._held_out(store, held)
         self.average.action_variance.copy_(_action_variance(self.windows))
-        self.online = target_of(self.average.network).requires_grad_(True)
+        self.online = make_target(self.average.network).requires_grad_(True)
         self.optimizer = Adam(self.online.parameters(), cfg.lr).to(self.device)
         self.random = LaneRandom((cfg.seed,), self.device)
 
-    def _windows(self, store: Store, episodes: Tensor) -> Windows:
+    def _windows(self, store: OfflineDataset, episodes: Tensor) -> Windows:
         cfg = self.cfg
         return Windows(store, self.average.codec, cfg.window, cfg.stride, cfg.terminal_padding, episodes)
 
-    def _held_out(self, store: Store, episodes: Tensor) -> Windows | None:
+    def _held_out(self, store: OfflineDataset, episodes: Tensor) -> Windows | None:
         try:
             return self._windows(store, episodes) if len(episodes) else None
         except OffrlError:  # those episodes are too short
@@ -163,7 +163,7 @@ class Training(Fit):
         return {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
 
     def result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        facts = {
+        metadata = {
             "dataset": self.store.info.id,
             "fingerprint": self.store.fingerprint,
             "settings": asdict(self.cfg),
@@ -171,7 +171,7 @@ class Training(Fit):
             "validation_loss": self.validation_loss(),
             "parameters": sum(p.numel() for p in self.average.parameters()),
         }
-        return self.average.state_dict(), facts
+        return self.average.state_dict(), metadata
 
 
 def _action_variance(windows: Windows) -> Tensor:
@@ -185,16 +185,16 @@ def _action_variance(windows: Windows) -> Tensor:
     return rest.square().mean(0).clamp(1e-6, 1.0)
 
 
-def trained_denoiser(store: Store, cfg: DenoiserConfig, progress: bool = False) -> Trained:
+def trained_denoiser(store: OfflineDataset, cfg: DenoiserConfig, progress: bool = False) -> Trained:
     """The denoiser of a dataset, on its device; trained only where it is not in the cache."""
     path = denoiser_path(store, cfg)
-    tensors, facts = kept(path, lambda: Training(store, cfg), progress, f"denoiser of {store.info.id}")
+    tensors, metadata = kept(path, lambda: Training(store, cfg), progress, f"denoiser of {store.info.id}")
     denoiser = Denoiser(store, cfg)
     denoiser.load_state_dict(tensors)
-    return Trained(denoiser.to(store.device).requires_grad_(False).eval(), facts, path)
+    return Trained(denoiser.to(store.device).requires_grad_(False).eval(), metadata, path)
 
 
-def denoiser_path(store: Store, cfg: DenoiserConfig) -> Path:
+def denoiser_path(store: OfflineDataset, cfg: DenoiserConfig) -> Path:
     """Where the denoiser of a dataset is kept."""
     return model_path("denoiser", _VERSION, store, cfg)
 
@@ -223,7 +223,7 @@ class Diffusion(Augmentation):
         return None
 
     @torch.no_grad()
-    def generate(self, policy: Agent | None, step: int) -> Store:
+    def generate(self, policy: Agent | None, step: int) -> OfflineDataset:
         rows = self.denoiser.codec.decode(self.sample(policy, step).flatten(0, 1))
         return synthetic_store(rows, self.store, self.name)
 
@@ -249,5 +249,5 @@ class Diffusion(Augmentation):
             parts.append(edm.sample(denoise, noise, cfg.sampling, guide))
         return torch.cat(parts, 1)
 
-    def facts(self) -> dict[str, Any]:
-        return {"denoiser": {"file": self.trained.path.name, **self.trained.facts}}
+    def metadata(self) -> dict[str, Any]:
+        return {"denoiser": {"file": self.trained.path.name, **self.trained.metadata}}

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, one_at_a_time
@@ -60,12 +60,12 @@ class Fit:
 
     def _restore(self, path: Path) -> None:
         try:
-            tensors, facts = checkpoint.load(path)
+            tensors, metadata = checkpoint.load(path)
         except OffrlError:  # none, or a damaged one: from the beginning
             return
         for key, tensor in self.state().items():
             tensor.copy_(tensors[key])
-        self.step = facts["step"]
+        self.step = metadata["step"]
 
 
 def kept(path: Path, start: Callable[[], Fit], progress: bool, title: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -86,7 +86,7 @@ def kept(path: Path, start: Callable[[], Fit], progress: bool, title: str) -> tu
         return checkpoint.load(path)
 
 
-def model_path(kind: str, version: int, store: Store, cfg: Any) -> Path:
+def model_path(kind: str, version: int, store: OfflineDataset, cfg: Any) -> Path:
     """One file for a kind of model, a dataset's numbers and the settings."""
     key = json.dumps([version, store.fingerprint, asdict(cfg)], sort_keys=True)
     digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
@@ -94,9 +94,9 @@ def model_path(kind: str, version: int, store: Store, cfg: Any) -> Path:
     return cache_dir() / "augment" / f"{kind}-{stem}-{digest}.safetensors"
 
 
-def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Tensors and facts into the cache, as checkpoints hold them."""
     try:
-        checkpoint.write(path, tensors, facts)
+        checkpoint.write(path, tensors, metadata)
     except (OSError, SafetensorError) as error:
         raise OffrlError(f"{path} can't be written ({error}); free some space, or set OFFRL_HOME.") from error

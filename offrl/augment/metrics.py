@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Agent
 from offrl.augment.policy_guided import policy_gaussian
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.utils.errors import OffrlError
 
 
@@ -72,7 +72,7 @@ class Simulator:
 
 @dataclass
 class DynamicsError:
-    """Per row of a Store that could be simulated: `rows` its numbers, and squared errors of state and reward.
+    """Per row of a dataset that could be simulated: `rows` its numbers, and squared errors of state and reward.
 
     `states` is the mean over dimensions in units of the dataset's variance, `rewards` in units of the variance of rewards;
     `flags` whether the termination agrees. `left_out` counts rows whose state can't be told.
@@ -85,7 +85,7 @@ class DynamicsError:
     left_out: int
 
 
-def dynamics_error(simulator: Simulator, synthetic: Store, real: Store) -> DynamicsError:
+def dynamics_error(simulator: Simulator, synthetic: OfflineDataset, real: OfflineDataset) -> DynamicsError:
     """Simulate every transition of `synthetic`; units are the variances of `real`."""
     obs, action, wanted, reward, flag = (
         part.cpu().double().numpy()
@@ -140,7 +140,7 @@ class OneLane(Agent):
 
 
 @torch.no_grad()
-def log_likelihood(policy: Agent, synthetic: Store, std: float) -> Tensor:
+def log_likelihood(policy: Agent, synthetic: OfflineDataset, std: float) -> Tensor:
     """`[N]`: log-density of each action under a policy of one lane, summed over dimensions.
 
     Args:
@@ -153,13 +153,15 @@ def log_likelihood(policy: Agent, synthetic: Store, std: float) -> Tensor:
     return torch.cat(found).double()
 
 
-def coverage(synthetic: Store, real: Store, k: int = 5, most: int = 10_000, seed: int = 0) -> dict[str, float]:
+def coverage(
+    synthetic: OfflineDataset, real: OfflineDataset, k: int = 5, most: int = 10_000, seed: int = 0
+) -> dict[str, float]:
     """Coverage and novelty of states, and the ratio of deviations synthetic / real (smallest and largest over dimensions)."""
     mean, std = real.observation_statistics()
     scale = torch.where(std > 1e-6, std, torch.ones_like(std))
     generator = torch.Generator().manual_seed(seed)
 
-    def some(store: Store) -> Tensor:
+    def some(store: OfflineDataset) -> Tensor:
         rows = torch.randperm(len(store), generator=generator)[:most].to(store.device)
         return (store.observations[rows] - mean) / scale
 
@@ -180,15 +182,15 @@ def coverage(synthetic: Store, real: Store, k: int = 5, most: int = 10_000, seed
     }
 
 
-def displacement(store: Store) -> Tensor:
-    """`[N]`: distance of each state from its trajectory's first, in units of the Store's own deviations."""
+def displacement(store: OfflineDataset) -> Tensor:
+    """`[N]`: distance of each state from its trajectory's first, in units of the dataset's own deviations."""
     _, std = store.observation_statistics()
     scale = torch.where(std > 1e-6, std, torch.ones_like(std))
     first = store.observations[store.offsets[:-1]][store.episode_of_row]
     return torch.linalg.vector_norm((store.observations - first) / scale, dim=-1).double()
 
 
-def along_horizon(store: Store, rows: Tensor, values: Tensor) -> list[float | None]:
+def along_horizon(store: OfflineDataset, rows: Tensor, values: Tensor) -> list[float | None]:
     """Mean of `values` (of these rows) at each position in the trajectories; None where there is no row."""
     at = store.timesteps.cpu()[rows.cpu()]
     count = torch.zeros(int(store.lengths.max()), dtype=torch.float64).index_add_(0, at, torch.ones(len(at)).double())
@@ -196,7 +198,7 @@ def along_horizon(store: Store, rows: Tensor, values: Tensor) -> list[float | No
     return [float(t / n) if n else None for t, n in zip(total, count)]
 
 
-def real_pieces(store: Store, count: int, length: int, seed: int = 0) -> Store:
+def real_pieces(store: OfflineDataset, count: int, length: int, seed: int = 0) -> OfflineDataset:
     """Pieces of a dataset's episodes as synthetic trajectories are: from random rows on, at most `length` transitions."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(len(store), (count,), generator=generator).to(store.device)
@@ -204,16 +206,18 @@ def real_pieces(store: Store, count: int, length: int, seed: int = 0) -> Store:
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     inside = torch.arange(int(offsets[-1]), device=store.device) - torch.repeat_interleave(offsets[:-1], lengths)
     rows = torch.repeat_interleave(start, lengths) + inside
-    return Store(**{name: getattr(store, name)[rows] for name in Store.ROW_FIELDS}, offsets=offsets, info=store.info)
+    return OfflineDataset(
+        **{name: getattr(store, name)[rows] for name in OfflineDataset.ROW_FIELDS}, offsets=offsets, info=store.info
+    )
 
 
 def evaluate(
-    synthetic: Store,
-    real: Store,
+    synthetic: OfflineDataset,
+    real: OfflineDataset,
     simulator: Simulator | None,
     policies: Mapping[str, tuple[Agent, float]],
 ) -> dict[str, Any]:
-    """All measures of one Store of trajectories, as plain numbers; curves run along the horizon.
+    """All measures of one dataset of trajectories, as plain numbers; curves run along the horizon.
 
     Args:
         simulator: None leaves the dynamics error out.

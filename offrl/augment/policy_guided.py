@@ -31,7 +31,7 @@ from torch import Tensor
 from offrl.agents.base import Agent
 from offrl.augment import edm
 from offrl.augment.diffusion import Denoiser, Diffusion, DiffusionConfig
-from offrl.nets import column
+from offrl.nets import per_lane
 
 _REFERENCE_STEPS = 256  # of the authors' sampler
 
@@ -98,7 +98,7 @@ class PerStep(PolicyGuide):
         if step == self.cfg.sampling.steps - 1:  # the last one is left alone
             return x
         g = self.gradient(denoise(x, sigma) if self.cfg.at_denoised else x)
-        return self.with_actions(x, x[..., self.codec.act] + column(self.strength(step), 3) * g)
+        return self.with_actions(x, x[..., self.codec.act] + per_lane(self.strength(step), 3) * g)
 
 
 class Score(PolicyGuide):
@@ -106,7 +106,7 @@ class Score(PolicyGuide):
         if sigma > self.cfg.sigma_max:
             return clean
         g = self.gradient(clean if self.cfg.at_denoised else noised)
-        return self.with_actions(clean, clean[..., self.codec.act] + column(self.cfg.coefficient, 3) * sigma**2 * g)
+        return self.with_actions(clean, clean[..., self.codec.act] + per_lane(self.cfg.coefficient, 3) * sigma**2 * g)
 
 
 class Product(PolicyGuide):
@@ -117,7 +117,7 @@ class Product(PolicyGuide):
         spread = variance / ((1 - mean.square()) * self.std).square()  # of the policy, in coded actions
         behaviour = self.denoiser.action_variance
         own = sigma**2 * behaviour / (sigma**2 + behaviour)
-        weight = column(self.cfg.coefficient, 3) * own
+        weight = per_lane(self.cfg.coefficient, 3) * own
         share = weight / (spread + weight)
         return self.with_actions(clean, torch.lerp(clean[..., self.codec.act], target, share))
 
@@ -133,4 +133,4 @@ def policy_gaussian(policy: Agent, obs: Tensor, std: float | Tensor) -> tuple[Te
     if gaussian is not None:
         return gaussian
     mean = policy.act(normalized)
-    return mean, torch.ones_like(mean) * column(std, 2)
+    return mean, torch.ones_like(mean) * per_lane(std, 2)

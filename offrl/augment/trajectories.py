@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.utils.errors import OffrlError
 
 _LARGEST = 0.999  # actions are cut to this part of their box before atanh
@@ -116,7 +116,9 @@ class Windows:
         OffrlError: no episode is long enough.
     """
 
-    def __init__(self, store: Store, codec: Codec, length: int, stride: int, padding: bool, episodes: Tensor) -> None:
+    def __init__(
+        self, store: OfflineDataset, codec: Codec, length: int, stride: int, padding: bool, episodes: Tensor
+    ) -> None:
         chosen = store.select_episodes(episodes)
         ends = chosen.offsets[1:] - 1
         terminated = (chosen.terminations[ends] > 0) & ~chosen.has_tail
@@ -167,7 +169,7 @@ class Windows:
         return (self.raw[self._rows(self.starts[index])] - self.codec.mean) / self.codec.std
 
 
-def _with_absorbing_rows(raw: Tensor, store: Store, padded: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+def _with_absorbing_rows(raw: Tensor, store: OfflineDataset, padded: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     """The rows with one more behind each padded episode, and where the episodes now begin."""
     lengths = store.lengths + padded
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -181,7 +183,7 @@ def _with_absorbing_rows(raw: Tensor, store: Store, padded: Tensor, codec: Codec
     return table, offsets
 
 
-def split_episodes(store: Store, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
+def split_episodes(store: OfflineDataset, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
     """Episodes to learn from, and those held out (a share of them, at least one where there are several)."""
     if store.episodes < 2 or holdout <= 0:
         everything = torch.arange(store.episodes)
@@ -191,8 +193,8 @@ def split_episodes(store: Store, holdout: float, seed: int) -> tuple[Tensor, Ten
     return order[held:].sort().values, order[:held].sort().values
 
 
-def synthetic_store(rows: Rows, like: Store, label: str) -> Store:
-    """A Store of generated trajectories `[n, T + 1]`: T transitions each, fewer where one terminates before.
+def synthetic_store(rows: Rows, like: OfflineDataset, label: str) -> OfflineDataset:
+    """A dataset of generated trajectories `[n, T + 1]`: T transitions each, fewer where one terminates before.
 
     The last row only gives a state. What follows a trajectory's first termination is left out.
 
@@ -214,4 +216,4 @@ def synthetic_store(rows: Rows, like: Store, label: str) -> Store:
         )
     info = replace(like.info, id=f"{like.info.id} ({label})")
     observations, actions, rewards, following = tensors
-    return Store(observations, actions, rewards, following, done[kept].to(rewards.dtype), offsets, info)
+    return OfflineDataset(observations, actions, rewards, following, done[kept].to(rewards.dtype), offsets, info)

@@ -24,7 +24,7 @@ from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, SyntheticConfig
 from offrl.augment.fitting import Fit, kept, model_path
 from offrl.augment.trajectories import Rows, synthetic_store
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.nets import MLP, Adam
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
@@ -83,7 +83,7 @@ class Ensemble(nn.Module):
         self.register_buffer("high", torch.zeros(obs_dim))
         self.register_buffer("elites", torch.zeros(cfg.elites, dtype=torch.int64))
 
-    def fit_scales(self, store: Store) -> None:
+    def fit_scales(self, store: OfflineDataset) -> None:
         """Standardise by a dataset."""
         for name, rows in (("in", torch.cat([store.observations, store.actions], -1)), ("out", targets(store))):
             mean, std = rows.double().mean(0), rows.double().std(0, correction=0)
@@ -114,7 +114,7 @@ class Ensemble(nn.Module):
         return following, change[:, -1]
 
 
-def targets(store: Store) -> Tensor:
+def targets(store: OfflineDataset) -> Tensor:
     """`[N, O + 1]`: change of the state, and reward."""
     return torch.cat([store.next_observations - store.observations, store.rewards.unsqueeze(-1)], -1)
 
@@ -122,7 +122,7 @@ def targets(store: Store) -> Tensor:
 class EnsembleFit(Fit):
     """The training of an ensemble by maximum likelihood."""
 
-    def __init__(self, store: Store, cfg: EnsembleConfig) -> None:
+    def __init__(self, store: OfflineDataset, cfg: EnsembleConfig) -> None:
         self.store, self.cfg, self.updates = store, cfg, cfg.updates
         self.model = Ensemble(store.obs_dim, store.actions.shape[-1], cfg).to(store.device)
         self.model.fit_scales(store)
@@ -168,13 +168,13 @@ class EnsembleFit(Fit):
     def result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         errors = self.validation_errors()
         self.model.elites.copy_(errors.argsort()[: self.cfg.elites])
-        facts = {
+        metadata = {
             "dataset": self.store.info.id,
             "fingerprint": self.store.fingerprint,
             "settings": asdict(self.cfg),
             "validation_errors": errors.tolist(),
         }
-        return self.model.state_dict(), facts
+        return self.model.state_dict(), metadata
 
 
 # ---- where trajectories terminate ----------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ class WorldModel(Augmentation):
         self.terminates = termination(self.store.info)
 
     @torch.no_grad()
-    def generate(self, policy: Agent | None, step: int) -> Store:
+    def generate(self, policy: Agent | None, step: int) -> OfflineDataset:
         store, cfg, random = self.store, self.cfg, self.random(step)
         lanes = len(self.seeds)
         start = random.integers("start", len(store), (cfg.trajectories,))  # [lanes, n]
@@ -260,5 +260,5 @@ class WorldModel(Augmentation):
             action = gaussian[0] + gaussian[1] * random.normal(f"action/{t}", gaussian[0])
         return action.clamp(self.store.info.action_low, self.store.info.action_high)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"model": {"file": self.path.name, **self.about}}

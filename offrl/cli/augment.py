@@ -13,8 +13,8 @@ from offrl.utils.paths import replacing
 
 if TYPE_CHECKING:
     from offrl.agents.base import Agent
-    from offrl.data.dataset import Store
-    from offrl.training.run_config import Plan
+    from offrl.data.dataset import OfflineDataset
+    from offrl.training.run_config import RunConfig
 
 WORDS = "options as for `offrl train`: dataset=ID, augment=NAME, augment.KEY=VALUE, data.KEY=VALUE"
 COLUMNS = {  # of the table, with their headings
@@ -79,7 +79,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     job = _job(arguments.words)
     augmentation = make_augmentation(job.augment, _recorded(job), (0,))
     augmentation.prepare(progress=True)
-    print(json.dumps(augmentation.facts(), indent=1))
+    print(json.dumps(augmentation.metadata(), indent=1))
     return 0
 
 
@@ -144,8 +144,13 @@ def run_metrics(arguments: argparse.Namespace) -> int:
             found[name] = metrics.evaluate(made, real, simulator, policies)
     finally:
         simulator.close()
-    facts = {"dataset": real.info.id, "policy": str(arguments.policy), "lane": arguments.lane, "augment": job.augment}
-    write_json(out / "metrics.json", {**facts, "kinds": found})
+    metadata = {
+        "dataset": real.info.id,
+        "policy": str(arguments.policy),
+        "lane": arguments.lane,
+        "augment": job.augment,
+    }
+    write_json(out / "metrics.json", {**metadata, "kinds": found})
     table = markdown(found)
     with replacing(out / "metrics.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
@@ -155,10 +160,10 @@ def run_metrics(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _job(words: Sequence[str], run: Path | None = None) -> Plan:
+def _job(words: Sequence[str], run: Path | None = None) -> RunConfig:
     """The checked configuration behind some words; dataset and `data` are a run's where they are not given."""
     from offrl.training.compose import compose_words
-    from offrl.training.run_config import plan
+    from offrl.training.run_config import resolve_config
     from offrl.training.runs import read_config
 
     if odd := [word for word in words if "=" not in word or word.startswith("-")]:
@@ -171,13 +176,13 @@ def _job(words: Sequence[str], run: Path | None = None) -> Plan:
     values = compose_words([*first, *words])
     if kept:
         values["data"] = {**kept["data"], **(values.get("data") or {})}
-    job = plan(values)
+    job = resolve_config(values)
     if not job.augment:
         raise OffrlError("augment=none makes no trajectories; choose another, `offrl train --help` lists them.")
     return job
 
 
-def _recorded(job: Plan) -> Store:
+def _recorded(job: RunConfig) -> OfflineDataset:
     from offrl.training.runs import read_data
     from offrl.utils.process import pick_device
 

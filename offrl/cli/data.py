@@ -10,7 +10,7 @@ from typing import Any
 
 from offrl.cli.dataset_info import describe, plot, print_info
 from offrl.data import catalogue
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.data.fetch import fetch
 from offrl.data.minari import data_folder, local_datasets, local_folder
 from offrl.data.writers import writer
@@ -72,7 +72,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-cache", action="store_true", help="neither use nor write the flat cache")
 
 
-def _load(arguments: argparse.Namespace) -> Store:
+def _load(arguments: argparse.Namespace) -> OfflineDataset:
     return load(
         arguments.dataset,
         semantics=arguments.semantics,

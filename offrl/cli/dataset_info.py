@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offrl.cli.sampler_stats import describe_draws, draws_table, fallbacks, plot_bands, plot_concentration
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.data.statistics import return_spread
 from offrl.utils.paths import replacing
 
@@ -23,7 +23,7 @@ ENDS = ("terminated", "truncated", "unfinished")
 SHOWN_DIMENSIONS = 40
 
 
-def describe(store: Store) -> dict[str, Any]:
+def describe(store: OfflineDataset) -> dict[str, Any]:
     """Counts, lengths, returns, scores and ranges as plain numbers (JSON can hold them all).
 
     Lengths are steps of the environment, so a tail (a step whose successor is unknown) counts. `score` is the
@@ -70,7 +70,7 @@ def describe(store: Store) -> dict[str, Any]:
     }
 
 
-def episode_ends(store: Store) -> Tensor:
+def episode_ends(store: OfflineDataset) -> Tensor:
     """`[E]` int64 index into `ENDS`: how each episode ended.
 
     A termination counts where it is the last known step (not where AntMaze's flags mark the goal on the way).
@@ -101,7 +101,7 @@ def _columns(values: Tensor) -> list[dict[str, Any]]:
     return [{"min": a, "mean": m, "std": s, "max": b, "constant": a == b} for a, m, s, b in rows]
 
 
-def _discrete(store: Store) -> list[dict[str, Any]]:
+def _discrete(store: OfflineDataset) -> list[dict[str, Any]]:
     shares = torch.bincount(store.actions, minlength=store.action_dim).double() / len(store)
     return [{"action": index, "share": share} for index, share in enumerate(shares.tolist())]
 
@@ -115,27 +115,27 @@ def print_info(description: dict[str, Any]) -> None:
     from rich.table import Table
 
     console, d = Console(), description
-    facts = Table(title=d["id"], title_style="bold", title_justify="left", show_header=False, box=None)
-    facts.add_column(no_wrap=True)
-    facts.add_column(overflow="fold")
+    metadata = Table(title=d["id"], title_style="bold", title_justify="left", show_header=False, box=None)
+    metadata.add_column(no_wrap=True)
+    metadata.add_column(overflow="fold")
     ends = ", ".join(f"{count:,} {end}" for end, count in d["ends"].items() if count)
-    facts.add_row("transitions", f"{d['transitions']:,} ({d['megabytes']} MB)")
-    facts.add_row("episodes", f"{d['episodes']:,} ({ends})")
+    metadata.add_row("transitions", f"{d['transitions']:,} ({d['megabytes']} MB)")
+    metadata.add_row("episodes", f"{d['episodes']:,} ({ends})")
     kind = "discrete" if d["discrete_actions"] else "numbers"
-    facts.add_row("observation, action", f"{d['observation_dimensions']} numbers, {d['action_dimensions']} {kind}")
-    facts.add_row("terminal share", f"{d['terminal_share']:.4%} of transitions")
+    metadata.add_row("observation, action", f"{d['observation_dimensions']} numbers, {d['action_dimensions']} {kind}")
+    metadata.add_row("terminal share", f"{d['terminal_share']:.4%} of transitions")
     if d["score"] is not None:
-        facts.add_row(
+        metadata.add_row(
             "behaviour's score",
             f"{d['score']['mean']:.1f} (0 is a return of {d['references'][0]:g}, 100 of {d['references'][1]:g})",
         )
     for row in _exact_rows(d["provenance"].get("exact")):
-        facts.add_row(*row)
-    facts.add_row("positive-sided variance", f"{d['positive_sided_variance']:.4g} (of {d['normalisation']})")
-    facts.add_row("environment", f"{d['env_id'] or 'none'} (family {d['family']})")
-    facts.add_row("source", d["source"])
-    facts.add_row("fingerprint", d["fingerprint"])
-    console.print(facts)
+        metadata.add_row(*row)
+    metadata.add_row("positive-sided variance", f"{d['positive_sided_variance']:.4g} (of {d['normalisation']})")
+    metadata.add_row("environment", f"{d['env_id'] or 'none'} (family {d['family']})")
+    metadata.add_row("source", d["source"])
+    metadata.add_row("fingerprint", d["fingerprint"])
+    console.print(metadata)
 
     keys = ("min", "q10", "median", "q90", "max", "mean", "std")
     spread = Table("per episode", *keys)
@@ -190,7 +190,7 @@ MARK = "#222222"
 DENSITY_ROWS = 200_000  # more do not change a heat map
 
 
-def plot(store: Store, path: Path) -> None:
+def plot(store: OfflineDataset, path: Path) -> None:
     """Write a PNG of eight panels: returns, lengths, returns in the file's order, rewards, actions, observations, and
     how much the best trajectories count under each sampler."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -255,7 +255,7 @@ def _stacked(axes: Axes, values: np.ndarray, ends: np.ndarray, edges: np.ndarray
     )
 
 
-def _plot_returns(axes: Axes, store: Store) -> None:
+def _plot_returns(axes: Axes, store: OfflineDataset) -> None:
     info, returns, ends = store.info, store.returns.cpu().numpy(), episode_ends(store).numpy()
     _stacked(axes, returns, ends, _bins(returns, returns.min(), returns.max()))
     axes.axvline(returns.mean(), color=MARK, linewidth=1.6, label=f"mean {_short(returns.mean())}")
@@ -270,7 +270,7 @@ def _plot_returns(axes: Axes, store: Store) -> None:
         top.tick_params(labelsize=9)
 
 
-def _plot_lengths(axes: Axes, store: Store) -> None:
+def _plot_lengths(axes: Axes, store: OfflineDataset) -> None:
     steps = (store.lengths + store.has_tail).cpu().numpy()
     limit = store.info.max_episode_steps
     # A limit far behind the longest episode (some environments have none to speak of) would squeeze everything.
@@ -282,7 +282,7 @@ def _plot_lengths(axes: Axes, store: Store) -> None:
     axes.legend(facecolor="white", framealpha=0.85, edgecolor="none", fontsize=9)
 
 
-def _plot_order(axes: Axes, store: Store) -> None:
+def _plot_order(axes: Axes, store: OfflineDataset) -> None:
     """Return over the position in the file: a replay buffer climbs, a policy's rollouts stay level."""
     returns, ends = store.returns.cpu().numpy(), episode_ends(store).numpy()
     first = store.offsets[:-1].cpu().numpy()
@@ -300,7 +300,7 @@ def _plot_order(axes: Axes, store: Store) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:.0f}")
 
 
-def _plot_rewards(axes: Axes, store: Store) -> None:
+def _plot_rewards(axes: Axes, store: OfflineDataset) -> None:
     rewards = store.rewards.cpu().numpy()
     axes.hist(rewards, bins=_bins(rewards, float(rewards.min()), float(rewards.max())).tolist(), color=END_COLOURS[0])
     axes.set_yscale("log")
@@ -310,7 +310,7 @@ def _plot_rewards(axes: Axes, store: Store) -> None:
     axes.legend(facecolor="white", framealpha=0.85, edgecolor="none", fontsize=9)
 
 
-def _plot_actions(axes: Axes, store: Store) -> None:
+def _plot_actions(axes: Axes, store: OfflineDataset) -> None:
     if store.info.discrete:
         shares = torch.bincount(store.actions, minlength=store.action_dim).cpu().numpy() / len(store)
         axes.bar(np.arange(store.action_dim), shares, color=END_COLOURS[0])
@@ -321,7 +321,7 @@ def _plot_actions(axes: Axes, store: Store) -> None:
     axes.grid(False)
 
 
-def _plot_observations(axes: Axes, store: Store) -> None:
+def _plot_observations(axes: Axes, store: OfflineDataset) -> None:
     """Density of every dimension in units of its own deviation, and its range in numbers at the right."""
     mean, std = (tensor.cpu() for tensor in store.observation_statistics())
     scaled = (torch.from_numpy(_thinned(store.observations)) - mean) / torch.where(std > 0, std, 1.0)

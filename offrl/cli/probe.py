@@ -16,7 +16,7 @@ from offrl.datasets import exogenous_noise
 from offrl.evaluation.evaluator import Evaluator
 from offrl.evaluation.probes import Probe, draws, leak, reward_and_state
 from offrl.results.figures import STYLE, looks_of
-from offrl.training.run_config import plan
+from offrl.training.run_config import resolve_config
 from offrl.training.runs import load_agent, load_data, read_config
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
@@ -51,7 +51,7 @@ def probe(
         sampled: draw discrete actions from the policy instead of taking the likeliest.
     """
     tune_process(1)
-    agent, job = load_agent(folder), plan(read_config(Path(folder)))
+    agent, job = load_agent(folder), resolve_config(read_config(Path(folder)))
     if sampled:
         if not (agent.spec.discrete and hasattr(agent.cfg, "sample_actions")):
             raise OffrlError(f"{folder}: its policy draws no discrete actions; leave --sampled away.")

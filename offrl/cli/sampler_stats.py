@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ LINE_COLOURS = ("#8C8C8C", "#0072B2", "#E69F00", "#009E73")
 BAND_COLOURS = ("#08306B", "#2B6CB0", "#6BAED6", "#BDD7EE", "#E4E4E4")
 
 
-def laws(store: Store) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+def laws(store: OfflineDataset) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     """`[E]` float64 share of the draws that each trajectory gets, and the sampler's facts, by name; default settings."""
     from offrl import sampling  # samplers are made of datasets; only this report looks back at them
 
@@ -33,23 +33,23 @@ def laws(store: Store) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     for sampler in (uniform, *samplers):
         mass = sampler.weights * store.lengths
         name = "uniform" if sampler is uniform else type(sampler).label(sampler.Config())
-        made[name] = ((mass / mass.sum()).cpu(), sampler.facts())
+        made[name] = ((mass / mass.sum()).cpu(), sampler.metadata())
     return made
 
 
-def describe_draws(store: Store) -> dict[str, Any]:
+def describe_draws(store: OfflineDataset) -> dict[str, Any]:
     """By sampler: effective transitions, their share, the draws that go to each band of trajectories, and fallbacks."""
     order = store.returns.cpu().argsort(descending=True, stable=True)
     place = (torch.arange(store.episodes) + 0.5) / store.episodes
     band = torch.bucketize(place, torch.tensor(list(BANDS.values())[:-1]), right=True)
     samplers = {}
-    for name, (share, facts) in laws(store).items():
+    for name, (share, metadata) in laws(store).items():
         mass = torch.zeros(len(BANDS), dtype=torch.float64).index_add_(0, band, share[order])
         samplers[name] = {
-            "effective_rows": facts["effective_rows"],
-            "effective_share": facts["effective_share"],
+            "effective_rows": metadata["effective_rows"],
+            "effective_share": metadata["effective_share"],
             "mass": dict(zip(BANDS, mass.tolist())),
-            "fallback": facts.get("fallback"),
+            "fallback": metadata.get("fallback"),
         }
     return samplers
 
@@ -59,23 +59,23 @@ def draws_table(samplers: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table("draws", *BANDS, "ESS", "ESS / N")
-    for name, facts in samplers.items():
-        shares = [f"{share:.1%}" for share in facts["mass"].values()]
-        table.add_row(name, *shares, f"{facts['effective_rows']:,.0f}", f"{facts['effective_share']:.2%}")
+    for name, metadata in samplers.items():
+        shares = [f"{share:.1%}" for share in metadata["mass"].values()]
+        table.add_row(name, *shares, f"{metadata['effective_rows']:,.0f}", f"{metadata['effective_share']:.2%}")
     return table
 
 
 def fallbacks(samplers: dict[str, Any]) -> list[str]:
     """A line for every sampler that could not do as it is named."""
-    return [f"{name}: {facts['fallback']}" for name, facts in samplers.items() if facts["fallback"]]
+    return [f"{name}: {metadata['fallback']}" for name, metadata in samplers.items() if metadata["fallback"]]
 
 
-def plot_concentration(axes: Axes, store: Store) -> None:
+def plot_concentration(axes: Axes, store: OfflineDataset) -> None:
     """Share of the draws that the best trajectories get, against how many these are."""
     order = store.returns.cpu().argsort(descending=True, stable=True)
     best = (torch.arange(store.episodes) + 1) / store.episodes * 100
-    for (name, (share, facts)), colour in zip(laws(store).items(), LINE_COLOURS):
-        label = f"{name} (ESS / N {facts['effective_share']:.1%})"
+    for (name, (share, metadata)), colour in zip(laws(store).items(), LINE_COLOURS):
+        label = f"{name} (ESS / N {metadata['effective_share']:.1%})"
         style, width = {"uniform": ("--", 2.0), "RW": ("-", 4.5)}.get(name, ("-", 2.0))  # AW is often on top of RW
         axes.plot(best, share[order].cumsum(0) * 100, color=colour, linewidth=width, linestyle=style, label=label)
     axes.set_xscale("log")
@@ -91,7 +91,7 @@ def plot_bands(axes: Axes, samplers: dict[str, Any]) -> None:
     """One bar a sampler, cut by the bands of trajectories that its draws come from."""
     left = [0.0] * len(samplers)
     for band, colour in zip(BANDS, BAND_COLOURS):
-        widths = [100 * facts["mass"][band] for facts in samplers.values()]
+        widths = [100 * metadata["mass"][band] for metadata in samplers.values()]
         axes.barh(list(samplers), widths, left=left, color=colour, label=band, height=0.62)
         for row, (width, start) in enumerate(zip(widths, left)):
             if width >= 9:

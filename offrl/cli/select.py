@@ -16,12 +16,12 @@ from rich.progress import track
 
 from offrl import results
 from offrl.agents.base import Agent
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.evaluation.fqe import FQEConfig, fitted_q
 from offrl.evaluation.selection import Policy, Selection, judge
 from offrl.results import budget, figures, tables
 from offrl.results.labels import label_lanes, scale_of
-from offrl.training.run_config import plan
+from offrl.training.run_config import resolve_config
 from offrl.training.runs import load_agent, read_data
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
@@ -106,20 +106,20 @@ def _rank(
 ) -> tuple[Selection | None, list[str]]:
     import polars as pl
 
-    store: Store | None = None
+    store: OfflineDataset | None = None
     agents: list[tuple[results.Run, int, Agent]] = []
     notes = []
     for run in runs:
         for path in _checkpoints(run.folder, all_checkpoints):
-            facts, agent = checkpoint.facts(path), load_agent(path, device)
+            metadata, agent = checkpoint.metadata(path), load_agent(path, device)
             if agent.memory(1) is not None:
                 notes.append(f"Left out, it acts by its history: {run.folder.name}.")
                 break
-            store = store or _data(facts, device)
-            if facts["fingerprint"] != store.fingerprint:
+            store = store or _data(metadata, device)
+            if metadata["fingerprint"] != store.fingerprint:
                 notes.append(f"Left out, trained on other data than {dataset} holds: {run.folder.name}.")
                 break
-            agents.append((run, int(facts["step"]), agent))
+            agents.append((run, int(metadata["step"]), agent))
     if store is None or not agents:
         return None, notes
     estimates = fitted_q(store, [agent for *_, agent in agents], cfg, _tracker(dataset, cfg.updates))
@@ -151,9 +151,9 @@ def _checkpoints(folder: Path, every: bool) -> list[Path]:
     return kept or [folder / checkpoint.NAME]
 
 
-def _data(facts: dict[str, Any], device: str) -> Store:
+def _data(metadata: dict[str, Any], device: str) -> OfflineDataset:
     """The dataset that a checkpoint was trained on, with its rewards as recorded: methods transform them differently."""
-    return read_data(plan(facts["config"]).train, device)
+    return read_data(resolve_config(metadata["config"]).train, device)
 
 
 def _tracker(dataset: str, updates: int) -> Any:
@@ -192,11 +192,11 @@ def _tables(s: Selection) -> list[tables.Table]:
     ]
     if not s.known[1:]:
         return made
-    facts = [["policies with a true score", str(len(s.known))], ["Spearman rank correlation", text(s.spearman, 2)]]
-    facts += [[f"regret@{k}", text(value, 2)] for k, value in s.regret.items()]
-    facts = [[s.dataset, *row] for row in facts]
+    metadata = [["policies with a true score", str(len(s.known))], ["Spearman rank correlation", text(s.spearman, 2)]]
+    metadata += [[f"regret@{k}", text(value, 2)] for k, value in s.regret.items()]
+    metadata = [[s.dataset, *row] for row in metadata]
     made.append(
-        tables.Table("The ranking against true scores", ["dataset", "", "value"], facts, [set() for _ in facts])
+        tables.Table("The ranking against true scores", ["dataset", "", "value"], metadata, [set() for _ in metadata])
     )
     ks = [k for k in budget.KS if k <= len(s.ks)]
     spent = [

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from offrl.cli.agents import field_comments
-from offrl.training.compose import plain, register, tolerant
+from offrl.training.compose import plain, register, to_hydra_overrides
 from offrl.training.runs import print_result
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
 from offrl.training.sweep import Sweep, run_job
@@ -37,7 +37,7 @@ def run(words: list[str]) -> int:
         return print_result(resume(folder, {key: _value(text) for key, text in changes.items()}))
     if any(re.match(r"experiment=.*[,(]", word) for word in words):
         raise OffrlError("experiment= takes one recipe: each brings a sweep of its own, so give each its own command.")
-    return _hydra(tolerant(words))
+    return _hydra(to_hydra_overrides(words))
 
 
 def _hydra(words: list[str]) -> int:

@@ -2,6 +2,6 @@
 
 from offrl.data.arrays import from_arrays
 from offrl.data.checks import ReadOptions
-from offrl.data.dataset import DatasetInfo, Store, concatenate
+from offrl.data.dataset import DatasetInfo, OfflineDataset, concatenate
 
-__all__ = ["DatasetInfo", "ReadOptions", "Store", "concatenate", "from_arrays"]
+__all__ = ["DatasetInfo", "OfflineDataset", "ReadOptions", "concatenate", "from_arrays"]

@@ -1,4 +1,4 @@
-"""Plain arrays, in memory or in an NPZ file, as a Store; and a Store as plain arrays."""
+"""Plain arrays, in memory or in an NPZ file, as a dataset; and a dataset as plain arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offrl.data.checks import ReadOptions, check_dtype, check_length, file_kind, flags, own_info
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.episodes import Rows, to_store
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
@@ -25,8 +25,8 @@ ALIASES = {"terminals": "terminations", "timeouts": "truncations"}
 
 def from_arrays(
     arrays: Mapping[str, Any], info: DatasetInfo | None = None, options: ReadOptions | None = None
-) -> Store:
-    """A Store of flat arrays, one row a step, copied.
+) -> OfflineDataset:
+    """A dataset of flat arrays, one row a step, copied.
 
     Args:
         arrays: `observations [N, ...]`, `actions [N, ...]` (integers `[N]` are discrete), `rewards [N]`, `terminals`
@@ -45,7 +45,7 @@ def from_arrays(
     return to_store(rows, info, options or ReadOptions(), where)
 
 
-def read_npz(path: Path, info: DatasetInfo | None = None, options: ReadOptions | None = None) -> Store:
+def read_npz(path: Path, info: DatasetInfo | None = None, options: ReadOptions | None = None) -> OfflineDataset:
     """Read the keys of `from_arrays` from an NPZ file; pickled arrays in it are refused, never opened."""
     if file_kind(path) != "npz":
         raise OffrlError(f"{path}: this is no NPZ file; write it with numpy.savez.")
@@ -131,11 +131,11 @@ def _actions(array: np.ndarray, copy: bool) -> Tensor:
     return _matrix(array, copy)
 
 
-def to_arrays(store: Store) -> dict[str, np.ndarray]:
-    """The Store as flat columns of D4RL's layout; reading them back (`exact`) gives the same Store.
+def to_arrays(store: OfflineDataset) -> dict[str, np.ndarray]:
+    """The dataset as flat columns of D4RL's layout; reading them back (`exact`) gives the same Store.
 
     Tails need the layout without `next_observations` (each tail is one more row, a timeout). That layout cannot hold
-    an episode that is cut without a tail, nor a stored successor other than the next row; where a Store has both kinds
+    an episode that is cut without a tail, nor a stored successor other than the next row; where a dataset has both kinds
     of episodes tails are left out. An unfinished episode that is not the last is marked by a timeout.
     """
     numbers = {name: tensor.cpu().numpy() for name, tensor in store.tensors().items()}
@@ -169,8 +169,8 @@ def info_json(info: DatasetInfo) -> str:
     return json.dumps(fields, default=str)
 
 
-def write_npz(store: Store, path: Path) -> None:
-    """Write a Store as an NPZ file that `read_npz` reads back; whole or not at all."""
+def write_npz(store: OfflineDataset, path: Path) -> None:
+    """Write a dataset as an NPZ file that `read_npz` reads back; whole or not at all."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         arrays: dict[str, Any] = {"offrl_info": np.array(info_json(store.info)), **to_arrays(store)}
         np.savez(file, **arrays)

@@ -15,7 +15,7 @@ class Batch:
     Attributes:
         obs, next_obs: `[..., O]` float; action: `[..., A]` float (or `[...]` int64 when discrete).
         reward, mask: `[...]` float; `mask = 1 - termination` multiplies the bootstrap and is 1 at a truncation.
-        index: `[lanes, batch]` int64 row of the Store that a sample came from (windows: its first row); -1 for a synthetic one.
+        index: `[lanes, batch]` int64 row of the dataset that a sample is (windows: its first row); -1 for a synthetic one.
         next_action, has_next_action: a' of the same episode, and whether it exists (else `next_action` repeats a).
         return_to_go: undiscounted sum of the episode's rewards from this step on.
         valid: windows only, 1 where a step exists and 0 in the padding behind the episode's end.

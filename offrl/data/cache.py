@@ -1,4 +1,4 @@
-"""The flat cache: a Store as one safetensors file, read back at memory speed.
+"""The flat cache: a dataset as one safetensors file, read back at memory speed.
 
 A file's header holds `info`, the fingerprint, a checksum of every tensor, and the identity of the source it was made
 from. A cache that is stale, cut off or damaged is not used; the caller reads the source again and replaces it.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from offrl.data.arrays import info_json
 from offrl.data.checks import ReadOptions
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, replacing
 
@@ -32,7 +32,7 @@ DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype(np.float32), "I64": np.dtype
 
 
 def identity(path: Path, name: str, options: ReadOptions) -> dict[str, Any]:
-    """What a cached Store was made from: the files with sizes and times, the name, the options, the loader."""
+    """What a cached dataset was made from: the files with sizes and times, the name, the options, the loader."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     stats = [(file, file.stat()) for file in files]
     return {
@@ -52,10 +52,10 @@ def cache_path(source: dict[str, Any]) -> Path:
     return cache_dir() / "flat" / f"{stem}-{digest}.safetensors"
 
 
-def cached(path: Path, name: str, options: ReadOptions, read: Callable[[], Store]) -> Store:
-    """The Store that `read` makes of `path`, from the cache when it holds the same source, else made and kept.
+def cached(path: Path, name: str, options: ReadOptions, read: Callable[[], OfflineDataset]) -> OfflineDataset:
+    """The dataset that `read` makes of `path`, from the cache when it holds the same source, else made and kept.
 
-    A cache that cannot be written is no error: the Store is returned with a warning.
+    A cache that cannot be written is no error: the dataset is returned with a warning.
     """
     source = identity(path, name, options)
     file = cache_path(source)
@@ -74,8 +74,8 @@ def cached(path: Path, name: str, options: ReadOptions, read: Callable[[], Store
     return store
 
 
-def write_flat(store: Store, path: Path, source: dict[str, Any] | None = None) -> None:
-    """Write a Store as one safetensors file, whole or not at all.
+def write_flat(store: OfflineDataset, path: Path, source: dict[str, Any] | None = None) -> None:
+    """Write a dataset as one safetensors file, whole or not at all.
 
     Args:
         source: identity of what it was made from; `read_flat` compares it.
@@ -93,14 +93,14 @@ def write_flat(store: Store, path: Path, source: dict[str, Any] | None = None) -
         save_file(tensors, temporary, metadata={"offrl": json.dumps(header)})
 
 
-def read_flat(path: Path, source: dict[str, Any] | None = None) -> Store:
+def read_flat(path: Path, source: dict[str, Any] | None = None) -> OfflineDataset:
     """Read what `write_flat` wrote.
 
     The file is copied into memory rather than mapped: gathers then never wait for the disk, and a file that is
     replaced or lost later does no harm.
 
     Raises:
-        OffrlError: the file is no flat Store, is cut off or damaged, or was made from something else than `source`.
+        OffrlError: the file is no flat dataset, is cut off or damaged, or was made from something else than `source`.
     """
     try:
         with open(path, "rb") as file:
@@ -121,7 +121,7 @@ def read_flat(path: Path, source: dict[str, Any] | None = None) -> Store:
         broken = [name for name, tensor in tensors.items() if _checksum(tensor) != header["crc32"][name]]
         if broken:
             raise ValueError(f"{broken[0]} differs from its checksum")
-        store = Store(**tensors, info=DatasetInfo(**header["info"]))
+        store = OfflineDataset(**tensors, info=DatasetInfo(**header["info"]))
     except (ValueError, KeyError, TypeError, OSError, MemoryError) as error:
         raise OffrlError(
             f"{path}: no flat dataset, or a damaged one ({error}); delete it and load its source."

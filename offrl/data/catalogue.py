@@ -60,7 +60,7 @@ class D4RLEntry:
         return [own, default]
 
     def info(self) -> DatasetInfo:
-        """What the catalogue knows, as a Store carries it."""
+        """What the catalogue knows, as a dataset carries it."""
         return DatasetInfo(
             id=self.id,
             source="d4rl",

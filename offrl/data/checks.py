@@ -25,7 +25,7 @@ CLIPPED_BY_SIMULATOR = ("kitchen",)
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a source becomes a Store.
+    """How a source becomes a dataset.
 
     Attributes:
         semantics: `exact`, or `d4rl` for the very rows of D4RL's `qlearning_dataset`; see `offrl.data.episodes`.

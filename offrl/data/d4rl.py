@@ -24,7 +24,7 @@ from torch import Tensor
 
 from offrl.data.arrays import from_arrays
 from offrl.data.checks import ReadOptions, check_dtype, check_length, empty, file_kind, flags, own_info
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.episodes import Rows, to_store
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
@@ -32,7 +32,7 @@ from offrl.utils.paths import cache_dir
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 
 
-def read_d4rl(path: Path, info: DatasetInfo | None = None, options: ReadOptions | None = None) -> Store:
+def read_d4rl(path: Path, info: DatasetInfo | None = None, options: ReadOptions | None = None) -> OfflineDataset:
     """Read one D4RL-style HDF5 file (`.hdf5`, `.h5`, or either compressed as `.gz`).
 
     Args:
@@ -54,7 +54,7 @@ def read_d4rl(path: Path, info: DatasetInfo | None = None, options: ReadOptions 
     return to_store(rows, info, options, str(path))
 
 
-def _read_compressed(path: Path, info: DatasetInfo, options: ReadOptions) -> Store:
+def _read_compressed(path: Path, info: DatasetInfo, options: ReadOptions) -> OfflineDataset:
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         unpacked = Path(folder) / path.name.removesuffix(".gz")
@@ -176,7 +176,7 @@ def _actions(dataset: h5py.Dataset, where: str) -> Tensor:
     return torch.from_numpy(array.reshape(-1))
 
 
-def read_d4rl_package(name: str, info: DatasetInfo | None, options: ReadOptions) -> Store | None:
+def read_d4rl_package(name: str, info: DatasetInfo | None, options: ReadOptions) -> OfflineDataset | None:
     """The dataset of an environment that the `d4rl` package registers; None without the package or the environment.
 
     Args:

@@ -1,4 +1,4 @@
-"""The Store: a dataset as flat tensors on the training device, and gathers of transitions and windows.
+"""The dataset: a dataset as flat tensors on the training device, and gathers of transitions and windows.
 
 Every row is a transition that may be sampled. Two rules hold everywhere: a truncation (time limit) is never a
 termination, and nothing crosses an episode's end.
@@ -56,7 +56,7 @@ class DatasetInfo:
         return 100.0 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
 
 
-class Store:
+class OfflineDataset:
     """A dataset of `N` transitions in `E` episodes.
 
     Args:
@@ -202,7 +202,7 @@ class Store:
 
     # ---- gathers ----------------------------------------------------------------------------------------------
 
-    def transitions(self, index: Tensor, extra: tuple[str, ...] = ()) -> Batch:
+    def transitions(self, index: Tensor, fields: tuple[str, ...] = ()) -> Batch:
         """Gather single transitions.
 
         Args:
@@ -222,16 +222,16 @@ class Store:
             mask=rows(self.terminations).neg_().add_(1.0),
             index=index,
         )
-        if "next_action" in extra:
+        if "next_action" in fields:
             action, known = self.next_actions
             batch.next_action, batch.has_next_action = rows(action), rows(known)
-        if "return_to_go" in extra:
+        if "return_to_go" in fields:
             batch.return_to_go = rows(self.return_to_go)
-        if "timestep" in extra:
+        if "timestep" in fields:
             batch.timestep = rows(self.timesteps)
         return batch
 
-    def windows(self, index: Tensor, length: int, extra: tuple[str, ...] = ()) -> Batch:
+    def windows(self, index: Tensor, length: int, fields: tuple[str, ...] = ()) -> Batch:
         """Gather windows of `length` steps that start at `index` and stop at the episode's end.
 
         Steps behind the end are padding: zeros everywhere, `valid = 0` (and `mask = 0`).
@@ -242,7 +242,7 @@ class Store:
         steps = index.unsqueeze(-1) + torch.arange(length, device=index.device)
         end = self.offsets[1:][self.episode_of_row[index]].unsqueeze(-1)
         valid = steps < end
-        batch = self.transitions(torch.minimum(steps, end - 1), tuple({*extra, "timestep"}))
+        batch = self.transitions(torch.minimum(steps, end - 1), tuple({*fields, "timestep"}))
 
         def padded(tensor: Tensor) -> Tensor:
             keep = valid.view(*valid.shape, *[1] * (tensor.ndim - valid.ndim))
@@ -255,28 +255,28 @@ class Store:
     # ---- whole-store operations -------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the Store by name; with `info` enough to build it again."""
+        """Every tensor of the dataset by name; with `info` enough to build it again."""
         return {name: getattr(self, name) for name in (*self.ROW_FIELDS, *self.EPISODE_FIELDS, "offsets")}
 
-    def to(self, device: torch.device | str) -> Store:
+    def to(self, device: torch.device | str) -> OfflineDataset:
         """The same dataset on another device (itself when it is there already)."""
         if torch.device(device) == self.device:
             return self
-        return Store(**{k: v.to(device) for k, v in self.tensors().items()}, info=self.info)
+        return OfflineDataset(**{k: v.to(device) for k, v in self.tensors().items()}, info=self.info)
 
-    def with_info(self, **changes: Any) -> Store:
+    def with_info(self, **changes: Any) -> OfflineDataset:
         """The same tensors under a changed `info`."""
-        return Store(**self.tensors(), info=replace(self.info, **changes))
+        return OfflineDataset(**self.tensors(), info=replace(self.info, **changes))
 
-    def with_rewards(self, scale: float = 1.0, shift: float = 0.0) -> Store:
+    def with_rewards(self, scale: float = 1.0, shift: float = 0.0) -> OfflineDataset:
         """Rewards `scale * r + shift` in training rows; tails move along so that returns stay consistent."""
         tensors = self.tensors()
         tensors["rewards"] = self.rewards * scale + shift
         tensors["tail_rewards"] = torch.where(self.has_tail, self.tail_rewards * scale + shift, self.tail_rewards)
-        return Store(**tensors, info=self.info)
+        return OfflineDataset(**tensors, info=self.info)
 
-    def select_episodes(self, episodes: Tensor) -> Store:
-        """A Store of the given episodes, in the given order; an episode may stand in it more than once."""
+    def select_episodes(self, episodes: Tensor) -> OfflineDataset:
+        """A dataset of the given episodes, in the given order; an episode may stand in it more than once."""
         episodes = episodes.to(self.device)
         lengths = self.lengths[episodes]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -284,7 +284,7 @@ class Store:
         rows = torch.repeat_interleave(self.offsets[:-1][episodes], lengths) + inside
         tensors = {name: getattr(self, name)[rows] for name in self.ROW_FIELDS}
         tensors |= {name: getattr(self, name)[episodes] for name in self.EPISODE_FIELDS}
-        return Store(**tensors, offsets=offsets, info=self.info)
+        return OfflineDataset(**tensors, offsets=offsets, info=self.info)
 
     def observation_statistics(self) -> tuple[Tensor, Tensor]:
         """`[O]`, `[O]`: mean and population standard deviation of the observations (float64 sums)."""
@@ -309,17 +309,20 @@ class Store:
         return digest.hexdigest()
 
 
-def concatenate(stores: list[Store], info: DatasetInfo | None = None) -> Store:
-    """One Store of several with the same shapes, in order; episodes stay apart."""
-    for store in stores[1:]:
-        same = all(getattr(store, name).shape[1:] == getattr(stores[0], name).shape[1:] for name in Store.ROW_FIELDS)
-        if not same or store.info.discrete != stores[0].info.discrete:
+def concatenate(datasets: list[OfflineDataset], info: DatasetInfo | None = None) -> OfflineDataset:
+    """One dataset of several with the same shapes, in order; episodes stay apart."""
+    for dataset in datasets[1:]:
+        same = all(
+            getattr(dataset, name).shape[1:] == getattr(datasets[0], name).shape[1:]
+            for name in OfflineDataset.ROW_FIELDS
+        )
+        if not same or dataset.info.discrete != datasets[0].info.discrete:
             raise OffrlError(
-                f"{stores[0].info.id} and {store.info.id} differ in observations or actions; leave one out."
+                f"{datasets[0].info.id} and {dataset.info.id} differ in observations or actions; leave one out."
             )
     tensors = {}
-    for name in (*Store.ROW_FIELDS, *Store.EPISODE_FIELDS):
-        tensors[name] = torch.cat([getattr(store, name) for store in stores])
-    lengths = torch.cat([store.lengths for store in stores])
+    for name in (*OfflineDataset.ROW_FIELDS, *OfflineDataset.EPISODE_FIELDS):
+        tensors[name] = torch.cat([getattr(dataset, name) for dataset in datasets])
+    lengths = torch.cat([dataset.lengths for dataset in datasets])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Store(**tensors, offsets=offsets, info=info or stores[0].info)
+    return OfflineDataset(**tensors, offsets=offsets, info=info or datasets[0].info)

@@ -1,4 +1,4 @@
-"""From the flat columns of D4RL's layout to a Store: where episodes end and which rows are transitions.
+"""From the flat columns of D4RL's layout to a dataset: where episodes end and which rows are transitions.
 
 `exact` (default)
     A stored `next_observations` is used and every row kept. Without it the successor is the next row of the same
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from offrl.data.checks import ReadOptions, check_actions, check_finite, empty
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.utils.errors import OffrlError
 
 
@@ -93,8 +93,8 @@ def _remove(arrays: list[np.ndarray], removed: np.ndarray) -> int:
     return position
 
 
-def to_store(rows: Rows, info: DatasetInfo, options: ReadOptions, where: str) -> Store:
-    """Check the columns, split them into episodes and build the Store.
+def to_store(rows: Rows, info: DatasetInfo, options: ReadOptions, where: str) -> OfflineDataset:
+    """Check the columns, split them into episodes and build the dataset.
 
     Args:
         rows: the columns, overwritten when rows have to leave.
@@ -160,7 +160,7 @@ def to_store(rows: Rows, info: DatasetInfo, options: ReadOptions, where: str) ->
         "rows_in_file": rows_in_file,
         "episodes_without_transition": int((~alive).sum()),
     }
-    return Store(
+    return OfflineDataset(
         observations=rows.observations[:n],
         actions=rows.actions[:n],
         rewards=rows.rewards[:n],

@@ -29,7 +29,7 @@ from offrl.data.catalogue import environment_references, family_of, flat_keys
 from offrl.data.catalogue import minari as minari_catalogue
 from offrl.data.checks import ReadOptions, check_actions, check_dtype, check_finite, empty, own_info
 from offrl.data.d4rl import open_hdf5
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.utils.errors import OffrlError
 
 SCALAR_KEYS = ("rewards", "terminations", "truncations")
@@ -194,7 +194,7 @@ class _Memory:
     filled: int = 0
 
 
-def read_minari(path: Path, name: str | None = None, options: ReadOptions | None = None) -> Store:
+def read_minari(path: Path, name: str | None = None, options: ReadOptions | None = None) -> OfflineDataset:
     """Read a local Minari dataset.
 
     Args:
@@ -240,7 +240,7 @@ def read_minari(path: Path, name: str | None = None, options: ReadOptions | None
     else:
         actions -= first
     info = check_actions(actions, info, options, where)
-    return Store(
+    return OfflineDataset(
         observations=observations,
         actions=actions,
         rewards=rewards,

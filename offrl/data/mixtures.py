@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offrl.data.dataset import Store, concatenate
+from offrl.data.dataset import OfflineDataset, concatenate
 from offrl.data.statistics import positive_sided_variance
 from offrl.utils.errors import OffrlError
 
 D4RL_MIXTURE = re.compile(r"(hopper|halfcheetah|walker2d|ant)-random-(medium|expert)-(0\.\d+)-v2")
 
 
-def d4rl_mixture(name: str, load: Callable[[str], Store]) -> Store:
+def d4rl_mixture(name: str, load: Callable[[str], OfflineDataset]) -> OfflineDataset:
     """The authors' set of that name, such as `hopper-random-expert-0.1-v2`, drawn anew from two D4RL sets with seed 0.
 
     Args:
@@ -40,8 +40,8 @@ def d4rl_mixture(name: str, load: Callable[[str], Store]) -> Store:
 
 
 def build_mixture(
-    good: Store, bad: Store, sigma: float, n_total: int | None = None, seed: int = 0
-) -> tuple[Store, dict[str, Any]]:
+    good: OfflineDataset, bad: OfflineDataset, sigma: float, n_total: int | None = None, seed: int = 0
+) -> tuple[OfflineDataset, dict[str, Any]]:
     """Mix whole trajectories of two datasets.
 
     Good trajectories are drawn uniformly with replacement while their transitions are at most `floor(sigma n_total)`,

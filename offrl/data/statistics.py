@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 
 
 def positive_sided_variance(returns: Tensor) -> float:
@@ -14,12 +14,12 @@ def positive_sided_variance(returns: Tensor) -> float:
     return float((returns - returns.mean()).clamp(min=0).square().mean())
 
 
-def return_spread(store: Store) -> float:
+def return_spread(store: OfflineDataset) -> float:
     """Positive-sided variance of the normalised returns (score / 100; of [0, 1] without references)."""
     return positive_sided_variance(_normalised(store))
 
 
-def _normalised(store: Store) -> Tensor:
+def _normalised(store: OfflineDataset) -> Tensor:
     scores, returns = store.info.normalized(store.returns), store.returns
     if scores is not None:
         return scores / 100

@@ -14,13 +14,13 @@ import h5py
 
 from offrl.data.arrays import info_json, to_arrays, write_npz
 from offrl.data.cache import write_flat
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
 
 
-def writer(dest: Path) -> Callable[[Store], None]:
-    """What writes a Store to a destination, in the format that its suffix names.
+def writer(dest: Path) -> Callable[[OfflineDataset], None]:
+    """What writes a dataset to a destination, in the format that its suffix names.
 
     Raises:
         OffrlError: no such format; later, when it is called, the destination can't be written.
@@ -30,7 +30,7 @@ def writer(dest: Path) -> Callable[[Store], None]:
         raise OffrlError(f"{dest}: unknown format; use {', '.join(writers)} or a folder NAME-v0 for Minari.")
     write = writers[dest.suffix] if dest.suffix else write_minari
 
-    def run(store: Store) -> None:
+    def run(store: OfflineDataset) -> None:
         try:
             write(store, dest)
         except OSError as error:
@@ -39,16 +39,16 @@ def writer(dest: Path) -> Callable[[Store], None]:
     return run
 
 
-def write_hdf5(store: Store, path: Path) -> None:
-    """Write a Store in D4RL's layout (gzip), with what is known of it in the attribute `offrl_info`."""
+def write_hdf5(store: OfflineDataset, path: Path) -> None:
+    """Write a dataset in D4RL's layout (gzip), with what is known of it in the attribute `offrl_info`."""
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs["offrl_info"] = info_json(store.info)
         for key, array in to_arrays(store).items():
             file.create_dataset(key, data=array, compression="gzip")
 
 
-def write_minari(store: Store, folder: Path) -> None:
-    """Write a Store as a Minari dataset whose id is the folder's name; a tail (no successor known) is left out."""
+def write_minari(store: OfflineDataset, folder: Path) -> None:
+    """Write a dataset as a Minari dataset whose id is the folder's name; a tail (no successor known) is left out."""
     try:
         import minari
         from gymnasium import spaces

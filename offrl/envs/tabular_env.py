@@ -88,7 +88,7 @@ class TabularVectorEnv(VectorEnv):
         self.thresholds = self.task.noise.cumsum()[:-1]
         self.rows = np.arange(num_envs)
         self.generators: list[np.random.Generator | None] = [None] * num_envs  # made when a row first draws
-        self.coins, self.used = np.empty((num_envs, BLOCK)), np.full(num_envs, BLOCK)
+        self.uniforms, self.used = np.empty((num_envs, BLOCK)), np.full(num_envs, BLOCK)
         self.state, self.time = np.zeros(num_envs, np.int64), np.zeros(num_envs, np.int64)
         self.ended = np.zeros(num_envs, bool)
 
@@ -127,10 +127,10 @@ class TabularVectorEnv(VectorEnv):
         """`[num_envs]` next uniform number of each row; rows that are not wanted keep theirs."""
         for row in np.flatnonzero(self.used == BLOCK).tolist():
             generator = self.generators[row] or seeding.np_random()[0]
-            self.generators[row], self.coins[row], self.used[row] = generator, generator.random(BLOCK), 0
-        coins = self.coins[self.rows, self.used]
+            self.generators[row], self.uniforms[row], self.used[row] = generator, generator.random(BLOCK), 0
+        uniforms = self.uniforms[self.rows, self.used]
         self.used += wanted
-        return coins
+        return uniforms
 
     def _observation(self) -> NDArray[Any]:
         return self.state.copy() if self.task.coordinates is None else self.task.coordinates[self.state]

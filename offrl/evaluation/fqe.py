@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from offrl.agents.base import Agent
-from offrl.data.dataset import Store
-from offrl.nets import Adam, Critics, target_of
+from offrl.data.dataset import OfflineDataset
+from offrl.nets import Adam, Critics, make_target
 
 # What the policies' actions at all next states may take: above it, lanes are evaluated in groups.
 _ACTION_BYTES = 1 << 30
@@ -58,7 +58,7 @@ class Estimates:
 
 
 def fitted_q(
-    store: Store,
+    store: OfflineDataset,
     agents: Sequence[Agent],
     cfg: FQEConfig | None = None,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -67,7 +67,7 @@ def fitted_q(
 
     Args:
         store: the dataset, with the rewards that are to be valued.
-        agents: memoryless ones, on the Store's device; their lanes in order make the estimates' lanes.
+        agents: memoryless ones, on the dataset's device; their lanes in order make the estimates' lanes.
         track: wraps the iteration over updates, to show its progress.
 
     Raises:
@@ -87,7 +87,7 @@ def fitted_q(
     return Estimates(*(torch.cat([getattr(p, name) for p in parts]) for name in ("value", "soft_opc", "td_error")))
 
 
-def _fit(store: Store, agents: list[Agent], cfg: FQEConfig, track: Callable[..., Iterable[int]]) -> Estimates:
+def _fit(store: OfflineDataset, agents: list[Agent], cfg: FQEConfig, track: Callable[..., Iterable[int]]) -> Estimates:
     generator = torch.Generator().manual_seed(cfg.seed)
     lanes = sum(agent.spec.lanes for agent in agents)
     train, held = _split(store, cfg.held_out, generator)
@@ -103,7 +103,7 @@ def _fit(store: Store, agents: list[Agent], cfg: FQEConfig, track: Callable[...,
     next_actions = _act(store, agents, store.next_observations)  # [lanes, N, A]
     rewards, mask = store.rewards / scale, cfg.discount * (1 - store.terminations)
     critic = Critics([cfg.seed] * lanes, store.obs_dim, actions.shape[-1], cfg.hidden, members=1).to(store.device)
-    target, optimizer = target_of(critic), Adam(critic.parameters(), cfg.lr).to(store.device)
+    target, optimizer = make_target(critic), Adam(critic.parameters(), cfg.lr).to(store.device)
 
     def td_error(rows: Tensor) -> Tensor:
         """`[lanes, n]`: Q(s, a) - r - gamma (1 - d) Q'(s', pi(s'))."""
@@ -130,7 +130,7 @@ def _fit(store: Store, agents: list[Agent], cfg: FQEConfig, track: Callable[...,
     return Estimates(value * scale, (q[:, good].mean(-1) - q.mean(-1)) * scale, error * scale)
 
 
-def _split(store: Store, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _split(store: OfflineDataset, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Rows to train on and episodes to read the estimates on."""
     order = torch.randperm(store.episodes, generator=generator).to(store.device)
     if store.episodes < 10 or share <= 0:
@@ -139,15 +139,15 @@ def _split(store: Store, share: float, generator: torch.Generator) -> tuple[Tens
     return _rows_of(store, order[count:]), order[:count]
 
 
-def _rows_of(store: Store, episodes: Tensor) -> Tensor:
-    """`[n]`: the rows of the given episodes, in the Store's order."""
+def _rows_of(store: OfflineDataset, episodes: Tensor) -> Tensor:
+    """`[n]`: the rows of the given episodes, in the dataset's order."""
     wanted = torch.zeros(store.episodes, dtype=torch.bool, device=store.device)
     wanted[episodes] = True
     return wanted[store.episode_of_row].nonzero()[:, 0]
 
 
 @torch.no_grad()
-def _act(store: Store, agents: Sequence[Agent], obs: Tensor) -> Tensor:
+def _act(store: OfflineDataset, agents: Sequence[Agent], obs: Tensor) -> Tensor:
     """`[lanes, n, A]`: what every policy does at raw observations `[n, O]`."""
     made = []
     for agent in agents:
@@ -156,6 +156,6 @@ def _act(store: Store, agents: Sequence[Agent], obs: Tensor) -> Tensor:
     return torch.cat(made)
 
 
-def _features(store: Store, actions: Tensor) -> Tensor:
+def _features(store: OfflineDataset, actions: Tensor) -> Tensor:
     """Actions as a network takes them: discrete ones as unit vectors."""
     return actions if store.info.discrete is None else one_hot(actions, store.info.discrete).to(store.rewards.dtype)

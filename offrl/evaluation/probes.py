@@ -20,7 +20,7 @@ from torch import Tensor
 
 from offrl.agents.base import Agent
 from offrl.agents.doc import Energy, contrast
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.nets import Adam, one_hot
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
@@ -61,16 +61,16 @@ class Probe:
 
 
 @torch.no_grad()
-def labels(agent: Agent, store: Store, rows: Tensor) -> Tensor | None:
+def labels(agent: Agent, store: OfflineDataset, rows: Tensor) -> Tensor | None:
     """What training would tell the policy of the given rows `[lanes, n]`, `[lanes, n, width]`."""
     if agent.window is None:
-        batch = store.transitions(rows, agent.extra)
+        batch = store.transitions(rows, agent.batch_fields)
     else:
-        batch = store.windows(rows, agent.window, agent.extra)
+        batch = store.windows(rows, agent.window, agent.batch_fields)
     return agent.label(agent.prepare(batch))
 
 
-def reward_and_state(agent: Agent, store: Store) -> Tensor:
+def reward_and_state(agent: Agent, store: OfflineDataset) -> Tensor:
     """`[N, O + 1]`: the outcome of every row, standardised."""
     reward = store.rewards / (store.rewards.std(correction=0) + 1e-6)
     return torch.cat([reward.unsqueeze(1), agent.normalize(store.next_observations)], 1)
@@ -85,7 +85,7 @@ def draws(noise: Tensor) -> Tensor:
 
 
 def leak(
-    agent: Agent, store: Store, outcome: Tensor, updates: int = 1000, hidden: Sequence[int] = (64, 64)
+    agent: Agent, store: OfflineDataset, outcome: Tensor, updates: int = 1000, hidden: Sequence[int] = (64, 64)
 ) -> Leak | None:
     """How much the agent's labels say of `outcome` `[N, n]` beyond states and actions; None: it has no labels.
 

@@ -30,7 +30,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.minari import read_metadata, read_minari
 from offrl.data.minari_write import Episode, box, discrete, write_minari
 from offrl.data.mixtures import build_mixture
@@ -281,8 +281,8 @@ def _build_mixture(folder: Path, name: str, sources: list[Path], sigma: float, s
     )
 
 
-def _episodes(store: Store) -> Iterator[Episode]:
-    """The episodes of a Store, whose arrays they share."""
+def _episodes(store: OfflineDataset) -> Iterator[Episode]:
+    """The episodes of a dataset, whose arrays they share."""
     bounds = store.offsets.tolist()
     for start, stop in zip(bounds[:-1], bounds[1:]):
         observations = torch.cat((store.observations[start:stop], store.next_observations[stop - 1 : stop]))
@@ -320,11 +320,11 @@ def _build_tabular(
     episodes = stochastic.play(recipe, size, _seeds(name, seed), advance)
     task, exact = recipe.table, recipe.exact()
     returns = [float(episode.rewards.sum()) for episode in episodes]
-    facts: dict[str, Any] = {"behaviour": recipe.described, "mean_return": float(np.mean(returns)), "exact": exact}
+    metadata: dict[str, Any] = {"behaviour": recipe.described, "mean_return": float(np.mean(returns)), "exact": exact}
     if recipe.success is not None:
-        facts["successes"] = sum(total >= recipe.success for total in returns)
-    facts["references"] = "exact returns of uniform actions and of the best policy"
-    references, provenance = (exact["uniform"], exact["optimal"]), _provenance(size, seed, **facts)
+        metadata["successes"] = sum(total >= recipe.success for total in returns)
+    metadata["references"] = "exact returns of uniform actions and of the best policy"
+    references, provenance = (exact["uniform"], exact["optimal"]), _provenance(size, seed, **metadata)
     info = _info(name, recipe.env_id, dict(recipe.parameters), references, task.limit, provenance)
     places = task.coordinates
     _write(
@@ -350,7 +350,7 @@ def _info(
     limit: int | None,
     provenance: dict[str, Any],
 ) -> DatasetInfo:
-    """What a Store of the set tells; `references` are the returns of scores 0 and 100, `limit` the longest episode."""
+    """What a dataset of the set tells; `references` are the returns of scores 0 and 100, `limit` the longest episode."""
     return DatasetInfo(
         id=name,
         source="forge",

@@ -1,5 +1,8 @@
 """Networks with a lane axis: layers, actors, critics, the optimiser. Each has its own module; their names are here."""
 
+import warnings
+from typing import Any
+
 from offrl.nets.actors import (
     DeterministicActor,
     GaussianActor,
@@ -11,9 +14,9 @@ from offrl.nets.actors import (
     one_hot,
 )
 from offrl.nets.critics import Critics
-from offrl.nets.lanes import column, keep_uncompiled, lane_generators, leave_uncompiled
+from offrl.nets.lanes import apply_no_compile, lane_generators, no_compile, per_lane
 from offrl.nets.mlp import MLP, Drop, dropout, layer_norm, orthogonal_, relu_mlp_reference
-from offrl.nets.optim import Adam, clip_by_lane, polyak, target_of
+from offrl.nets.optim import Adam, clip_by_lane, make_target, polyak
 
 __all__ = [
     "MLP",
@@ -24,19 +27,34 @@ __all__ = [
     "GaussianActor",
     "TanhGaussian",
     "TanhGaussianActor",
+    "apply_no_compile",
     "categorical_log_prob",
     "choose",
     "clip_by_lane",
-    "column",
     "dropout",
-    "keep_uncompiled",
     "lane_generators",
     "layer_norm",
-    "leave_uncompiled",
+    "make_target",
+    "no_compile",
     "normal_log_prob",
     "one_hot",
     "orthogonal_",
+    "per_lane",
     "polyak",
     "relu_mlp_reference",
-    "target_of",
 ]
+
+# Names of version 0.1; agents outside this package may still import them.
+_RENAMED = {
+    "column": "per_lane",
+    "target_of": "make_target",
+    "keep_uncompiled": "no_compile",
+    "leave_uncompiled": "apply_no_compile",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warnings.warn(f"offrl.nets.{name} is now offrl.nets.{_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

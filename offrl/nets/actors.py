@@ -177,8 +177,8 @@ def one_hot(index: Tensor, kinds: int, dtype: torch.dtype) -> Tensor:
     return (index.unsqueeze(-1) == torch.arange(kinds, device=index.device)).to(dtype)
 
 
-def choose(logits: Tensor, coin: Tensor | None = None) -> Tensor:
+def choose(logits: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Index of the likeliest kind; with a coin, uniform on [0, 1), a draw from softmax(logits). `[..., kinds]` to `[...]`."""
-    if coin is None:
+    if uniform is None:
         return logits.argmax(-1)
-    return (logits.double().softmax(-1).cumsum(-1)[..., :-1] <= coin.unsqueeze(-1)).sum(-1)
+    return (logits.double().softmax(-1).cumsum(-1)[..., :-1] <= uniform.unsqueeze(-1)).sum(-1)

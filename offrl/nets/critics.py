@@ -30,13 +30,13 @@ class Critics(nn.Module):
         """`[lanes, members, batch]`, or `[lanes, batch]` of one member; `frozen` as in `MLP`."""
         return self.mlp(torch.cat([obs, action], -1), member, frozen).squeeze(-1)
 
-    def of_many(self, obs: Tensor, actions: Tensor) -> Tensor:
+    def q_of_actions(self, obs: Tensor, actions: Tensor) -> Tensor:
         """`[lanes, members, batch, n]`: n actions `[lanes, batch, n, A]` judged in each state `[lanes, batch, obs]`."""
         lanes, batch, n, _ = actions.shape
         obs = obs.unsqueeze(2).expand(lanes, batch, n, -1)
         return self(obs.flatten(1, 2), actions.flatten(1, 2)).unflatten(-1, (batch, n))
 
-    def with_action_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def q_and_grad(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Values `[lanes, members, batch]` and dQ_i/da `[lanes, members, batch, A]`, both differentiable by the weights."""
         q, slope = self.mlp.with_input_gradient(torch.cat([obs, action], -1), first=obs.shape[-1])
         return q.squeeze(-1), slope

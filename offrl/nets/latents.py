@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offrl.nets import choose, column, one_hot
+from offrl.nets import choose, one_hot, per_lane
 from offrl.utils.random import LaneRandom
 
 Candidates = tuple[Tensor, Tensor]
@@ -70,6 +70,6 @@ class Categorical:
     ) -> Candidates:
         """Every kind `[lanes, n, size, size]`, and which ones have at least the probability `least` `[lanes, n, size]`."""
         probability = outputs.softmax(-1)
-        floor = torch.minimum(probability.amax(-1, keepdim=True), torch.as_tensor(column(least, 2)))
+        floor = torch.minimum(probability.amax(-1, keepdim=True), torch.as_tensor(per_lane(least, 2)))
         kinds = torch.eye(self.size, dtype=outputs.dtype, device=outputs.device)
         return kinds.expand(*outputs.shape[:2], -1, -1), probability >= floor

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offrl.nets.lanes import column, lane_generators
+from offrl.nets.lanes import lane_generators, per_lane
 from offrl.utils.random import LaneRandom
 
 Drop = Callable[[str, Tensor], Tensor]  # (name, x) -> x with some of it dropped
@@ -216,7 +216,7 @@ def dropout(x: Tensor, rate: float | Tensor, random: LaneRandom, name: str) -> T
     """
     bits = random.bits(name, -(-x[0].numel() // 4)).view(torch.int16)[:, : x[0].numel()].view(x.shape)
     if isinstance(rate, Tensor):
-        dropped: Any = column((rate.double() * 2**16).round(), x.ndim - 1)
+        dropped: Any = per_lane((rate.double() * 2**16).round(), x.ndim - 1)
         scale: Any = (2**16 / (2**16 - dropped)).to(x.dtype)
         kept = bits >= (dropped - 2**15).to(torch.int16)
     else:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.nets import keep_uncompiled
+from offrl.nets import no_compile
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, replacing
 
@@ -35,12 +35,12 @@ _CHUNK = 256  # rows whose lists are made together
 _SHARE = 48  # fewest searches worth a thread of their own: waking one, beside PyTorch's, costs what a few searches do
 
 
-class Answer(NamedTuple):
+class NeighborResult(NamedTuple):
     """`rows` int64, `distance` float64 (not squared), `settled` bool (see `Neighbors.query`), all shaped as the queries."""
 
     rows: Tensor
     distance: Tensor
-    settled: Tensor
+    from_list: Tensor
 
 
 def brute_force(
@@ -86,7 +86,7 @@ class Neighbors:
     @torch.no_grad()
     def query(
         self, rows: Tensor, actions: Tensor, beta: float | Tensor, k: int = 1, states: Tensor | None = None
-    ) -> Answer:
+    ) -> NeighborResult:
         """The k-th nearest pair to each (beta s, a).
 
         Args:
@@ -111,10 +111,10 @@ class Neighbors:
         assert backend is not None
         with torch.autocast(rows.device.type, enabled=False):  # bounds on rounding hold for float32 products
             found = backend.query(rows.reshape(-1), flat_actions, betas, k, flat)
-        return Answer(*(part.view(rows.shape) for part in found))
+        return NeighborResult(*(part.view(rows.shape) for part in found))
 
 
-keep_uncompiled(Neighbors, "query")
+no_compile(Neighbors, "query")
 
 
 # ---- processor -----------------------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ class OnProcessor:
         turned = (own.astype(np.float64) @ self.tree.axes).astype(np.float32)
         places, asked_actions, weights = places[tour], actions.numpy()[tour], betas.numpy()[tour]
         found, distance = np.empty((count, k), np.int64), np.empty((count, k))
-        settled = np.empty(count, np.uint8)
-        self.kernels.ask_lists(self.tree, places, asked_actions, weights, found, distance, settled)
-        rest = np.flatnonzero(settled == 0)
+        from_list = np.empty(count, np.uint8)
+        self.kernels.ask_lists(self.tree, places, asked_actions, weights, found, distance, from_list)
+        rest = np.flatnonzero(from_list == 0)
         parts = np.array_split(rest, max(1, min(torch.get_num_threads(), len(rest) // _SHARE)))
         question = (places, own, turned, asked_actions, weights, found, distance)
         _spread([(self.kernels.answer, self.tree, part, *question) for part in parts if len(part)])
@@ -185,7 +185,7 @@ class OnProcessor:
         return (
             torch.from_numpy(nearest),
             torch.from_numpy(distance[back, k - 1]),
-            torch.from_numpy(settled[back].astype(bool)),
+            torch.from_numpy(from_list[back].astype(bool)),
         )
 
 

@@ -397,7 +397,7 @@ def ask_list(tree: Tree, place: int, action: Array, beta: float, best: Array, be
 
 @njit(nogil=True, cache=True)
 def ask_lists(
-    tree: Tree, places: Array, actions: Array, betas: Array, found: Array, distance: Array, settled: Array
+    tree: Tree, places: Array, actions: Array, betas: Array, found: Array, distance: Array, from_list: Array
 ) -> None:
     """Answer what the rows' lists can.
 
@@ -410,7 +410,7 @@ def ask_lists(
     """
     for q in range(len(places)):
         found[q], distance[q] = -1, np.inf
-        settled[q] = places[q] >= 0 and ask_list(tree, places[q], actions[q], betas[q], distance[q], found[q])
+        from_list[q] = places[q] >= 0 and ask_list(tree, places[q], actions[q], betas[q], distance[q], found[q])
         distance[q] = np.sqrt(distance[q])
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offrl.nets.lanes import column, keep_uncompiled
+from offrl.nets.lanes import no_compile, per_lane
 
 
-def target_of(network: nn.Module) -> Any:
+def make_target(network: nn.Module) -> Any:
     """A copy that no gradient reaches."""
     return copy.deepcopy(network).requires_grad_(False)
 
@@ -23,7 +23,7 @@ def polyak(target: nn.Module, online: nn.Module, tau: float | Tensor) -> None:
     """target <- (1 - tau) target + tau online; the rate may differ between lanes."""
     if isinstance(tau, Tensor):
         for slow, fast in zip(target.parameters(), online.parameters()):
-            slow.lerp_(fast, column(tau, slow.ndim - 1).to(slow.dtype))
+            slow.lerp_(fast, per_lane(tau, slow.ndim - 1).to(slow.dtype))
     else:
         torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
@@ -119,7 +119,7 @@ class Adam(nn.Module):
         )
 
 
-keep_uncompiled(Adam, "_adam")  # one operator: nothing to fuse
+no_compile(Adam, "_adam")  # one operator: nothing to fuse
 
 
 def _lane_pairs(*values: float | Tensor) -> list[tuple[float, ...]]:
@@ -132,4 +132,4 @@ def clip_by_lane(gradients: Sequence[Tensor], largest: float | Tensor) -> list[T
     """Gradients `[lanes, ...]`, each lane's scaled down to norm `largest` over them all if it is longer."""
     norm = torch.stack([g.flatten(1).square().sum(-1) for g in gradients]).sum(0).sqrt()  # [lanes]
     scale = (largest / (norm + 1e-6)).clamp(max=1)  # the 1e-6 of torch.nn.utils.clip_grad_norm_
-    return [g * column(scale, g.ndim - 1) for g in gradients]
+    return [g * per_lane(scale, g.ndim - 1) for g in gradients]

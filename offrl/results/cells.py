@@ -70,7 +70,7 @@ class Cell:
     steps: tuple[int, int]
     budget: int
     short: int
-    settled: bool
+    enough_evaluations: bool
     curve: Curve
     published: list[Published]
     bold: bool = False
@@ -107,7 +107,7 @@ class Cell:
     @property
     def unstable(self) -> bool:
         """The last evaluation is no typical one: more than two standard deviations from the mean of the last k."""
-        return self.settled and abs(self.mean - stats.mean_std(self.average)[0]) > 2 * self.std
+        return self.enough_evaluations and abs(self.mean - stats.mean_std(self.average)[0]) > 2 * self.std
 
     @property
     def marks(self) -> str:

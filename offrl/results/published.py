@@ -65,8 +65,16 @@ def _rows(name: str) -> Iterator[tuple[dict[str, str], Published]]:
             if row["mean"]:
                 std = float(row["std"]) if row["std"] else math.nan
                 seeds = int(row["seeds"]) if row["seeds"] else None
-                facts = (row["method"], row["dataset"], float(row["mean"]), std, seeds, row["protocol"], row["source"])
-                yield row, Published(*facts)
+                metadata = (
+                    row["method"],
+                    row["dataset"],
+                    float(row["mean"]),
+                    std,
+                    seeds,
+                    row["protocol"],
+                    row["source"],
+                )
+                yield row, Published(*metadata)
 
 
 @lru_cache(maxsize=1)

@@ -172,7 +172,7 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
                 steps=_range(lanes["step"]),
                 budget=max(budgets),
                 short=sum(step < budget for step, budget in zip(lanes["step"], budgets)),
-                settled=int(lanes["evaluations"].to_numpy().min()) >= 2 * k,
+                enough_evaluations=int(lanes["evaluations"].to_numpy().min()) >= 2 * k,
                 curve=_curve(group),
                 published=lookup(_method(here[0]) or label, dataset) if normalized else [],
             )

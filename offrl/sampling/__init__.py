@@ -1,6 +1,6 @@
 """Samplers, which choose the rows of a batch, and the loader that gathers them."""
 
-from offrl.sampling.batches import Replay
+from offrl.sampling.batches import BatchLoader
 from offrl.sampling.samplers import (
     AdvantageWeighted,
     AdvantageWeightedConfig,
@@ -19,8 +19,8 @@ from offrl.sampling.samplers import (
     as_list,
     check_above_zero,
     further_datasets,
+    lane_values,
     make_sampler,
-    per_lane,
     sampler_config,
     shared_out,
     warn,
@@ -29,11 +29,11 @@ from offrl.sampling.samplers import (
 __all__ = [
     "AdvantageWeighted",
     "AdvantageWeightedConfig",
+    "BatchLoader",
     "EpisodeWeighted",
     "Mixture",
     "MixtureConfig",
     "NoSettings",
-    "Replay",
     "ReturnWeighted",
     "ReturnWeightedConfig",
     "RowWeighted",
@@ -45,8 +45,8 @@ __all__ = [
     "as_list",
     "check_above_zero",
     "further_datasets",
+    "lane_values",
     "make_sampler",
-    "per_lane",
     "sampler_config",
     "shared_out",
     "warn",

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from offrl.data.batch import Batch
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.sampling.samplers import Sampler, shared_out
 from offrl.utils.random import LaneRandom
 
 
-class Replay:
-    """Batches for the engine: one Store and sampler, or several mixed with fixed shares of each batch.
+class BatchLoader:
+    """Batches for the engine: one dataset and sampler, or several mixed with fixed shares of each batch.
 
-    This is the seam for augmentations: a source can be replaced by a fresh Store while training goes on. A batch's `index` is
-    the row of the first source's Store, and -1 in rows of the others.
+    This is the seam for augmentations: a source can be replaced by a fresh dataset while training goes on. A batch's `index` is
+    the row of the first source's dataset, and -1 in rows of the others.
 
     Args:
         sources: (store, sampler, share) triples; shares are rounded to whole rows, the first source takes the rest.
@@ -29,17 +29,17 @@ class Replay:
 
     def __init__(
         self,
-        sources: Sequence[tuple[Store, Sampler, float]],
+        sources: Sequence[tuple[OfflineDataset, Sampler, float]],
         batch: int,
         window: int | None = None,
-        extra: tuple[str, ...] = (),
+        fields: tuple[str, ...] = (),
     ) -> None:
-        self.sources, self.batch, self.window, self.extra = list(sources), batch, window, extra
+        self.sources, self.batch, self.window, self.fields = list(sources), batch, window, fields
         self.counts = shared_out([share for _, _, share in self.sources[1:]], batch)
         if min(self.counts) < 0:
             raise ValueError("the shares of mixed stores add up to more than 1")
 
-    def replace(self, source: int, store: Store, sampler: Sampler) -> None:
+    def replace(self, source: int, store: OfflineDataset, sampler: Sampler) -> None:
         """Swap a source for a refreshed one; its share stays."""
         self.sources[source] = (store, sampler, self.sources[source][2])
 
@@ -53,10 +53,10 @@ class Replay:
                     parts[-1].index = torch.full_like(parts[-1].index, -1)
         return parts[0] if len(parts) == 1 else _join(parts)
 
-    def _gather(self, store: Store, index: Tensor) -> Batch:
+    def _gather(self, store: OfflineDataset, index: Tensor) -> Batch:
         if self.window is None:
-            return store.transitions(index, self.extra)
-        return store.windows(index, self.window, self.extra)
+            return store.transitions(index, self.fields)
+        return store.windows(index, self.window, self.fields)
 
 
 def _join(parts: list[Batch]) -> Batch:

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from offrl.data.dataset import Store
-from offrl.nets import MLP, Adam, column
+from offrl.data.dataset import OfflineDataset
+from offrl.nets import MLP, Adam, per_lane
 from offrl.sampling import RowWeighted, check_above_zero, warn
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
@@ -73,8 +73,8 @@ class DensityRatio(nn.Module):
 
     def bounded(self, g: Tensor, f: Tensor) -> Tensor:
         """`[lanes, n]`: the logarithm of the weights, (clip(g) + clip(f)) / T."""
-        bound = column(1 + self.cfg.clip)
-        return (g.clamp(-bound, bound) + f.clamp(-bound, bound)) / column(self.cfg.temperature)
+        bound = per_lane(1 + self.cfg.clip)
+        return (g.clamp(-bound, bound) + f.clamp(-bound, bound)) / per_lane(self.cfg.temperature)
 
     def loss(self, obs: Tensor, action: Tensor, next_obs: Tensor, reward: Tensor) -> Tensor:
         """`[lanes]`: minus the weighted reward, plus flow and divergence."""
@@ -82,8 +82,8 @@ class DensityRatio(nn.Module):
         g, f = self.logits(obs, action)
         next_f = self.f(next_obs).squeeze(-1)
         omega = self.bounded(g, f).softmax(-1)  # sums to 1 over the batch
-        temperature = column(cfg.temperature)
-        flow = column(cfg.discount) * ((g + f) / temperature).exp() - (next_f / temperature).exp()
+        temperature = per_lane(cfg.temperature)
+        flow = per_lane(cfg.discount) * ((g + f) / temperature).exp() - (next_f / temperature).exp()
         gain = (omega * reward).sum(-1)
         divergence = (omega * omega.clamp(min=1e-12).log()).sum(-1)
         return -gain + cfg.flow_weight * flow.square().mean(-1) + cfg.entropy_weight * divergence
@@ -94,7 +94,7 @@ class DensityWeighted(RowWeighted):
 
     Config = DensityWeightedConfig
 
-    def __init__(self, store: Store, cfg: Any = None, seeds: Sequence[int] = (0,)) -> None:
+    def __init__(self, store: OfflineDataset, cfg: Any = None, seeds: Sequence[int] = (0,)) -> None:
         super().__init__(torch.ones(len(seeds), len(store), device=store.device))
         given: DensityWeightedConfig = cfg or self.Config()
         self.refresh_every = given.refresh_every
@@ -127,7 +127,7 @@ class DensityWeighted(RowWeighted):
     def label(cls, cfg: Any) -> str:
         return "DW"
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return self.about
 
     def _train(self, updates: int) -> None:
@@ -153,7 +153,7 @@ class DensityWeighted(RowWeighted):
             obs = self._observed(self.store.observations[rows]).expand(lanes, -1, -1)
             g, f = self.ratio.logits(obs, self._acted(self.store.actions[rows]).expand(lanes, -1, -1))
             logs.append(self.ratio.bounded(g, f).double())
-            bound = column(1 + self.cfg.clip)
+            bound = per_lane(1 + self.cfg.clip)
             clipped.append(((g.abs() > bound) | (f.abs() > bound)).double().sum(-1))
             level.append(f.double().sum(-1))
         log = torch.cat(logs, -1)
@@ -184,7 +184,7 @@ class DensityWeighted(RowWeighted):
         return nn.functional.one_hot(action, self.store.action_dim).to(self.store.observations.dtype)
 
 
-def _reward_range(store: Store, kind: str) -> tuple[float, float]:
+def _reward_range(store: OfflineDataset, kind: str) -> tuple[float, float]:
     """What to subtract from a reward, and what to multiply the rest with."""
     rewards = store.rewards.double()
     if kind == "std":

@@ -1,6 +1,6 @@
-"""Samplers: which rows of a Store make the next batch.
+"""Samplers: which rows of a dataset make the next batch.
 
-A sampler knows the Store's episodes and nothing of agents. Draws come from `LaneRandom`, so they depend on the lane's seed
+A sampler knows the dataset's episodes and nothing of agents. Draws come from `LaneRandom`, so they depend on the lane's seed
 and the update's number alone: most samplers have no state to save.
 
 Returns are read off the data as they were loaded, before `data.reward_*` transforms them: shifting rewards would make long
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.sampling import weights
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
@@ -56,7 +56,7 @@ class Sampler:
         """What reports put behind the agent's name."""
         return cls.__name__
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Numbers worth keeping with a run; what differs between lanes is a list."""
         return {}
 
@@ -77,7 +77,7 @@ class Sampler:
 class Uniform(Sampler):
     """Every transition equally likely, with replacement."""
 
-    def __init__(self, store: Store, cfg: NoSettings | None = None, seeds: Sequence[int] = ()) -> None:
+    def __init__(self, store: OfflineDataset, cfg: NoSettings | None = None, seeds: Sequence[int] = ()) -> None:
         self.rows = len(store)
 
     def draw(self, random: LaneRandom, steps: Tensor, batch: int, stream: str = "sampler") -> Tensor:
@@ -87,7 +87,7 @@ class Uniform(Sampler):
     def label(cls, cfg: Any) -> str:
         return ""
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"effective_rows": self.rows, "effective_share": 1.0}
 
 
@@ -105,7 +105,7 @@ class EpisodeWeighted(Sampler):
         weights: `[episodes]`, or `[lanes, episodes]` when lanes differ; non-negative, any scale.
     """
 
-    def __init__(self, store: Store, weights: Tensor) -> None:
+    def __init__(self, store: OfflineDataset, weights: Tensor) -> None:
         self.weights = weights.double().to(store.device)
         mass = self.weights.reshape(-1, store.episodes) * store.lengths
         if bool((~mass.isfinite()).any() or (mass < 0).any() or (mass.sum(-1) <= 0).any()):
@@ -129,7 +129,7 @@ class EpisodeWeighted(Sampler):
         episode = torch.searchsorted(self.table, by_lane.contiguous(), right=True).minimum(self.last)
         return episode.unflatten(1, (len(u), -1)).transpose(0, 1)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         rows = weights.effective_rows(self.weights, self.lengths)
         return {"effective_rows": rows.tolist(), "effective_share": (rows / self.lengths.sum()).tolist()}
 
@@ -152,18 +152,18 @@ class ReturnWeighted(EpisodeWeighted):
 
     Config = ReturnWeightedConfig
 
-    def __init__(self, store: Store, cfg: Any = None, seeds: Sequence[int] = ()) -> None:
+    def __init__(self, store: OfflineDataset, cfg: Any = None, seeds: Sequence[int] = ()) -> None:
         self.cfg: Any = cfg or self.Config()
         returns = weights.checked_returns(store.returns)
         self.returns = returns / (store.lengths + store.has_tail) if self.cfg.per_step else returns
         self.about: dict[str, Any] = {}
-        law, reason = weights.boltzmann(self.scores(store), per_lane(self.cfg.temperature, store.device))
+        law, reason = weights.boltzmann(self.scores(store), lane_values(self.cfg.temperature, store.device))
         if reason:
             warn(reason)
         self.about["fallback"] = "; ".join(filter(None, (self.about.get("fallback"), reason))) or None
         super().__init__(store, law)
 
-    def scores(self, store: Store) -> Tensor:
+    def scores(self, store: OfflineDataset) -> Tensor:
         """`[E]`: what ranks the trajectories."""
         return self.returns
 
@@ -171,8 +171,8 @@ class ReturnWeighted(EpisodeWeighted):
     def label(cls, cfg: Any) -> str:
         return "RW"
 
-    def facts(self) -> dict[str, Any]:
-        return super().facts() | self.about
+    def metadata(self) -> dict[str, Any]:
+        return super().metadata() | self.about
 
 
 @dataclass
@@ -185,7 +185,7 @@ class AdvantageWeighted(ReturnWeighted):
 
     Config = AdvantageWeightedConfig
 
-    def scores(self, store: Store) -> Tensor:
+    def scores(self, store: OfflineDataset) -> Tensor:
         fit = weights.baseline(store.initial_observations, self.returns, self.cfg.baseline)
         if fit.fallback:
             warn(fit.fallback)
@@ -212,7 +212,7 @@ class TopPercent(EpisodeWeighted):
 
     Config = TopPercentConfig
 
-    def __init__(self, store: Store, cfg: Any = None, seeds: Sequence[int] = ()) -> None:
+    def __init__(self, store: OfflineDataset, cfg: Any = None, seeds: Sequence[int] = ()) -> None:
         percent = (cfg or self.Config()).percent
         returns = weights.checked_returns(store.returns)
         laws = [weights.top(returns, value) for value in as_list(percent)]
@@ -313,7 +313,7 @@ class MixtureConfig:
 class Mixture(Sampler):
     """Fixed shares of every batch from several datasets, each with a sampler of its own.
 
-    The agent trains on one Store that holds them all, one behind the other: so rows are numbered through, and observation
+    The agent trains on one dataset that holds them all, one behind the other: so rows are numbered through, and observation
     statistics are those of all.
 
     Args:
@@ -322,7 +322,7 @@ class Mixture(Sampler):
 
     Config = MixtureConfig
 
-    def __init__(self, stores: Sequence[Store], cfg: MixtureConfig, seeds: Sequence[int] = (0,)) -> None:
+    def __init__(self, stores: Sequence[OfflineDataset], cfg: MixtureConfig, seeds: Sequence[int] = (0,)) -> None:
         settings = [_named(sampler) for sampler in cfg.samplers or ["uniform"] * len(stores)]
         self.parts = [make_sampler(each, [store], seeds) for each, store in zip(settings, stores)]
         if any(part.refresh_every for part in self.parts):
@@ -338,8 +338,8 @@ class Mixture(Sampler):
         drawn = [part.draw(random, steps, n, f"{stream}/{i}") + first for i, (part, n, first) in parts if n]
         return torch.cat(drawn, -1)
 
-    def facts(self) -> dict[str, Any]:
-        return {"parts": [{"dataset": name, **part.facts()} for name, part in zip(self.ids, self.parts)]}
+    def metadata(self) -> dict[str, Any]:
+        return {"parts": [{"dataset": name, **part.metadata()} for name, part in zip(self.ids, self.parts)]}
 
     def start(self) -> None:
         for part in self.parts:
@@ -386,7 +386,7 @@ def sampler_config(settings: Mapping[str, Any], lanes: int) -> tuple[type[Any], 
     return cls, cfg
 
 
-def make_sampler(settings: Mapping[str, Any], stores: Sequence[Store], seeds: Sequence[int]) -> Sampler:
+def make_sampler(settings: Mapping[str, Any], stores: Sequence[OfflineDataset], seeds: Sequence[int]) -> Sampler:
     """A sampler from its `_target_` and the settings that differ from its dataclass.
 
     Args:
@@ -405,7 +405,7 @@ def further_datasets(settings: Mapping[str, Any]) -> list[str]:
     return list(settings.get("datasets") or [])
 
 
-def per_lane(value: Any, device: torch.device) -> Any:
+def lane_values(value: Any, device: torch.device) -> Any:
     """A list as a tensor `[lanes]`, a number as it is."""
     return torch.tensor(value, dtype=torch.float64, device=device) if isinstance(value, list) else value
 

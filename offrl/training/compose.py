@@ -31,7 +31,7 @@ def _defaults() -> dict[str, Any]:
     return {key: value for key, value in asdict(TrainConfig()).items() if key not in ("data", *TABLED)}
 
 
-def tolerant(arguments: Sequence[str]) -> list[str]:
+def to_hydra_overrides(arguments: Sequence[str]) -> list[str]:
     """Command-line words for Hydra, where `key=value` also adds a key that no file names, such as `agent.alpha`.
 
     Which keys exist is decided by the dataclasses (see `build`), not by the files: so a typing error still gets a clear
@@ -70,7 +70,7 @@ def compose_words(arguments: Sequence[str]) -> dict[str, Any]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    words = tolerant(arguments)
+    words = to_hydra_overrides(arguments)
     register()
     GlobalHydra.instance().clear()
     try:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from offrl.agents.base import Agent
 from offrl.data.batch import Batch
-from offrl.nets import leave_uncompiled
-from offrl.sampling import Replay
+from offrl.nets import apply_no_compile
+from offrl.sampling import BatchLoader
 from offrl.utils.errors import OffrlError
 
 # Gathered batches should stay in the processor's cache until they are used.
@@ -30,15 +30,15 @@ class Engine(Protocol):
     def run(self, step: int, updates: int) -> dict[str, Tensor]:
         """Make updates number `step + 1 ... step + updates`; the last value of each metric, `[lanes]`."""
 
-    def renew(self) -> None:
+    def invalidate(self) -> None:
         """Look at the replay again: a source was replaced."""
 
 
 class Eager:
     """Draws a chunk of batches at once, then updates one by one."""
 
-    def __init__(self, agent: Agent, replay: Replay, precision: str = "float32") -> None:
-        self.agent, self.replay, self.precision = agent, replay, precision
+    def __init__(self, agent: Agent, loader: BatchLoader, precision: str = "float32") -> None:
+        self.agent, self.loader, self.precision = agent, loader, precision
         self.device = torch.device(agent.spec.device)
         self.update = agent.update
         self.chunk = 0
@@ -58,7 +58,7 @@ class Eager:
         self.agent.random.look_ahead(end, 0)
         return metrics
 
-    def renew(self) -> None:
+    def invalidate(self) -> None:
         """Nothing to do: every draw asks the replay."""
 
     def _announce(self, first: int, count: int) -> None:
@@ -66,7 +66,7 @@ class Eager:
 
     def _draw(self, step: int, count: int) -> Batch:
         steps = torch.arange(step + 1, step + 1 + count, device=self.device)
-        batches = self.agent.prepare(self.replay.draw(self.agent.random, steps))
+        batches = self.agent.prepare(self.loader.draw(self.agent.random, steps))
         if not self.chunk:
             tensors = [t for t in vars(batches).values() if t is not None]
             self.chunk = max(1, min(_MAX_CHUNK, _CHUNK_BYTES // sum(t.nbytes for t in tensors)))
@@ -76,9 +76,9 @@ class Eager:
 class Compiled(Eager):
     """`Eager` with the update through `torch.compile`; one graph per phase of the update."""
 
-    def __init__(self, agent: Agent, replay: Replay, precision: str = "float32") -> None:
-        super().__init__(agent, replay, precision)
-        leave_uncompiled()
+    def __init__(self, agent: Agent, loader: BatchLoader, precision: str = "float32") -> None:
+        super().__init__(agent, loader, precision)
+        apply_no_compile()
         self.update = torch.compile(agent.update, dynamic=False)
 
     def _announce(self, first: int, count: int) -> None:
@@ -104,8 +104,10 @@ class CudaGraph:
         updates_per_launch: updates in one graph, rounded up to whole periods.
     """
 
-    def __init__(self, agent: Agent, replay: Replay, precision: str = "float32", updates_per_launch: int = 16) -> None:
-        self.eager = Eager(agent, replay, precision)
+    def __init__(
+        self, agent: Agent, loader: BatchLoader, precision: str = "float32", updates_per_launch: int = 16
+    ) -> None:
+        self.eager = Eager(agent, loader, precision)
         self.agent = agent
         self.size = -(-updates_per_launch // agent.period) * agent.period
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -142,8 +144,8 @@ class CudaGraph:
         new = 0 if all(self.met[phase] > 1 for phase in phases) else 2 * self.agent.period
         return -step % self.agent.period + new
 
-    def renew(self) -> None:
-        """Capture again: the graph reads the Stores that it was captured with."""
+    def invalidate(self) -> None:
+        """Capture again: the graph reads the datasets that it was captured with."""
         self.graph, self.met = None, Counter()
 
     def _capture(self) -> None:
@@ -158,7 +160,7 @@ class CudaGraph:
         metrics: dict[str, Tensor] = {}
         # All batches in one go: launches of small kernels are what an update costs here, and a weighted draw has some twenty.
         steps = agent.random.step + torch.arange(1, self.size + 1, device=self.eager.device)
-        batches = agent.prepare(self.eager.replay.draw(agent.random, steps))
+        batches = agent.prepare(self.eager.loader.draw(agent.random, steps))
         for i in range(self.size):
             agent.random.step.add_(1)
             with _autocast(self.eager.device, self.eager.precision):
@@ -167,7 +169,7 @@ class CudaGraph:
 
 
 def make_engine(
-    name: str, agent: Agent, replay: Replay, precision: str = "float32", updates_per_launch: int = 16
+    name: str, agent: Agent, loader: BatchLoader, precision: str = "float32", updates_per_launch: int = 16
 ) -> Engine:
     """`eager`, `compile`, `cudagraph`, or `auto`: the graph on a GPU, else eager.
 
@@ -179,11 +181,11 @@ def make_engine(
     if name == "cudagraph" and not cuda:
         raise OffrlError("engine=cudagraph needs device=cuda; use engine=eager or engine=compile on a CPU.")
     if name == "cudagraph":
-        return CudaGraph(agent, replay, precision, updates_per_launch)
+        return CudaGraph(agent, loader, precision, updates_per_launch)
     if name == "compile":
-        return Compiled(agent, replay, precision)
+        return Compiled(agent, loader, precision)
     if name == "eager":
-        return Eager(agent, replay, precision)
+        return Eager(agent, loader, precision)
     raise OffrlError(f"engine={name} is unknown; choose auto, eager, compile or cudagraph.")
 
 

@@ -21,7 +21,7 @@ from offrl.utils.settings import FREE, build, chosen_settings, from_target
 
 
 @dataclass
-class Plan:
+class RunConfig:
     """A checked configuration: what to run, before any data is loaded."""
 
     train: TrainConfig
@@ -48,7 +48,7 @@ class Plan:
         method = self.train.label or self.method
         return {"method": method, "agent": self.agent, "sampler": self.sampler, **augment, **train}
 
-    def identity(self) -> str:
+    def config_hash(self) -> str:
         """8 hex digits of everything that changes the training's numbers, seeds apart."""
         what = {k: v for k, v in self.to_dict().items() if k not in FREE | {"method"}}
         return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -63,10 +63,10 @@ class Plan:
             text = f"{text[:30]}...{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
         dataset = re.sub(r"[^\w.-]+", "_", self.train.dataset).strip("._")
         method = re.sub(r"[^\w.+-]+", "", self.method)
-        return Path(self.train.out) / method / dataset / f"seed{text}-{self.identity()}"
+        return Path(self.train.out) / method / dataset / f"seed{text}-{self.config_hash()}"
 
 
-def plan(values: Mapping[str, Any]) -> Plan:
+def resolve_config(values: Mapping[str, Any]) -> RunConfig:
     """Check a composed configuration.
 
     The settings that a method's table has for the dataset are filled in where nothing was given.
@@ -107,7 +107,7 @@ def plan(values: Mapping[str, Any]) -> Plan:
     if augment:
         augmentation, _ = augmentation_config(augment, len(train.lane_seeds()))
         _take_sizes(augment, augmentation.Config, sizes)
-    return Plan(train, agent, sampler, augment)
+    return RunConfig(train, agent, sampler, augment)
 
 
 def _take_sizes(settings: dict[str, Any], cls: type[Any], sizes: Mapping[str, Any]) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.datasets import load
-from offrl.training.run_config import Plan, agent_config
+from offrl.training.run_config import RunConfig, agent_config
 from offrl.training.schema import DataConfig, TrainConfig
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
@@ -52,12 +52,12 @@ def read_config(folder: Path, option: str = "") -> dict[str, Any]:
         raise OffrlError(f"{path} is damaged ({error}); repeat the command that started the run.") from error
 
 
-def _check_same(job: Plan, folder: Path) -> None:
+def _check_same(job: RunConfig, folder: Path) -> None:
     """Refuse to continue a run, or to take it for done, under settings that make other numbers than it has."""
     path = folder / checkpoint.NAME
     if not path.exists():
         return
-    kept = checkpoint.facts(path)
+    kept = checkpoint.metadata(path)
     now = json.loads(json.dumps(job.to_dict()))
     pairs = {key: (kept["config"].get(key), now.get(key)) for key in now.keys() - FREE - {"method"} | {"augment"}}
     pairs["seeds"] = (list(kept["spec"]["seeds"]), job.train.lane_seeds())
@@ -69,7 +69,7 @@ def _check_same(job: Plan, folder: Path) -> None:
             )
 
 
-def done_before(job: Plan) -> Result | None:
+def done_before(job: RunConfig) -> Result | None:
     """The result of a run that has nothing left to do; None otherwise, or when it is to start over.
 
     Raises:
@@ -113,10 +113,10 @@ def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
     """
     path = Path(folder)
     path = path if path.is_file() else path / checkpoint.NAME
-    tensors, facts = checkpoint.load(path)
-    agent = make_agent(facts["config"]["agent"], _spec_from(facts["spec"], device))
+    tensors, metadata = checkpoint.load(path)
+    agent = make_agent(metadata["config"]["agent"], _spec_from(metadata["spec"], device))
     checkpoint.restore(agent, tensors, path)
-    agent.random.step.fill_(facts["step"])
+    agent.random.step.fill_(metadata["step"])
     return agent.eval()
 
 
@@ -130,13 +130,13 @@ def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
     return agent
 
 
-def load_data(job: TrainConfig, device: torch.device | str) -> Store:
-    """The Store to train on, with its rewards transformed as the configuration says."""
+def load_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
+    """The dataset to train on, with its rewards transformed as the configuration says."""
     return transform_rewards(read_data(job, device), job.data)
 
 
-def read_data(job: TrainConfig, device: torch.device | str) -> Store:
-    """The Store as it was recorded."""
+def read_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
+    """The dataset as it was recorded."""
     from offrl.forge import registry as forge
 
     options = job.data
@@ -155,13 +155,13 @@ def read_data(job: TrainConfig, device: torch.device | str) -> Store:
     )
 
 
-def transform_rewards(store: Store, options: DataConfig) -> Store:
+def transform_rewards(store: OfflineDataset, options: DataConfig) -> OfflineDataset:
     """r <- scale r + shift, as the configuration says."""
     scale, shift = reward_transform(store, options)
     return store if (scale, shift) == (1.0, 0.0) else store.with_rewards(scale, shift)
 
 
-def reward_transform(store: Store, options: DataConfig) -> tuple[float, float]:
+def reward_transform(store: OfflineDataset, options: DataConfig) -> tuple[float, float]:
     """Scale and shift of a dataset's rewards."""
     scale = options.reward_scale
     if options.reward_normalize:
@@ -186,7 +186,7 @@ def _spec_from(values: Mapping[str, Any], device: str) -> Spec:
 def dataset_info(folder: Path | str) -> DatasetInfo:
     """The dataset of a run or checkpoint, as it was when the run was made."""
     path = Path(folder)
-    return DatasetInfo(**checkpoint.facts(path if path.is_file() else path / checkpoint.NAME)["info"])
+    return DatasetInfo(**checkpoint.metadata(path if path.is_file() else path / checkpoint.NAME)["info"])
 
 
 def print_result(result: Any) -> int:

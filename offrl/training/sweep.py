@@ -48,12 +48,12 @@ def run_job(values: Mapping[str, Any], note: Path) -> int:
     Returns the exit status: 0, 130 when it was stopped and saved, 1 when it failed. Nothing is raised, lest a launcher
     gives up the other jobs.
     """
-    from offrl.training.run_config import plan
+    from offrl.training.run_config import resolve_config
     from offrl.training.runs import done_before, finished, summary
 
     folder = None
     try:
-        job = plan(values)
+        job = resolve_config(values)
         folder = job.folder()
         if done := done_before(job):
             _note(note, "finished", folder, summary(done))
@@ -313,7 +313,7 @@ def _trains(pid: int) -> bool:
     return False
 
 
-class Announce(Callback):
+class SweepCallback(Callback):
     """Hydra's callback that tells a `Sweep` which jobs are to come."""
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 from offrl import results
 from offrl.agents.base import Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
-from offrl.data.dataset import Store, concatenate
+from offrl.data.dataset import OfflineDataset, concatenate
 from offrl.data.statistics import return_spread
 from offrl.evaluation.evaluator import Episodes, Evaluator
-from offrl.sampling import Replay, further_datasets, make_sampler
+from offrl.sampling import BatchLoader, further_datasets, make_sampler
 from offrl.training.engine import make_engine
-from offrl.training.run_config import Plan, plan
+from offrl.training.run_config import RunConfig, resolve_config
 from offrl.training.runs import (
     Result,
     _check_same,
@@ -47,7 +47,7 @@ def train(values: Mapping[str, Any]) -> Result:
     Raises:
         OffrlError: bad input, an unwritable folder, a full disk.
     """
-    job = plan(values)
+    job = resolve_config(values)
     folder = job.folder()
     with _locked(folder):
         return done_before(job) or Trainer(job, folder).run()
@@ -70,7 +70,7 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
             values[top] = {**values[top], key.split(".", 1)[1]: value}
         else:
             values[key] = value
-    job = plan({**values, "out": str(folder.parent), "name": folder.name, "fresh": False})
+    job = resolve_config({**values, "out": str(folder.parent), "name": folder.name, "fresh": False})
     with _locked(folder):
         _check_same(job, folder)
         return finished(folder, job.train.updates) or Trainer(job, folder).run()
@@ -79,7 +79,7 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
 class Trainer:
     """One run, from its last checkpoint (if there is one) to its last update."""
 
-    def __init__(self, job: Plan, folder: Path) -> None:
+    def __init__(self, job: RunConfig, folder: Path) -> None:
         self.job, self.cfg, self.folder = job, job.train, folder
         tune_process(self.cfg.threads)
         self.device = pick_device(self.cfg.device)
@@ -103,23 +103,23 @@ class Trainer:
             device=self.device,
         )
         self.agent = make_agent(job.agent, self.spec)
-        if self.cfg.updates <= self.agent.starts_after:
+        if self.cfg.updates <= self.agent.pretrain_updates:
             raise OffrlError(
-                f"updates={self.cfg.updates}: {job.agent_name} prepares for {self.agent.starts_after} updates before its "
+                f"updates={self.cfg.updates}: {job.agent_name} prepares for {self.agent.pretrain_updates} updates before its "
                 "policy learns anything; make more, or shorten its first stages (`offrl agents` names them)."
             )
-        self.agent.attach(self.store)
+        self.agent.setup(self.store)
         self.sampler = make_sampler(job.sampler, parts, self.seeds)  # by the rewards as recorded
         self.synthetic = self._synthetic(recorded)
         sources = self.synthetic.sources if self.synthetic else [(self.store, self.sampler, 1.0)]
-        self.replay = Replay(sources, self.cfg.batch_size, self.agent.window, self.agent.extra)
+        self.loader = BatchLoader(sources, self.cfg.batch_size, self.agent.window, self.agent.batch_fields)
         self.engine = make_engine(
-            self.cfg.engine, self.agent, self.replay, self.cfg.precision, self.cfg.updates_per_launch
+            self.cfg.engine, self.agent, self.loader, self.cfg.precision, self.cfg.updates_per_launch
         )
         self.step, self.stop = 0, False
         self.last: Episodes | None = None
 
-    def _synthetic(self, recorded: Store) -> Synthetic | None:
+    def _synthetic(self, recorded: OfflineDataset) -> Synthetic | None:
         if not self.job.augment:
             return None
         check_agent(self.agent)
@@ -137,9 +137,9 @@ class Trainer:
         if not resumed:
             self.sampler.start()
         if self.synthetic:
-            self.synthetic.begin(self.replay, self.agent, self.step, self.cfg.progress)
+            self.synthetic.begin(self.loader, self.agent, self.step, self.cfg.progress)
         self._describe()
-        self.writer = results.RunWriter(self.folder, self._row_facts(), resume_step=self.step if resumed else -1)
+        self.writer = results.RunWriter(self.folder, self._row_metadata(), resume_step=self.step if resumed else -1)
         self.tracker = make_tracker(
             self.cfg.tracker.split(",") if isinstance(self.cfg.tracker, str) else self.cfg.tracker,
             self.folder,
@@ -184,7 +184,7 @@ class Trainer:
                     paused = time.perf_counter()
                     bar.note("generating")
                     self.synthetic.refresh(self.agent, self.step)
-                    self.engine.renew()
+                    self.engine.invalidate()
                     mark += time.perf_counter() - paused
                 if self.step % cfg.checkpoint_every == 0 and self.step < cfg.updates:
                     paused = time.perf_counter()
@@ -240,7 +240,7 @@ class Trainer:
     def _save(self) -> None:
         self._check_finite({name: bool(value.isfinite().all()) for name, value in self.agent.named_parameters()})
         self.writer.flush()
-        facts = {
+        metadata = {
             "step": self.step,
             "fingerprint": self.store.fingerprint,
             "config": self.job.to_dict(),
@@ -250,9 +250,9 @@ class Trainer:
         learnt = self.sampler.tensors()
         if self.synthetic:
             self.synthetic.save()
-        checkpoint.save(self.folder / checkpoint.NAME, self.agent, facts, learnt)
+        checkpoint.save(self.folder / checkpoint.NAME, self.agent, metadata, learnt)
         if self.cfg.keep_checkpoints:
-            checkpoint.save(self.folder / "checkpoints" / f"{self.step:08d}.safetensors", self.agent, facts, learnt)
+            checkpoint.save(self.folder / "checkpoints" / f"{self.step:08d}.safetensors", self.agent, metadata, learnt)
         if self.synthetic:
             self.synthetic.sweep()
 
@@ -267,8 +267,8 @@ class Trainer:
                 self.synthetic.clear()
             (self.folder / "result.json").unlink(missing_ok=True)
             return False
-        tensors, facts = checkpoint.load(path)
-        if facts["fingerprint"] != self.store.fingerprint:
+        tensors, metadata = checkpoint.load(path)
+        if metadata["fingerprint"] != self.store.fingerprint:
             raise OffrlError(
                 f"{self.folder}: the run was made on other data than {self.cfg.dataset} holds now; restore the dataset, "
                 "or start over with fresh=true."
@@ -276,7 +276,7 @@ class Trainer:
         checkpoint.restore(self.agent, tensors, path)
         if learnt := checkpoint.of_sampler(tensors):
             self.sampler.restore(learnt)
-        self.step = facts["step"]
+        self.step = metadata["step"]
         return True
 
     def _describe(self) -> None:
@@ -284,8 +284,8 @@ class Trainer:
         manifest = {
             "run_id": self.folder.name,
             "method": self.job.method,
-            "sampler": {**self.sampler.facts(), "positive_sided_variance": self.spread},
-            **({"augment": self.synthetic.augmentation.facts()} if self.synthetic else {}),
+            "sampler": {**self.sampler.metadata(), "positive_sided_variance": self.spread},
+            **({"augment": self.synthetic.augmentation.metadata()} if self.synthetic else {}),
             "fingerprint": self.store.fingerprint,
             "dataset_info": asdict(self.store.info),
             "transitions": len(self.store),
@@ -298,7 +298,7 @@ class Trainer:
         write_json(self.folder / "config.json", self.job.to_dict())
         write_json(self.folder / "manifest.json", manifest)
 
-    def _row_facts(self) -> dict[str, Any]:
+    def _row_metadata(self) -> dict[str, Any]:
         return {
             "run_id": self.folder.name,
             "method": self.job.to_dict()["method"],

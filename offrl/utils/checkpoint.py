@@ -25,7 +25,7 @@ _KEY = "offrl"
 _SAMPLER = "sampler/"
 
 
-def save(path: Path, agent: nn.Module, facts: dict[str, Any], sampler: Mapping[str, Tensor] | None = None) -> None:
+def save(path: Path, agent: nn.Module, metadata: dict[str, Any], sampler: Mapping[str, Tensor] | None = None) -> None:
     """Write a checkpoint beside `path` and rename it over the old one.
 
     Args:
@@ -36,7 +36,7 @@ def save(path: Path, agent: nn.Module, facts: dict[str, Any], sampler: Mapping[s
     """
     state = agent.state_dict() | {_SAMPLER + name: tensor for name, tensor in (sampler or {}).items()}
     try:
-        write(path, state, facts)
+        write(path, state, metadata)
     except (OSError, SafetensorError) as error:
         raise OffrlError(
             f"{path}: the checkpoint could not be written ({error}); free some space or choose another folder with "
@@ -44,11 +44,11 @@ def save(path: Path, agent: nn.Module, facts: dict[str, Any], sampler: Mapping[s
         ) from error
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
     """Any tensors and facts in a checkpoint's format, whole or not at all; `load` reads them."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(plain, temporary, metadata={_KEY: json.dumps(facts)})
+        save_file(plain, temporary, metadata={_KEY: json.dumps(metadata)})
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -58,16 +58,16 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         OffrlError: there is none, or the file is damaged.
     """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _facts(file)  # noqa: SIM118 - not a dict
+        return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)  # noqa: SIM118 - not a dict
 
 
-def facts(path: Path) -> dict[str, Any]:
+def metadata(path: Path) -> dict[str, Any]:
     """What a checkpoint says besides its tensors; raises as `load` does."""
     with _opened(path) as file:
-        return _facts(file)
+        return _metadata(file)
 
 
-def _facts(file: Any) -> dict[str, Any]:
+def _metadata(file: Any) -> dict[str, Any]:
     value = json.loads((file.metadata() or {})[_KEY])
     if not isinstance(value, dict):
         raise ValueError("its facts are no dictionary")

@@ -15,7 +15,7 @@ from offrl.augment import metrics
 from offrl.augment.metrics import OneLane, Simulator, along_horizon, coverage, dynamics_error, real_pieces
 from offrl.cli.augment import draw
 from offrl.cli.main import main
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.datasets import load as load_dataset
 from offrl.envs.adapters import make_env
 from offrl.forge import registry as forge
@@ -27,7 +27,7 @@ pytest.importorskip("mujoco")
 
 
 @pytest.fixture(scope="module")
-def hopper(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> OfflineDataset:
     """A little of the hopper."""
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("home")
@@ -37,11 +37,11 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> Store:
         return load_dataset(path)
 
 
-def changed(store: Store, **tensors: torch.Tensor) -> Store:
-    return Store(**{**store.tensors(), **tensors}, info=store.info)
+def changed(store: OfflineDataset, **tensors: torch.Tensor) -> OfflineDataset:
+    return OfflineDataset(**{**store.tensors(), **tensors}, info=store.info)
 
 
-def test_real_transitions_have_no_dynamics_error(hopper: Store) -> None:
+def test_real_transitions_have_no_dynamics_error(hopper: OfflineDataset) -> None:
     """But for rounding; with other next states or actions it is of the order of one."""
     some = real_pieces(hopper, 30, 10)
     simulator = Simulator(hopper.info)
@@ -76,7 +76,7 @@ def test_a_mazes_point_is_put_where_an_observation_says(name: str, tmp_path: Pat
         obs = following
     env.close()
     obs, action, reward, following = (torch.as_tensor(np.array(part)).float() for part in zip(*rows))
-    store = Store(obs, action, reward, following, torch.zeros(400), torch.tensor([0, 400]), info=info)
+    store = OfflineDataset(obs, action, reward, following, torch.zeros(400), torch.tensor([0, 400]), info=info)
     simulator = Simulator(info)
     floor = dynamics_error(simulator, store, store)
     assert not floor.left_out
@@ -88,7 +88,7 @@ def test_a_mazes_point_is_put_where_an_observation_says(name: str, tmp_path: Pat
     simulator.close()
 
 
-def test_errors_are_in_units_of_the_datasets_variance(hopper: Store) -> None:
+def test_errors_are_in_units_of_the_datasets_variance(hopper: OfflineDataset) -> None:
     some = real_pieces(hopper, 5, 4)
     simulator = Simulator(hopper.info)
     _, std = hopper.observation_statistics()
@@ -101,7 +101,7 @@ def test_errors_are_in_units_of_the_datasets_variance(hopper: Store) -> None:
     simulator.close()
 
 
-def test_states_that_cannot_be_told_are_counted(hopper: Store) -> None:
+def test_states_that_cannot_be_told_are_counted(hopper: OfflineDataset) -> None:
     some = real_pieces(hopper, 5, 4)
     obs = some.observations.clone()
     obs[[0, 3], -1] = 10.0  # a velocity at its cut-off
@@ -119,11 +119,11 @@ def test_robots_that_cannot_be_set_are_refused() -> None:
         Simulator(DatasetInfo(id="x", env_id="Pendulum-v1"))
 
 
-def pieces(*lengths: int) -> Store:
+def pieces(*lengths: int) -> OfflineDataset:
     n = sum(lengths)
     obs = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return Store(obs, torch.zeros(n, 1), torch.zeros(n), obs + 1, torch.zeros(n), offsets)
+    return OfflineDataset(obs, torch.zeros(n, 1), torch.zeros(n), obs + 1, torch.zeros(n), offsets)
 
 
 def test_means_along_the_horizon() -> None:
@@ -151,10 +151,10 @@ def test_coverage() -> None:
     assert same["coverage"] == 1
     assert same["novelty"] == 0
     assert same["std_ratio_min"] == pytest.approx(1)
-    left = Store(**{**real.tensors(), "observations": -real.observations[:, :1].abs() * torch.tensor([[1.0, 0.0]])
+    left = OfflineDataset(**{**real.tensors(), "observations": -real.observations[:, :1].abs() * torch.tensor([[1.0, 0.0]])
                     + real.observations * torch.tensor([[0.0, 1.0]])})  # fmt: skip
     assert 0.4 < coverage(left, real)["coverage"] < 0.75
-    far = Store(**{**real.tensors(), "observations": real.observations + 50})
+    far = OfflineDataset(**{**real.tensors(), "observations": real.observations + 50})
     assert coverage(far, real)["coverage"] == 0
     assert coverage(far, real)["novelty"] == 1
 
@@ -190,8 +190,8 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["dataset=forge/hopper/random-v0", "data.size=1500"]
     assert main(["augment", "train", *data, *TINY]) == 0
     printed = capsys.readouterr().out
-    facts = json.loads(printed[printed.index("{") :])
-    assert facts["denoiser"]["settings"]["features"] == 16
+    metadata = json.loads(printed[printed.index("{") :])
+    assert metadata["denoiser"]["settings"]["features"] == 16
     small = ["agent.hidden=[8]", "updates=4", "batch_size=8", "progress=false", "eval.every=0", "eval.final_episodes=0"]
     assert main(["train", *data, *small, f"out={tmp_path}", "name=run"]) == 0
     run = str(tmp_path / "run")

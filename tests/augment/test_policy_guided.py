@@ -14,7 +14,7 @@ from offrl.augment import edm
 from offrl.augment.diffusion import Denoiser, DenoiserConfig
 from offrl.augment.edm import SamplerConfig
 from offrl.augment.policy_guided import PerStep, PolicyGuidedConfig, Product, Score, policy_gaussian
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 
 
 class Policy(Agent):
@@ -43,7 +43,9 @@ def denoiser(low: float = -1.0, high: float = 1.0, plain: bool = False) -> Denoi
     info = DatasetInfo(action_low=low, action_high=high)
     generator = torch.Generator().manual_seed(1)
     obs, actions = torch.randn(n, 2, generator=generator), low + (high - low) * torch.rand(n, 2, generator=generator)
-    store = Store(obs, actions, torch.randn(n, generator=generator), obs, torch.zeros(n), torch.tensor([0, n]), info)
+    store = OfflineDataset(
+        obs, actions, torch.randn(n, generator=generator), obs, torch.zeros(n), torch.tensor([0, n]), info
+    )
     made = Denoiser(store, DenoiserConfig(features=16)).double()
     if not plain:
         raw = made.codec.raw(store.observations, store.actions, store.rewards, store.terminations)

@@ -16,11 +16,11 @@ from offrl.agents.prdc import PRDC, PRDCConfig
 from offrl.augment.base import Augmentation, LaneSegments, Synthetic, SyntheticConfig, make_augmentation
 from offrl.augment.diffusion import DenoiserConfig, Training, denoiser_path, trained_denoiser
 from offrl.data.batch import Batch
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.nets.neighbors import brute_force
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import CudaGraph, Eager
-from offrl.training.run_config import plan
+from offrl.training.run_config import resolve_config
 from offrl.training.runs import Result, load_agent, make_agent
 from offrl.training.trainer import resume, train
 from offrl.utils import checkpoint
@@ -68,12 +68,12 @@ def same(a: Result, b: Result) -> bool:
 # ---- drawing -----------------------------------------------------------------------------------------------------------
 
 
-def pieces(*lengths: int) -> Store:
+def pieces(*lengths: int) -> OfflineDataset:
     """Episodes of these lengths; the observation is the row's number."""
     n = sum(lengths)
     rows = torch.arange(n).float()
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return Store(rows[:, None], torch.zeros(n, 1), rows, rows[:, None], torch.zeros(n), offsets)
+    return OfflineDataset(rows[:, None], torch.zeros(n, 1), rows, rows[:, None], torch.zeros(n), offsets)
 
 
 def test_a_lane_draws_uniformly_from_its_own_rows() -> None:
@@ -94,53 +94,53 @@ class Counted(Augmentation):
 
     made: list[int]
 
-    def generate(self, policy: Agent | None, step: int) -> Store:
+    def generate(self, policy: Agent | None, step: int) -> OfflineDataset:
         lanes, n = len(self.seeds), self.cfg.trajectories * self.cfg.length
         self.__dict__.setdefault("made", []).append(step)
         rewards = step + 0.1 * torch.arange(lanes).repeat_interleave(n) + (0.01 if policy is not None else 0.0)
         obs, offsets = torch.zeros(lanes * n, 1), torch.arange(0, lanes * n + 1, self.cfg.length)
-        return Store(obs, torch.zeros(lanes * n, 1), rewards, obs.clone(), torch.zeros(lanes * n), offsets)
+        return OfflineDataset(obs, torch.zeros(lanes * n, 1), rewards, obs.clone(), torch.zeros(lanes * n), offsets)
 
 
-def counted(folder: Path, **settings: Any) -> tuple[Synthetic, Replay]:
+def counted(folder: Path, **settings: Any) -> tuple[Synthetic, BatchLoader]:
     real = pieces(10, 10).with_rewards(0.0, -1.0)
     cfg = SyntheticConfig(**{"transitions": 6, "length": 3, "refresh_every": 100, **settings})
     synthetic = Synthetic(Counted(real, cfg, (0, 1)), (real, Uniform(real)), (1.0, 0.0), folder)
-    return synthetic, Replay(synthetic.sources, 256)
+    return synthetic, BatchLoader(synthetic.sources, 256)
 
 
 POLICY: Any = object()
 
 
 def test_shares_of_a_batch(tmp_path: Path) -> None:
-    synthetic, replay = counted(tmp_path, share=0.9375)
-    synthetic.begin(replay, POLICY, 0)
-    batch = replay.draw(LaneRandom((0, 1)), torch.arange(1, 4))
+    synthetic, loader = counted(tmp_path, share=0.9375)
+    synthetic.begin(loader, POLICY, 0)
+    batch = loader.draw(LaneRandom((0, 1)), torch.arange(1, 4))
     assert ((batch.reward == -1).sum(-1) == 16).all()
     assert (batch.index[batch.reward == -1] >= 0).all()
     assert (batch.index[batch.reward != -1] == -1).all()
     for lane in range(2):
         assert batch.reward[:, lane].unique().tolist() == pytest.approx([-1.0, 0.1 * lane])
     synthetic.refresh(POLICY, 100)
-    after = replay.draw(LaneRandom((0, 1)), torch.arange(1, 4))
+    after = loader.draw(LaneRandom((0, 1)), torch.arange(1, 4))
     for lane in range(2):  # nothing of the old ones is left
         assert after.reward[:, lane].unique().tolist() == pytest.approx([-1.0, 100 + 0.1 * lane + 0.01])
     assert torch.equal(after.index, batch.index)
 
 
 def test_all_can_be_synthetic(tmp_path: Path) -> None:
-    synthetic, replay = counted(tmp_path, share=1.0)
-    synthetic.begin(replay, POLICY, 0)
-    assert not (replay.draw(LaneRandom((0, 1)), torch.arange(3)).reward == -1).any()
+    synthetic, loader = counted(tmp_path, share=1.0)
+    synthetic.begin(loader, POLICY, 0)
+    assert not (loader.draw(LaneRandom((0, 1)), torch.arange(3)).reward == -1).any()
 
 
 def test_several_generations_are_kept_in_turn(tmp_path: Path) -> None:
-    synthetic, replay = counted(tmp_path, share=0.75, keep=3)
-    synthetic.begin(replay, POLICY, 0)
+    synthetic, loader = counted(tmp_path, share=0.75, keep=3)
+    synthetic.begin(loader, POLICY, 0)
     seen = []
     for step in (100, 200, 300, 400, 500):
         synthetic.refresh(POLICY, step)
-        batch = replay.draw(LaneRandom((0, 1)), torch.arange(2))
+        batch = loader.draw(LaneRandom((0, 1)), torch.arange(2))
         parts = {round(value) for value in batch.reward[0, 0].tolist()} - {-1}
         seen.append(sorted(parts))
         assert ((batch.reward == -1).sum(-1) == 64).all()
@@ -153,56 +153,56 @@ def test_a_resumed_run_draws_from_the_same_generations(keep: int, tmp_path: Path
     """Saved at any update, whatever was made since then."""
     for stop in (50, 100, 130, 250, 300, 470):
         folder = tmp_path / str(stop)
-        first, replay = counted(folder, keep=keep)
-        first.begin(replay, POLICY, 0)
+        first, loader = counted(folder, keep=keep)
+        first.begin(loader, POLICY, 0)
         for step in range(100, stop + 1, 100):
             first.refresh(POLICY, step)
         first.save()
         first.sweep()
-        expected = replay.draw(LaneRandom((0, 1)), torch.arange(5))
+        expected = loader.draw(LaneRandom((0, 1)), torch.arange(5))
         first.refresh(POLICY, stop // 100 * 100 + 100)  # made, but the run was killed before the next checkpoint
-        second, replay = counted(folder, keep=keep)
-        second.begin(replay, POLICY, stop)
-        got = replay.draw(LaneRandom((0, 1)), torch.arange(5))
+        second, loader = counted(folder, keep=keep)
+        second.begin(loader, POLICY, stop)
+        got = loader.draw(LaneRandom((0, 1)), torch.arange(5))
         assert torch.equal(got.reward, expected.reward)
         assert getattr(second.augmentation, "made", []) == []
         assert len(list((folder / "synthetic").glob("*.safetensors"))) == len(set(second.places(stop)))
 
 
 def test_what_is_lost_is_made_again_or_missed(tmp_path: Path) -> None:
-    first, replay = counted(tmp_path)
-    first.begin(replay, POLICY, 0)
+    first, loader = counted(tmp_path)
+    first.begin(loader, POLICY, 0)
     first.refresh(POLICY, 100)
     first.save()
     (tmp_path / "synthetic" / "00000100.safetensors").unlink()
-    again, replay = counted(tmp_path)
-    again.begin(replay, POLICY, 100)  # at this very update: the policy is at hand
+    again, loader = counted(tmp_path)
+    again.begin(loader, POLICY, 100)  # at this very update: the policy is at hand
     assert getattr(again.augmentation, "made", []) == [100]
-    later, replay = counted(tmp_path)
+    later, loader = counted(tmp_path)
     with pytest.raises(OffrlError, match=r"00000100.safetensors is missing: .* start over with fresh=true"):
-        later.begin(replay, POLICY, 150)
+        later.begin(loader, POLICY, 150)
 
 
 def test_rewards_are_transformed_as_the_datasets(tmp_path: Path) -> None:
-    synthetic, replay = counted(tmp_path)
+    synthetic, loader = counted(tmp_path)
     synthetic.rewards = (10.0, -3.0)
-    synthetic.begin(replay, POLICY, 0)
-    rewards = replay.draw(LaneRandom((0, 1)), torch.arange(2)).reward[:, 1].unique().tolist()
+    synthetic.begin(loader, POLICY, 0)
+    rewards = loader.draw(LaneRandom((0, 1)), torch.arange(2)).reward[:, 1].unique().tolist()
     assert rewards == pytest.approx([-2.0, -1.0])  # 10 x 0.1 - 3, and the dataset's own
 
 
 class _Recorded(CudaGraph):
-    """A graph that goes on reading the Stores that it was captured with."""
+    """A graph that goes on reading the datasets that it was captured with."""
 
     def _capture(self) -> None:
-        sources = list(self.eager.replay.sources)
+        sources = list(self.eager.loader.sources)
         this = self
 
         class Graph:
-            def replay(self) -> None:
-                now, this.eager.replay.sources = this.eager.replay.sources, sources
+            def loader(self) -> None:
+                now, this.eager.loader.sources = this.eager.loader.sources, sources
                 this.metrics = this._updates()
-                this.eager.replay.sources = now
+                this.eager.loader.sources = now
 
         self.graph = Graph()  # type: ignore[assignment]
 
@@ -210,14 +210,14 @@ class _Recorded(CudaGraph):
 def test_a_captured_graph_is_renewed(tmp_path: Path) -> None:
     ends = []
     for kind in (Eager, _Recorded, _Recorded):
-        synthetic, replay = counted(tmp_path)
-        synthetic.begin(replay, POLICY, 0)
+        synthetic, loader = counted(tmp_path)
+        synthetic.begin(loader, POLICY, 0)
         agent = make_agent({"_target_": "offrl.agents.td3_bc.TD3BC", "hidden": [8]}, Spec(1, 1, (0, 1)))
-        engine = kind(agent, replay, **({} if kind is Eager else {"updates_per_launch": 4}))
+        engine = kind(agent, loader, **({} if kind is Eager else {"updates_per_launch": 4}))
         engine.run(0, 20)
         synthetic.refresh(POLICY, 100)
         if len(ends) < 2:
-            engine.renew()
+            engine.invalidate()
         engine.run(20, 20)
         ends.append(agent.state_dict())
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
@@ -313,7 +313,7 @@ def test_neighbours_of_synthetic_states() -> None:
     store = make_toy(2048)
     spec = Spec(3, 2, (0, 1), *store.observation_statistics())
     agent = PRDC(spec, PRDCConfig(hidden=(16,)))
-    agent.attach(store)
+    agent.setup(store)
     generator = torch.Generator().manual_seed(0)
     obs = torch.randn(2, 10, 3, generator=generator)
     index = torch.full((2, 10), -1)
@@ -356,16 +356,17 @@ def test_neighbours_of_synthetic_states() -> None:
 )
 def test_bad_settings(augment: dict[str, Any], message: str) -> None:
     with pytest.raises(OffrlError) as caught:
-        plan(values(Path("toy.npz"), Path("runs"), augment=augment))
+        resolve_config(values(Path("toy.npz"), Path("runs"), augment=augment))
     assert str(caught.value).startswith(message)
 
 
 def test_runs_without_an_augmentation_are_as_before(toy_file: Path) -> None:
     """Their configuration, and so their folder, has no word of it."""
-    made = plan(values(toy_file, Path("runs"), augment={}))
+    made = resolve_config(values(toy_file, Path("runs"), augment={}))
     assert "augment" not in made.to_dict()
     assert (
-        made.identity() == plan({k: v for k, v in values(toy_file, Path("runs")).items() if k != "augment"}).identity()
+        made.config_hash()
+        == resolve_config({k: v for k, v in values(toy_file, Path("runs")).items() if k != "augment"}).config_hash()
     )
 
 
@@ -375,7 +376,7 @@ def test_who_cannot_use_it(toy_file: Path, tmp_path: Path) -> None:
         train(values(toy_file, tmp_path, agent=transformer))
     n = 8
     obs = torch.zeros(n, 1)
-    discrete = Store(obs, torch.zeros(n, dtype=torch.int64), obs[:, 0], obs, obs[:, 0], torch.tensor([0, n]),
+    discrete = OfflineDataset(obs, torch.zeros(n, dtype=torch.int64), obs[:, 0], obs, obs[:, 0], torch.tensor([0, n]),
                      DatasetInfo(discrete=3))  # fmt: skip
     with pytest.raises(OffrlError, match="need continuous actions; set augment=none"):
         make_augmentation(TINY, discrete, (0,))
@@ -384,7 +385,7 @@ def test_who_cannot_use_it(toy_file: Path, tmp_path: Path) -> None:
 # ---- generating --------------------------------------------------------------------------------------------------------
 
 
-def made_for(seeds: tuple[int, ...], store: Store, **changes: Any) -> Any:
+def made_for(seeds: tuple[int, ...], store: OfflineDataset, **changes: Any) -> Any:
     augmentation: Any = make_augmentation({**TINY, **changes}, store, seeds)
     augmentation.prepare()
     augmentation.denoiser.double()
@@ -438,13 +439,13 @@ def test_training_learns_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     once = trained_denoiser(store, cfg)
     assert untrained is not None
     # Only the position within an episode and the actions' mean can be known from a noised window of independent states.
-    assert once.facts["validation_loss"] < 0.8 * untrained
+    assert once.metadata["validation_loss"] < 0.8 * untrained
     assert once.path == denoiser_path(store, cfg)
     assert not list(once.path.parent.glob("*.training.safetensors"))
     monkeypatch.setattr(Training, "update", None)  # the second time nothing is trained
     twice = trained_denoiser(store, cfg)
     assert all(torch.equal(a, b) for a, b in zip(once.denoiser.parameters(), twice.denoiser.parameters()))
-    assert twice.facts == once.facts
+    assert twice.metadata == once.metadata
     assert denoiser_path(store, DenoiserConfig(features=24)) != once.path
     assert denoiser_path(make_toy(2048, seed=6), cfg) != once.path
 
@@ -501,6 +502,8 @@ def test_variance_of_actions_given_states() -> None:
     obs = torch.randn(n, 2, generator=generator)
     u = torch.stack([0.2 * obs[:, 0] + 0.1 * torch.randn(n, generator=generator),
                      0.2 * torch.randn(n, generator=generator)], 1)  # fmt: skip
-    store = Store(obs, u.tanh(), torch.randn(n, generator=generator), obs, torch.zeros(n), torch.arange(0, n + 1, 100))
+    store = OfflineDataset(
+        obs, u.tanh(), torch.randn(n, generator=generator), obs, torch.zeros(n), torch.arange(0, n + 1, 100)
+    )
     training = Training(store, DenoiserConfig(features=16, blocks=2, window=8))
     torch.testing.assert_close(training.average.action_variance, torch.tensor([0.2, 1.0]), rtol=0, atol=0.02)

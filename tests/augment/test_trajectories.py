@@ -1,4 +1,4 @@
-"""Coding of trajectories, windows of a dataset, and Stores of what was generated."""
+"""Coding of trajectories, windows of a dataset, and datasets of what was generated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from offrl.augment.trajectories import Codec, Rows, Windows, split_episodes, synthetic_store
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.utils.errors import OffrlError
 
 
-def dataset(*episodes: tuple[int, bool], low: float = -1.0, high: float = 1.0) -> Store:
+def dataset(*episodes: tuple[int, bool], low: float = -1.0, high: float = 1.0) -> OfflineDataset:
     """Episodes of (length, terminates); the first observation of row n is n, the second is constant."""
     lengths = torch.tensor([length for length, _ in episodes])
     n = int(lengths.sum())
@@ -25,10 +25,10 @@ def dataset(*episodes: tuple[int, bool], low: float = -1.0, high: float = 1.0) -
     terminations[offsets[1:] - 1] = torch.tensor([float(ends) for _, ends in episodes])
     info = DatasetInfo(id="made", action_low=low, action_high=high)
     rewards = torch.randn(n, generator=generator)
-    return Store(obs, actions, rewards, obs + torch.tensor([1.0, 0.0]), terminations, offsets, info)
+    return OfflineDataset(obs, actions, rewards, obs + torch.tensor([1.0, 0.0]), terminations, offsets, info)
 
 
-def windows(store: Store, length: int = 4, stride: int = 1, padding: bool = False, **codec: Any) -> Windows:
+def windows(store: OfflineDataset, length: int = 4, stride: int = 1, padding: bool = False, **codec: Any) -> Windows:
     coding = Codec(store.obs_dim, store.actions.shape[1], store.info.action_low, store.info.action_high, **codec)
     made = Windows(store, coding, length, stride, padding, torch.arange(store.episodes))
     made.fit()
@@ -178,7 +178,7 @@ def test_held_out_episodes() -> None:
     assert (one.tolist(), none.tolist()) == ([0], [])
 
 
-# ---- Stores ------------------------------------------------------------------------------------------------------------
+# ---- datasets ------------------------------------------------------------------------------------------------------------
 
 
 def generated(flags: list[list[bool]]) -> Rows:

@@ -12,7 +12,7 @@ from torch import Tensor
 from offrl.agents.base import Spec
 from offrl.augment.base import make_augmentation
 from offrl.augment.world_model import Ensemble, EnsembleConfig, EnsembleFit, termination
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.training.runs import make_agent
 from offrl.utils.errors import OffrlError
 
@@ -20,14 +20,14 @@ WORLD = "offrl.augment.world_model.WorldModel"
 MODEL = {"hidden": [24], "updates": 40, "members": 3, "elites": 2, "batch_size": 32}
 
 
-def linear_system(n: int = 4000, info: DatasetInfo | None = None) -> Store:
+def linear_system(n: int = 4000, info: DatasetInfo | None = None) -> OfflineDataset:
     """s' = s + 0.3 a + noise of deviation 0.1, r = s_0; episodes of 20."""
     generator = torch.Generator().manual_seed(0)
     obs = torch.randn(n, 2, generator=generator)
     action = torch.rand(n, 2, generator=generator) * 2 - 1
     following = obs + 0.3 * action + 0.1 * torch.randn(n, 2, generator=generator)
     info = info or DatasetInfo(id="linear")
-    return Store(obs, action, obs[:, 0].clone(), following, torch.zeros(n), torch.arange(0, n + 1, 20), info)
+    return OfflineDataset(obs, action, obs[:, 0].clone(), following, torch.zeros(n), torch.arange(0, n + 1, 20), info)
 
 
 def test_the_loss() -> None:
@@ -35,7 +35,7 @@ def test_the_loss() -> None:
     store = linear_system(200)
     fit = EnsembleFit(store, EnsembleConfig(hidden=(8,), members=3, elites=2))
     fit.model.double()
-    store64 = Store(**{k: v.double() if v.is_floating_point() else v for k, v in store.tensors().items()})
+    store64 = OfflineDataset(**{k: v.double() if v.is_floating_point() else v for k, v in store.tensors().items()})
     fit.store = store64
     rows = torch.tensor([3, 50, 117])
     x = torch.cat([store64.observations, store64.actions], -1)
@@ -73,8 +73,8 @@ def test_it_learns_mean_and_noise_of_a_linear_system() -> None:
 
 def test_elites_are_the_best_members() -> None:
     fit = EnsembleFit(linear_system(500), EnsembleConfig(hidden=(8,), members=5, elites=2))
-    tensors, facts = fit.result()
-    errors = facts["validation_errors"]
+    tensors, metadata = fit.result()
+    errors = metadata["validation_errors"]
     assert sorted(tensors["elites"].tolist()) == sorted(np.argsort(errors)[:2].tolist())
     model = Ensemble(2, 2, fit.cfg)
     model.load_state_dict(tensors)
@@ -96,7 +96,7 @@ def test_states_stay_in_the_datasets_range() -> None:
 # ---- rollouts ----------------------------------------------------------------------------------------------------------
 
 
-def rolled(seeds: tuple[int, ...], policy: bool = True, **changes: Any) -> tuple[Store, Any]:
+def rolled(seeds: tuple[int, ...], policy: bool = True, **changes: Any) -> tuple[OfflineDataset, Any]:
     store = linear_system(1000)
     settings = {"_target_": WORLD, "transitions": 24, "length": 4, "model": MODEL, **changes}
     augmentation = make_augmentation(settings, store, seeds)

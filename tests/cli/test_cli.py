@@ -12,7 +12,7 @@ from test_train import options, same_tensors, start, step_of, tensors, words, wo
 
 import offrl
 from offrl.cli import main as cli
-from offrl.training.run_config import plan
+from offrl.training.run_config import resolve_config
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
@@ -160,7 +160,7 @@ def test_presets_and_command_line_have_their_order(toy_file: Path) -> None:
 def test_resume_by_command(toy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = options(toy_file, 60)
     assert main("train", *words(values)) == 0
-    folder = plan(values).folder()
+    folder = resolve_config(values).folder()
     assert main("train", f"resume={folder}", "agent.alpha=1.0") == 2
     assert "agent.alpha can't be changed when a run is resumed" in capsys.readouterr().err
     assert main("train", f"resume={folder}", "updates=1.0e2", "progress=false", "tracker=null") == 0

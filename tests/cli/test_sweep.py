@@ -18,7 +18,7 @@ from test_train import options, same_tensors, start, step_of, wait_for, words
 
 import offrl.training.trainer
 from offrl.training import sweep
-from offrl.training.run_config import plan
+from offrl.training.run_config import resolve_config
 from offrl.training.runs import finished
 
 
@@ -69,7 +69,7 @@ def test_jobs_end_as_their_processes_do(toy_file: Path, jobs: list[Any], capfd: 
     assert "3 jobs: 1 finished, 2 failed" in errors
     assert "job 2 failed: seed=1: OSError: no such sector\n  log: " in errors
     assert "  | loading\n  | Traceback\n" in errors
-    folder = plan(options(toy_file, 9, lanes=1, seed=1)).folder()
+    folder = resolve_config(options(toy_file, 9, lanes=1, seed=1)).folder()
     assert json.loads((folder / "failed.json").read_text())["message"] == "OSError: no such sector"
     assert not Path("runs/.sweep").exists()
     assert main(*given) == 1
@@ -144,7 +144,7 @@ def test_a_sweep_makes_the_runs_that_single_commands_make(toy_file: Path, capfd:
     assert "is no longer finite" in errors
     assert "Traceback" not in output + errors
     good = options(toy_file, 60, lanes=1, agent={"critic_lr": 3e-4})
-    assert same_tensors(plan(good).folder(), offrl.training.trainer.train({**good, "out": "alone"}).folder)
+    assert same_tensors(resolve_config(good).folder(), offrl.training.trainer.train({**good, "out": "alone"}).folder)
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -163,7 +163,7 @@ def test_an_interrupt_saves_what_a_launcher_runs(toy_file: Path) -> None:
     """Joblib kills its workers and what is below them: before it does, both jobs have saved at the update they had reached."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="offrl[joblib] is not installed")
     values = options(toy_file, 1_000_000, lanes=1, checkpoint_every=50)
-    folders = [plan({**values, "seed": seed}).folder() for seed in (0, 1)]
+    folders = [resolve_config({**values, "seed": seed}).folder() for seed in (0, 1)]
     process = start("train", "-m", *words(values), *LAUNCHERS["joblib"], "seed=0,1,2", stderr=subprocess.PIPE)
     wait_for(lambda: all(step_of(folder) for folder in folders), process, 400)
     process.send_signal(signal.SIGINT)
@@ -193,8 +193,8 @@ def test_twelve_jobs_with_one_killed_and_one_failing(toy_file: Path, launcher: s
     values = options(toy_file, 1200, lanes=1, checkpoint_every=100)
     sweep_of = ["train", "-m", *words(values), *LAUNCHERS[launcher]]
     sweep_of += ["seed=0,1,2,3,4,5", "agent.critic_lr=3.0e-4,3.1e-4"]
-    victim = plan(options(toy_file, 1200, lanes=1, seed=1, agent={"critic_lr": 3e-4})).folder()
-    broken = plan(options(toy_file, 1200, lanes=1, seed=4, agent={"critic_lr": 3e-4})).folder()
+    victim = resolve_config(options(toy_file, 1200, lanes=1, seed=1, agent={"critic_lr": 3e-4})).folder()
+    broken = resolve_config(options(toy_file, 1200, lanes=1, seed=4, agent={"critic_lr": 3e-4})).folder()
     broken.mkdir(parents=True)
     (broken / "checkpoint.safetensors").write_text("no checkpoint")  # it can't go on from that
     process = start(*sweep_of, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offrl.agents.base import Agent, Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
-from offrl.data.dataset import Store
-from offrl.sampling import Replay, Uniform
+from offrl.data.dataset import OfflineDataset
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import CudaGraph, Eager, make_engine
 from offrl.training.runs import load_agent, make_agent
 from offrl.training.trainer import train
@@ -41,11 +41,11 @@ TOY: dict[str, dict[str, Any]] = {"cql": {"cql_alpha": 1.0}, "edac": {"eta": 0.1
 TOY["esper"] = {"cluster_updates": 150, "return_updates": 250}
 
 
-def make(name: str, store: Store, seeds: Sequence[int] = (0,), **settings: Any) -> Agent:
+def make(name: str, store: OfflineDataset, seeds: Sequence[int] = (0,), **settings: Any) -> Agent:
     target = SETTINGS[name]._target_
     spec = Spec(store.obs_dim, store.action_dim, tuple(seeds), *store.observation_statistics())
     agent = make_agent({"_target_": target, **small(name), **settings}, spec).to(store.rewards.dtype)
-    agent.attach(store)
+    agent.setup(store)
     return agent
 
 
@@ -58,12 +58,14 @@ def small(name: str) -> dict[str, Any]:
     return {n: [32, 32] for n in names if n.endswith("hidden")} | {n: SMALL[n] for n in names if n in SMALL}
 
 
-def replay(agent: Agent, store: Store, batch: int = 32) -> Replay:
-    return Replay([(store, Uniform(store), 1.0)], batch, agent.window, agent.extra)
+def loader(agent: Agent, store: OfflineDataset, batch: int = 32) -> BatchLoader:
+    return BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields)
 
 
-def advance(agent: Agent, store: Store, updates: int, start: int = 0, batch: int = 32) -> dict[str, torch.Tensor]:
-    return Eager(agent, replay(agent, store, batch)).run(start, updates)
+def advance(
+    agent: Agent, store: OfflineDataset, updates: int, start: int = 0, batch: int = 32
+) -> dict[str, torch.Tensor]:
+    return Eager(agent, loader(agent, store, batch)).run(start, updates)
 
 
 def distance(a: Agent, b: Agent) -> float:
@@ -74,7 +76,7 @@ def distance(a: Agent, b: Agent) -> float:
 
 
 @every_agent
-def test_runs_and_stays_finite(name: str, toy: Store) -> None:
+def test_runs_and_stays_finite(name: str, toy: OfflineDataset) -> None:
     agent = make(name, toy, seeds=(3, 4))
     before = {k: v.clone() for k, v in agent.state_dict().items()}
     metrics = advance(agent, toy, 50)
@@ -137,23 +139,23 @@ def test_lanes_may_differ_in_a_coefficient(name: str) -> None:
 
 
 @every_agent
-def test_resume_is_exact(name: str, toy: Store, tmp_path: Path) -> None:
+def test_resume_is_exact(name: str, toy: OfflineDataset, tmp_path: Path) -> None:
     through, first, second = (make(name, toy, seeds=(0, 9)) for _ in range(3))
     advance(through, toy, 25)
     advance(first, toy, 11)
     path = tmp_path / "c.safetensors"
     checkpoint.save(path, first, {"step": 11})
-    tensors, facts = checkpoint.load(path)
+    tensors, metadata = checkpoint.load(path)
     checkpoint.restore(second, tensors, path)
-    advance(second, toy, 14, start=facts["step"])
+    advance(second, toy, 14, start=metadata["step"])
     assert distance(through, second) == 0
 
 
 @every_agent
-def test_bursts_of_any_size_give_the_same_numbers(name: str, toy: Store) -> None:
+def test_bursts_of_any_size_give_the_same_numbers(name: str, toy: OfflineDataset) -> None:
     one, many = make(name, toy), make(name, toy)
     advance(one, toy, 30)
-    engine, step = Eager(many, replay(many, toy)), 0
+    engine, step = Eager(many, loader(many, toy)), 0
     for updates in (1, 2, 3, 24):
         engine.run(step, updates)
         step += updates
@@ -167,7 +169,7 @@ class _Recorded(CudaGraph):
         this = self
 
         class Graph:
-            def replay(self) -> None:
+            def loader(self) -> None:
                 with _NoHostCopy():
                     this.metrics = this._updates()
 
@@ -185,11 +187,11 @@ class _NoHostCopy(TorchDispatchMode):
 
 
 @every_agent
-def test_captured_updates_equal_eager_ones(name: str, toy: Store) -> None:
+def test_captured_updates_equal_eager_ones(name: str, toy: OfflineDataset) -> None:
     """The graph's body, replayed without a GPU: same numbers, no host copy, odd starts and rests included."""
     eager, captured = make(name, toy), make(name, toy)
     advance(eager, toy, 43)
-    engine = _Recorded(captured, replay(captured, toy), updates_per_launch=5)
+    engine = _Recorded(captured, loader(captured, toy), updates_per_launch=5)
     step = 0
     for updates in (1, 2, 37, 3):
         metrics = engine.run(step, updates)
@@ -207,29 +209,29 @@ def test_cuda_graph_equals_eager_on_the_gpu(name: str) -> None:
     for engine in ("eager", "cudagraph"):
         spec = Spec(store.obs_dim, store.action_dim, (0, 1), *store.observation_statistics(), device="cuda")
         agent = make_agent({"_target_": SETTINGS[name]._target_, **small(name)}, spec)
-        agent.attach(store)
-        make_engine(engine, agent, replay(agent, store), updates_per_launch=8).run(0, 101)
+        agent.setup(store)
+        make_engine(engine, agent, loader(agent, store), updates_per_launch=8).run(0, 101)
         pair.append(agent)
     assert distance(*pair) == 0
 
 
 @compiled_agents
-def test_compiled_equals_eager(name: str, toy: Store) -> None:
+def test_compiled_equals_eager(name: str, toy: OfflineDataset) -> None:
     """Fused kernels round differently: 1e-7 an update, and Adam's first steps can turn that into a learning rate, 3e-4."""
     eager, compiled = make(name, toy), make(name, toy)
-    updates = eager.starts_after + 4
+    updates = eager.pretrain_updates + 4
     metrics = advance(eager, toy, updates)
-    others = make_engine("compile", compiled, replay(compiled, toy)).run(0, updates)
+    others = make_engine("compile", compiled, loader(compiled, toy)).run(0, updates)
     for key, value in metrics.items():
         torch.testing.assert_close(others[key], value, rtol=1e-4, atol=1e-5)
     assert distance(eager, compiled) < 3e-4
 
 
 @every_agent
-def test_learns_from_synthetic_rows_too(name: str, toy: Store, tmp_path: Path) -> None:
+def test_learns_from_synthetic_rows_too(name: str, toy: OfflineDataset, tmp_path: Path) -> None:
     """Half of each batch from trajectories guided by the agent, made anew on the way; no row of the dataset (index -1)."""
     agent = make(name, toy, seeds=(0, 1))
-    if "return_to_go" in agent.extra:  # pieces of episodes have none
+    if "return_to_go" in agent.batch_fields:  # pieces of episodes have none
         with pytest.raises(OffrlError, match="set augment=none"):
             check_agent(agent)
         return
@@ -238,7 +240,7 @@ def test_learns_from_synthetic_rows_too(name: str, toy: Store, tmp_path: Path) -
     settings = {"_target_": guided, "transitions": 24, "length": 3, "denoiser": denoiser, "sampling": {"steps": 4}}
     source = (toy, Uniform(toy))
     synthetic = Synthetic(make_augmentation(settings, toy, (0, 1)), source, (1.0, 0.0), tmp_path)
-    data = Replay(synthetic.sources, 32, agent.window, agent.extra)
+    data = BatchLoader(synthetic.sources, 32, agent.window, agent.batch_fields)
     synthetic.begin(data, agent, 0)
     engine = Eager(agent, data)
     engine.run(0, 5)
@@ -250,10 +252,10 @@ def test_learns_from_synthetic_rows_too(name: str, toy: Store, tmp_path: Path) -
 
 
 @every_agent
-def test_no_gradient_is_left_behind(name: str, toy: Store) -> None:
+def test_no_gradient_is_left_behind(name: str, toy: OfflineDataset) -> None:
     """Gradients are taken of what is optimised and nothing accumulates."""
     agent = make(name, toy)
-    advance(agent, toy, agent.starts_after + agent.period)
+    advance(agent, toy, agent.pretrain_updates + agent.period)
     assert all(p.grad is None for p in agent.parameters())
 
 
@@ -271,14 +273,14 @@ def test_learns_the_toy_task(name: str) -> None:
 
 
 @every_agent
-def test_a_copy_acts_alike_and_carries_no_dataset(name: str, toy: Store) -> None:
+def test_a_copy_acts_alike_and_carries_no_dataset(name: str, toy: OfflineDataset) -> None:
     """Evaluation copies the policy, between processes too; the dataset stays where it is."""
     agent = make(name, toy, seeds=(0, 1))
     advance(agent, toy, 10)
     for twin in (copy.deepcopy(agent), pickle.loads(pickle.dumps(agent))):
         obs = toy.observations[:32].expand(2, -1, -1)
         assert torch.equal(twin.select_action(obs), agent.select_action(obs))
-        assert twin.attached is None
+        assert twin.dataset_index is None
 
 
 @every_agent

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data import ReadOptions, Store, from_arrays
+from offrl.data import OfflineDataset, ReadOptions, from_arrays
 from offrl.data.arrays import read_npz, to_arrays, write_npz
 from offrl.data.d4rl import read_d4rl
 from offrl.data.dataset import DatasetInfo
@@ -33,7 +33,7 @@ def arrays(n: int = 60, with_next: bool = False, seed: int = 0) -> dict[str, np.
     return data
 
 
-def same(one: Store, other: Store) -> bool:
+def same(one: OfflineDataset, other: OfflineDataset) -> bool:
     return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
 
 
@@ -55,7 +55,7 @@ def test_tensors_and_lists_are_arrays_too() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_callers_arrays_are_neither_changed_nor_shared(dtype: type) -> None:
     data = {key: value.astype(dtype) if value.dtype.kind == "f" else value for key, value in arrays().items()}
-    data["actions"][3, 1] = 1.0005  # is clipped in the Store
+    data["actions"][3, 1] = 1.0005  # is clipped in the dataset
     before = {key: value.copy() for key, value in data.items()}
     store = from_arrays(data)
     store.rewards.zero_()

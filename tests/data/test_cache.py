@@ -1,4 +1,4 @@
-"""The flat cache: same Store, told apart by source and options, never trusted when stale or damaged."""
+"""The flat cache: same dataset, told apart by source and options, never trusted when stale or damaged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data import Store
+from offrl.data import OfflineDataset
 from offrl.data import cache as cache_module
 from offrl.data.cache import read_flat, write_flat
 from offrl.data.dataset import DatasetInfo
@@ -47,7 +47,7 @@ def flat_files(home: Path) -> list[Path]:
     return sorted((home / "flat").glob("*.safetensors"))
 
 
-def assert_same(one: Store, other: Store) -> None:
+def assert_same(one: OfflineDataset, other: OfflineDataset) -> None:
     for name, tensor in one.tensors().items():
         assert torch.equal(tensor, other.tensors()[name])
         assert tensor.dtype == other.tensors()[name].dtype
@@ -62,7 +62,7 @@ def test_second_load_comes_from_the_cache_and_is_the_same(
     monkeypatch.setattr("offrl.datasets.read_npz", lambda *_: pytest.fail("the source was read again"))
     second = load(source)
     assert_same(first, second)
-    assert second.__dict__["fingerprint"] == Store(**second.tensors()).fingerprint
+    assert second.__dict__["fingerprint"] == OfflineDataset(**second.tensors()).fingerprint
 
 
 def test_no_cache_writes_nothing(source: Path, home: Path) -> None:
@@ -162,7 +162,7 @@ def test_every_field_of_info_survives(tmp_path: Path) -> None:
     default = DatasetInfo()
     unset = [f.name for f in dataclasses.fields(info) if getattr(info, f.name) == getattr(default, f.name)]
     assert unset == ["discrete"]  # a new field must be added above
-    store = Store(
+    store = OfflineDataset(
         torch.zeros(2, 3),
         torch.zeros(2, 1),
         torch.zeros(2),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data import ReadOptions, Store
+from offrl.data import OfflineDataset, ReadOptions
 from offrl.data.d4rl import read_d4rl
 from offrl.data.dataset import DatasetInfo
 from offrl.data.episodes import horizon_timeouts
@@ -73,7 +73,7 @@ def restated_qlearning_dataset(data: Columns, horizon: int | None) -> dict[str, 
     return out
 
 
-def check_returns(store: Store, data: Columns, ends: list[int], left_out: np.ndarray) -> None:
+def check_returns(store: OfflineDataset, data: Columns, ends: list[int], left_out: np.ndarray) -> None:
     """Returns are the file's sums up to each last row, but for episodes whose only row is left out."""
     starts = [0, *[end + 1 for end in ends[:-1]]]
     sums = [data["rewards"][a : b + 1].astype("f8").sum() for a, b in zip(starts, ends)]

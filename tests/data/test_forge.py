@@ -171,9 +171,9 @@ def test_behaviour_returns_are_the_measured_ones(robot: str, level: str) -> None
 def test_plans_share_the_size(robot: str, size: int) -> None:
     spec = forge.ROBOTS[robot]
     for level in forge.LEVELS:
-        plan = forge.segments(robot, level, size)
-        assert sum(length for _, length in plan) == size
-        assert all(length > 0 for _, length in plan)
+        resolve_config = forge.segments(robot, level, size)
+        assert sum(length for _, length in resolve_config) == size
+        assert all(length > 0 for _, length in resolve_config)
     steps, lengths = zip(*forge.segments(robot, "medium-replay", 1_000_000))
     assert steps == (None, *range(20_000, spec.medium + 1, 20_000))
     share = np.array(lengths) * spec.medium / 1_000_000  # back in steps of the training

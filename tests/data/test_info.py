@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from offrl.cli.dataset_info import describe, episode_ends, plot, print_info
-from offrl.data import DatasetInfo, Store, from_arrays
+from offrl.data import DatasetInfo, OfflineDataset, from_arrays
 from offrl.data.statistics import positive_sided_variance
 
 
-def store(**info: object) -> Store:
+def dataset(**info: object) -> OfflineDataset:
     """Four episodes of 3, 3, 3 and 2 steps: one terminates, two meet the time limit, one is unfinished."""
     rewards = np.array([1, 1, 1, 2, 2, 2, 3, 3, 4, 0, 0], float)
     terminals, timeouts = np.zeros(11), np.zeros(11)
@@ -26,7 +26,7 @@ def store(**info: object) -> Store:
 
 
 def test_counts_returns_and_scores() -> None:
-    d = describe(store(ref_min=0.0, ref_max=10.0))
+    d = describe(dataset(ref_min=0.0, ref_max=10.0))
     assert (d["transitions"], d["episodes"]) == (11, 4)
     assert d["ends"] == {"terminated": 1, "truncated": 2, "unfinished": 1}
     assert d["terminal_share"] == pytest.approx(1 / 11)
@@ -42,7 +42,7 @@ def test_counts_returns_and_scores() -> None:
 
 
 def test_ranges_and_constant_dimensions() -> None:
-    d = describe(store())
+    d = describe(dataset())
     assert d["score"] is None
     assert d["observations"][0] == {
         "min": 0.0,
@@ -95,10 +95,10 @@ def test_positive_sided_variance_in_closed_form() -> None:
 
 def test_positive_sided_variance_is_of_normalised_returns() -> None:
     returns = torch.tensor([3.0, 6, 10, 0])
-    assert describe(store(ref_min=0.0, ref_max=20.0))["positive_sided_variance"] == pytest.approx(
+    assert describe(dataset(ref_min=0.0, ref_max=20.0))["positive_sided_variance"] == pytest.approx(
         positive_sided_variance(returns / 20)
     )
-    assert describe(store())["positive_sided_variance"] == pytest.approx(positive_sided_variance(returns / 10))
+    assert describe(dataset())["positive_sided_variance"] == pytest.approx(positive_sided_variance(returns / 10))
 
 
 def test_what_samplers_would_draw() -> None:
@@ -139,7 +139,7 @@ def test_goals_on_the_way_are_no_ends() -> None:
 
 
 def test_everything_is_json_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    description = describe(store(id="mine", ref_min=0.0, ref_max=10.0))
+    description = describe(dataset(id="mine", ref_min=0.0, ref_max=10.0))
     assert json.loads(json.dumps(description)) == description
     print_info(description)
     shown = capsys.readouterr().out

@@ -12,20 +12,20 @@ import torch
 
 from offrl.data import catalogue, from_arrays
 from offrl.data.arrays import to_arrays
-from offrl.data.dataset import DatasetInfo, Store
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.mixtures import build_mixture
 from offrl.datasets import load
 from offrl.utils.errors import OffrlError
 
 
-def make_store(name: str, lengths: list[int], value: float, obs_dim: int = 2) -> Store:
+def make_store(name: str, lengths: list[int], value: float, obs_dim: int = 2) -> OfflineDataset:
     """Row i of the dataset observes i (so that copies can be recognised); the last row of odd episodes terminates."""
     n = sum(lengths)
     offsets = torch.tensor([0, *np.cumsum(lengths)])
     rows = torch.arange(n, dtype=torch.float32)
     terminations = torch.zeros(n)
     terminations[offsets[2::2] - 1] = 1
-    return Store(
+    return OfflineDataset(
         observations=rows[:, None].repeat(1, obs_dim),
         actions=rows[:, None] / n,
         rewards=torch.full((n,), value),
@@ -79,7 +79,7 @@ def test_pieces_are_whole_episodes_of_the_sources() -> None:
         store = (good, bad)[source]
         a, b = mixture.offsets[piece], mixture.offsets[piece + 1]
         c, d = store.offsets[episode], store.offsets[episode + 1]
-        for key in Store.ROW_FIELDS:
+        for key in OfflineDataset.ROW_FIELDS:
             assert torch.equal(getattr(mixture, key)[a:b], getattr(store, key)[c:d])
 
 
@@ -98,7 +98,7 @@ def test_same_seed_same_mixture_and_manifest_is_json() -> None:
 def test_pieces_that_their_file_cut_off_are_marked_as_ended() -> None:
     """Else a file made of the mixture would join them to the next piece."""
     good, bad = make_store("good", [7, 3], 1.0), make_store("bad", [2, 4], 0.0)
-    cut = Store(**good.tensors() | {"complete": torch.tensor([True, False])}, info=good.info)
+    cut = OfflineDataset(**good.tensors() | {"complete": torch.tensor([True, False])}, info=good.info)
     mixture, _ = build_mixture(cut, bad, 0.4, 60)
     assert bool(mixture.complete.all())
     assert mixture.episodes == from_arrays(to_arrays(mixture)).episodes

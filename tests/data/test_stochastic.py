@@ -29,7 +29,7 @@ from offrl.utils.paths import cache_dir
 NAMES = ("bandit/p0.3", "lake/p0.7-eps0.4-n100", "cliff/uniform", "gambling/uniform", "toy/uniform", "mstoy/uniform")
 
 
-def build(name: str, **options: Any) -> data.Store:
+def build(name: str, **options: Any) -> data.OfflineDataset:
     return load(forge.ensure(f"forge/{name}-v0", progress=False, **options))
 
 
@@ -109,7 +109,7 @@ def test_noise_tells_nothing_of_the_action() -> None:
 def test_noise_is_for_whole_datasets_that_recorded_it(toy_file: Path) -> None:
     store = build("bandit/p0.3", size=300)
     assert exogenous_noise(store).dtype == torch.int64
-    with pytest.raises(OffrlError, match="the noise of 300 rows is known, this Store has 3"):
+    with pytest.raises(OffrlError, match="the noise of 300 rows is known, this dataset has 3"):
         exogenous_noise(store.select_episodes(torch.arange(3)))
     with pytest.raises(OffrlError, match="no Minari dataset"):
         exogenous_noise(load(toy_file))

@@ -1,11 +1,11 @@
-"""The Store against brute force: no gather crosses an episode's end, and fields on demand equal plain loops."""
+"""The dataset against brute force: no gather crosses an episode's end, and fields on demand equal plain loops."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from offrl.data.dataset import DatasetInfo, Store, concatenate
+from offrl.data.dataset import DatasetInfo, OfflineDataset, concatenate
 from offrl.utils.errors import OffrlError
 
 LENGTHS = (3, 1, 7, 2, 5)
@@ -13,13 +13,13 @@ TERMINATED = (True, False, True, False, False)
 TAILS = (False, True, False, True, False)
 
 
-def make_store(seed: int = 0, lengths: tuple[int, ...] = LENGTHS, **info: object) -> Store:
+def make_store(seed: int = 0, lengths: tuple[int, ...] = LENGTHS, **info: object) -> OfflineDataset:
     generator = torch.Generator().manual_seed(seed)
     n, offsets = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
     terminations = torch.zeros(n)
     terminations[offsets[1:][torch.tensor(TERMINATED)] - 1] = 1
     has_tail = torch.tensor(TAILS)
-    return Store(
+    return OfflineDataset(
         observations=torch.randn(n, 4, generator=generator),
         actions=torch.randn(n, 2, generator=generator),
         rewards=torch.randn(n, generator=generator),
@@ -34,7 +34,7 @@ def make_store(seed: int = 0, lengths: tuple[int, ...] = LENGTHS, **info: object
     )
 
 
-def rows(store: Store) -> list[tuple[int, int, int]]:
+def rows(store: OfflineDataset) -> list[tuple[int, int, int]]:
     """(row, first row of its episode, row behind its episode) of every row, by a plain loop."""
     bounds = [(int(a), int(b)) for a, b in zip(store.offsets[:-1], store.offsets[1:])]
     return [(row, start, stop) for start, stop in bounds for row in range(start, stop)]
@@ -132,15 +132,15 @@ def test_observation_statistics_match_numpy() -> None:
     torch.testing.assert_close(std.double(), torch.from_numpy(data.std(0)), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [*Store.ROW_FIELDS, *Store.EPISODE_FIELDS])
+@pytest.mark.parametrize("name", [*OfflineDataset.ROW_FIELDS, *OfflineDataset.EPISODE_FIELDS])
 def test_fingerprint_changes_with_any_number(name: str) -> None:
     store = make_store()
     tensors = store.tensors()
     changed = tensors[name].clone().reshape(-1)
     changed[-1] = ~changed[-1] if changed.dtype == torch.bool else changed[-1] + 1
     tensors[name] = changed.reshape(tensors[name].shape)
-    assert Store(**tensors).fingerprint != store.fingerprint
-    assert Store(**store.tensors()).fingerprint == store.fingerprint
+    assert OfflineDataset(**tensors).fingerprint != store.fingerprint
+    assert OfflineDataset(**store.tensors()).fingerprint == store.fingerprint
 
 
 def test_fingerprint_changes_with_episode_boundaries() -> None:
@@ -159,4 +159,4 @@ def test_fingerprint_changes_with_episode_boundaries() -> None:
 )
 def test_arrays_that_do_not_fit_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(OffrlError, match=message):
-        Store(**(make_store().tensors() | change))
+        OfflineDataset(**(make_store().tensors() | change))

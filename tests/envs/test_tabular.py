@@ -120,11 +120,11 @@ def test_the_vector_plays_the_episodes_of_the_single_environment(name: str) -> N
         np.testing.assert_array_equal(ours.reset(seed=seed)[0], single.reset(seed=seed)[0])
         for _ in range(150):
             action = rng.integers(ours.single_action_space.n, size=rows)
-            (*got, info), (*expected, facts) = ours.step(action), single.step(action)
+            (*got, info), (*expected, metadata) = ours.step(action), single.step(action)
             for a, b in zip(got, expected):
                 np.testing.assert_array_equal(a, b)
             for key in ("noise", "intended_action"):
-                np.testing.assert_array_equal(info[key], facts[key])
+                np.testing.assert_array_equal(info[key], metadata[key])
 
 
 def test_a_time_limit_truncates() -> None:

@@ -57,8 +57,8 @@ def make_run(
     (folder / "config.json").write_text(json.dumps(composed))
     method = agent if sampler == "Uniform" else f"{agent}+{sampler}"
     (folder / "manifest.json").write_text(json.dumps({"method": method, "dataset_info": {"family": family}}))
-    facts = {"run_id": folder.name, "method": agent, "dataset": dataset, "updates": updates}
-    with results.RunWriter(folder, facts) as writer:
+    metadata = {"run_id": folder.name, "method": agent, "dataset": dataset, "updates": updates}
+    with results.RunWriter(folder, metadata) as writer:
         for step in steps:
             scores = np.broadcast_to(np.asarray(level), len(seeds))[:, None] + rng.normal(
                 0, spread, (len(seeds), episodes)

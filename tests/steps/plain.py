@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.sampling import Uniform
 from offrl.utils.random import LaneRandom
 
@@ -29,7 +29,7 @@ def difference(a: nn.Module, b: nn.Module) -> float:
     return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters()))
 
 
-def drawn(store: Store, random: LaneRandom, updates: int, size: int) -> Iterator[tuple[int, Tensor]]:
+def drawn(store: OfflineDataset, random: LaneRandom, updates: int, size: int) -> Iterator[tuple[int, Tensor]]:
     """Number of each update of a run of one lane, and the dataset's rows that it learns from.
 
     `random`, a lane's numbers, is put to the update under way.
@@ -41,7 +41,7 @@ def drawn(store: Store, random: LaneRandom, updates: int, size: int) -> Iterator
         yield t, rows
 
 
-def batches(store: Store, random: LaneRandom, updates: int, size: int) -> Iterator[tuple[int, Rows]]:
+def batches(store: OfflineDataset, random: LaneRandom, updates: int, size: int) -> Iterator[tuple[int, Rows]]:
     """The same with (s, a, r, s', 1 - d) of these rows; states are standardised."""
     mean, std = store.observations.mean(0), store.observations.std(0, correction=0)
     for t, rows in drawn(store, random, updates, size):

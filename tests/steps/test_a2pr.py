@@ -18,8 +18,8 @@ from offrl.agents.a2pr import A2PR, A2PRConfig
 from offrl.agents.base import Batch, Spec
 from offrl.agents.bc import BC, BCConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.data.dataset import Store
-from offrl.sampling import Replay, Uniform
+from offrl.data.dataset import OfflineDataset
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.utils.paths import conf_dir
 from offrl.utils.random import LaneRandom
@@ -184,10 +184,10 @@ def test_the_reference_is_the_better_action_and_its_gate_a_plain_or() -> None:
     """Sample by sample: argmax over {g, a} of Q_1, g on ties; and the pull weighs 0 or M, never 2 M."""
     agent, batch, value, q = judged(bc_weight=3.0)
     action = agent.act(batch.obs).detach()
-    proposal = agent.render(batch.obs, action, "vae/policy")[0]
+    proposal = agent.reconstruct(batch.obs, action, "vae/policy")[0]
     q_proposal = agent.critics(batch.obs, proposal, member=0)
     c, generated, gate = agent.reference(batch, action, value, q)
-    pull = torch.zeros(2, dtype=torch.float64)
+    policy_regularizer = torch.zeros(2, dtype=torch.float64)
     for lane in range(2):
         for i in range(q.shape[1]):
             takes = bool(q_proposal[lane, i] >= q[lane, i])
@@ -195,16 +195,16 @@ def test_the_reference_is_the_better_action_and_its_gate_a_plain_or() -> None:
             opens = max(q_proposal[lane, i], q[lane, i]) > value[lane, i]
             assert torch.equal(c[lane, i], best)
             assert (bool(generated[lane, i]), bool(gate[lane, i])) == (takes, bool(opens))
-            pull[lane] += 3.0 * opens * (action[lane, i] - best).square().mean() / q.shape[1]
+            policy_regularizer[lane] += 3.0 * opens * (action[lane, i] - best).square().mean() / q.shape[1]
     assert 0 < generated.double().mean() < 1  # the comparison saw all cases
     assert 0 < gate.double().mean() < 1
-    torch.testing.assert_close(agent.policy_loss(batch, value, q)[1]["bc_loss"], pull)
+    torch.testing.assert_close(agent.policy_loss(batch, value, q)[1]["bc_loss"], policy_regularizer)
 
 
 def test_ties_go_to_the_generated_action() -> None:
     agent, batch, value, _ = judged()
     action = agent.act(batch.obs).detach()
-    proposal = agent.render(batch.obs, action, "vae/policy")[0]
+    proposal = agent.reconstruct(batch.obs, action, "vae/policy")[0]
     tie = agent.critics(batch.obs, proposal, member=0).detach()
     assert agent.reference(batch, action, value, tie)[1].all()
 
@@ -235,7 +235,7 @@ def test_the_gradient_runs_through_the_proposal_unless_it_is_detached(detached: 
         for i in range(2):
             nudge = torch.zeros(2, dtype=torch.float64)
             nudge[i] = step
-            up, down = (agent.render(batch.obs, action + sign * nudge, "vae/policy")[0] for sign in (1, -1))
+            up, down = (agent.reconstruct(batch.obs, action + sign * nudge, "vae/policy")[0] for sign in (1, -1))
             columns.append((up - down).detach() / (2 * step))
         jacobian = torch.stack(columns, -1)  # [lanes, batch, g, p]
         assert jacobian.abs().max() > 1e-3
@@ -245,7 +245,7 @@ def test_the_gradient_runs_through_the_proposal_unless_it_is_detached(detached: 
 
 def test_a_vae_that_copies_its_input_pulls_nowhere() -> None:
     class Copying(A2PR):
-        def render(self, obs: Tensor, action: Tensor, draw: str, frozen: bool = False) -> tuple[Tensor, ...]:
+        def reconstruct(self, obs: Tensor, action: Tensor, draw: str, frozen: bool = False) -> tuple[Tensor, ...]:
             return action, action, action
 
     agent, batch, value, q = judged(Copying)
@@ -262,7 +262,7 @@ def test_actions_stay_in_their_box() -> None:
     agent = A2PR(spec, A2PRConfig(**SMALL))
     with torch.no_grad():
         agent.vae.decoder.weights[-1].mul_(1e3)
-    action = agent.render(torch.randn(2, 100, 3), torch.randn(2, 100, 2), "vae/data")[0]
+    action = agent.reconstruct(torch.randn(2, 100, 3), torch.randn(2, 100, 2), "vae/data")[0]
     assert action.min() >= -0.5
     assert action.max() <= 2.0
     assert action.max() - action.min() > 2.4
@@ -308,7 +308,7 @@ def test_the_reconstruction_is_averaged_over_the_whole_batch() -> None:
     leaf = torch.randn(2, 64, 2, dtype=torch.float64, requires_grad=True)
 
     class Fixed(A2PR):
-        def render(self, obs: Tensor, action: Tensor, draw: str, frozen: bool = False) -> tuple[Tensor, ...]:
+        def reconstruct(self, obs: Tensor, action: Tensor, draw: str, frozen: bool = False) -> tuple[Tensor, ...]:
             return leaf, torch.zeros_like(leaf), torch.zeros_like(leaf)
 
     agent, batch, value, q = judged(Fixed, vae_weight=1.5)
@@ -380,7 +380,7 @@ def test_the_state_is_worth_no_more_than_the_critics_target() -> None:
 def test_actor_and_targets_move_on_every_second_update_and_the_rest_on_all() -> None:
     store = make_toy(512)
     agent = A2PR(Spec(3, 2), A2PRConfig(**SMALL))
-    engine = Eager(agent, Replay([(store, Uniform(store), 1.0)], 16))
+    engine = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 16))
     late = [agent.actor, agent.actor_target, agent.critics_target]
     always = [agent.critics, agent.value, agent.vae]
     for step in range(7):
@@ -407,11 +407,11 @@ def count(network: nn.Module) -> int:
     return sum(int((p != 0).sum()) for p in network.parameters())
 
 
-def random_rows() -> Store:
+def random_rows() -> OfflineDataset:
     generator = torch.Generator().manual_seed(0)
     sizes = ((64, 17), (64, 6), (64,), (64, 17))
     rows = [torch.randn(size, generator=generator) for size in sizes]
-    return Store(rows[0], rows[1].tanh(), rows[2], rows[3], torch.zeros(64), torch.arange(0, 65, 8))
+    return OfflineDataset(rows[0], rows[1].tanh(), rows[2], rows[3], torch.zeros(64), torch.arange(0, 65, 8))
 
 
 # ---- settings and learning ------------------------------------------------------------------------------------
@@ -456,14 +456,14 @@ def test_beats_cloning_where_the_behaviour_is_biased() -> None:
 # ---- helpers --------------------------------------------------------------------------------------------------
 
 
-def make(store: Store, cls: type[A2PR] = A2PR, seeds: tuple[int, ...] = (3, 4), **settings: Any) -> A2PR:
+def make(store: OfflineDataset, cls: type[A2PR] = A2PR, seeds: tuple[int, ...] = (3, 4), **settings: Any) -> A2PR:
     """A small agent in float64."""
     spec = Spec(3, 2, seeds, *store.observation_statistics())
     return cls(spec, A2PRConfig(**{**SMALL, **settings})).double()
 
 
-def advance(agent: Any, store: Store, updates: int, batch: int = 32) -> None:
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], batch)).run(0, updates)
+def advance(agent: Any, store: OfflineDataset, updates: int, batch: int = 32) -> None:
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], batch)).run(0, updates)
 
 
 def judged(cls: type[A2PR] = A2PR, **settings: Any) -> tuple[A2PR, Batch, Tensor, Tensor]:

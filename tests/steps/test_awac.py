@@ -14,8 +14,8 @@ from torch.distributions import Normal
 
 from offrl.agents.awac import AWAC, AWACConfig
 from offrl.agents.base import Spec
-from offrl.data.dataset import Store
-from offrl.sampling import Replay, Uniform
+from offrl.data.dataset import OfflineDataset
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.utils.random import LaneRandom
 
@@ -74,7 +74,7 @@ class Plain:
         return largest
 
 
-def make(store: Store, **settings: Any) -> AWAC:
+def make(store: OfflineDataset, **settings: Any) -> AWAC:
     spec = Spec(3, 2, (11,), *store.observation_statistics())
     return AWAC(spec, AWACConfig(hidden=(24, 16), **settings)).to(store.rewards.dtype)
 
@@ -90,7 +90,7 @@ def test_updates_equal_the_reference(updates: int, tolerance: float, settings: d
         noise = {name: random.normal(name, rows[1].unsqueeze(0))[0] for name in ("next_action", "action")}
         plain.step(*rows, noise)
     before = plain.distance(agent)
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH)).run(0, updates)
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH)).run(0, updates)
     assert plain.distance(agent) < tolerance < before
 
 

@@ -13,12 +13,12 @@ from offrl.data.batch import Batch
 
 
 def test_updates_equal_plain_regression() -> None:
-    store = make_toy(256, dtype=torch.float64)
+    dataset = make_toy(256, dtype=torch.float64)
     agent = BC(Spec(3, 2, (4,)), BCConfig(hidden=(16, 16))).double()
     plain = sequential(agent.actor.mlp, 0)
     adam = torch.optim.Adam(plain.parameters(), lr=3e-4)
     for step in range(100):
-        batch = store.transitions(torch.arange(step, step + 64).unsqueeze(0))
+        batch = dataset.transitions(torch.arange(step, step + 64).unsqueeze(0))
         loss = nn.functional.mse_loss(torch.tanh(plain(batch.obs[0])), batch.action[0])
         adam.zero_grad()
         loss.backward()

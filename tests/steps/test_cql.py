@@ -16,7 +16,7 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 from offrl.agents.base import Spec
 from offrl.agents.cql import CQL, CQLConfig
 from offrl.nets import TanhGaussian
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.training.runs import make_agent
 from offrl.utils.errors import OffrlError
@@ -147,15 +147,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (3, 1e-10), (30, 1e-8)])
 def test_updates_equal_corls(name: str, updates: int, tolerance: float) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the last tolerance."""
-    store = make_toy(512, bias=0.2, dtype=torch.float64)
-    spec = Spec(3, 2, (11,), *store.observation_statistics())
+    dataset = make_toy(512, bias=0.2, dtype=torch.float64)
+    spec = Spec(3, 2, (11,), *dataset.observation_statistics())
     config = CQLConfig(hidden=(24, 16), actions=4, cql_alpha=2.0, actor_lr=1e-3, critic_lr=1e-3, **VARIANTS[name])
     agent = CQL(spec, config).double()
     plain = Plain(agent, random := LaneRandom((11,)))
-    for _, rows in batches(store, random, updates, 32):
+    for _, rows in batches(dataset, random, updates, 32):
         plain.step(*rows)
     before = plain.distance(agent)
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], 32)).run(0, updates)
+    Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 32)).run(0, updates)
     assert plain.distance(agent) < tolerance < before
 
 
@@ -204,11 +204,11 @@ def test_the_multiplier_climbs_above_the_gap_and_descends_below() -> None:
 
 def test_the_term_lowers_what_the_data_lack() -> None:
     """The larger its weight, the farther uniform actions and the policy's fall behind the data's; the lanes are weights."""
-    store = make_toy(4096)
+    dataset = make_toy(4096)
     weights = torch.tensor([0.0, 1.0, 10.0])
-    spec = Spec(3, 2, (5, 5, 5), *store.observation_statistics())
+    spec = Spec(3, 2, (5, 5, 5), *dataset.observation_statistics())
     agent = CQL(spec, CQLConfig(hidden=(32, 32), actions=3, cql_alpha=weights, actor_lr=1e-3, critic_lr=1e-3))
-    metrics = Eager(agent, Replay([(store, Uniform(store), 1.0)], 64)).run(0, 200)
+    metrics = Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 64)).run(0, 200)
     gaps = metrics["q_data"] - metrics["q_uniform"]
     assert gaps[0] < gaps[1] < gaps[2]
     assert metrics["cql_diff"][0] > metrics["cql_diff"][2]
@@ -216,11 +216,11 @@ def test_the_term_lowers_what_the_data_lack() -> None:
 
 def test_cloning_first_looks_at_no_critic() -> None:
     """Up to `bc_steps` the policy's step is the same whatever the critics say, and from then on it is not."""
-    store = make_toy(512, dtype=torch.float64)
+    dataset = make_toy(512, dtype=torch.float64)
     pair = [small(bc_steps=3, actor_lr=1e-2) for _ in range(2)]
     with torch.no_grad():
         pair[1].critics.mlp.weights[-1].mul_(-50.0)
-    engines = [Eager(agent, Replay([(store, Uniform(store), 1.0)], 16)) for agent in pair]
+    engines = [Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 16)) for agent in pair]
 
     def policies_agree() -> bool:
         return all(torch.equal(a, b) for a, b in zip(pair[0].actor.parameters(), pair[1].actor.parameters()))

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from offrl.agents.base import Batch, Spec
 from offrl.agents.doc import DoC, contrast, reversed_gradient
 from offrl.agents.vae_bc import VAEBC
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.datasets import load
 from offrl.evaluation.evaluator import Evaluator
 from offrl.evaluation.probes import leak, reward_and_state
 from offrl.forge import registry as forge
 from offrl.nets.latents import Categorical, Gaussian
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.utils.random import LaneRandom
 
@@ -32,16 +32,16 @@ SMALL: dict[str, Any] = {"hidden": (12, 12), "latent_size": 3, "suffix": 4, "lr"
 ROWS = [0, 5, 7, 8, 12, 20]  # starts, middles and last steps of episodes of 7, 1, 3 and 11 steps
 
 
-def make_agent(cls: Any, store: Store, seeds: tuple[int, ...] = (0,), **settings: Any) -> Any:
+def make_agent(cls: Any, store: OfflineDataset, seeds: tuple[int, ...] = (0,), **settings: Any) -> Any:
     spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete))
     agent = cls(spec, cls.Config(**{**SMALL, **settings})).to(store.rewards.dtype)
-    agent.attach(store)
+    agent.setup(store)
     return agent
 
 
-def windows(agent: Any, store: Store, rows: list[int] = ROWS) -> Batch:
+def windows(agent: Any, store: OfflineDataset, rows: list[int] = ROWS) -> Batch:
     index = torch.tensor(rows).expand(agent.spec.lanes, -1)
-    return agent.prepare(store.windows(index, agent.cfg.suffix, agent.extra))
+    return agent.prepare(store.windows(index, agent.cfg.suffix, agent.batch_fields))
 
 
 # ---- the update -----------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def windows(agent: Any, store: Store, rows: list[int] = ROWS) -> Batch:
 class Plain:
     """One lane, window by window and step by step, from ordinary layers and optimisers."""
 
-    def __init__(self, agent: Any, store: Store) -> None:
+    def __init__(self, agent: Any, store: OfflineDataset) -> None:
         self.agent, self.cfg, self.store, self.discrete = agent, agent.cfg, store, agent.spec.discrete
         actor = agent.policy if self.discrete else agent.policy.mlp
         names = ("embed", "posterior_head", "prior", "value")
@@ -383,10 +383,10 @@ def play(agent: Any, p: float) -> tuple[Tensor, Tensor]:
 
 
 def learn(
-    cls: Any, store: Store, seeds: tuple[int, ...] = tuple(range(10)), updates: int = 1000, **settings: Any
+    cls: Any, store: OfflineDataset, seeds: tuple[int, ...] = tuple(range(10)), updates: int = 1000, **settings: Any
 ) -> Any:
     agent = make_agent(cls, store, seeds, **{**BANDIT, **settings})
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], 64, agent.window, agent.extra)).run(0, updates)
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 64, agent.window, agent.batch_fields)).run(0, updates)
     return agent
 
 
@@ -418,7 +418,7 @@ def test_doc_earns_the_better_arm_at_every_chance(p: float) -> None:
 # ---- longer episodes ------------------------------------------------------------------------------------------
 
 
-def evaluated(agent: Any, store: Store, sampled: bool) -> tuple[Tensor, Tensor]:
+def evaluated(agent: Any, store: OfflineDataset, sampled: bool) -> tuple[Tensor, Tensor]:
     """Mean return and promise of 1000 episodes, `[lanes]` each."""
     agent.cfg.sample_actions = sampled
     with Evaluator(store.info, agent.spec.lanes, workers=1, slots=1000 * agent.spec.lanes) as evaluator:
@@ -427,7 +427,7 @@ def evaluated(agent: Any, store: Store, sampled: bool) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(played.returns).mean(1), torch.from_numpy(played.promised).mean(1)
 
 
-def forge_store(name: str) -> Store:
+def forge_store(name: str) -> OfflineDataset:
     return load(forge.ensure(name, progress=False))
 
 
@@ -436,7 +436,7 @@ def test_return_conditioning_on_the_lake_is_the_exact_conditional_policy() -> No
     """RvS, asked for 1, against dynamic programming: 0.158 with drawn actions, 0.740 with the likeliest ones."""
     store = forge_store("forge/lake/p0.33-eps0.4-n10000-v0")
     agent = make_rvs(store, (0, 1), hidden=(64, 64), average=False)
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], 512, None, agent.extra)).run(0, 3000)
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 512, None, agent.batch_fields)).run(0, 3000)
     exact = store.info.provenance["exact"]["rcsl"][0]
     assert (
         evaluated(agent, store, True)[0] - exact["sampled"]
@@ -465,5 +465,5 @@ def test_a_gamble_is_declined() -> None:
     start = store.observations[:1].expand(5, 1, -1)
     assert (agent.select_action(start, agent.memory(1)) == 2).sum() >= 4
     rvs = make_rvs(store, tuple(range(5)), hidden=(64, 64), average=False, return_scale=0.2)
-    Eager(rvs, Replay([(store, Uniform(store), 1.0)], 128, None, rvs.extra)).run(0, 800)
+    Eager(rvs, BatchLoader([(store, Uniform(store), 1.0)], 128, None, rvs.extra)).run(0, 800)
     assert (rvs.select_action(start, rvs.memory(1)) == 0).all()

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Batch, Spec
 from offrl.agents.dt import DT, STATES, DTConfig
-from offrl.data.dataset import DatasetInfo, Store
-from offrl.sampling import Replay, Uniform
+from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 
 SMALL: dict[str, Any] = {"context": 4, "embed": 12, "heads": 2, "max_length": 9, "warmup": 50, "return_scale": 0.1}
 
 
-def make_store(lengths: tuple[int, ...] = (7, 1, 3, 11), discrete: int | None = None, seed: int = 0) -> Store:
+def make_store(lengths: tuple[int, ...] = (7, 1, 3, 11), discrete: int | None = None, seed: int = 0) -> OfflineDataset:
     """Episodes of random numbers."""
     generator = torch.Generator().manual_seed(seed)
     rows = sum(lengths)
@@ -29,15 +29,15 @@ def make_store(lengths: tuple[int, ...] = (7, 1, 3, 11), discrete: int | None = 
         action = torch.randint(discrete, (rows,), generator=generator)
     reward = torch.randn(rows, generator=generator).double()
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return Store(obs, action, reward, nxt, torch.zeros(rows), offsets, DatasetInfo(discrete=discrete))
+    return OfflineDataset(obs, action, reward, nxt, torch.zeros(rows), offsets, DatasetInfo(discrete=discrete))
 
 
-def make_agent(store: Store, seeds: tuple[int, ...] = (0,), **settings: Any) -> DT:
+def make_agent(store: OfflineDataset, seeds: tuple[int, ...] = (0,), **settings: Any) -> DT:
     spec = Spec(
         store.obs_dim, store.action_dim, seeds, *store.observation_statistics(), discrete=bool(store.info.discrete)
     )
     agent = DT(spec, DTConfig(**{**SMALL, **settings})).double()
-    agent.attach(store)
+    agent.setup(store)
     # Initial weights of 0.02 leave attention almost uniform, which would hide mistakes.
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -46,9 +46,9 @@ def make_agent(store: Store, seeds: tuple[int, ...] = (0,), **settings: Any) -> 
     return agent
 
 
-def windows(agent: DT, store: Store, rows: list[int]) -> Batch:
+def windows(agent: DT, store: OfflineDataset, rows: list[int]) -> Batch:
     index = torch.tensor(rows).expand(agent.spec.lanes, -1)
-    return agent.prepare(store.windows(index, agent.cfg.context, agent.extra))
+    return agent.prepare(store.windows(index, agent.cfg.context, agent.batch_fields))
 
 
 # ---- the update -----------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class Plain:
     def norm(self, name: str, x: Tensor) -> Tensor:
         return nn.functional.layer_norm(x, x.shape[-1:], self.p[f"{name}.weight"], self.p[f"{name}.bias"], 1e-5)
 
-    def attention(self, name: str, x: Tensor, coins: dict[str, Tensor]) -> Tensor:
+    def attention(self, name: str, x: Tensor, uniforms: dict[str, Tensor]) -> Tensor:
         """Head by head and query by query."""
         q, k, v = self.linear(f"{name}.query", x), *self.linear(f"{name}.key_value", x).chunk(2, 1)
         size, out = q.shape[1] // self.cfg.heads, torch.zeros_like(q)
@@ -78,12 +78,12 @@ class Plain:
             mine = slice(head * size, (head + 1) * size)
             for i in range(len(x)):
                 weight = torch.softmax(k[: i + 1, mine] @ q[i, mine] / math.sqrt(size), 0)
-                if coins:
-                    weight = weight * coins[f"{name}/weights"][head, i, : i + 1]
+                if uniforms:
+                    weight = weight * uniforms[f"{name}/weights"][head, i, : i + 1]
                 out[i, mine] = weight @ v[: i + 1, mine]
         return self.linear(f"{name}.mix", out)
 
-    def __call__(self, returns: Tensor, obs: Tensor, action: Tensor, first: int, coins: dict[str, Tensor]) -> Tensor:
+    def __call__(self, returns: Tensor, obs: Tensor, action: Tensor, first: int, uniforms: dict[str, Tensor]) -> Tensor:
         """The head's outputs at the states of consecutive steps, the first of which is number `first`."""
         steps = torch.arange(first, first + len(obs)).clamp(max=self.cfg.max_length - 1)
         time = self.p["embed_time"][steps]
@@ -91,20 +91,20 @@ class Plain:
         kinds = (("return", returns.unsqueeze(1) * self.cfg.return_scale), ("state", obs), ("action", action))
         three = [self.linear(f"embed_{kind}", value) + time for kind, value in kinds]
         x = self.norm("norm_in", torch.stack([token[t] for t in range(len(obs)) for token in three]))
-        x = x * coins["embed"][: len(x)] if coins else x
+        x = x * uniforms["embed"][: len(x)] if uniforms else x
         for i in range(self.cfg.layers):
             name = f"blocks.{i}"
-            part = self.attention(name, self.norm(f"{name}.norm_attention", x), coins)
-            x = x + (part * coins[f"{name}/attention"][: len(x)] if coins else part)
+            part = self.attention(name, self.norm(f"{name}.norm_attention", x), uniforms)
+            x = x + (part * uniforms[f"{name}/attention"][: len(x)] if uniforms else part)
             part = self.linear(f"{name}.down", self.linear(f"{name}.up", self.norm(f"{name}.norm_mlp", x)).relu())
-            x = x + (part * coins[f"{name}/mlp"][: len(x)] if coins else part)
+            x = x + (part * uniforms[f"{name}/mlp"][: len(x)] if uniforms else part)
         return self.linear("head", self.norm("norm_out", x))[STATES]
 
-    def loss(self, store: Store, rows: list[int], coins: list[dict[str, Tensor]]) -> Tensor:
+    def loss(self, store: OfflineDataset, rows: list[int], uniforms: list[dict[str, Tensor]]) -> Tensor:
         """Mean over all steps that the windows have."""
         errors = []
         mean, std = store.observations.mean(0), store.observations.std(0, correction=0)
-        for row, mine in zip(rows, coins):
+        for row, mine in zip(rows, uniforms):
             episode = int(store.episode_of_row[row])
             end = min(row + self.cfg.context, int(store.offsets[episode + 1]))
             total = [store.rewards[t : store.offsets[episode + 1]].sum() for t in range(row, end)]
@@ -117,10 +117,10 @@ class Plain:
                 errors.append((out.tanh() - action).square().mean(1))
         return torch.cat(errors).mean()
 
-    def step(self, store: Store, rows: list[int], coins: list[dict[str, Tensor]]) -> float:
+    def step(self, store: OfflineDataset, rows: list[int], uniforms: list[dict[str, Tensor]]) -> float:
         """One update; the norm of the gradient before it was clipped."""
         self.adam.zero_grad()
-        self.loss(store, rows, coins).backward()
+        self.loss(store, rows, uniforms).backward()
         norm = nn.utils.clip_grad_norm_(self.p.values(), self.cfg.grad_clip)
         self.adam.step()
         self.schedule.step()
@@ -148,7 +148,7 @@ def of_window(tossed: dict[str, Tensor], window: int, tokens: int, layers: int) 
 
     The last block is asked for states alone; elsewhere its outputs don't matter, and neither do their coins.
     """
-    coins = {"embed": tossed["dt/embed"][0, window]}
+    uniforms = {"embed": tossed["dt/embed"][0, window]}
     for i in range(layers):
         for part in ("weights", "attention", "mlp"):
             mine = tossed[f"dt/{i}/{part}"][0, window]
@@ -157,8 +157,8 @@ def of_window(tossed: dict[str, Tensor], window: int, tokens: int, layers: int) 
                 everywhere = torch.ones(shape, dtype=mine.dtype)
                 everywhere[..., STATES, :] = mine
                 mine = everywhere
-            coins[f"blocks.{i}/{part}"] = mine
-    return coins
+            uniforms[f"blocks.{i}/{part}"] = mine
+    return uniforms
 
 
 ROWS = [0, 5, 6, 7, 8, 10, 12, 21]  # starts, middles and last steps of episodes
@@ -175,8 +175,8 @@ def test_updates_equal_a_plain_restatement(discrete: int | None, rate: float, gr
     agent.drop, tossed = dictated_coins(agent, rate)  # type: ignore[method-assign]
     for updates in (1, 2, 3):
         agent.update(windows(agent, store, ROWS), 0)
-        coins = [of_window(tossed, i, 12, 3) if rate else {} for i in range(len(ROWS))]
-        norm = plain.step(store, ROWS, coins)
+        uniforms = [of_window(tossed, i, 12, 3) if rate else {} for i in range(len(ROWS))]
+        norm = plain.step(store, ROWS, uniforms)
         assert (norm > grad_clip) == (grad_clip == 0.25)
         assert before == 0
         assert plain.distance(agent) < 1e-10 * updates
@@ -313,10 +313,10 @@ def test_the_default_target_is_the_best_complete_return() -> None:
     store = make_store()
     assert make_agent(store).target == store.returns.max()
     complete = store.returns < store.returns.max()
-    cut = Store(**{**store.tensors(), "complete": complete}, info=store.info)
+    cut = OfflineDataset(**{**store.tensors(), "complete": complete}, info=store.info)
     assert make_agent(cut).target == store.returns[complete].max()
     named = DT(Spec(3, 2, (0, 1)), DTConfig(**SMALL, target_return=7.0))
-    named.attach(store)
+    named.setup(store)
     assert named.target.tolist() == [7, 7]
     other = make_agent(make_store(seed=1))
     other.load_state_dict(make_agent(store).state_dict())  # a saved agent needs no dataset
@@ -337,14 +337,14 @@ def test_lanes_ask_for_their_own_return() -> None:
 # ---- behaviour ------------------------------------------------------------------------------------------------
 
 
-def make_gamble(discrete: bool) -> Store:
+def make_gamble(discrete: bool) -> OfflineDataset:
     """Episodes of one step: either action half of the time; the right one earns 1, the left one 0."""
     rows = 256
     right = torch.arange(rows) % 2
     obs = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0))
     action = right if discrete else (right.float() - 0.5).unsqueeze(1)
     info = DatasetInfo(discrete=2 if discrete else None)
-    return Store(obs, action, right.float(), obs, torch.ones(rows), torch.arange(rows + 1), info)
+    return OfflineDataset(obs, action, right.float(), obs, torch.ones(rows), torch.arange(rows + 1), info)
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -352,9 +352,9 @@ def test_a_higher_target_picks_the_better_action(discrete: bool) -> None:
     store = make_gamble(discrete)
     spec = Spec(2, store.action_dim, (0, 1), *store.observation_statistics(), discrete=discrete)
     agent = DT(spec, DTConfig(context=2, embed=16, layers=1, lr=1e-2, warmup=20))
-    agent.attach(store)
+    agent.setup(store)
     assert agent.target.tolist() == [1, 1]
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], 32, agent.window, agent.extra)).run(0, 200)
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 32, agent.window, agent.batch_fields)).run(0, 200)
     obs = store.observations[:50].expand(2, -1, -1)
     for target in (1.0, 0.0):
         agent.target.fill_(target)

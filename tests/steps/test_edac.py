@@ -14,7 +14,7 @@ from torch import Tensor
 from offrl.agents.base import Spec
 from offrl.agents.edac import EDAC, EDACConfig
 from offrl.agents.sac_n import SACN, SACNConfig
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.training.runs import make_agent
 from offrl.utils.errors import OffrlError
@@ -47,11 +47,11 @@ def test_updates_equal_corls(members: int, eta: float, updates: int, tolerance: 
 
 
 def test_without_weight_it_is_sac_n() -> None:
-    store = make_toy(512, dtype=torch.float64)
+    dataset = make_toy(512, dtype=torch.float64)
     with_term = EDAC(Spec(3, 2, (4,)), EDACConfig(members=3, eta=0.0, hidden=(8, 8))).double()
     without = SACN(Spec(3, 2, (4,)), SACNConfig(members=3, hidden=(8, 8))).double()
     for agent in (with_term, without):
-        Eager(agent, Replay([(store, Uniform(store), 1.0)], 16)).run(0, 5)
+        Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 16)).run(0, 5)
     for mine, other in zip(with_term.parameters(), without.parameters()):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
@@ -73,10 +73,10 @@ def test_the_term_of_known_gradients() -> None:
 
 def test_the_term_drives_the_gradients_apart() -> None:
     """After the same updates from the same weights the critics' gradients differ more, the larger eta is; lanes may differ."""
-    store = make_toy(4096)
+    dataset = make_toy(4096)
     config = EDACConfig(members=4, eta=torch.tensor([0.0, 0.1, 10.0]), hidden=(32, 32), critic_lr=1e-3)
     agent = EDAC(Spec(3, 2, (5, 5, 5)), config)
-    metrics = Eager(agent, Replay([(store, Uniform(store), 1.0)], 64)).run(0, 300)
+    metrics = Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 64)).run(0, 300)
     cosine = metrics["cosine"].tolist()
     assert cosine[0] > cosine[1] + 0.3 > cosine[2] + 0.4
     assert cosine[2] > -1 / 3 - 1e-6  # the least mean cosine of four vectors

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Batch, Spec
 from offrl.agents.esper import CLUSTERS, ESPER, POLICY, RETURNS
-from offrl.data.dataset import DatasetInfo, Store
-from offrl.sampling import Replay, Uniform
+from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.training.trainer import train
 from offrl.utils.errors import OffrlError
@@ -23,17 +23,17 @@ SMALL |= {"suffix": 4, "groups": 2, "kinds": 3, "label_hidden": (12,), "cluster_
 ROWS = [0, 5, 7, 8, 12, 20]  # starts, middles and last steps of episodes of 7, 1, 3 and 11 steps
 
 
-def make_agent(store: Store, seeds: tuple[int, ...] = (0,), **settings: Any) -> ESPER:
+def make_agent(store: OfflineDataset, seeds: tuple[int, ...] = (0,), **settings: Any) -> ESPER:
     spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete))
     agent = ESPER(spec, ESPER.Config(**{**SMALL, **settings})).to(store.rewards.dtype)
-    agent.attach(store)
+    agent.setup(store)
     return agent
 
 
-def windows(agent: ESPER, store: Store, rows: list[int] = ROWS) -> Batch:
+def windows(agent: ESPER, store: OfflineDataset, rows: list[int] = ROWS) -> Batch:
     assert agent.window is not None
     index = torch.tensor(rows).expand(agent.spec.lanes, -1)
-    return agent.prepare(store.windows(index, agent.window, agent.extra))
+    return agent.prepare(store.windows(index, agent.window, agent.batch_fields))
 
 
 class Plain:
@@ -41,7 +41,7 @@ class Plain:
 
     NAMES = ("embed_step", "cluster_head", "action_head", "adversary", "return_head")
 
-    def __init__(self, agent: ESPER, store: Store) -> None:
+    def __init__(self, agent: ESPER, store: OfflineDataset) -> None:
         self.agent, self.store, self.discrete = agent, store, agent.spec.discrete
         self.nets = {name: sequential(getattr(agent, name), 0) for name in self.NAMES}
         clusters = [p for name in self.NAMES[:3] for p in self.nets[name].parameters()]
@@ -76,8 +76,8 @@ class Plain:
                 state_errors.append((foretold - self.store.next_observations[i]).square().mean())
         return torch.stack(action_errors).mean(), torch.stack(state_errors).mean()
 
-    def cluster_step(self, rows: list[int], coins: Tensor, weight: float) -> list[float]:
-        gumbel = -(-coins.log()).log()
+    def cluster_step(self, rows: list[int], uniforms: Tensor, weight: float) -> list[float]:
+        gumbel = -(-uniforms.log()).log()
         codes = [(self.logits(row) + g).softmax(1).flatten() for row, g in zip(rows, gumbel)]
         action_error, state_error = self.errors(rows, codes)
         self.adams[0].zero_grad()
@@ -90,10 +90,10 @@ class Plain:
         self.adams[1].step()
         return [float(x.detach()) for x in (action_error, told, untold - told)]
 
-    def return_step(self, rows: list[int], coins: Tensor, scale: float) -> float:
+    def return_step(self, rows: list[int], uniforms: Tensor, scale: float) -> float:
         losses = []
-        for row, coin in zip(rows, coins):
-            code = one_hot_sample(self.logits(row).detach(), coin)
+        for row, uniform in zip(rows, uniforms):
+            code = one_hot_sample(self.logits(row).detach(), uniform)
             target = self.store.return_to_go[row] * scale
             losses.append((self.nets["return_head"](torch.cat([self.known(row), code])) - target).square())
         self.adams[2].zero_grad()
@@ -105,8 +105,8 @@ class Plain:
         return max(difference(net, sequential(getattr(self.agent, name), 0)) for name, net in self.nets.items())
 
 
-def one_hot_sample(logits: Tensor, coin: Tensor) -> Tensor:
-    kinds = (logits.softmax(1).cumsum(1)[:, :-1] <= coin.unsqueeze(1)).sum(1)
+def one_hot_sample(logits: Tensor, uniform: Tensor) -> Tensor:
+    kinds = (logits.softmax(1).cumsum(1)[:, :-1] <= uniform.unsqueeze(1)).sum(1)
     return nn.functional.one_hot(kinds, logits.shape[1]).double().flatten()
 
 
@@ -119,8 +119,8 @@ def test_updates_equal_a_plain_restatement(discrete: int | None) -> None:
     for update in range(1, 7):
         agent.random.step.fill_(update)
         if update < 4:
-            coins = agent.random.uniform("esper/cluster", (6, 2, 3))[0]
-            expected = plain.cluster_step(ROWS, coins, 0.3)
+            uniforms = agent.random.uniform("esper/cluster", (6, 2, 3))[0]
+            expected = plain.cluster_step(ROWS, uniforms, 0.3)
             metrics = agent.update(batch, CLUSTERS)
             found = [metrics[name].item() for name in ("cluster_action_loss", "adversary_loss", "advantage")]
         else:
@@ -135,14 +135,14 @@ def test_the_dataset_is_relabelled_by_the_windows_own_labels() -> None:
     store = make_store()
     agent = make_agent(store, seeds=(0, 1), return_scale=0.5, label_step=0.01)
     agent.relabel()
-    labels = agent.attached.labels
+    labels = agent.dataset_index.labels
     assert labels.shape == (2, 22)
-    coins = agent.random.uniform("esper/label/0", (22, 2), torch.zeros((), dtype=torch.int64))
+    uniforms = agent.random.uniform("esper/label/0", (22, 2), torch.zeros((), dtype=torch.int64))
     for lane in range(2):
         plain = Plain(agent, store)
         plain.nets = {name: sequential(getattr(agent, name), lane) for name in plain.NAMES}
         for row in range(22):
-            code = one_hot_sample(plain.logits(row), coins[lane, row])
+            code = one_hot_sample(plain.logits(row), uniforms[lane, row])
             scaled = plain.nets["return_head"](torch.cat([plain.known(row), code])).item()
             assert abs(labels[lane, row].item() - round(scaled / 0.01) * 0.01 / 0.5) < 1e-6
     assert labels.unique().numel() > 4
@@ -163,7 +163,7 @@ def test_the_policy_learns_from_labels_alone() -> None:
     assert batch.obs.shape == (1, 6, 3, 3)
     for i, row in enumerate(ROWS):
         steps = int(batch.valid[0, i].sum())
-        assert torch.equal(batch.return_to_go[0, i, :steps], agent.attached.labels[0, row : row + steps])
+        assert torch.equal(batch.return_to_go[0, i, :steps], agent.dataset_index.labels[0, row : row + steps])
     before = {name: p.clone() for name, p in agent.named_parameters()}
     agent.update(windows(agent, store), POLICY)
     moved = {name.split(".")[0] for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
@@ -173,17 +173,17 @@ def test_the_policy_learns_from_labels_alone() -> None:
 def test_stages_follow_each_other() -> None:
     agent = make_agent(make_store(), cluster_updates=3, return_updates=2)
     assert [agent.phase(step) for step in range(7)] == [CLUSTERS] * 3 + [RETURNS] * 2 + [POLICY] * 2
-    assert agent.starts_after == 5
+    assert agent.pretrain_updates == 5
     with pytest.raises(OffrlError, match="updates=6000: esper prepares for 6000 updates"):
         train({"agent": {"_target_": "offrl.agents.esper.ESPER"}, "dataset": "forge/bandit/p0.1-v0", "updates": 6000})
 
 
-def make_gamble(rows: int = 1500) -> Store:
+def make_gamble(rows: int = 1500) -> OfflineDataset:
     """ESPER's gambling task with its exact shares: action 0 pays 5 or -15, action 1 pays 1 or -6, action 2 pays 1."""
     episode = torch.arange(rows)
-    action, coin = episode % 3, episode // 3 % 2
-    state = torch.stack([torch.zeros_like(action), 1 + 2 * action + coin], 1).flatten()
-    pays = torch.tensor([[5.0, -15.0], [1.0, -6.0], [1.0, 1.0]])[action, coin]
+    action, uniform = episode % 3, episode // 3 % 2
+    state = torch.stack([torch.zeros_like(action), 1 + 2 * action + uniform], 1).flatten()
+    pays = torch.tensor([[5.0, -15.0], [1.0, -6.0], [1.0, 1.0]])[action, uniform]
     obs = nn.functional.one_hot(state, 7).float()
     nxt = obs.clone()
     nxt[0::2] = obs[1::2]
@@ -191,7 +191,7 @@ def make_gamble(rows: int = 1500) -> Store:
     reward = torch.stack([torch.zeros(rows), pays], 1).flatten()
     terminal = torch.tensor([0.0, 1.0]).repeat(rows)
     offsets = torch.arange(0, 2 * rows + 1, 2)
-    return Store(
+    return OfflineDataset(
         obs, torch.stack([action, second], 1).flatten(), reward, nxt, terminal, offsets, DatasetInfo(discrete=3)
     )
 
@@ -218,9 +218,9 @@ def test_labels_of_a_gamble_are_the_mean_returns_of_its_actions() -> None:
     """-5, -2.5 and 1, as in the labels that the authors published; so the best one asks for the sure thing."""
     store = make_gamble()
     agent = make_agent(store, (0, 1), **GAMBLE)
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], 100, agent.window, agent.extra)).run(0, 1400)
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 100, agent.window, agent.batch_fields)).run(0, 1400)
     first = store.offsets[:-1]
-    for labels in agent.attached.labels[:, first]:
+    for labels in agent.dataset_index.labels[:, first]:
         means = torch.stack([labels[store.actions[first] == action].mean() for action in range(3)])
         # Half of the smallest gap: none can be taken for another. Over eight seeds it was 0.2 to 1.
         assert (means - torch.tensor([-5.0, -2.5, 1.0])).abs().max() < 1.25
@@ -233,7 +233,7 @@ def test_the_adversary_keeps_next_states_out_of_clusters() -> None:
     """`advantage`, what clusters are worth to who foretells states: near zero; clear where they help instead (weight -1)."""
     store = make_gamble()
     agent = make_agent(store, (0, 0), **GAMBLE, adversary_weight=[-1.0, 1.0])
-    engine = Eager(agent, Replay([(store, Uniform(store), 1.0)], 100, agent.window, agent.extra))
+    engine = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 100, agent.window, agent.batch_fields))
     helped, fought = engine.run(0, 600)["advantage"].tolist()
     assert helped > 0.01  # of 0.02, the variance of a coin's two states in seven dimensions, over two steps
     assert abs(fought) < 0.003

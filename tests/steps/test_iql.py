@@ -16,7 +16,7 @@ from offrl.agents.base import Spec
 from offrl.agents.iql import IQL, IQLConfig
 from offrl.data.batch import Batch
 from offrl.nets import dropout
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.utils.random import LaneRandom
 
@@ -41,11 +41,11 @@ class Plain:
 
     def mean(self, s: Tensor) -> Tensor:
         """tanh of the actor's network, with a share of its hidden units dropped."""
-        coins = iter(("actor/0", "actor/1"))
+        uniforms = iter(("actor/0", "actor/1"))
         for layer in self.actor:
             s = layer(s)
             if isinstance(layer, nn.ReLU) and self.cfg.dropout:
-                s = s * dropout(torch.ones_like(s).unsqueeze(0), self.cfg.dropout, self.random, next(coins))[0]
+                s = s * dropout(torch.ones_like(s).unsqueeze(0), self.cfg.dropout, self.random, next(uniforms))[0]
         return torch.tanh(s)
 
     def q(self, critics: list[nn.Sequential], s: Tensor, a: Tensor) -> list[Tensor]:
@@ -92,10 +92,10 @@ class Plain:
 
 
 def pair(**settings: Any) -> tuple[IQL, Plain, LaneRandom, Any]:
-    store = make_toy(512, bias=0.2, dtype=torch.float64)
-    spec = Spec(3, 2, (11,), *store.observation_statistics())
+    dataset = make_toy(512, bias=0.2, dtype=torch.float64)
+    spec = Spec(3, 2, (11,), *dataset.observation_statistics())
     agent, random = IQL(spec, IQLConfig(hidden=(24, 16), **settings)).double(), LaneRandom((11,))
-    return agent, Plain(agent, random), random, store
+    return agent, Plain(agent, random), random, dataset
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def pair(**settings: Any) -> tuple[IQL, Plain, LaneRandom, Any]:
 @pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (3, 1e-10), (100, 1e-8)])
 def test_updates_equal_the_reference(updates: int, tolerance: float, settings: dict[str, Any]) -> None:
     """Same weights, batches and coins; rounding differences grow with the updates, hence the second tolerance."""
-    agent, plain, random, store = pair(**settings)
-    for _, rows in batches(store, random, updates, BATCH):
+    agent, plain, random, dataset = pair(**settings)
+    for _, rows in batches(dataset, random, updates, BATCH):
         plain.step(*rows)
     before = plain.distance(agent)
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH)).run(0, updates)
+    Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], BATCH)).run(0, updates)
     assert plain.distance(agent) < tolerance < before
 
 
@@ -168,17 +168,17 @@ def test_the_policy_loss_is_least_at_the_weighted_moments(deterministic: bool) -
 
 def test_weights_are_bounded_and_one_without_beta() -> None:
     for beta, bound, expected in ((0.0, 100.0, 1.0), (1e6, 7.0, 7.0)):
-        agent, _, _, store = pair(beta=beta, max_weight=bound)
+        agent, _, _, dataset = pair(beta=beta, max_weight=bound)
         with torch.no_grad():
             agent.value.biases[-1].sub_(1e3)  # Q above V everywhere
-        metrics = Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH)).run(0, 1)
+        metrics = Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], BATCH)).run(0, 1)
         assert metrics["weight"].item() == pytest.approx(expected)
         assert metrics["clipped"].item() == float(beta > 0)
 
 
 def test_the_actor_rests_when_its_rate_has_fallen_to_zero() -> None:
-    agent, _, _, store = pair(actor_decay=5)
-    engine = Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH))
+    agent, _, _, dataset = pair(actor_decay=5)
+    engine = Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], BATCH))
     engine.run(0, 6)
     before = copy.deepcopy(agent.state_dict())
     engine.run(6, 3)
@@ -188,9 +188,9 @@ def test_the_actor_rests_when_its_rate_has_fallen_to_zero() -> None:
 
 
 def test_acting_drops_nothing_and_the_density_is_that_of_the_policy() -> None:
-    agent, _, _, store = pair(dropout=0.5, actor_decay=100)
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH)).run(0, 5)
-    obs, action = store.observations[:9].unsqueeze(0), store.actions[:9].unsqueeze(0)
+    agent, _, _, dataset = pair(dropout=0.5, actor_decay=100)
+    Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], BATCH)).run(0, 5)
+    obs, action = dataset.observations[:9].unsqueeze(0), dataset.actions[:9].unsqueeze(0)
     normalised = agent.normalize(obs)
     mean, std = agent.policy_gaussian(normalised)
     assert torch.equal(agent.select_action(obs), mean.clamp(-1, 1))
@@ -206,13 +206,13 @@ def test_acting_drops_nothing_and_the_density_is_that_of_the_policy() -> None:
 
 
 def test_lanes_may_drop_different_shares() -> None:
-    store = make_toy(512, dtype=torch.float64)
+    dataset = make_toy(512, dtype=torch.float64)
     both, none = (
         IQL(Spec(3, 2, seeds), IQLConfig(hidden=(8, 8), dropout=rate)).double()
         for seeds, rate in (((5, 6), [0.0, 0.3]), ((5,), 0.0))
     )
     for agent in (both, none):
-        Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH)).run(0, 5)
+        Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], BATCH)).run(0, 5)
     for many, one in zip(both.actor.parameters(), none.actor.parameters()):
         torch.testing.assert_close(many[0], one[0], rtol=0, atol=1e-10)
     assert not torch.equal(both.actor.mlp.weights[0][0], both.actor.mlp.weights[0][1])

@@ -14,9 +14,9 @@ from torch import Tensor
 from offrl.agents.base import Spec
 from offrl.agents.prdc import PRDC, PRDCConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.nets.neighbors import brute_force
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.utils.random import LaneRandom
 
@@ -38,15 +38,15 @@ class Plain(PlainTD3BC):
         return self.actions[distance.topk(self.cfg.k, largest=False).indices[:, -1]]
 
 
-def agent_on(store: Store, seed: int = 11, **settings: Any) -> PRDC:
+def agent_on(store: OfflineDataset, seed: int = 11, **settings: Any) -> PRDC:
     spec = Spec(store.obs_dim, store.action_dim, (seed,), *store.observation_statistics())
     agent = PRDC(spec, PRDCConfig(**{**SMALL, **settings})).to(store.rewards.dtype)
-    agent.attach(store)
+    agent.setup(store)
     return agent
 
 
-def train(agent: TD3BC, store: Store, updates: int) -> None:
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], 64)).run(0, updates)
+def train(agent: TD3BC, store: OfflineDataset, updates: int) -> None:
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 64)).run(0, updates)
 
 
 @pytest.mark.parametrize("settings", [{}, {"alpha": 40.0, "beta": 0.3}, {"beta": 0.5, "k": 3}])
@@ -91,7 +91,7 @@ def test_the_pull_is_no_stronger_than_td3_bcs(beta: float) -> None:
     agent = agent_on(store, beta=beta)
     for first in range(0, 2048, 256):
         batch = agent.prepare(store.transitions(torch.arange(first, first + 256).unsqueeze(0)))
-        _, metrics = agent.pull(batch, agent.act(batch.obs))
+        _, metrics = agent.policy_regularizer(batch, agent.act(batch.obs))
         assert metrics["dc_loss"] <= metrics["bc_loss"] * (1 + 1e-6)
 
 
@@ -101,7 +101,7 @@ def test_without_states_the_nearest_action_pulls() -> None:
     agent = agent_on(store, beta=0.0)
     batch = agent.prepare(store.transitions(torch.arange(128).unsqueeze(0)))
     action = agent.act(batch.obs)
-    loss, _ = agent.pull(batch, action)
+    loss, _ = agent.policy_regularizer(batch, action)
     nearest = torch.cdist(action[0].detach(), store.actions).min(1).values
     torch.testing.assert_close(loss.detach(), (nearest.square().sum() / (128 * 2)).reshape(1), rtol=1e-6, atol=0)
 
@@ -112,7 +112,7 @@ def test_the_gradient_is_that_of_a_constant_target() -> None:
     agent = agent_on(store)
     batch = agent.prepare(store.transitions(torch.arange(64).unsqueeze(0)))
     action = agent.act(batch.obs).detach().requires_grad_()
-    loss, _ = agent.pull(batch, action)
+    loss, _ = agent.policy_regularizer(batch, action)
     (gradient,) = torch.autograd.grad(loss.sum(), action)
     states = agent.normalize(store.observations)
     rows, _ = brute_force(states, store.actions, batch.obs[0], action[0].detach(), 2.0)
@@ -131,5 +131,5 @@ def test_alpha_zero_regresses_to_the_nearest_pair() -> None:
 def test_a_dataset_is_needed() -> None:
     store = make_toy(64)
     agent = PRDC(Spec(3, 2), PRDCConfig(**SMALL))
-    with pytest.raises(RuntimeError, match="attach"):
+    with pytest.raises(RuntimeError, match="setup"):
         train(agent, store, 2)

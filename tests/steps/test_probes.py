@@ -15,9 +15,9 @@ from test_rvs import make_bandit
 from offrl.agents.doc import DoC
 from offrl.agents.vae_bc import VAEBC
 from offrl.cli.main import main
-from offrl.data.dataset import Store
+from offrl.data.dataset import OfflineDataset
 from offrl.evaluation.probes import Leak, draws, leak, probe, reward_and_state
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.training.trainer import train
 from offrl.utils.errors import OffrlError
@@ -28,7 +28,7 @@ def entropy(p: float) -> float:
     return float(-(x * x.log()).sum())
 
 
-def in_bandit(agent: Any, store: Store, updates: int = 250) -> Leak:
+def in_bandit(agent: Any, store: OfflineDataset, updates: int = 250) -> Leak:
     found = leak(agent, store, reward_and_state(agent, store), updates, hidden=(32,))
     assert found is not None
     return found
@@ -56,7 +56,9 @@ def test_the_constraint_takes_luck_out_of_a_latent_that_has_it() -> None:
     assert all(name.startswith("energy") for name in missing)
     assert not unexpected
     agent.optimizer.count.zero_()
-    metrics = Eager(agent, Replay([(store, Uniform(store), 1.0)], 64, agent.window, agent.extra)).run(0, 1200)
+    metrics = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 64, agent.window, agent.batch_fields)).run(
+        0, 1200
+    )
     unconstrained, constrained = in_bandit(agent, store).gain
     assert unconstrained > 0.1  # nothing else takes it out
     assert constrained < 0.02

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Spec
 from offrl.agents.rebrac import ReBRAC, ReBRACConfig
-from offrl.data.dataset import Store
-from offrl.sampling import Replay, Uniform
+from offrl.data.dataset import OfflineDataset
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.utils.random import LaneRandom
 
@@ -89,14 +89,14 @@ class Plain:
         return largest
 
 
-def cut_store() -> Store:
+def cut_store() -> OfflineDataset:
     """The toy task where every second episode is cut off, and not ended: its last row has no a'."""
     store = make_toy(512, bias=0.2, dtype=torch.float64)
     store.terminations[3::8] = 0
-    return Store(**store.tensors(), info=store.info)
+    return OfflineDataset(**store.tensors(), info=store.info)
 
 
-def make(store: Store, **settings: Any) -> ReBRAC:
+def make(store: OfflineDataset, **settings: Any) -> ReBRAC:
     spec = Spec(3, 2, (11,), *store.observation_statistics())
     return ReBRAC(spec, ReBRACConfig(**{"hidden": (24, 16), **settings})).double()
 
@@ -130,7 +130,7 @@ def test_updates_equal_the_authors(updates: int, tolerance: float, settings: dic
         }
         plain.step(t - 1, batch, random.normal("target_action", batch["a"].unsqueeze(0))[0])
     before = plain.distance(agent)
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH, extra=agent.extra)).run(0, updates)
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, extra=agent.batch_fields)).run(0, updates)
     assert plain.distance(agent) < tolerance < before
 
 
@@ -155,7 +155,7 @@ def test_the_actors_penalty_is_summed_over_dimensions() -> None:
     agent = make(store, actor_bc=0.3)
     with torch.no_grad():
         agent.critics.mlp.weights[-1].zero_()
-    batch = agent.prepare(store.transitions(torch.arange(64).unsqueeze(0), agent.extra))
+    batch = agent.prepare(store.transitions(torch.arange(64).unsqueeze(0), agent.batch_fields))
     action = agent.act(batch.obs).detach().requires_grad_()
     agent.act = lambda obs: action  # type: ignore[method-assign]
     loss, metrics = agent.actor_loss(batch)
@@ -168,7 +168,7 @@ def test_the_actors_penalty_is_summed_over_dimensions() -> None:
 def test_the_actor_moves_first_and_its_target_a_step_behind() -> None:
     store = cut_store()
     agent = make(store)
-    engine = Eager(agent, Replay([(store, Uniform(store), 1.0)], BATCH, extra=agent.extra))
+    engine = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, extra=agent.batch_fields))
     start, actors = copy.deepcopy(agent.actor_target.state_dict()), []
     for step in range(4):
         before = [copy.deepcopy(n.state_dict()) for n in (agent.actor, agent.critics_target)]

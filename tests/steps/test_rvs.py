@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Batch, Spec
 from offrl.agents.rvs import RvS, RvSConfig
-from offrl.data.dataset import DatasetInfo, Store
-from offrl.sampling import Replay, Uniform
+from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 
 
-def make_store(discrete: int | None = None) -> Store:
+def make_store(discrete: int | None = None) -> OfflineDataset:
     """Episodes of 7, 1, 3 and 11 random steps."""
     generator = torch.Generator().manual_seed(0)
     obs, nxt = (torch.randn(22, 3, generator=generator).double() for _ in range(2))
@@ -23,18 +23,18 @@ def make_store(discrete: int | None = None) -> Store:
         action = torch.randint(discrete, (22,), generator=generator)
     reward = torch.randn(22, generator=generator).double()
     offsets = torch.tensor([0, 7, 8, 11, 22])
-    return Store(obs, action, reward, nxt, torch.zeros(22), offsets, DatasetInfo(discrete=discrete))
+    return OfflineDataset(obs, action, reward, nxt, torch.zeros(22), offsets, DatasetInfo(discrete=discrete))
 
 
-def make_agent(store: Store, seeds: tuple[int, ...] = (0,), **settings: object) -> RvS:
+def make_agent(store: OfflineDataset, seeds: tuple[int, ...] = (0,), **settings: object) -> RvS:
     spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete))
     agent = RvS(spec, RvSConfig(**{"hidden": (16, 16), **settings})).double()
-    agent.attach(store)
+    agent.setup(store)
     return agent
 
 
-def rows(store: Store, agent: RvS, index: list[int]) -> Batch:
-    return agent.prepare(store.transitions(torch.tensor(index).expand(agent.spec.lanes, -1), agent.extra))
+def rows(store: OfflineDataset, agent: RvS, index: list[int]) -> Batch:
+    return agent.prepare(store.transitions(torch.tensor(index).expand(agent.spec.lanes, -1), agent.batch_fields))
 
 
 @pytest.mark.parametrize("discrete", [None, 3])
@@ -87,7 +87,7 @@ def test_the_default_target_is_the_best_return() -> None:
     assert agent.horizon == 11
 
 
-def make_bandit(p: float, first: float, rows: int = 4000) -> Store:
+def make_bandit(p: float, first: float, rows: int = 4000) -> OfflineDataset:
     """One step, two arms that pay 1 with probability p and 1 - p; the first is pulled with probability `first`.
 
     Counts are the expected ones, so that the data has no luck of its own.
@@ -98,7 +98,7 @@ def make_bandit(p: float, first: float, rows: int = 4000) -> Store:
     n = len(kind)
     obs = torch.ones(n, 1)
     info = DatasetInfo(discrete=2)
-    return Store(obs, kind // 2, (kind % 2 == 0).float(), obs, torch.ones(n), torch.arange(n + 1), info)
+    return OfflineDataset(obs, kind // 2, (kind % 2 == 0).float(), obs, torch.ones(n), torch.arange(n + 1), info)
 
 
 def test_luck_passes_for_skill_in_a_bandit() -> None:
@@ -107,8 +107,8 @@ def test_luck_passes_for_skill_in_a_bandit() -> None:
         store = make_bandit(p, first)
         spec = Spec(1, 2, (0, 1, 2), discrete=True)
         agent = RvS(spec, RvSConfig(hidden=(16,), lr=1e-2))
-        agent.attach(store)
-        Eager(agent, Replay([(store, Uniform(store), 1.0)], 256, None, agent.extra)).run(0, 300)
+        agent.setup(store)
+        Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 256, None, agent.batch_fields)).run(0, 300)
         goal = agent.target.view(3, 1, 1)
         share = agent.actor(torch.cat([torch.ones(3, 1, 1), goal], -1)).softmax(-1)[:, 0, 1]
         assert (share - wanted).abs().max() < 0.06  # a batch holds some 50 rewarded rows; Adam averages a few batches

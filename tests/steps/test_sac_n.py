@@ -14,7 +14,7 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 from offrl.agents.base import Spec
 from offrl.agents.sac_n import SACN, SACNConfig
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.training.runs import make_agent
 from offrl.utils.errors import OffrlError
@@ -79,16 +79,16 @@ class Plain:
 
 def compare(agent: SACN, plain_class: Any, updates: int) -> tuple[float, float]:
     """Distance from the restatement before and after the agent makes the updates that the restatement made."""
-    store = make_toy(512, bias=0.2, dtype=torch.float64)
+    dataset = make_toy(512, bias=0.2, dtype=torch.float64)
     plain = plain_class(agent, random := LaneRandom((11,)))
-    for _, rows in batches(store, random, updates, 64):
+    for _, rows in batches(dataset, random, updates, 64):
         s, a, r, s2, not_done = rows
         if not agent.cfg.normalize_obs:
-            mean, std = store.observations.mean(0), store.observations.std(0, correction=0)
+            mean, std = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
             s, s2 = (x * (std + 1e-3) + mean for x in (s, s2))
         plain.step(s, a, r, s2, not_done)
     before = plain.distance(agent)
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], 64)).run(0, updates)
+    Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 64)).run(0, updates)
     return before, plain.distance(agent)
 
 
@@ -104,9 +104,9 @@ def test_updates_equal_corls(members: int, updates: int, tolerance: float) -> No
 
 def test_one_member_is_soft_actor_critic_and_more_are_more_pessimistic() -> None:
     """The target of N critics is the least of those that each makes alone."""
-    store = make_toy(512, dtype=torch.float64)
+    dataset = make_toy(512, dtype=torch.float64)
     agent = SACN(Spec(3, 2, (0,)), SACNConfig(members=5, hidden=(8,))).double()
-    batch = store.transitions(torch.arange(64).unsqueeze(0))
+    batch = dataset.transitions(torch.arange(64).unsqueeze(0))
     alpha = torch.ones(1, dtype=torch.float64)
     least = agent.target_value(batch, alpha)
     alone = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from offrl.agents.base import Spec
 from offrl.agents.bc import BC, BCConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.sampling import Replay, Uniform
+from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.utils.random import LaneRandom
 
@@ -83,23 +83,23 @@ class Plain:
 @pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (2, 1e-10), (100, 1e-8)])
 def test_updates_equal_the_authors(updates: int, tolerance: float) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
-    store = make_toy(512, bias=0.2, dtype=torch.float64)
-    spec = Spec(3, 2, (11,), *store.observation_statistics())
+    dataset = make_toy(512, bias=0.2, dtype=torch.float64)
+    spec = Spec(3, 2, (11,), *dataset.observation_statistics())
     agent = TD3BC(spec, TD3BCConfig(hidden=(24, 16))).double()
     plain = Plain(agent)
     random = LaneRandom((11,))
-    for t, rows in batches(store, random, updates, 64):
+    for t, rows in batches(dataset, random, updates, 64):
         noise = random.normal("target_action", rows[1].unsqueeze(0))[0]
         plain.step(t, *rows, noise)
     before = plain.distance(agent)
-    Eager(agent, Replay([(store, Uniform(store), 1.0)], 64)).run(0, updates)
+    Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 64)).run(0, updates)
     assert plain.distance(agent) < tolerance < before
 
 
 def test_actor_and_targets_move_on_every_second_update_only() -> None:
-    store = make_toy(512)
+    dataset = make_toy(512)
     agent = TD3BC(Spec(3, 2), TD3BCConfig(hidden=(8, 8)))
-    engine = Eager(agent, Replay([(store, Uniform(store), 1.0)], 16))
+    engine = Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 16))
     watched = [agent.actor, agent.actor_target, agent.critics_target]
     for step in range(6):
         before = [copy.deepcopy(n.state_dict()) for n in watched]
@@ -110,9 +110,9 @@ def test_actor_and_targets_move_on_every_second_update_only() -> None:
 
 def test_the_actors_gradient_is_blind_to_the_scale_of_q() -> None:
     """lambda = alpha / mean|Q| carries no gradient: multiplying the critics by c > 0 changes nothing."""
-    store = make_toy(512, dtype=torch.float64)
+    dataset = make_toy(512, dtype=torch.float64)
     agent = TD3BC(Spec(3, 2), TD3BCConfig(hidden=(8, 8))).double()
-    batch = store.transitions(torch.arange(64).unsqueeze(0))
+    batch = dataset.transitions(torch.arange(64).unsqueeze(0))
 
     def gradient() -> list[Tensor]:
         return list(torch.autograd.grad(agent.actor_loss(batch)[0].sum(), list(agent.actor.parameters())))
@@ -127,15 +127,15 @@ def test_the_actors_gradient_is_blind_to_the_scale_of_q() -> None:
 
 def test_beats_cloning_where_the_behaviour_is_biased() -> None:
     """The behaviour misses the optimum by 0.3 in each dimension; Q knows better, the pull alone can't."""
-    store = make_toy(8192, bias=0.3)
-    spec = Spec(3, 2, (0, 1), *store.observation_statistics())
+    dataset = make_toy(8192, bias=0.3)
+    spec = Spec(3, 2, (0, 1), *dataset.observation_statistics())
     test = make_toy(2048, seed=1).observations.expand(2, -1, -1)
     error = {}
     bc = BCConfig(hidden=(64, 64), lr=1e-3)
     td3_bc = TD3BCConfig(hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, discount=0.5)
     for cls, config in ((BC, bc), (TD3BC, td3_bc)):
         agent = cls(spec, config)
-        Eager(agent, Replay([(store, Uniform(store), 1.0)], 128)).run(0, 2000)
+        Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 128)).run(0, 2000)
         error[cls] = (agent.select_action(test) - best_action(test)).square().mean((-2, -1)).sqrt()
     assert error[BC].min() > 0.25
     assert error[TD3BC].max() < 0.1
