@@ -115,8 +115,9 @@ def _train(words: list[str]) -> int:
             raise OffrlError(f"{odd[0]} can't stand beside resume=RUN; only key=value can.")
         changes = dict(w.split("=", 1) for w in words if not w.startswith("resume="))
         return show(resume(folder, {key: _value(text) for key, text in changes.items()}))
-    if any(re.match(r"experiment=.*[,(]", word) for word in words):
-        raise OffrlError("experiment= takes one recipe: each brings a sweep of its own, so give each its own command.")
+    if several := next((word for word in words if re.match(r"\+?(experiment|suite)=.*[,([]", word)), None):
+        key = several.split("=")[0]
+        raise OffrlError(f"{key}= takes one name: each brings a sweep of its own, so give each its own command.")
     return _hydra(tolerant(words))
 
 

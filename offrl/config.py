@@ -182,10 +182,42 @@ def check_lane_lists(cfg: Any, group: str, lanes: int) -> None:
             raise OffrlError(f"{group}.{name} has {len(value)} values for {lanes} lanes; give one per lane.")
 
 
-def chosen_settings(tables: Mapping[str, Mapping[str, Any]] | None, dataset: str) -> dict[str, Any]:
-    """The settings that a method's table has for a dataset: every pattern that matches its id, later ones winning."""
+def chosen_settings(
+    tables: Mapping[str, Mapping[str, Any]] | None, dataset: str, namesake: str | None = None
+) -> dict[str, Any]:
+    """The settings that a method's table has for a dataset.
+
+    Args:
+        tables: pattern of dataset ids -> settings.
+        namesake: id of the D4RL set whose values the dataset takes as well (`catalogue.namesake`).
+
+    Rows are taken in the table's order, later ones winning: first those that match the namesake, then those that match
+    the dataset's own name alone.
+    """
+    rows = tables or {}
+    shared = [pattern for pattern in rows if namesake and fnmatch(namesake, pattern)]
+    own = [pattern for pattern in rows if fnmatch(dataset, pattern) and pattern not in shared]
     chosen: dict[str, Any] = {}
-    for pattern, settings in (tables or {}).items():
-        if fnmatch(dataset, pattern):
-            chosen |= settings
+    for pattern in (*shared, *own):
+        chosen |= rows[pattern]
     return chosen
+
+
+def check_tables(tables: Mapping[str, Mapping[str, Any]] | None, cls: type[Any]) -> None:
+    """Raise OffrlError for a wrong key or value in any row of a method's table, whether or not a dataset matches it.
+
+    Args:
+        cls: the method's dataclass of settings.
+    """
+    for pattern, row in (tables or {}).items():
+        try:
+            if not isinstance(row, Mapping):
+                raise OffrlError(f"{row} should be a table of settings, not a single value.")
+            data = {key.removeprefix("data."): value for key, value in row.items() if key.startswith("data.")}
+            training = {key: value for key, value in row.items() if key in TABLED}
+            build(DataConfig, data, "data.")
+            build(TrainConfig, training)
+            own = {key: value for key, value in row.items() if key not in TABLED and not key.startswith("data.")}
+            build(cls, own, "agent.", per_lane=True)
+        except OffrlError as error:
+            raise OffrlError(f"agent.settings, row {pattern}: {error}") from error

@@ -26,6 +26,7 @@ from offrl import checkpoint, config, results
 from offrl.agent import Agent, Spec
 from offrl.augment.base import Synthetic, augmentation_config, check_agent, make_augmentation
 from offrl.config import FREE, DataConfig, TrainConfig
+from offrl.data.catalogue import namesake
 from offrl.data.info import return_spread
 from offrl.data.store import DatasetInfo, Store, concatenate
 from offrl.engine import make_engine
@@ -111,11 +112,14 @@ def plan(values: Mapping[str, Any]) -> Plan:
         OffrlError: an unknown key or a wrong value.
     """
     values = {k: v for k, v in values.items() if k not in ("method", "hydra")}
-    tables = ("agent", "sampler", "augment", "data", "sizes")
-    agent, sampler, augment, given_data, sizes = (_table(values, name) for name in tables)
+    names = ("agent", "sampler", "augment", "data", "sizes")
+    agent, sampler, augment, given_data, sizes = (_table(values, name) for name in names)
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
-    chosen = config.chosen_settings(agent.pop("settings", None), str(values.get("dataset", "")))
+    tables, dataset = agent.pop("settings", None), str(values.get("dataset", ""))
+    cls, _ = agent_config(agent)  # a typing error should not wait for the data
+    config.check_tables(tables, cls.Config)
+    chosen = config.chosen_settings(tables, dataset, namesake(dataset))
     for key, value in chosen.items():
         if key.startswith("data."):
             given_data.setdefault(key.removeprefix("data."), value)
@@ -123,7 +127,7 @@ def plan(values: Mapping[str, Any]) -> Plan:
             values.setdefault(key, value)
         else:
             agent.setdefault(key, value)
-    groups = ("agent", "sampler", "augment", "preset", "experiment")
+    groups = ("agent", "sampler", "augment", "preset", "suite", "experiment")
     train = config.build(TrainConfig, {**values, "data": given_data}, others=groups)
     if not train.dataset:
         raise OffrlError("dataset is empty; name one with dataset=ID, `offrl data list` shows the known ones.")
@@ -132,7 +136,6 @@ def plan(values: Mapping[str, Any]) -> Plan:
         if train.lanes != 1:
             raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
         train.lanes = len(train.seeds)
-    cls, _ = agent_config(agent)  # a typing error should not wait for the data
     _take_sizes(agent, cls.Config, sizes)
     sampler.setdefault("_target_", "offrl.sampling.Uniform")
     sampler_config(sampler, len(train.lane_seeds()))
