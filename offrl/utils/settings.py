@@ -120,12 +120,24 @@ def check_lane_lists(cfg: Any, group: str, lanes: int) -> None:
             raise OffrlError(f"{group}.{name} has {len(value)} values for {lanes} lanes; give one per lane.")
 
 
-def chosen_settings(tables: Mapping[str, Mapping[str, Any]] | None, dataset: str) -> dict[str, Any]:
-    """The settings that a method's table has for a dataset: every pattern that matches its id, later ones winning."""
+def chosen_settings(
+    tables: Mapping[str, Mapping[str, Any]] | None, dataset: str, namesake: str | None = None
+) -> dict[str, Any]:
+    """The settings that a method's table has for a dataset.
+
+    Args:
+        tables: pattern of dataset ids -> settings.
+        namesake: id of the D4RL set whose values the dataset takes as well (`catalogue.namesake`).
+
+    Rows are taken in the table's order, later ones winning: first those that match the namesake, then those that match
+    the dataset's own name alone.
+    """
+    rows = tables or {}
+    shared = [pattern for pattern in rows if namesake and fnmatch(namesake, pattern)]
+    own = [pattern for pattern in rows if fnmatch(dataset, pattern) and pattern not in shared]
     chosen: dict[str, Any] = {}
-    for pattern, settings in (tables or {}).items():
-        if fnmatch(dataset, pattern):
-            chosen |= settings
+    for pattern in (*shared, *own):
+        chosen |= rows[pattern]
     return chosen
 
 

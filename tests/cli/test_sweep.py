@@ -101,6 +101,24 @@ def test_a_word_replaces_what_an_experiment_sweeps(toy_file: Path, jobs: list[An
     assert [values["seed"] for values in jobs] == [0, 1, 7]
 
 
+def test_a_suite_is_swept_by_itself(toy_file: Path, jobs: list[Any]) -> None:
+    """One of ours, and one in the user's folder; a word replaces its datasets, and more words multiply them."""
+    main("train", "suite=kitchen", "agent=bc", "seed=0")
+    assert [values["dataset"] for values in jobs] == [f"kitchen-{name}-v0" for name in ("complete", "partial", "mixed")]
+    jobs.clear()
+    Path("mine/suite").mkdir(parents=True)
+    params = f"mode: MULTIRUN\nsweeper:\n  params:\n    dataset: {toy_file},other.npz\n"
+    Path("mine/suite/two.yaml").write_text("# @package hydra\n" + params)
+    given = [word for word in words(options(toy_file, 9)) if not word.startswith("dataset=")]
+    main("train", *given, "--config-dir", "mine", "suite=two", "seed=3,4")
+    assert [(values["dataset"], values["seed"]) for values in jobs] == [
+        (dataset, seed) for dataset in (str(toy_file), "other.npz") for seed in (3, 4)
+    ]
+    jobs.clear()
+    main("train", *given, "--config-dir", "mine", "suite=two", "seed=3", f"dataset={toy_file}")
+    assert [values["dataset"] for values in jobs] == [str(toy_file)]
+
+
 def test_every_agent_is_swept_by_the_zoos_recipe(jobs: list[Any]) -> None:
     main("train", "experiment=zoo/forge", "dataset=forge/hopper/medium-v0")
     targets = [values["agent"]["_target_"] for values in jobs]
