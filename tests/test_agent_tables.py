@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from offrl.config import check_tables, chosen_settings
-from offrl.data import catalogue, forge
+from offrl.data import catalogue
 from offrl.data.catalogue import namesake
-from offrl.errors import OffrlError
-from offrl.paths import conf_dir
-from offrl.train import agent_config, plan
+from offrl.forge import registry as forge
+from offrl.training.run_config import agent_config, check_tables, resolve_config
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import conf_dir
+from offrl.utils.settings import chosen_settings
 
 AGENTS = {path.stem: path for path in sorted((conf_dir() / "agent").glob("*.yaml"))}
 IDS = [*catalogue.d4rl(), *catalogue.minari(), *forge.names()]
@@ -169,7 +170,7 @@ def test_every_row_could_be_used(agent: str) -> None:
 def test_a_wrong_row_is_found_though_no_dataset_matches_it(row: Any, message: str) -> None:
     agent = {"_target_": "offrl.agents.td3_bc.TD3BC", "settings": {"never-*": row}}
     with pytest.raises(OffrlError) as caught:
-        plan({"agent": agent, "dataset": "toy.npz"})
+        resolve_config({"agent": agent, "dataset": "toy.npz"})
     assert str(caught.value).startswith(message)
 
 

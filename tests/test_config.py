@@ -11,15 +11,17 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from offrl import published
-from offrl.agent import Spec
-from offrl.compose import choices, compose, register, tolerant
-from offrl.config import TrainConfig, build, chosen_settings
-from offrl.data import catalogue, forge
+from offrl.agents.base import Spec
+from offrl.data import catalogue
 from offrl.data.mixtures import D4RL_MIXTURE
-from offrl.errors import OffrlError
-from offrl.paths import conf_dir
-from offrl.train import Plan, make_agent, plan
+from offrl.forge import registry as forge
+from offrl.results import published
+from offrl.training.compose import choices, compose, register, to_hydra_overrides
+from offrl.training.schema import TrainConfig
+from offrl.training.trainer import RunConfig, make_agent, resolve_config
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import conf_dir
+from offrl.utils.settings import build, chosen_settings
 
 TD3BC = "offrl.agents.td3_bc.TD3BC"
 
@@ -315,23 +317,23 @@ def test_values_from_python_arrive_unchanged(value: Any) -> None:
 )
 def test_unknown_choices_are_refused_with_the_nearest_name(word: str, message: str) -> None:
     with pytest.raises(OffrlError) as caught:
-        tolerant([word])
+        to_hydra_overrides([word])
     assert str(caught.value).startswith(message)
 
 
 def test_choices_that_are_more_than_names_are_left_to_hydra(tmp_path: Path) -> None:
     for words in (["agent=glob(*)"], ["agent='td3bc'"], ["agent=mine", "hydra.searchpath=[file://mine]"]):
-        assert set(tolerant(words)) == set(words)
-    assert tolerant(["experiment=null", "agent=td3_bc.yaml"]) == ["experiment=null", "agent=td3_bc.yaml"]
+        assert set(to_hydra_overrides(words)) == set(words)
+    assert to_hydra_overrides(["experiment=null", "agent=td3_bc.yaml"]) == ["experiment=null", "agent=td3_bc.yaml"]
     (tmp_path / "agent").mkdir()
     (tmp_path / "agent" / "mine.yaml").touch()
-    assert tolerant(["--config-dir", str(tmp_path), "agent=bc,mine"])[-1] == "agent=bc,mine"
+    assert to_hydra_overrides(["--config-dir", str(tmp_path), "agent=bc,mine"])[-1] == "agent=bc,mine"
 
 
 def test_a_recipe_with_datasets_of_its_own_takes_no_suite() -> None:
     with pytest.raises(OffrlError, match="experiment=prdc/control brings datasets of its own"):
-        tolerant(["experiment=prdc/control", "suite=gym9"])
-    assert len(tolerant(["experiment=awac/gym", "suite=gym12"])) == 2
+        to_hydra_overrides(["experiment=prdc/control", "suite=gym9"])
+    assert len(to_hydra_overrides(["experiment=awac/gym", "suite=gym12"])) == 2
 
 
 def test_a_sweep_is_no_single_run() -> None:
@@ -468,7 +470,7 @@ def test_every_recipe_composes_to_a_plan(name: str) -> None:
     first = {key: values[0] for key, values in params.items()}
     for key, values in params.items():
         for value in values:
-            job = plan(compose({"experiment": name, **first, key: value}))
+            job = resolve_config(compose({"experiment": name, **first, key: value}))
             assert job.train.dataset == {**first, key: value}["dataset"]
 
 
@@ -479,7 +481,7 @@ WINDOWS = {"dt/gym", "policy_guided_diffusion/gym", "policy_guided_diffusion/maz
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_published_numbers_on_d4rl_are_for_d4rls_rows(name: str) -> None:
     first = {key: values[0] for key, values in swept(f"experiment={name}").items()}
-    made = plan(compose({"experiment": name, **first})).train
+    made = resolve_config(compose({"experiment": name, **first})).train
     on_d4rl = made.dataset in catalogue.d4rl() or bool(D4RL_MIXTURE.fullmatch(made.dataset))
     assert made.data.semantics == ("d4rl" if on_d4rl and name not in WINDOWS else "exact")
 
@@ -498,5 +500,5 @@ def test_a_recipes_suite_agent_and_sweep_are_its_own() -> None:
     assert len(swept("experiment=a2pr/gym")["dataset"]) == 12
     assert len(swept("experiment=rebrac/gym")["dataset"]) == 18
     assert swept("experiment=a2pr/forge")["agent"] == ["a2pr"]
-    made = plan(compose({"experiment": "rebrac/antmaze", "dataset": "antmaze-umaze-v2"}))
+    made = resolve_config(compose({"experiment": "rebrac/antmaze", "dataset": "antmaze-umaze-v2"}))
     assert (made.agent_name, made.train.lanes, made.train.eval.every) == ("rebrac", 10, 50_000)
