@@ -127,10 +127,10 @@ def _hydra(words: list[str]) -> int:
     from omegaconf import DictConfig
 
     from offrl.compose import plain, register
-    from offrl.sweep import Sweep, run_job
+    from offrl.sweep import Sweep, import_path, run_job
     from offrl.train import train
 
-    status, notes = 0, ""
+    status, notes, env = 0, "", {"PYTHONPATH": import_path()}
     register()
 
     @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
@@ -138,7 +138,7 @@ def _hydra(words: list[str]) -> int:
         """A single run, or a job of a sweep; of that a launcher sends a copy of this function to its processes."""
         nonlocal status
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            if run_job(plain(cfg), Path(notes) / f"{HydraConfig.get().job.num}.json") == 130:
+            if run_job(plain(cfg), Path(notes) / f"{HydraConfig.get().job.num}.json", env) == 130:
                 raise KeyboardInterrupt  # no further job
             return
         try:

@@ -20,10 +20,13 @@ def groups(extra: Path | None = None) -> set[str]:
 
 
 def register() -> None:
-    """Let `conf/train.yaml` build on the defaults of the dataclasses, which so stand in one place."""
+    """Let `conf/train.yaml` build on the defaults of the dataclasses, which so stand in one place; name our launchers."""
     from hydra.core.config_store import ConfigStore
 
+    from hydra_plugins import offrl_launchers
+
     ConfigStore.instance().store(name="options", node=_defaults())
+    offrl_launchers.register()
 
 
 def _defaults() -> dict[str, Any]:

@@ -46,7 +46,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Configurations of the jobs whose training process would have been started; each ends by its seed as status."""
     begun: list[dict[str, Any]] = []
 
-    def instead(values: dict[str, Any], log: Path, started: Any) -> int:
+    def instead(values: dict[str, Any], log: Path, started: Any, env: Any) -> int:
         started(0)
         begun.append(values)
         log.write_text("loading\nTraceback\nOSError: no such sector\n")
