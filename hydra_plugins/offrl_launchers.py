@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from hydra.core import utils
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.errors import CompactHydraException
@@ -99,7 +100,12 @@ class SweepLauncher(Launcher):
         from offrl.compose import plain
         from offrl.sweep import fail, import_path
 
+        def configured(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+            env = HydraConfig.get().job.env_set.items()
+            return plain(cfg), {"PYTHONPATH": import_path(), **{str(key): str(value) for key, value in env}}
+
         note = self.sweep.notes / f"{number}.json"
+        self.returns[number] = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)  # how it ended is in its note
         try:
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):
@@ -107,19 +113,16 @@ class SweepLauncher(Launcher):
                 config.hydra.job.num = number
             result = utils.run_job(
                 hydra_context=self.context,
-                task_function=plain,
+                task_function=configured,
                 config=config,
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
             )
-            values = result.return_value
-            env_set = {str(key): str(value) for key, value in result.hydra_cfg.hydra.job.env_set.items()}
+            values, env = result.return_value
         except Exception as error:
             fail(note, None, " ".join(str(error).split()))
-            self.returns[number] = JobReturn(overrides=overrides, status=JobStatus.FAILED, _return_value=error)
             return None
-        self.returns[number] = result
-        return Job(values, note, {"PYTHONPATH": import_path(), **env_set})
+        return Job(values, note, env)
 
 
 class LocalLauncher(SweepLauncher):

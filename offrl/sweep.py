@@ -1,8 +1,9 @@
 """Sweeps: each job is a process of its own, and how it ended is noted, shown and summed up.
 
-Launchers (Hydra's basic, submitit, and `hydra_plugins/offrl_launchers.py`) schedule jobs; this module defines what one does. A run that is
-finished is seen by its `result.json` and skipped. Any other is trained in a fresh interpreter whose output goes to `log.txt` in
-the run's folder, so a job that is killed, or takes its process down, is a failed job and not a failed sweep.
+Launchers (Hydra's basic one, submitit, and those of `hydra_plugins/offrl_launchers.py`) schedule jobs; this module defines what
+one does. A run that is finished is seen by its `result.json` and skipped. Any other is trained in a fresh interpreter whose
+output goes to `log.txt` in the run's folder, so a job that is killed, or takes its process down, is a failed job and not a
+failed sweep.
 
 No torch is imported here: the launchers' own processes stay light until the first job.
 """
@@ -374,12 +375,14 @@ class Announce(Callback):
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.override_parser.overrides_parser import OverridesParser
+        from omegaconf import OmegaConf
 
         if Sweep.current is None:
             return
         words = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        overrides = parser.parse_overrides([*words, *config.hydra.overrides.task])
+        task = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # each job resolves its own
+        overrides = parser.parse_overrides([*words, *task])
         Sweep.current.begin(Path(config.out), BasicSweeper.split_arguments(overrides, None)[0])
 
 
