@@ -381,7 +381,7 @@ class Announce(Callback):
             return
         words = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        task = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # each job resolves its own
+        task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # each job resolves its own
         overrides = parser.parse_overrides([*words, *task])
         Sweep.current.begin(Path(config.out), BasicSweeper.split_arguments(overrides, None)[0])
 
