@@ -20,7 +20,7 @@ from offrl.training.compose import choices, compose_words, groups, named, plain,
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import print_result
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
-from offrl.training.sweep import Sweep, run_job
+from offrl.training.sweep import Sweep, import_path, run_job
 from offrl.training.trainer import resume, train
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir, config_dir_of, without_config_dir
@@ -64,7 +64,7 @@ def _shown_config(words: list[str]) -> str:
 
 
 def _hydra(words: list[str]) -> int:
-    status, notes = 0, ""
+    status, notes, env = 0, "", {"PYTHONPATH": import_path()}
     register()
 
     @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
@@ -74,7 +74,7 @@ def _hydra(words: list[str]) -> int:
         hydra_cfg = HydraConfig.get()
         values = named(plain(cfg), hydra_cfg.runtime.choices, hydra_cfg.overrides.task)
         if hydra_cfg.mode == RunMode.MULTIRUN:
-            if run_job(values, Path(notes) / f"{hydra_cfg.job.num}.json") == 130:
+            if run_job(values, Path(notes) / f"{hydra_cfg.job.num}.json", env) == 130:
                 raise KeyboardInterrupt  # no further job
             return
         try:

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hydra_plugins import offrl_launchers
 from offrl.training.schema import TABLED, TrainConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir, config_dir_of, use_config_dir, without_config_dir
@@ -41,8 +42,9 @@ def choice_file(group: str, name: str, extra: Path | None = None) -> Path:
 
 
 def register() -> None:
-    """Let `conf/train.yaml` build on the defaults of the dataclasses, which so stand in one place."""
+    """Let `conf/train.yaml` build on the defaults of the dataclasses, which so stand in one place; name our launchers."""
     ConfigStore.instance().store(name="options", node=_defaults())
+    offrl_launchers.register()
 
 
 def _defaults() -> dict[str, Any]:
