@@ -410,6 +410,8 @@ def test_every_recipe_composes_to_a_plan(name: str) -> None:
     params = OmegaConf.select(recipe, "hydra.sweeper.params")
     every = {key: [path.stem for path in (conf_dir() / key).glob("*.yaml")] for key in params}
     swept = {key: every[key] if value == "glob(*)" else str(value).split(",") for key, value in params.items()}
+    if "seed" in swept:
+        swept["seed"] = [int(seed) for seed in swept["seed"]]
     for key, values in swept.items():
         for value in values:
             first = {other: options[0] for other, options in swept.items()}

@@ -6,7 +6,8 @@ Same id, size and seed give the same bytes on the same machine with the same ver
 Robots (`forge/hopper/medium-v0`): Gymnasium's v5 Hopper, Walker2d and HalfCheetah with a time limit of 1000.
 `random` takes uniform actions; `medium` and `expert` are our own SAC policies with their own exploration noise;
 `medium-expert` is half and half; `medium-replay` replays the training up to `medium`, its `-v1` (Hopper and Walker2d)
-up to a later policy. Scores use D4RL's reference returns. Mixtures (`forge/hopper/random-expert-0.1-v0`) hold a small share of good trajectories among random ones.
+up to a later policy. Scores use D4RL's reference returns. Mixtures (`forge/hopper/random-expert-0.1-v0`) hold a small
+share of good trajectories among random ones.
 Mazes (`forge/pointmaze/umaze-v0`, `...-dense-v0`): see `offrl.data.pointmaze`.
 Robots with unseen noise (`forge/noisy-hopper/medium-replay-s0.2-v0`): see `offrl.data.noisy`.
 Finite stochastic tasks (`forge/bandit/p0.1-v0`, `forge/lake/p0.7-eps0.4-n1000-v0`): see `offrl.data.stochastic`.
