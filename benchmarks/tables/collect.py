@@ -5,10 +5,9 @@
     offrl report benchmarks/tables/results/claims/a --out /tmp/a              # the table of claim A
 
 Of each finished run below DIR, at the same path, it copies `episodes.parquet`, `config.json`, `manifest.json` and
-`result.json`; a run that is not finished is left out and named. The configuration's `out`, a path of the machine, becomes
-`runs`. The measures of synthetic trajectories (`augment/metrics.json`) and CORL's numbers (`peers_*.json`) come along. Of
-the finite tasks, whose runs are many and short, one file `probes.json` holds what `doc_curves.py` measured. Nothing is
-deleted.
+`result.json`; a run that is not finished is left out and named. Of paths of the machine in them only the last part is kept.
+The measures of synthetic trajectories (`augment/metrics.json`) and CORL's numbers (`peers_*.json`) come along. Of the
+finite tasks, whose runs are many and short, one file `probes.json` holds what `doc_curves.py` measured. Nothing is deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from typing import Any
 from offrl import results
 from offrl.paths import replacing
 
-FILES = ("episodes.parquet", "manifest.json", "result.json", "augment/metrics.json")
+ROWS = "episodes.parquet"
+FACTS = ("config.json", "manifest.json", "result.json", "augment/metrics.json")
 PROBES = "probe-*.json"
 
 
@@ -51,19 +51,26 @@ def collect(source: Path, into: Path) -> tuple[list[Path], list[Path]]:
     for folder, told in probes.items():
         write_json(folder / "probes.json", dict(sorted(told.items())))
     for path in sorted(source.rglob("peers_*.json")):
-        target = into / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        write_json(into / path.relative_to(source), without_paths(json.loads(path.read_text())))
     return copied, unfinished
 
 
 def copy_run(run: results.Run, target: Path) -> None:
     """Copy one run's files."""
-    for name in FILES:
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run.folder / ROWS, target / ROWS)
+    for name in FACTS:
         if (run.folder / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(run.folder / name, target / name)
-    write_json(target / "config.json", {**run.config, "out": "runs"})
+            write_json(target / name, without_paths(json.loads((run.folder / name).read_text())))
+
+
+def without_paths(value: Any) -> Any:
+    """The same JSON value, with the last part alone of each absolute path in it."""
+    if isinstance(value, dict):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_paths(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def write_json(path: Path, value: Any) -> None:
