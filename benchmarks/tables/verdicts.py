@@ -186,14 +186,17 @@ def claim_b(rows: Path) -> list[Line]:
     return [compared(n, f"{x} - {y}", b.scores(x, HOPPER), b.scores(y, HOPPER), m, 5) for n, x, y, m in pairs]
 
 
+def expert_score(mixture: str) -> float:
+    """Mean normalised return of the expert in a mixture, from the table of the forge's returns."""
+    returns = dict(pl.read_csv(HERE / "forge_returns.csv").select("dataset", "forge_mean_normalised").iter_rows())
+    return float(returns[f"{mixture.rsplit('/', 1)[0]}/expert-v0"])
+
+
 def claim_c(rows: Path) -> list[Line]:
     c = Rows(rows / "c")
-    with open(HERE / "forge_returns.csv") as file:
-        returns = pl.read_csv(file)
-    expert = dict(returns.select("dataset", "forge_mean_normalised").iter_rows())
     lines, better, fully = [], [], []
     for dataset in MIXTURES:
-        goal = expert[f"{dataset.rsplit('/', 1)[0]}/expert-v0"]
+        goal = expert_score(dataset)
         for agent in ("td3_bc", "iql", "cql"):
             weighted, uniform = c.scores(f"{agent}+AW", dataset), c.scores(agent, dataset)
             lines.append(compared("", f"{agent}+AW - {agent}, {dataset}", weighted, uniform, 10, 3))
