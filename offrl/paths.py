@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 from offrl.errors import OffrlError
 
@@ -56,12 +57,11 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")  # noqa: SIM115 - held while the caller works
+        acquired = FileLock(lock).acquire()
     except OSError as error:
         reason = error.strerror or error
         raise OffrlError(
             f"{lock.parent} cannot be written ({reason}); free space or set OFFRL_HOME elsewhere."
         ) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with acquired:
         yield
