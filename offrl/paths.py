@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from offrl.errors import OffrlError
 
@@ -57,11 +58,15 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        acquired = FileLock(lock).acquire()
+        held = FileLock(lock)
+        try:
+            acquired = held.acquire(timeout=2)
+        except Timeout:
+            print(f"waiting for another process that holds {lock}", file=sys.stderr, flush=True)
+            acquired = held.acquire()
     except OSError as error:
         reason = error.strerror or error
-        raise OffrlError(
-            f"{lock.parent} cannot be written ({reason}); free space or set OFFRL_HOME elsewhere."
-        ) from error
+        way_out = "free space, or choose another folder (OFFRL_HOME, MINARI_DATASETS_PATH)"
+        raise OffrlError(f"{lock.parent} cannot be written ({reason}); {way_out}.") from error
     with acquired:
         yield

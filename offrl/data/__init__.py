@@ -30,7 +30,7 @@ from offrl.paths import cache_dir
 
 __all__ = ["DatasetInfo", "ReadOptions", "Store", "concatenate", "exogenous_noise", "from_arrays", "load"]
 
-MINARI_ID = re.compile(r"(hf://)?[\w.-]+(/[\w.-]+)*-v\d+")
+MINARI_ID = re.compile(r"(hf://)?\w[\w.-]*(/\w[\w.-]*)*-v\d+")  # no part begins with a dot: no way out of the folder
 FILE_SUFFIXES = (".hdf5", ".h5", ".gz", ".npz", ".npy", ".safetensors", ".pkl", ".pickle", ".pt")
 
 

@@ -19,9 +19,9 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from offrl.data import catalogue
-from offrl.data.d4rl import REQUIRED, open_hdf5, row_blocks
+from offrl.data.d4rl import check_complete
 from offrl.data.minari import local_folder
-from offrl.errors import OffrlError
+from offrl.errors import OffrlError, one_line
 from offrl.paths import cache_dir, one_at_a_time, replacing
 from offrl.progress import Bar
 
@@ -42,9 +42,7 @@ def candidates(url: str, base: str | None) -> list[str]:
     except ValueError:
         usable = False
     if not usable:
-        raise OffrlError(
-            f"--base-url or OFFRL_D4RL_URL: {base!r} is no web address; give one like https://host/folder."
-        )
+        raise OffrlError(f"--base-url or OFFRL_D4RL_URL: {base!r} is no web address; use one like https://host/path.")
     base, path = base.rstrip("/") + "/", url.removeprefix(D4RL_BASE)
     return list(dict.fromkeys([base + path, base + path.rsplit("/", 1)[-1]]))
 
@@ -69,9 +67,8 @@ def fetch(
         force: download again even when the file is there.
 
     Raises:
-        OffrlError: unknown id, no connection, refused or missing file, a place that can't be written, a download that
-            stays incomplete (what has come is kept and the next call continues it), or content that is no D4RL
-            dataset.
+        OffrlError: unknown id, no connection, refused or missing file, no room, content that is no D4RL dataset, or a
+            download that stays incomplete (what has come is kept and the next call continues it).
     """
     entry = catalogue.d4rl().get(name)
     if entry is None:
@@ -103,7 +100,7 @@ def _fetch_d4rl(name: str, urls: list[str], target: Path, progress: bool) -> Non
         part.unlink()
         reason = str(error).removeprefix(f"{part}: ")
         raise OffrlError(f"{name}: what {url} sent is not the dataset: {reason}") from error
-    digest, sums = sha256(part), _sum_file(target)
+    digest, sums = sha256(part), target.with_name(target.name + ".sha256")
     sums.unlink(missing_ok=True)  # a kill before the new one is written leaves a file that is checked by reading
     os.replace(part, target)
     with replacing(sums) as temporary:
@@ -116,48 +113,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_complete(path: Path) -> None:
-    """Read every required column of a D4RL file once, so that each compressed block proves its own checksum.
-
-    Raises:
-        OffrlError: no HDF5 file, cut off, a missing key, or a block that cannot be read.
-    """
-    with open(path, "rb") as content:
-        head = content.read(16)
-    if not head.startswith(b"\x89HDF"):
-        raise OffrlError(f"{path}: this is no HDF5 file (it begins with {head!r}); fetch it from another place.")
-    with open_hdf5(path) as file:
-        missing = [key for key in REQUIRED if key not in file]
-        if missing:
-            raise OffrlError(f"{path}: missing {' and '.join(missing)}; fetch it from another place.")
-        for key in (name for name in (*REQUIRED, "timeouts", "next_observations") if name in file):
-            try:
-                for start, rows in row_blocks(file[key]):
-                    file[key][start : start + rows]
-            except OSError as error:
-                raise OffrlError(f"{path}: {key} is damaged ({error}); fetch it again.") from error
-
-
-def _sum_file(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
-
-
 def _is_intact(path: Path) -> bool:
-    """Whether a file is there and the one that was fetched; one without a recorded sum (put there by hand) is read.
-
-    Raises:
-        OffrlError: the file differs from its recorded sum, or is no D4RL dataset.
-    """
+    """Whether a file is there; one that differs from its recorded sum, or has none and can't be read, is refused."""
     if not path.is_file():
         return False
-    recorded = _sum_file(path)
-    if not recorded.is_file():
+    sums = path.with_name(path.name + ".sha256")
+    if not sums.is_file():
         check_complete(path)
-    elif recorded.read_bytes().split()[:1] != [sha256(path).encode()]:
-        raise OffrlError(
-            f"{path}: it changed since it was fetched (its SHA-256 is not that of {recorded.name}); fetch it again "
-            "with --force."
-        )
+    elif sums.read_bytes().split()[:1] != [sha256(path).encode()]:
+        why = f"it changed since it was fetched (its SHA-256 is not that of {sums.name})"
+        raise OffrlError(f"{path}: {why}; fetch it again with --force.")
     return True
 
 
@@ -177,7 +142,7 @@ def _network() -> Iterator[None]:
         raise
     except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirect to a malformed place
         reason = str(getattr(error, "reason", error)) or type(error).__name__
-        raise _Broken("".join(letter if letter.isprintable() else "?" for letter in reason)) from error
+        raise _Broken(one_line(reason)) from error
 
 
 def _download(urls: list[str], part: Path, bar: Bar) -> str:
@@ -264,6 +229,7 @@ def _receive(url: str, part: Path, bar: Bar) -> None:
                     break
                 done += file.write(block)
             bar.update(done, total)
+            file.flush()
             os.fsync(file.fileno())
     if total is not None and done < total:
         raise _Broken(f"{done:,} of {total:,} bytes came")
@@ -283,8 +249,11 @@ def _fetch_minari(name: str, force: bool) -> Path:
         import minari
     except ImportError as error:
         raise OffrlError(f'{name}: Minari datasets need its package; pip install "offrl[minari]".') from error
-    try:
-        minari.download_dataset(name, force_download=force)
-    except Exception as error:  # whatever its hosts raise
-        raise OffrlError(f"{name}: minari cannot download it ({error}); check the id and the connection.") from error
-    return local_folder(name)
+    folder = local_folder(name)
+    with one_at_a_time(folder.with_name(f".{folder.name}.lock")):
+        try:
+            minari.download_dataset(name, force_download=force)
+        except Exception as error:  # whatever its hosts raise
+            why = f"minari cannot download it ({one_line(error)})"
+            raise OffrlError(f"{name}: {why}; check the id and the connection.") from error
+    return folder

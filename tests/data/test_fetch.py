@@ -297,8 +297,41 @@ def test_hdf5_of_something_else_or_with_a_damaged_block(host: Host, tmp_path: Pa
     damaged = bytearray(CONTENT)
     damaged[block.byte_offset + 50 : block.byte_offset + 60] = bytes(10)
     host.files[PUBLISHED] = bytes(damaged)
-    with pytest.raises(OffrlError, match="rewards is damaged"):
+    with pytest.raises(OffrlError, match="rewards cannot be read, the file is damaged"):
         fetch(NAME, progress=False)
+
+
+LAYOUT = h5py.VirtualLayout((9, 2), "f8")
+LAYOUT[:] = h5py.VirtualSource("other.hdf5", "x", (9, 2))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(lambda file: file.create_group("rewards"), id="group"),
+        pytest.param(lambda file: file.update({"rewards": 3.0}), id="number"),
+        pytest.param(lambda file: file.update({"rewards": h5py.Empty("f4")}), id="nothing"),
+        pytest.param(lambda file: file.update({"rewards": h5py.SoftLink("/nowhere")}), id="dangling link"),
+        pytest.param(lambda file: file.update({"rewards": h5py.ExternalLink("/etc/passwd", "/x")}), id="external link"),
+        pytest.param(lambda file: file.create_virtual_dataset("rewards", LAYOUT), id="virtual"),
+        pytest.param(
+            lambda file: file.create_dataset("rewards", (9,), "u1", external=[("/etc/passwd", 0, 9)]), id="raw"
+        ),
+        pytest.param(
+            lambda file: file.create_dataset("rewards", (10**12,), "f4", chunks=(1000,), compression="gzip"),
+            id="claim",
+        ),
+    ],
+)
+def test_hdf5_with_something_else_where_an_array_belongs(host: Host, tmp_path: Path, place: Any) -> None:
+    memory = io.BytesIO(CONTENT)
+    with h5py.File(memory, "a") as file:
+        del file["rewards"]
+        place(file)
+    host.files[PUBLISHED] = memory.getvalue()
+    message = refused()
+    assert f"what {host.url}/{PUBLISHED} sent is not the dataset: rewards" in message
+    assert list(tmp_path.glob("d4rl/*")) == [tmp_path / f"d4rl/.{NAME}.hdf5.lock"]  # nothing of it is left
 
 
 def test_a_file_that_changed_later_is_noticed(host: Host) -> None:
@@ -404,8 +437,11 @@ def test_redirects_elsewhere_are_refused(host: Host, tmp_path: Path, location: s
         "host/folder",
         "//host/folder",
         "http://host/données",
-    ]
-    + ["http://a b/", "http://host/\n", "http://host/\x1b[31m", " "],
+        "http://a b/",
+        "http://host/\n",
+        "http://host/\x1b[31m",
+        " ",
+    ],
 )
 def test_a_mirror_that_is_no_web_address(host: Host, base: str) -> None:
     assert "is no web address" in refused(base_url=base)
@@ -522,6 +558,14 @@ def test_ids_that_cannot_be_fetched(host: Host, monkeypatch: pytest.MonkeyPatch)
         fetch("hoper-medium-v2", progress=False)
     with pytest.raises(OffrlError, match="offrl data build forge/hopper/medium-v0"):
         fetch("forge/hopper/medium-v0", progress=False)
+
+
+@pytest.mark.parametrize("name", ["../x-v0", "a/../../x-v0", "hf://../x-v0", "/tmp/x-v0", "./x-v0", "a/.hidden-v0"])
+def test_a_minari_id_leads_nowhere_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    minari = pytest.importorskip("minari")
+    monkeypatch.setattr(minari, "download_dataset", lambda *_, **__: pytest.fail("it was asked for"))
+    with pytest.raises(OffrlError):
+        fetch(name, progress=False)
 
 
 def test_minari_ids_go_through_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
