@@ -20,7 +20,7 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 
 TABLES = Path(__file__).parent / "tables"
-MINARI_ID = re.compile(r"(hf://)?[\w.-]+(/[\w.-]+)*-v\d+")
+MINARI_ID = re.compile(r"(hf://)?\w[\w.-]*(/\w[\w.-]*)*-v\d+")  # no part begins with a dot: no way out of the folder
 GYM_MUJOCO = (
     *("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher", "Pusher"),
     *("InvertedPendulum", "InvertedDoublePendulum"),

@@ -71,7 +71,7 @@ class Robot:
     expert: int
     ref_min: float
     ref_max: float
-    loader: int | None = None
+    replay: int | None = None
     note: str = ""
 
 
@@ -91,7 +91,7 @@ MIXTURES = tuple(f"random-{good}-{share}" for good in ("medium", "expert") for s
 def names() -> list[str]:
     """The ids that `ensure` can build; finite tasks and noisy robots can have other numbers in theirs."""
     robots = [f"{robot}/{level}" for robot in ROBOTS for level in (*LEVELS, *MIXTURES)]
-    replays = [f"{PREFIX}{robot}/{REPLAY_V1}" for robot, spec in ROBOTS.items() if spec.loader]
+    replays = [f"{PREFIX}{robot}/{REPLAY_V1}" for robot, spec in ROBOTS.items() if spec.replay]
     mazes = [f"pointmaze/{maze}{kind}" for maze in pointmaze.MAZES for kind in ("", "-dense")]
     first = [f"{PREFIX}{name}{SUFFIX}" for name in (*robots, *mazes, *noisy.names(), *stochastic.names())]
     return first + replays

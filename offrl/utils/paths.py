@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
@@ -10,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from offrl.utils.errors import OffrlError
 
@@ -96,14 +97,17 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")  # noqa: SIM115 - held while the caller works
+        held = FileLock(lock)
+        try:
+            acquired = held.acquire(timeout=2)
+        except Timeout:
+            print(f"waiting for another process that holds {lock}", file=sys.stderr, flush=True)
+            acquired = held.acquire()
     except OSError as error:
         reason = error.strerror or error
-        raise OffrlError(
-            f"{lock.parent} cannot be written ({reason}); free space or set OFFRL_HOME elsewhere."
-        ) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        way_out = "free space, or choose another folder (OFFRL_HOME, MINARI_DATASETS_PATH)"
+        raise OffrlError(f"{lock.parent} cannot be written ({reason}); {way_out}.") from error
+    with acquired:
         yield
 
 
