@@ -65,6 +65,7 @@ def test_error_is_interpolated_on_the_log_scale() -> None:
     kinds = {"real": kind(0, 0), "unguided": kind(-3, 0.01), "guided, 3": kind(-1, 1.0), "world model": kind(-2, 0.2)}
     assert verdicts.error_at(kinds) == pytest.approx((0.1, 0.2))
     assert verdicts.error_at(kinds | {"world model": kind(0, 0.2)}) is None
+    assert verdicts.error_at(kinds | {"world model": kind(-0.96, 0.2)}) == pytest.approx((1.0, 0.2))
 
 
 def test_counts_wait_for_what_can_still_change_them() -> None:
