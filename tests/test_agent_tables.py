@@ -68,8 +68,8 @@ def test_every_namesake_is_a_set_of_d4rl_and_every_robot_has_one() -> None:
 def test_rows_of_the_own_name_win_over_the_namesakes() -> None:
     rows: dict[str, dict[str, Any]] = {"forge/*": {"a": 1}, "hopper-medium-*": {"a": 2, "b": 2}, "*hopper*": {"c": 3}}
     assert chosen_settings(rows, "forge/hopper/medium-v0", "hopper-medium-v2") == {"a": 1, "b": 2, "c": 3}
-    assert chosen_settings(rows, "forge/hopper/medium-v0") == {"a": 1, "c": 3}
-    assert chosen_settings(rows, "hopper-medium-v2") == {"a": 2, "b": 2, "c": 3}
+    assert chosen_settings(rows, "forge/hopper/medium-v0", None) == {"a": 1, "c": 3}
+    assert chosen_settings(rows, "hopper-medium-v2", None) == {"a": 2, "b": 2, "c": 3}
 
 
 def test_a_row_for_both_names_keeps_its_place_in_the_table() -> None:

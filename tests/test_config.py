@@ -182,11 +182,11 @@ TABLE = {
 
 
 def test_settings_are_chosen_by_pattern_and_later_ones_win() -> None:
-    assert chosen_settings(TABLE, "hopper-random-v2") == {"alpha": 1.0}
-    assert chosen_settings(TABLE, "hopper-medium-v2") == {"alpha": 1.0, "tau": 0.1}
-    assert chosen_settings(TABLE, "antmaze-umaze-v2") == {"alpha": 2.0, "data.reward_shift": -1.0}
-    assert chosen_settings(TABLE, "antmaze-large-play-v2") == {"alpha": 3.0, "data.reward_shift": -1.0}
-    assert chosen_settings(None, "x") == {}
+    assert chosen_settings(TABLE, "hopper-random-v2", None) == {"alpha": 1.0}
+    assert chosen_settings(TABLE, "hopper-medium-v2", None) == {"alpha": 1.0, "tau": 0.1}
+    assert chosen_settings(TABLE, "antmaze-umaze-v2", None) == {"alpha": 2.0, "data.reward_shift": -1.0}
+    assert chosen_settings(TABLE, "antmaze-large-play-v2", None) == {"alpha": 3.0, "data.reward_shift": -1.0}
+    assert chosen_settings(None, "x", None) == {}
 
 
 def test_what_is_given_wins_over_the_table() -> None:
