@@ -183,13 +183,13 @@ def check_lane_lists(cfg: Any, group: str, lanes: int) -> None:
 
 
 def chosen_settings(
-    tables: Mapping[str, Mapping[str, Any]] | None, dataset: str, namesake: str | None
+    tables: Mapping[str, Mapping[str, Any]] | None, dataset: str, namesake: str | None = None
 ) -> dict[str, Any]:
     """The settings that a method's table has for a dataset.
 
     Args:
         tables: pattern of dataset ids -> settings.
-        namesake: id of the D4RL set whose values the dataset takes as well (`catalogue.namesake`), if any.
+        namesake: id of the D4RL set whose values the dataset takes as well (`catalogue.namesake`).
 
     Rows are taken in the table's order, later ones winning: first those that match the namesake, then those that match
     the dataset's own name alone.
