@@ -2,7 +2,7 @@
 
 Hydra takes launchers only from the namespace package `hydra_plugins`. It imports this module in every Hydra application of the
 environment, so nothing heavy is imported at the top, and `register` alone, which offrl calls, makes the launchers selectable.
-It does so without an entry in `sys.modules`, where postponed annotations of dataclasses would be looked up: they are not postponed.
+An entry in `sys.modules`, where postponed annotations of dataclasses are looked up, is missing then: they are not postponed.
 
 Hydra composes each job's configuration (its own `run_job`) in the sweep's process, since it keeps the current job in global
 state. What remains, `offrl.training.sweep.run_job`, waits for a training process: a thread is enough for that.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,12 +23,13 @@ IDS = [*catalogue.d4rl(), *catalogue.minari(), *forge.names()]
 UNLISTED = {"*HalfCheetah*", "forge/toy/*", "forge/mstoy/*"}
 
 
-def table(path: Path) -> dict[str, dict[str, Any]]:
-    return OmegaConf.to_container(OmegaConf.load(path).get("settings") or OmegaConf.create())  # type: ignore[return-value]
+@cache
+def table(agent: str) -> dict[str, dict[str, Any]]:
+    return OmegaConf.to_container(OmegaConf.load(AGENTS[agent]).get("settings") or OmegaConf.create())  # type: ignore[return-value]
 
 
 def settings(agent: str, dataset: str) -> dict[str, Any]:
-    return chosen_settings(table(AGENTS[agent]), dataset, namesake(dataset))
+    return chosen_settings(table(agent), dataset, namesake(dataset))
 
 
 # ---- namesakes ------------------------------------------------------------------------------------------------
@@ -69,8 +70,8 @@ def test_every_namesake_is_a_set_of_d4rl_and_every_robot_has_one() -> None:
 def test_rows_of_the_own_name_win_over_the_namesakes() -> None:
     rows: dict[str, dict[str, Any]] = {"forge/*": {"a": 1}, "hopper-medium-*": {"a": 2, "b": 2}, "*hopper*": {"c": 3}}
     assert chosen_settings(rows, "forge/hopper/medium-v0", "hopper-medium-v2") == {"a": 1, "b": 2, "c": 3}
-    assert chosen_settings(rows, "forge/hopper/medium-v0") == {"a": 1, "c": 3}
-    assert chosen_settings(rows, "hopper-medium-v2") == {"a": 2, "b": 2, "c": 3}
+    assert chosen_settings(rows, "forge/hopper/medium-v0", None) == {"a": 1, "c": 3}
+    assert chosen_settings(rows, "hopper-medium-v2", None) == {"a": 2, "b": 2, "c": 3}
 
 
 def test_a_row_for_both_names_keeps_its_place_in_the_table() -> None:
@@ -127,7 +128,7 @@ def test_chosen_settings(agent: str, dataset: str, expected: dict[str, Any]) -> 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_a_dataset_takes_its_namesakes_values(agent: str) -> None:
     """But where the table has rows for the dataset alone; a forge dataset's version makes no difference."""
-    rows = table(AGENTS[agent])
+    rows = table(agent)
     for dataset in IDS:
         if not (name := namesake(dataset)):
             continue
@@ -145,7 +146,7 @@ def test_a_dataset_takes_its_namesakes_values(agent: str) -> None:
 @pytest.mark.parametrize("agent", AGENTS)
 def test_every_row_could_be_used(agent: str) -> None:
     """Its keys and values are settings, and its pattern matches some dataset that there is."""
-    rows = table(AGENTS[agent])
+    rows = table(agent)
     cls, _ = agent_config({"_target_": OmegaConf.load(AGENTS[agent])["_target_"]})
     check_tables(rows, cls.Config)
     idle = {pattern for pattern in rows if not any(fnmatch(dataset, pattern) for dataset in IDS)}

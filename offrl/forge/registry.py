@@ -214,7 +214,7 @@ def segments(robot: str, level: str, size: int) -> list[tuple[int | None, int]]:
         steps: list[int | None] = [spec.medium, spec.expert]
         ends = [size // 2, size]
     else:
-        last = spec.loader if level == REPLAY_V1 and spec.loader else spec.medium
+        last = spec.replay if level == REPLAY_V1 and spec.replay else spec.medium
         ladder = [step for step in behavior_levels(robot) if step <= last]
         steps, ends = [None, *ladder], [round(end * size / last) for end in (REPLAY_WARMUP, *ladder)]
     return [(step, end - start) for step, start, end in zip(steps, [0, *ends], ends) if end > start]

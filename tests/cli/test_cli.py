@@ -266,7 +266,7 @@ def test_a_new_agent_is_one_python_file_and_one_yaml(world: Path, monkeypatch: p
 def test_python_gets_exceptions_instead_of_exits(toy_file: Path) -> None:
     with pytest.raises(OffrlError, match=r"agent.alph is no option; did you mean agent.alpha?"):
         offrl.fit(agent="td3_bc", dataset=str(toy_file), **{"agent.alph": 1})
-    with pytest.raises(OffrlError, match=r"(?s)agent/td3bc.*td3_bc"):
+    with pytest.raises(OffrlError, match=r"agent=td3bc is unknown; did you mean agent=td3_bc"):
         offrl.fit(agent="td3bc", dataset=str(toy_file))
     with pytest.raises(OffrlError, match="no such dataset"):
         offrl.fit(dataset="nothing-like-it")
