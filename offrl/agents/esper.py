@@ -80,7 +80,7 @@ class ESPER(DT):
 
     def attach(self, store: Store) -> None:
         super().attach(store)
-        self.horizon.fill_(store.lengths.max())
+        self.horizon.fill_(store.steps.max())
         self.attached = Relabelled(store)
 
     def phase(self, step: int) -> int:

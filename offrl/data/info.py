@@ -34,7 +34,7 @@ def describe(store: Store) -> dict[str, Any]:
     would draw, see `offrl.data.draws`.
     """
     info, returns = store.info, store.returns.cpu()
-    steps = (store.lengths + store.has_tail).double().cpu()
+    steps = store.steps.double().cpu()
     scores = info.normalized(returns)
     ends = episode_ends(store)
     counts = {end: int((ends == index).sum()) for index, end in enumerate(ENDS)}
@@ -284,7 +284,7 @@ def _plot_returns(axes: Axes, store: Store) -> None:
 
 
 def _plot_lengths(axes: Axes, store: Store) -> None:
-    steps = (store.lengths + store.has_tail).cpu().numpy()
+    steps = store.steps.cpu().numpy()
     limit = store.info.max_episode_steps
     # A limit far behind the longest episode (some environments have none to speak of) would squeeze everything.
     shown = limit if limit and limit <= 3 * steps.max() else None

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from plain import difference, sequential
+from plain import difference, make_store, sequential
 from test_esper import make_gamble
 from test_rvs import make_agent as make_rvs
-from test_rvs import make_bandit, make_store
+from test_rvs import make_bandit
 from torch import Tensor, nn
 
 from offrl import data

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain import make_store, to_go
 from torch import Tensor, nn
 
 from offrl.agent import Batch, Spec
@@ -17,19 +18,6 @@ from offrl.engine import Eager
 from offrl.sampling import Replay, Uniform
 
 SMALL: dict[str, Any] = {"context": 4, "embed": 12, "heads": 2, "max_length": 9, "warmup": 50, "return_scale": 0.1}
-
-
-def make_store(lengths: tuple[int, ...] = (7, 1, 3, 11), discrete: int | None = None, seed: int = 0) -> Store:
-    """Episodes of random numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = sum(lengths)
-    obs, nxt = (torch.randn(rows, 3, generator=generator).double() for _ in range(2))
-    action = torch.rand(rows, 2, generator=generator).double() * 2 - 1
-    if discrete:
-        action = torch.randint(discrete, (rows,), generator=generator)
-    reward = torch.randn(rows, generator=generator).double()
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return Store(obs, action, reward, nxt, torch.zeros(rows), offsets, DatasetInfo(discrete=discrete))
 
 
 def make_agent(store: Store, seeds: tuple[int, ...] = (0,), **settings: Any) -> DT:
@@ -107,7 +95,7 @@ class Plain:
         for row, mine in zip(rows, coins):
             episode = int(store.episode_of_row[row])
             end = min(row + self.cfg.context, int(store.offsets[episode + 1]))
-            total = [store.rewards[t : store.offsets[episode + 1]].sum() for t in range(row, end)]
+            total = [to_go(store, t) for t in range(row, end)]
             obs = (store.observations[row:end] - mean) / (std + 1e-6)
             action = store.actions[row:end]
             out = self(torch.stack(total), obs, action, row - int(store.offsets[episode]), mine)

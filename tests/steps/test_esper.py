@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import difference, sequential
-from test_rvs import make_store
+from plain import difference, make_store, sequential
 from torch import Tensor, nn
 
 from offrl.agent import Batch, Spec

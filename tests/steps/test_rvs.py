@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain import difference, sequential
-from torch import Tensor, nn
+from plain import difference, make_store, sequential, to_go
+from torch import nn
 
 from offrl.agent import Batch, Spec
 from offrl.agents.rvs import RvS, RvSConfig
 from offrl.data.store import DatasetInfo, Store
 from offrl.engine import Eager
 from offrl.sampling import Replay, Uniform
-
-
-def make_store(discrete: int | None = None) -> Store:
-    """Episodes of 7, 1, 3 and 11 random steps."""
-    generator = torch.Generator().manual_seed(0)
-    obs, nxt = (torch.randn(22, 3, generator=generator).double() for _ in range(2))
-    action = torch.rand(22, 2, generator=generator).double() * 2 - 1
-    if discrete:
-        action = torch.randint(discrete, (22,), generator=generator)
-    reward = torch.randn(22, generator=generator).double()
-    offsets = torch.tensor([0, 7, 8, 11, 22])
-    return Store(obs, action, reward, nxt, torch.zeros(22), offsets, DatasetInfo(discrete=discrete))
 
 
 def make_agent(store: Store, seeds: tuple[int, ...] = (0,), **settings: object) -> RvS:
@@ -50,8 +38,8 @@ def test_updates_equal_a_plain_restatement(discrete: int | None, average: bool) 
         for row in index:
             episode = int(store.episode_of_row[row])
             t = row - int(store.offsets[episode])
-            to_go: Tensor = store.rewards[row : store.offsets[episode + 1]].sum()
-            goal = 0.5 * (to_go / (11 - t) if average else to_go)
+            rest = to_go(store, row)
+            goal = 0.5 * (rest / (11 - t) if average else rest)
             out = net(torch.cat([store.observations[row], goal.view(1)]))
             if discrete:
                 losses.append(nn.functional.cross_entropy(out, store.actions[row]))
