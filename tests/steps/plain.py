@@ -44,7 +44,8 @@ def to_go(store: Store, row: int) -> Tensor:
 def boxed(store: Store, box: tuple[float, float]) -> Store:
     """The same with actions stretched from [-1, 1] to another box."""
     half, centre = (box[1] - box[0]) / 2, (box[1] + box[0]) / 2
-    tensors = store.tensors() | {"actions": store.actions * half + centre}
+    tensors = store.tensors()
+    tensors |= {name: tensors[name] * half + centre for name in ("actions", "tail_actions")}
     return Store(**tensors, info=store.info).with_info(action_low=box[0], action_high=box[1])
 
 

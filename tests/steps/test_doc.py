@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import difference, make_store, sequential
+from plain import BOXES, Box, boxed, difference, make_store, sequential
 from test_esper import make_gamble
 from test_rvs import make_agent as make_rvs
 from test_rvs import make_bandit
@@ -33,7 +33,8 @@ ROWS = [0, 5, 7, 8, 12, 20]  # starts, middles and last steps of episodes of 7, 
 
 
 def make_agent(cls: Any, store: Store, seeds: tuple[int, ...] = (0,), **settings: Any) -> Any:
-    spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete))
+    box = {"action_low": store.info.action_low, "action_high": store.info.action_high}
+    spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete), **box)
     agent = cls(spec, cls.Config(**{**SMALL, **settings})).to(store.rewards.dtype)
     agent.attach(store)
     return agent
@@ -52,6 +53,7 @@ class Plain:
 
     def __init__(self, agent: Any, store: Store) -> None:
         self.agent, self.cfg, self.store, self.discrete = agent, agent.cfg, store, agent.spec.discrete
+        self.box = Box(agent.spec)
         actor = agent.policy if self.discrete else agent.policy.mlp
         names = ("embed", "posterior_head", "prior", "value")
         self.nets = {n: sequential(getattr(agent, n), 0) for n in names} | {"policy": sequential(actor, 0)}
@@ -155,7 +157,8 @@ class Plain:
         out = self.nets["policy"](torch.cat([self.state(i), z]))
         if self.discrete:
             return nn.functional.cross_entropy(out, self.store.actions[i])
-        return -torch.distributions.Normal(out.tanh(), self.log_std.exp()).log_prob(self.store.actions[i]).sum()
+        policy = torch.distributions.Normal(self.box.squash(out), self.log_std.exp() * self.box.half)
+        return -policy.log_prob(self.store.actions[i]).sum()
 
     def contrasts(self, rows: list[int], z: list[Tensor], pick: list[float]) -> list[Tensor]:
         chosen = [row + int(u * (self.episode(row)[1] - row)) for row, u in zip(rows, pick)]
@@ -186,11 +189,20 @@ class Plain:
         return largest if self.discrete else max(largest, (self.log_std - agent.policy.log_std[0]).abs().max().item())
 
 
-@pytest.mark.parametrize("discrete", [None, 3])
-@pytest.mark.parametrize("latent", ["categorical", "gaussian"])
-@pytest.mark.parametrize("cls", [VAEBC, DoC])
-def test_updates_equal_a_plain_restatement(cls: Any, latent: str, discrete: int | None) -> None:
-    store = make_store(discrete)
+KINDS = [(cls, latent) for cls in (VAEBC, DoC) for latent in ("categorical", "gaussian")]
+
+
+@pytest.mark.parametrize(
+    ("cls", "latent", "discrete", "box"),
+    [
+        *((*kind, discrete, (-1, 1)) for kind in KINDS for discrete in (None, 3)),
+        *((*kind, None, box) for kind, box in zip(KINDS, 2 * BOXES)),
+    ],
+)
+def test_updates_equal_a_plain_restatement(
+    cls: Any, latent: str, discrete: int | None, box: tuple[float, float]
+) -> None:
+    store = make_store(discrete) if discrete else boxed(make_store(), box)
     more = {"beta": 1.5, "beta_warmup": 2, "energy_steps": 2, "energy_lr": 1e-2, "squeeze": 0.3} if cls is DoC else {}
     agent = make_agent(cls, store, latent=latent, kl_weight=0.7, **more)
     plain = Plain(agent, store)

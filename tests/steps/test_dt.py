@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import make_store, to_go
+from plain import BOXES, Box, boxed, make_store, to_go
 from torch import Tensor, nn
 
 from offrl.agent import Batch, Spec
@@ -21,9 +21,8 @@ SMALL: dict[str, Any] = {"context": 4, "embed": 12, "heads": 2, "max_length": 9,
 
 
 def make_agent(store: Store, seeds: tuple[int, ...] = (0,), **settings: Any) -> DT:
-    spec = Spec(
-        store.obs_dim, store.action_dim, seeds, *store.observation_statistics(), discrete=bool(store.info.discrete)
-    )
+    sizes, box = (store.obs_dim, store.action_dim), (store.info.action_low, store.info.action_high)
+    spec = Spec(*sizes, seeds, *store.observation_statistics(), *box, discrete=bool(store.info.discrete))
     agent = DT(spec, DTConfig(**{**SMALL, **settings})).double()
     agent.attach(store)
     # Initial weights of 0.02 leave attention almost uniform, which would hide mistakes.
@@ -47,6 +46,7 @@ class Plain:
 
     def __init__(self, agent: DT, lane: int = 0) -> None:
         self.cfg, self.discrete, self.kinds = agent.cfg, agent.spec.discrete, agent.spec.action_dim
+        self.box = Box(agent.spec)
         self.p = {k: nn.Parameter(v[lane].detach().clone()) for k, v in agent.net.named_parameters()}
         self.adam = torch.optim.AdamW(self.p.values(), lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
         warm = self.cfg.warmup
@@ -102,7 +102,7 @@ class Plain:
             if self.discrete:
                 errors.append(nn.functional.cross_entropy(out, action, reduction="none"))
             else:
-                errors.append((out.tanh() - action).square().mean(1))
+                errors.append((self.box.squash(out) - action).square().mean(1))
         return torch.cat(errors).mean()
 
     def step(self, store: Store, rows: list[int], coins: list[dict[str, Tensor]]) -> float:
@@ -152,11 +152,17 @@ def of_window(tossed: dict[str, Tensor], window: int, tokens: int, layers: int) 
 ROWS = [0, 5, 6, 7, 8, 10, 12, 21]  # starts, middles and last steps of episodes
 
 
-@pytest.mark.parametrize("discrete", [None, 3])
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("grad_clip", [0.25, 100.0])
-def test_updates_equal_a_plain_restatement(discrete: int | None, rate: float, grad_clip: float) -> None:
-    store = make_store(discrete=discrete)
+ANY = [(discrete, rate, clip, (-1, 1)) for discrete in (None, 3) for rate in (0.0, 0.3) for clip in (0.25, 100.0)]
+
+
+@pytest.mark.parametrize(
+    ("discrete", "rate", "grad_clip", "box"),
+    [*ANY, *((None, 0.0, clip, box) for clip, box in zip((0.25, 100.0), BOXES))],
+)
+def test_updates_equal_a_plain_restatement(
+    discrete: int | None, rate: float, grad_clip: float, box: tuple[float, float]
+) -> None:
+    store = make_store(discrete) if discrete else boxed(make_store(), box)
     agent = make_agent(store, dropout=rate, lr=1e-2, grad_clip=grad_clip)
     plain = Plain(agent)
     before = plain.distance(agent)
@@ -260,7 +266,7 @@ def full_attention(agent: DT, lane: int, env: int, played: list[tuple[Tensor, Te
 @pytest.mark.parametrize("context", [1, 4])
 def test_acting_equals_full_attention_over_the_last_steps(discrete: int | None, context: int) -> None:
     """With cached keys at first, with a window that slides later, and beyond the table of timesteps."""
-    store = make_store(discrete=discrete)
+    store = make_store(discrete) if discrete else boxed(make_store(), (-1, 1) if context == 1 else BOXES[1])
     agent = make_agent(store, seeds=(0, 1), context=context, target_return=[3.0, 5.0])
     agent.target.copy_(torch.tensor([3.0, 5.0]))
     generator = torch.Generator().manual_seed(2)
@@ -273,7 +279,7 @@ def test_acting_equals_full_attention_over_the_last_steps(discrete: int | None, 
         played.append((goal, obs, action))
         for lane, env in ((0, 0), (1, 2)):
             out = full_attention(agent, lane, env, played)
-            expected = out.argmax(-1) if discrete else out.tanh()
+            expected = out.argmax(-1) if discrete else Box(agent.spec).squash(out)
             torch.testing.assert_close(action[lane, env], expected, rtol=0, atol=1e-12)
         reward = torch.randn(2, 3, generator=generator).double()
         memory = agent.observe(memory, action, reward)

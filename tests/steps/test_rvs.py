@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain import difference, make_store, sequential, to_go
+from plain import boxed, difference, make_store, sequential, to_go
 from torch import nn
 
 from offrl.agent import Batch, Spec
@@ -15,7 +15,8 @@ from offrl.sampling import Replay, Uniform
 
 
 def make_agent(store: Store, seeds: tuple[int, ...] = (0,), **settings: object) -> RvS:
-    spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete))
+    box = {"action_low": store.info.action_low, "action_high": store.info.action_high}
+    spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete), **box)
     agent = RvS(spec, RvSConfig(**{"hidden": (16, 16), **settings})).double()
     agent.attach(store)
     return agent
@@ -55,15 +56,18 @@ def test_updates_equal_a_plain_restatement(discrete: int | None, average: bool) 
     assert discrete or log_std.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("box", [(-1, 1), (-0.02, 0.03)], ids=str)
 @pytest.mark.parametrize("average", [True, False])
-def test_acting_asks_for_the_same_average_or_for_what_is_left(average: bool) -> None:
-    store = make_store()
+def test_acting_asks_for_the_same_average_or_for_what_is_left(average: bool, box: tuple[float, float]) -> None:
+    """Of actions, the narrower box cuts some off."""
+    store = boxed(make_store(), box)
     agent = make_agent(store, seeds=(0, 1), average=average, target_return=[22.0, 33.0])
     memory, obs = agent.memory(2), store.observations[:2].expand(2, -1, -1)
     assert agent.promise(obs, memory).tolist() == [[22, 22], [33, 33]]
     for t in range(3):
         goal = torch.tensor([2.0, 3.0]) if average else torch.tensor([22.0, 33.0]) - 5 * t
-        expected = agent.actor(torch.cat([obs, goal.double().view(2, 1, 1).expand(2, 2, 1)], -1))[0].clamp(-1, 1)
+        expected = agent.actor(torch.cat([obs, goal.double().view(2, 1, 1).expand(2, 2, 1)], -1))[0].clamp(*box)
+        assert (box == (-1, 1)) == (expected.abs() > 0.03).any()
         torch.testing.assert_close(agent.select_action(obs, memory), expected)
         memory = agent.observe(memory, expected, torch.full((2, 2), 5.0).double())
 
