@@ -379,6 +379,24 @@ def test_the_latent_in_use_has_the_highest_value(latent: str) -> None:
     assert agent.observe(after, store.actions[:4].expand(2, -1, -1), torch.zeros(2, 4)).latent is None
 
 
+@pytest.mark.parametrize("hold", [1, 2, 3, None])
+def test_a_latent_is_chosen_anew_after_every_so_many_steps(hold: int | None) -> None:
+    """Again and again: by the state and the time of that step, with numbers of its own; in between it stays what it was."""
+    store = make_store()
+    agent = make_agent(DoC, store, latent="gaussian", candidates=20, hold=hold)
+    memory, held = agent.memory(3), None
+    for t in range(8):
+        obs = store.observations[3 * t % 19 : 3 * t % 19 + 3].unsqueeze(0)
+        if t == 0 or (hold and t % hold == 0):
+            held = agent.choose_latent(agent.state(obs, t), f"{memory.name}/latent/{t}")
+        action = agent.select_action(obs, memory)
+        assert held is not None
+        assert torch.equal(memory.latent, held[0])
+        assert torch.equal(memory.value, held[1])
+        memory = agent.observe(memory, action, torch.zeros(1, 3))
+    assert memory.time == 8
+
+
 # ---- bandits --------------------------------------------------------------------------------------------------
 
 BANDIT: dict[str, Any] = {"latent_size": 4, "suffix": 1, "hidden": (32,), "lr": 3e-3}
