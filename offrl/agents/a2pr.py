@@ -37,7 +37,7 @@ class A2PRConfig(TD3BCConfig):
     detach_reference: bool = False  # stop the gradient at the VAE's proposal (the authors' code lets it through)
     discount: float = 0.99  # gamma
     tau: float = 0.005  # rate of the targets, which move on actor updates
-    policy_noise: float = 0.2  # deviation of the target action's noise, in units of the largest action
+    policy_noise: float = 0.2  # deviation of the target action's noise, in units of half the box
     noise_clip: float = 0.5  # bound of that noise, same units
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4

@@ -80,7 +80,7 @@ class ESPER(DT):
 
     def setup(self, store: OfflineDataset) -> None:
         super().setup(store)
-        self.horizon.fill_(store.lengths.max())
+        self.horizon.fill_(store.steps.max())
         self.dataset_index = Relabelled(store)
 
     def phase(self, step: int) -> int:

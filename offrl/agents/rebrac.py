@@ -32,7 +32,7 @@ class ReBRACConfig:
     critic_bc: float = 0.01  # beta_2, weight of the next action's distance from the data, in the target
     discount: float = 0.99  # gamma
     tau: float = 0.005  # rate of the targets, which move on actor updates
-    policy_noise: float = 0.2  # deviation of the target action's noise, in units of the largest action
+    policy_noise: float = 0.2  # deviation of the target action's noise, in units of half the box
     noise_clip: float = 0.5  # bound of that noise, same units
     actor_lr: float = 3e-4  # 1e-3 on locomotion, with batches of 1024
     critic_lr: float = 3e-4  # the same

@@ -71,7 +71,7 @@ class RvS(RememberingAgent):
 
     def setup(self, store: OfflineDataset) -> None:
         """Learn the longest episode, and ask for the best return unless the configuration names one."""
-        self.horizon.fill_(store.lengths.max())
+        self.horizon.fill_(store.steps.max())
         if self.cfg.target_return is None:
             self.target.fill_(store.best_return)
 

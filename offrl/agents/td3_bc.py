@@ -25,7 +25,7 @@ class TD3BCConfig:
     alpha: float = 2.5  # weight of Q against the pull to the data
     discount: float = 0.99  # gamma
     tau: float = 0.005  # rate of the targets, which move on actor updates
-    policy_noise: float = 0.2  # deviation of the target action's noise, in units of the largest action
+    policy_noise: float = 0.2  # deviation of the target action's noise, in units of half the box
     noise_clip: float = 0.5  # bound of that noise, same units
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4
@@ -54,9 +54,9 @@ class TD3BC(Agent):
 
     def target_action(self, batch: Batch) -> Tensor:
         """Target policy smoothing: clip(pi'(s') + clip(noise)) (TD3, equation 14)."""
-        largest, cfg = self.spec.action_high, self.cfg
+        cfg, half = self.cfg, (self.spec.action_high - self.spec.action_low) / 2  # the authors' largest action
         noise = self.random.normal("target_action", batch.action) * per_lane(cfg.policy_noise, 2)
-        noise = clip(noise, per_lane(cfg.noise_clip, 2)) * largest
+        noise = clip(noise, per_lane(cfg.noise_clip, 2)) * half
         return (self.actor_target(batch.next_obs) + noise).clamp(self.spec.action_low, self.spec.action_high)
 
     @torch.no_grad()

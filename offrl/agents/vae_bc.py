@@ -102,7 +102,7 @@ class VAEBC(RememberingAgent):
 
     def setup(self, store: OfflineDataset) -> None:
         """Learn the longest episode, and the spread of rewards and returns, which networks see and predict standardised."""
-        self.horizon.fill_(store.lengths.max())
+        self.horizon.fill_(store.steps.max())
         self.reward_scale.fill_(1 / (store.rewards.double().std(correction=0) + 1e-6))
         returns = store.return_to_go.double()
         self.return_mean.fill_(returns.mean())

@@ -34,7 +34,7 @@ def describe(store: OfflineDataset) -> dict[str, Any]:
     would draw, see `offrl.cli.sampler_stats`.
     """
     info, returns = store.info, store.returns.cpu()
-    steps = (store.lengths + store.has_tail).double().cpu()
+    steps = store.steps.double().cpu()
     scores = info.normalized(returns)
     ends = episode_ends(store)
     counts = {end: int((ends == index).sum()) for index, end in enumerate(ENDS)}
@@ -271,7 +271,7 @@ def _plot_returns(axes: Axes, store: OfflineDataset) -> None:
 
 
 def _plot_lengths(axes: Axes, store: OfflineDataset) -> None:
-    steps = (store.lengths + store.has_tail).cpu().numpy()
+    steps = store.steps.cpu().numpy()
     limit = store.info.max_episode_steps
     # A limit far behind the longest episode (some environments have none to speak of) would squeeze everything.
     shown = limit if limit and limit <= 3 * steps.max() else None

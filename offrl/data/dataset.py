@@ -153,6 +153,11 @@ class OfflineDataset:
         """`[E]` int64: transitions in each episode."""
         return self.offsets.diff()
 
+    @property
+    def steps(self) -> Tensor:
+        """`[E]` int64: steps of the environment in each episode; a tail is one, though it is no transition."""
+        return self.lengths + self.has_tail
+
     @cached_property
     def episode_of_row(self) -> Tensor:
         """`[N]` int64: the episode that a row belongs to."""

@@ -114,10 +114,10 @@ def _fit(store: OfflineDataset, agents: list[Agent], cfg: FQEConfig, track: Call
         return critic(see(store.observations[rows]), action)[:, 0] - wanted
 
     for update in track(range(cfg.updates)):
-        if update % cfg.target_every == 0:
-            target.load_state_dict(critic.state_dict())
         rows = train[torch.randint(len(train), (cfg.batch_size,), generator=generator).to(store.device)]
         optimizer.step(td_error(rows).square().mean(-1))
+        if update % cfg.target_every == 0:  # as in d3rlpy, whose first copy is that of the first update
+            target.load_state_dict(critic.state_dict())
 
     with torch.no_grad():
         starts = store.initial_observations[held]

@@ -107,7 +107,7 @@ def leak(
     kept[mixed[: max(1, int(store.episodes * HELD_OUT))]] = True
     seen, unseen = ((kept[store.episode_of_row] == flag).nonzero().squeeze(1) for flag in (False, True))
     action = one_hot(store.actions, store.action_dim, store.rewards.dtype) if store.info.discrete else store.actions
-    time = (store.timesteps / store.lengths.max()).to(store.rewards.dtype).unsqueeze(1)
+    time = (store.timesteps / store.steps.max()).to(store.rewards.dtype).unsqueeze(1)
     context = torch.cat([agent.normalize(store.observations), action, time], 1).clamp(-WIDEST, WIDEST)
     outcome = outcome.to(context).clamp(-WIDEST, WIDEST)
     agent.random.step.fill_(0)

@@ -155,7 +155,7 @@ class ReturnWeighted(EpisodeWeighted):
     def __init__(self, store: OfflineDataset, cfg: Any = None, seeds: Sequence[int] = ()) -> None:
         self.cfg: Any = cfg or self.Config()
         returns = weights.checked_returns(store.returns)
-        self.returns = returns / (store.lengths + store.has_tail) if self.cfg.per_step else returns
+        self.returns = returns / store.steps if self.cfg.per_step else returns
         self.about: dict[str, Any] = {}
         law, reason = weights.boltzmann(self.scores(store), lane_values(self.cfg.temperature, store.device))
         if reason:

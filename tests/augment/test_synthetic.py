@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from offrl.agents.base import Agent, Spec
 from offrl.agents.prdc import PRDC, PRDCConfig
 from offrl.augment.base import Augmentation, LaneSegments, Synthetic, SyntheticConfig, make_augmentation
 from offrl.augment.diffusion import DenoiserConfig, Training, denoiser_path, trained_denoiser
+from offrl.augment.trajectories import split_episodes
 from offrl.data.batch import Batch
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.nets.neighbors import brute_force
@@ -448,6 +450,23 @@ def test_training_learns_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert twice.metadata == once.metadata
     assert denoiser_path(store, DenoiserConfig(features=24)) != once.path
     assert denoiser_path(make_toy(2048, seed=6), cfg) != once.path
+
+
+def test_held_out_episodes_are_for_the_validation_loss_alone() -> None:
+    """Without their numbers training is what it was, and its validation loss is lost."""
+    store, cfg = make_toy(512), DenoiserConfig(features=16, blocks=2, window=4, holdout=0.2, batch_size=64)
+    _, held = split_episodes(store, cfg.holdout, cfg.seed)
+    assert len(held) == 26
+    spoilt = torch.isin(store.episode_of_row, held)
+    tensors = store.tensors()
+    for name in ("observations", "actions", "rewards", "next_observations"):
+        tensors[name] = torch.where(spoilt.view(-1, *[1] * (tensors[name].ndim - 1)), torch.nan, tensors[name])
+    whole, poor = (Training(s, cfg) for s in (store, OfflineDataset(**tensors, info=store.info)))
+    for step in range(1, 9):
+        whole.step = poor.step = step
+        assert torch.equal(whole.update(), poor.update())
+    assert math.isfinite(whole.validation_loss() or math.nan)
+    assert math.isnan(poor.validation_loss() or 0)
 
 
 def test_training_goes_on_where_it_was_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from offrl.agents.base import Spec
@@ -71,6 +72,33 @@ def test_it_learns_mean_and_noise_of_a_linear_system() -> None:
     assert float(fit.validation_errors().max()) == pytest.approx(floor, rel=0.15)
 
 
+def poisoned(store: Store, rows: Tensor) -> Store:
+    """The same without the numbers of some rows."""
+    tensors = store.tensors()
+    for name in ("observations", "actions", "rewards", "next_observations"):
+        tensors[name] = tensors[name].clone()
+        tensors[name][rows] = torch.nan
+    return Store(**tensors, info=store.info)
+
+
+def test_held_out_transitions_choose_the_elites_and_teach_nothing() -> None:
+    """A share of the transitions at random: training never sees them, and validation sees nothing else."""
+    store = linear_system(500)
+    fit = EnsembleFit(store, EnsembleConfig(hidden=(8,), members=3, elites=2, holdout=0.3, batch_size=256))
+    assert len(fit.held) == 150
+    assert torch.equal(torch.cat([fit.held, fit.learn]).sort().values, torch.arange(500))
+    fit.store = poisoned(store, fit.held)
+    for fit.step in range(1, 9):  # 2048 draws of 500 rows: one that may be drawn is
+        assert fit.update().isfinite()
+    assert all(p.isfinite().all() for p in fit.model.parameters())
+    assert fit.validation_errors().isnan().all()
+    fit.store = poisoned(store, fit.learn)
+    errors = fit.validation_errors()
+    assert errors.isfinite().all()
+    fit.store = store.select_episodes(torch.arange(store.episodes))
+    assert torch.equal(fit.validation_errors(), errors)
+
+
 def test_elites_are_the_best_members() -> None:
     fit = EnsembleFit(linear_system(500), EnsembleConfig(hidden=(8,), members=5, elites=2))
     tensors, metadata = fit.result()
@@ -91,6 +119,8 @@ def test_states_stay_in_the_datasets_range() -> None:
     far = torch.full((3, 2), 1e6)
     following, _ = fit.model.draw(far, torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3))
     assert torch.equal(following, fit.model.high.expand(3, 2))
+    following, _ = fit.model.draw(-far, torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3))
+    assert torch.equal(following, fit.model.low.expand(3, 2))
 
 
 # ---- rollouts ----------------------------------------------------------------------------------------------------------
@@ -114,6 +144,46 @@ def test_rollouts_start_in_the_dataset_and_follow_the_policy() -> None:
     assert torch.equal(made.next_observations[:-1][within], made.observations[1:][within])
     obs = made.observations.view(2, 24, 2)
     torch.testing.assert_close(made.actions.view(2, 24, 2), agent.act(agent.normalize(obs)))
+
+
+STOCHASTIC: dict[str, dict[str, Any]] = {
+    "iql.IQL": {},
+    "awac.AWAC": {},
+    "sac_n.SACN": {"members": 2},
+    "cql.CQL": {},
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_a_stochastic_policy_draws_its_actions(name: str) -> None:
+    """At every step anew, from N(mean, std^2) cut to the box of actions; of a policy like a needle that is its mean."""
+    store = linear_system(1000, DatasetInfo(id="linear", action_low=-0.5, action_high=2.0))
+    settings = {"_target_": WORLD, "transitions": 4000, "length": 4, "model": MODEL}
+    augmentation = make_augmentation(settings, store, (3,))
+    augmentation.prepare()
+    policy = make_agent(
+        {"_target_": f"offrl.agents.{name}", "hidden": [16], **STOCHASTIC[name]},
+        Spec(2, 2, (3,), action_low=-0.5, action_high=2.0),
+    )
+    made = augmentation.generate(policy, 7)
+    gaussian = policy.policy_gaussian(policy.normalize(made.observations.unsqueeze(0)))
+    assert gaussian is not None
+    mean, std = (part[0].detach() for part in gaussian)
+    noise, action = (made.actions - mean) / std, made.actions
+    inside = (action > -0.5) & (action < 2.0)
+    assert inside.double().mean() > 0.5
+    assert action.min() == -0.5 or name == "cql.CQL"  # CQL's policy begins narrow
+    assert action.max() <= 2.0
+    # The law of what is not cut: a uniform number where the normal's distribution function is that of the box.
+    normal = torch.distributions.Normal(0.0, 1.0)
+    low, high = normal.cdf((-0.5 - mean) / std), normal.cdf((2.0 - mean) / std)
+    share = ((normal.cdf(noise) - low) / (high - low))[inside].double().numpy()
+    assert stats.kstest(share, "uniform").pvalue > 1e-4
+    for step in range(4):  # not the same numbers at every step, nor in both dimensions
+        for other in range(step + 1, 4):
+            correlation = np.corrcoef(noise.view(-1, 4, 2)[:, [step, other], 0].T)[0, 1]
+            assert abs(correlation) < 0.2  # five standard errors of 1000 trajectories, and what the cut does
+    assert abs(np.corrcoef(noise.T)[0, 1]) < 0.1
 
 
 def test_lanes_roll_out_apart() -> None:

@@ -7,11 +7,67 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from offrl.data.dataset import OfflineDataset
+from offrl.agents.base import Spec
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.sampling import Uniform
 from offrl.utils.random import LaneRandom
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+LENGTHS = (7, 1, 3, 11)
+# A box that is not [-1, 1], and one whose middle is not 0: an update that forgets half its width or its middle is off.
+BOXES = [(-2.0, 2.0), (-0.5, 2.0)]
+
+
+def make_store(discrete: int | None = None, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> OfflineDataset:
+    """Episodes of random numbers: the first and every third after it end, of the others the last step is a tail."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, offsets = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    obs, nxt = (torch.randn(rows, 3, generator=generator).double() for _ in range(2))
+    action = torch.rand(rows, 2, generator=generator).double() * 2 - 1
+    if discrete:
+        action = torch.randint(discrete, (rows,), generator=generator)
+    reward = torch.randn(rows, generator=generator).double()
+    has_tail = torch.arange(len(lengths)) % 3 > 0
+    termination = torch.zeros(rows)
+    termination[offsets[1:][~has_tail] - 1] = 1
+    tails = torch.randn(len(lengths), generator=generator).double() * has_tail
+    info = DatasetInfo(discrete=discrete)
+    return OfflineDataset(obs, action, reward, nxt, termination, offsets, info, tail_rewards=tails, has_tail=has_tail)
+
+
+def to_go(store: OfflineDataset, row: int) -> Tensor:
+    """Sum of the rewards from a row to its episode's end, a tail's reward included."""
+    episode = int(store.episode_of_row[row])
+    return store.rewards[row : store.offsets[episode + 1]].sum() + store.tail_rewards[episode]
+
+
+def boxed(store: OfflineDataset, box: tuple[float, float]) -> OfflineDataset:
+    """The same with actions stretched from [-1, 1] to another box."""
+    half, centre = (box[1] - box[0]) / 2, (box[1] + box[0]) / 2
+    tensors = store.tensors()
+    tensors |= {name: tensors[name] * half + centre for name in ("actions", "tail_actions")}
+    return OfflineDataset(**tensors, info=store.info).with_info(action_low=box[0], action_high=box[1])
+
+
+def spec_of(store: OfflineDataset, seeds: tuple[int, ...] = (0,)) -> Spec:
+    """What an agent for a dataset of continuous actions is built from."""
+    sizes, box = (store.obs_dim, store.action_dim), (store.info.action_low, store.info.action_high)
+    return Spec(*sizes, seeds, *store.observation_statistics(), *box)
+
+
+class Box:
+    """What restatements compute with an agent's box of actions."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.low, self.high = spec.action_low, spec.action_high
+        self.half, self.centre = (self.high - self.low) / 2, (self.high + self.low) / 2
+
+    def squash(self, x: Tensor) -> Tensor:
+        """tanh, stretched to the box."""
+        return self.centre + self.half * torch.tanh(x)
+
+    def clip(self, action: Tensor) -> Tensor:
+        return torch.clip(action, self.low, self.high)
 
 
 def sequential(mlp: nn.Module, lane: int, member: int | None = None) -> nn.Sequential:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import best_action, make_toy
 from omegaconf import OmegaConf
-from plain import batches, difference, sequential
+from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import mse_loss
@@ -34,6 +34,7 @@ class Plain:
 
     def __init__(self, agent: A2PR) -> None:
         cfg = self.cfg = agent.cfg
+        self.box = Box(agent.spec)
         self.actor = sequential(agent.actor.mlp, 0)
         self.critics = nn.ModuleList(sequential(agent.critics.mlp, 0, member) for member in (0, 1))
         self.actor_target, self.critics_target = copy.deepcopy(self.actor), copy.deepcopy(self.critics)
@@ -54,13 +55,13 @@ class Plain:
     def vae(self, s: Tensor, a: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mu, log_sigma = self.encoder(torch.cat([s, a], 1)).split(eps.shape[1], 1)
         sigma = torch.exp(torch.clamp(log_sigma, -4, 15))
-        return torch.tanh(self.decoder(torch.cat([s, mu + sigma * eps], 1))), mu, sigma
+        return self.box.squash(self.decoder(torch.cat([s, mu + sigma * eps], 1))), mu, sigma
 
     def step(self, t: int, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, not_done: Tensor, noise: list[Tensor]) -> None:
         cfg, r, not_done = self.cfg, r[:, None], not_done[:, None]
         with torch.no_grad():
             smoothing = torch.clip(noise[0] * cfg.policy_noise, -cfg.noise_clip, cfg.noise_clip)
-            a2 = torch.clip(torch.tanh(self.actor_target(s2)) + smoothing, -1, 1)
+            a2 = self.box.clip(self.box.squash(self.actor_target(s2)) + smoothing * self.box.half)
             y = r + cfg.discount * not_done * self.smaller_q(self.critics_target, s2, a2)
         descend(self.critic_adam, sum(mse_loss(self.q(critic, s, a), y) for critic in self.critics))
 
@@ -77,7 +78,7 @@ class Plain:
 
         if t % 2:
             return
-        p = torch.tanh(self.actor(s))
+        p = self.box.squash(self.actor(s))
         q = self.q(self.critics[0], s, p)
         lam = cfg.alpha / q.abs().mean().item()
         g, _, _ = self.vae(s, p, noise[2])
@@ -118,10 +119,15 @@ UNEVEN: dict[str, Any] = {"bc_weight": 0.8, "vae_weight": 1.5, "discount": 0.95,
 
 
 @pytest.mark.parametrize("settings", [{}, {**UNEVEN, "detach_reference": True}], ids=["default", "uneven"])
-@pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (2, 1e-10), (100, 1e-8)])
-def test_updates_equal_the_authors(updates: int, tolerance: float, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("updates", "tolerance", "box"),
+    [(1, 1e-10, (-1, 1)), (2, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((4, 1e-10, box) for box in BOXES)],
+)
+def test_updates_equal_the_authors(
+    updates: int, tolerance: float, box: tuple[float, float], settings: dict[str, Any]
+) -> None:
     """Same weights, batches and noise. Rounding of 1e-15 an update grows where Adam divides by small moments."""
-    store = make_toy(512, bias=0.2, dtype=torch.float64)
+    store = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
     agent = make(store, seeds=(11,), **settings)
     plain, random = Plain(agent), LaneRandom((11,))
     for t, rows in batches(store, random, updates, 64):
@@ -459,8 +465,7 @@ def test_beats_cloning_where_the_behaviour_is_biased() -> None:
 
 def make(store: OfflineDataset, cls: type[A2PR] = A2PR, seeds: tuple[int, ...] = (3, 4), **settings: Any) -> A2PR:
     """A small agent in float64."""
-    spec = Spec(3, 2, seeds, *store.observation_statistics())
-    return cls(spec, A2PRConfig(**{**SMALL, **settings})).double()
+    return cls(spec_of(store, seeds), A2PRConfig(**{**SMALL, **settings})).double()
 
 
 def advance(agent: Any, store: OfflineDataset, updates: int, batch: int = 32) -> None:

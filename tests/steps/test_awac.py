@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import batches, difference, sequential
+from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 from torch.distributions import Normal
 
 from offrl.agents.awac import AWAC, AWACConfig
-from offrl.agents.base import Spec
 from offrl.data.dataset import OfflineDataset
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
@@ -26,7 +25,7 @@ class Plain:
     """One seed of AWAC with ordinary modules, distributions and optimisers."""
 
     def __init__(self, agent: AWAC) -> None:
-        self.cfg = agent.cfg
+        self.cfg, self.box = agent.cfg, Box(agent.spec)
         self.actor = sequential(agent.actor.mlp, 0)
         self.log_std = nn.Parameter(torch.zeros(2, dtype=torch.float64))
         self.critics = [sequential(agent.critics.mlp, 0, member) for member in (0, 1)]
@@ -40,7 +39,7 @@ class Plain:
 
     def sample(self, s: Tensor, noise: Tensor) -> Tensor:
         policy = self.policy(s)
-        return (policy.loc + noise * policy.scale).clamp(-1, 1).detach()
+        return self.box.clip(policy.loc + noise * policy.scale).detach()
 
     def smaller_q(self, critics: list[nn.Sequential], s: Tensor, a: Tensor) -> Tensor:
         return torch.minimum(*(critic(torch.cat([s, a], 1)).squeeze(1) for critic in critics)).detach()
@@ -75,15 +74,19 @@ class Plain:
 
 
 def make(store: OfflineDataset, **settings: Any) -> AWAC:
-    spec = Spec(3, 2, (11,), *store.observation_statistics())
-    return AWAC(spec, AWACConfig(hidden=(24, 16), **settings)).to(store.rewards.dtype)
+    return AWAC(spec_of(store, (11,)), AWACConfig(hidden=(24, 16), **settings)).to(store.rewards.dtype)
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.01, "tau": 0.1}], ids=str)
-@pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (3, 1e-10), (100, 1e-8)])
-def test_updates_equal_the_reference(updates: int, tolerance: float, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("updates", "tolerance", "box"),
+    [(1, 1e-10, (-1, 1)), (3, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((3, 1e-10, box) for box in BOXES)],
+)
+def test_updates_equal_the_reference(
+    updates: int, tolerance: float, box: tuple[float, float], settings: dict[str, Any]
+) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
-    store = make_toy(512, bias=0.2, dtype=torch.float64)
+    store = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
     agent = make(store, **settings)
     plain, random = Plain(agent), LaneRandom((11,))
     for _, rows in batches(store, random, updates, BATCH):

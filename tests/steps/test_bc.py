@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import make_toy
-from test_td3_bc import difference, sequential
+from plain import BOXES, Box, boxed, difference, sequential
 from torch import nn
 
 from offrl.agents.base import Spec
@@ -12,14 +13,16 @@ from offrl.agents.bc import BC, BCConfig
 from offrl.data.batch import Batch
 
 
-def test_updates_equal_plain_regression() -> None:
-    dataset = make_toy(256, dtype=torch.float64)
-    agent = BC(Spec(3, 2, (4,)), BCConfig(hidden=(16, 16))).double()
+@pytest.mark.parametrize("box", [(-1, 1), *BOXES])
+def test_updates_equal_plain_regression(box: tuple[float, float]) -> None:
+    dataset = boxed(make_toy(256, dtype=torch.float64), box)
+    agent = BC(Spec(3, 2, (4,), action_low=box[0], action_high=box[1]), BCConfig(hidden=(16, 16))).double()
+    squash = Box(agent.spec).squash
     plain = sequential(agent.actor.mlp, 0)
     adam = torch.optim.Adam(plain.parameters(), lr=3e-4)
     for step in range(100):
         batch = dataset.transitions(torch.arange(step, step + 64).unsqueeze(0))
-        loss = nn.functional.mse_loss(torch.tanh(plain(batch.obs[0])), batch.action[0])
+        loss = nn.functional.mse_loss(squash(plain(batch.obs[0])), batch.action[0])
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import batches, difference, sequential
+from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
@@ -27,7 +27,7 @@ class Plain:
     """One seed in CORL's order: the policy runs once per sampled action, and each critic on each kind of action by itself."""
 
     def __init__(self, agent: CQL, random: LaneRandom) -> None:
-        self.cfg, self.random, self.count = agent.cfg, random, 0
+        self.cfg, self.random, self.count, self.box = agent.cfg, random, 0, Box(agent.spec)
         self.network = sequential(agent.actor.mlp, 0)
         self.critics = [sequential(agent.critics.mlp, 0, i) for i in (0, 1)]
         self.targets = copy.deepcopy(self.critics)
@@ -47,7 +47,7 @@ class Plain:
         return TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
 
     def sample(self, s: Tensor, name: str, repeat: int | None = None) -> tuple[Tensor, Tensor]:
-        """Actions and log-densities `[batch, (repeat)]`; the noise is the agent's of that name."""
+        """tanh(u) and its log-densities `[batch, (repeat)]`; the noise is the agent's of that name."""
         if repeat is not None:
             s = s.unsqueeze(1).repeat_interleave(repeat, 1)
         law = self.law(s)
@@ -58,12 +58,15 @@ class Plain:
         return action, law.log_prob(action).sum(-1)
 
     def q(self, critic: nn.Sequential, s: Tensor, a: Tensor) -> Tensor:
+        """Of actions in units of half the box; the critic sees those of the environment."""
+        a = self.box.centre + self.box.half * a
         if a.ndim == 3:
             s = s.unsqueeze(1).repeat_interleave(a.shape[1], 1)
         return critic(torch.cat([s, a], -1)).squeeze(-1)
 
     def step(self, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, not_done: Tensor) -> None:
         cfg, n = self.cfg, self.cfg.actions
+        a = (a - self.box.centre) / self.box.half
         self.count += 1
         action, log_pi = self.sample(s, "policy")
         alpha = self.log_alpha.exp()
@@ -72,6 +75,7 @@ class Plain:
             inverse = torch.atanh(a.clamp(-1 + 1e-6, 1 - 1e-6))
             base = self.law(s).base_dist
             value = (base.log_prob(inverse) - TanhTransform().log_abs_det_jacobian(inverse, a)).sum(-1)
+            value = value - a.shape[1] * math.log(self.box.half)  # a density of the environment's actions
         else:
             value = torch.min(*(self.q(critic, s, action) for critic in self.critics))
         actor_loss = (alpha.detach() * log_pi - value).mean()
@@ -144,13 +148,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (3, 1e-10), (30, 1e-8)])
-def test_updates_equal_corls(name: str, updates: int, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("updates", "tolerance", "box"),
+    [(1, 1e-10, (-1, 1)), (3, 1e-10, (-1, 1)), (30, 1e-8, (-1, 1)), *((3, 1e-10, box) for box in BOXES)],
+)
+def test_updates_equal_corls(name: str, updates: int, tolerance: float, box: tuple[float, float]) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the last tolerance."""
-    dataset = make_toy(512, bias=0.2, dtype=torch.float64)
-    spec = Spec(3, 2, (11,), *dataset.observation_statistics())
+    dataset = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
     config = CQLConfig(hidden=(24, 16), actions=4, cql_alpha=2.0, actor_lr=1e-3, critic_lr=1e-3, **VARIANTS[name])
-    agent = CQL(spec, config).double()
+    agent = CQL(spec_of(dataset, (11,)), config).double()
     plain = Plain(agent, random := LaneRandom((11,)))
     for _, rows in batches(dataset, random, updates, 32):
         plain.step(*rows)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from plain import difference, sequential
+from plain import BOXES, Box, boxed, difference, make_store, sequential
 from test_esper import make_gamble
 from test_rvs import make_agent as make_rvs
-from test_rvs import make_bandit, make_store
+from test_rvs import make_bandit
 from torch import Tensor, nn
 
 from offrl.agents.base import Batch, Spec
@@ -33,7 +33,8 @@ ROWS = [0, 5, 7, 8, 12, 20]  # starts, middles and last steps of episodes of 7, 
 
 
 def make_agent(cls: Any, store: OfflineDataset, seeds: tuple[int, ...] = (0,), **settings: Any) -> Any:
-    spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete))
+    box = {"action_low": store.info.action_low, "action_high": store.info.action_high}
+    spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete), **box)
     agent = cls(spec, cls.Config(**{**SMALL, **settings})).to(store.rewards.dtype)
     agent.setup(store)
     return agent
@@ -52,6 +53,7 @@ class Plain:
 
     def __init__(self, agent: Any, store: OfflineDataset) -> None:
         self.agent, self.cfg, self.store, self.discrete = agent, agent.cfg, store, agent.spec.discrete
+        self.box = Box(agent.spec)
         actor = agent.policy if self.discrete else agent.policy.mlp
         names = ("embed", "posterior_head", "prior", "value")
         self.nets = {n: sequential(getattr(agent, n), 0) for n in names} | {"policy": sequential(actor, 0)}
@@ -155,7 +157,8 @@ class Plain:
         out = self.nets["policy"](torch.cat([self.state(i), z]))
         if self.discrete:
             return nn.functional.cross_entropy(out, self.store.actions[i])
-        return -torch.distributions.Normal(out.tanh(), self.log_std.exp()).log_prob(self.store.actions[i]).sum()
+        policy = torch.distributions.Normal(self.box.squash(out), self.log_std.exp() * self.box.half)
+        return -policy.log_prob(self.store.actions[i]).sum()
 
     def contrasts(self, rows: list[int], z: list[Tensor], pick: list[float]) -> list[Tensor]:
         chosen = [row + int(u * (self.episode(row)[1] - row)) for row, u in zip(rows, pick)]
@@ -186,11 +189,20 @@ class Plain:
         return largest if self.discrete else max(largest, (self.log_std - agent.policy.log_std[0]).abs().max().item())
 
 
-@pytest.mark.parametrize("discrete", [None, 3])
-@pytest.mark.parametrize("latent", ["categorical", "gaussian"])
-@pytest.mark.parametrize("cls", [VAEBC, DoC])
-def test_updates_equal_a_plain_restatement(cls: Any, latent: str, discrete: int | None) -> None:
-    store = make_store(discrete)
+KINDS = [(cls, latent) for cls in (VAEBC, DoC) for latent in ("categorical", "gaussian")]
+
+
+@pytest.mark.parametrize(
+    ("cls", "latent", "discrete", "box"),
+    [
+        *((*kind, discrete, (-1, 1)) for kind in KINDS for discrete in (None, 3)),
+        *((*kind, None, box) for kind, box in zip(KINDS, 2 * BOXES)),
+    ],
+)
+def test_updates_equal_a_plain_restatement(
+    cls: Any, latent: str, discrete: int | None, box: tuple[float, float]
+) -> None:
+    store = make_store(discrete) if discrete else boxed(make_store(), box)
     more = {"beta": 1.5, "beta_warmup": 2, "energy_steps": 2, "energy_lr": 1e-2, "squeeze": 0.3} if cls is DoC else {}
     agent = make_agent(cls, store, latent=latent, kl_weight=0.7, **more)
     plain = Plain(agent, store)
@@ -365,6 +377,24 @@ def test_the_latent_in_use_has_the_highest_value(latent: str) -> None:
     after = agent.observe(memory, store.actions[:4].expand(2, -1, -1), torch.zeros(2, 4))
     assert after.latent is memory.latent
     assert agent.observe(after, store.actions[:4].expand(2, -1, -1), torch.zeros(2, 4)).latent is None
+
+
+@pytest.mark.parametrize("hold", [1, 2, 3, None])
+def test_a_latent_is_chosen_anew_after_every_so_many_steps(hold: int | None) -> None:
+    """Again and again: by the state and the time of that step, with numbers of its own; in between it stays what it was."""
+    store = make_store()
+    agent = make_agent(DoC, store, latent="gaussian", candidates=20, hold=hold)
+    memory, held = agent.memory(3), None
+    for t in range(8):
+        obs = store.observations[3 * t % 19 : 3 * t % 19 + 3].unsqueeze(0)
+        if t == 0 or (hold and t % hold == 0):
+            held = agent.choose_latent(agent.state(obs, t), f"{memory.name}/latent/{t}")
+        action = agent.select_action(obs, memory)
+        assert held is not None
+        assert torch.equal(memory.latent, held[0])
+        assert torch.equal(memory.value, held[1])
+        memory = agent.observe(memory, action, torch.zeros(1, 3))
+    assert memory.time == 8
 
 
 # ---- bandits --------------------------------------------------------------------------------------------------

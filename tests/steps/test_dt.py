@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain import BOXES, Box, boxed, make_store, to_go
 from torch import Tensor, nn
 
 from offrl.agents.base import Batch, Spec
@@ -19,23 +20,9 @@ from offrl.training.engine import Eager
 SMALL: dict[str, Any] = {"context": 4, "embed": 12, "heads": 2, "max_length": 9, "warmup": 50, "return_scale": 0.1}
 
 
-def make_store(lengths: tuple[int, ...] = (7, 1, 3, 11), discrete: int | None = None, seed: int = 0) -> OfflineDataset:
-    """Episodes of random numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = sum(lengths)
-    obs, nxt = (torch.randn(rows, 3, generator=generator).double() for _ in range(2))
-    action = torch.rand(rows, 2, generator=generator).double() * 2 - 1
-    if discrete:
-        action = torch.randint(discrete, (rows,), generator=generator)
-    reward = torch.randn(rows, generator=generator).double()
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return OfflineDataset(obs, action, reward, nxt, torch.zeros(rows), offsets, DatasetInfo(discrete=discrete))
-
-
 def make_agent(store: OfflineDataset, seeds: tuple[int, ...] = (0,), **settings: Any) -> DT:
-    spec = Spec(
-        store.obs_dim, store.action_dim, seeds, *store.observation_statistics(), discrete=bool(store.info.discrete)
-    )
+    sizes, box = (store.obs_dim, store.action_dim), (store.info.action_low, store.info.action_high)
+    spec = Spec(*sizes, seeds, *store.observation_statistics(), *box, discrete=bool(store.info.discrete))
     agent = DT(spec, DTConfig(**{**SMALL, **settings})).double()
     agent.setup(store)
     # Initial weights of 0.02 leave attention almost uniform, which would hide mistakes.
@@ -59,6 +46,7 @@ class Plain:
 
     def __init__(self, agent: DT, lane: int = 0) -> None:
         self.cfg, self.discrete, self.kinds = agent.cfg, agent.spec.discrete, agent.spec.action_dim
+        self.box = Box(agent.spec)
         self.p = {k: nn.Parameter(v[lane].detach().clone()) for k, v in agent.net.named_parameters()}
         self.adam = torch.optim.AdamW(self.p.values(), lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
         warm = self.cfg.warmup
@@ -107,14 +95,14 @@ class Plain:
         for row, mine in zip(rows, uniforms):
             episode = int(store.episode_of_row[row])
             end = min(row + self.cfg.context, int(store.offsets[episode + 1]))
-            total = [store.rewards[t : store.offsets[episode + 1]].sum() for t in range(row, end)]
+            total = [to_go(store, t) for t in range(row, end)]
             obs = (store.observations[row:end] - mean) / (std + 1e-6)
             action = store.actions[row:end]
             out = self(torch.stack(total), obs, action, row - int(store.offsets[episode]), mine)
             if self.discrete:
                 errors.append(nn.functional.cross_entropy(out, action, reduction="none"))
             else:
-                errors.append((out.tanh() - action).square().mean(1))
+                errors.append((self.box.squash(out) - action).square().mean(1))
         return torch.cat(errors).mean()
 
     def step(self, store: OfflineDataset, rows: list[int], uniforms: list[dict[str, Tensor]]) -> float:
@@ -164,11 +152,17 @@ def of_window(tossed: dict[str, Tensor], window: int, tokens: int, layers: int) 
 ROWS = [0, 5, 6, 7, 8, 10, 12, 21]  # starts, middles and last steps of episodes
 
 
-@pytest.mark.parametrize("discrete", [None, 3])
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("grad_clip", [0.25, 100.0])
-def test_updates_equal_a_plain_restatement(discrete: int | None, rate: float, grad_clip: float) -> None:
-    store = make_store(discrete=discrete)
+ANY = [(discrete, rate, clip, (-1, 1)) for discrete in (None, 3) for rate in (0.0, 0.3) for clip in (0.25, 100.0)]
+
+
+@pytest.mark.parametrize(
+    ("discrete", "rate", "grad_clip", "box"),
+    [*ANY, *((None, 0.0, clip, box) for clip, box in zip((0.25, 100.0), BOXES))],
+)
+def test_updates_equal_a_plain_restatement(
+    discrete: int | None, rate: float, grad_clip: float, box: tuple[float, float]
+) -> None:
+    store = make_store(discrete) if discrete else boxed(make_store(), box)
     agent = make_agent(store, dropout=rate, lr=1e-2, grad_clip=grad_clip)
     plain = Plain(agent)
     before = plain.distance(agent)
@@ -272,7 +266,7 @@ def full_attention(agent: DT, lane: int, env: int, played: list[tuple[Tensor, Te
 @pytest.mark.parametrize("context", [1, 4])
 def test_acting_equals_full_attention_over_the_last_steps(discrete: int | None, context: int) -> None:
     """With cached keys at first, with a window that slides later, and beyond the table of timesteps."""
-    store = make_store(discrete=discrete)
+    store = make_store(discrete) if discrete else boxed(make_store(), (-1, 1) if context == 1 else BOXES[1])
     agent = make_agent(store, seeds=(0, 1), context=context, target_return=[3.0, 5.0])
     agent.target.copy_(torch.tensor([3.0, 5.0]))
     generator = torch.Generator().manual_seed(2)
@@ -285,7 +279,7 @@ def test_acting_equals_full_attention_over_the_last_steps(discrete: int | None, 
         played.append((goal, obs, action))
         for lane, env in ((0, 0), (1, 2)):
             out = full_attention(agent, lane, env, played)
-            expected = out.argmax(-1) if discrete else out.tanh()
+            expected = out.argmax(-1) if discrete else Box(agent.spec).squash(out)
             torch.testing.assert_close(action[lane, env], expected, rtol=0, atol=1e-12)
         reward = torch.randn(2, 3, generator=generator).double()
         memory = agent.observe(memory, action, reward)

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 from conftest import make_toy
-from test_sac_n import Plain, compare
+from plain import BOXES, spec_of
+from test_sac_n import Plain, compare, toy
 from torch import Tensor
 
 from offrl.agents.base import Spec
@@ -35,14 +36,20 @@ class PlainEDAC(Plain):
         return super().critic_loss(s, a, y) + self.cfg.eta * term
 
 
+PLAIN = [(2, 1.0, 1, 1e-10), (4, 1.0, 1, 1e-10), (4, 5.0, 2, 1e-10), (4, 1.0, 50, 1e-8)]
+
+
 @pytest.mark.parametrize(
-    ("members", "eta", "updates", "tolerance"),
-    [(2, 1.0, 1, 1e-10), (4, 1.0, 1, 1e-10), (4, 5.0, 2, 1e-10), (4, 1.0, 50, 1e-8)],
+    ("members", "eta", "updates", "tolerance", "box"),
+    [*((*case, (-1, 1)) for case in PLAIN), *((4, 1.0, 3, 1e-10, box) for box in BOXES)],
 )
-def test_updates_equal_corls(members: int, eta: float, updates: int, tolerance: float) -> None:
+def test_updates_equal_corls(
+    members: int, eta: float, updates: int, tolerance: float, box: tuple[float, float]
+) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
     config = EDACConfig(members=members, eta=eta, hidden=(24, 16, 12), critic_lr=1e-3)
-    before, after = compare(EDAC(Spec(3, 2, (11,)), config).double(), PlainEDAC, updates)
+    agent = EDAC(spec_of(toy(box), (11,)), config).double()
+    before, after = compare(agent, PlainEDAC, updates, box)
     assert after < tolerance < before
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import difference, sequential
-from test_rvs import make_store
+from plain import difference, make_store, sequential
 from torch import Tensor, nn
 
 from offrl.agents.base import Batch, Spec
@@ -150,6 +149,25 @@ def test_the_dataset_is_relabelled_by_the_windows_own_labels() -> None:
     asked = make_agent(store, target_return=7.0)
     asked.relabel()
     assert asked.target == 7
+
+
+def test_labels_average_the_very_steps_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the cluster's probabilities for a draw of it and next to no rounding a label moves with every step of its future.
+
+    Five rows at a time, so that futures run over the pieces' ends; windows at the ends of episodes are shorter than the suffix.
+    """
+    store = make_store()
+    agent = make_agent(store, label_step=1e-9)
+    with torch.no_grad():
+        agent.cluster_head.weights[-1].mul_(20)  # far from uniform
+    monkeypatch.setattr("offrl.agents.esper.ROWS", 5)
+    monkeypatch.setattr(agent, "hard", lambda logits, *_: logits.softmax(-1).flatten(2))
+    agent.relabel()
+    plain = Plain(agent, store)
+    for row in range(22):
+        code = plain.logits(row).softmax(1).flatten()
+        expected = plain.nets["return_head"](torch.cat([plain.known(row), code])).item()
+        assert abs(agent.attached.labels[0, row].item() - expected) < 2e-9
 
 
 def test_the_policy_learns_from_labels_alone() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import batches, difference, sequential
+from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -27,7 +27,7 @@ class Plain:
     """One seed of IQL in CORL's order, with ordinary modules, optimisers and schedule."""
 
     def __init__(self, agent: IQL, random: LaneRandom) -> None:
-        self.cfg, self.random = agent.cfg, random
+        self.cfg, self.random, self.box = agent.cfg, random, Box(agent.spec)
         self.actor, self.value = sequential(agent.actor.mlp, 0), sequential(agent.value, 0)
         self.critics = [sequential(agent.critics.mlp, 0, member) for member in (0, 1)]
         self.critics_target = copy.deepcopy(self.critics)
@@ -40,13 +40,13 @@ class Plain:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_adam, self.cfg.actor_decay)
 
     def mean(self, s: Tensor) -> Tensor:
-        """tanh of the actor's network, with a share of its hidden units dropped."""
+        """tanh of the actor's network in the box of actions, with a share of its hidden units dropped."""
         uniforms = iter(("actor/0", "actor/1"))
         for layer in self.actor:
             s = layer(s)
             if isinstance(layer, nn.ReLU) and self.cfg.dropout:
                 s = s * dropout(torch.ones_like(s).unsqueeze(0), self.cfg.dropout, self.random, next(uniforms))[0]
-        return torch.tanh(s)
+        return self.box.squash(s)
 
     def q(self, critics: list[nn.Sequential], s: Tensor, a: Tensor) -> list[Tensor]:
         return [critic(torch.cat([s, a], 1)).squeeze(1) for critic in critics]
@@ -74,7 +74,7 @@ class Plain:
         if cfg.deterministic:
             error = ((mean - a) ** 2).sum(1)
         else:
-            error = -Normal(mean, self.log_std.clamp(-20, 2).exp()).log_prob(a).sum(1)
+            error = -Normal(mean, self.log_std.clamp(-20, 2).exp() * self.box.half).log_prob(a).sum(1)
         self.minimise(self.actor_adam, torch.mean(weight * error))
         self.schedule.step()
 
@@ -91,10 +91,9 @@ class Plain:
         return largest
 
 
-def pair(**settings: Any) -> tuple[IQL, Plain, LaneRandom, Any]:
-    dataset = make_toy(512, bias=0.2, dtype=torch.float64)
-    spec = Spec(3, 2, (11,), *dataset.observation_statistics())
-    agent, random = IQL(spec, IQLConfig(hidden=(24, 16), **settings)).double(), LaneRandom((11,))
+def pair(box: tuple[float, float] = (-1, 1), **settings: Any) -> tuple[IQL, Plain, LaneRandom, Any]:
+    dataset = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
+    agent, random = IQL(spec_of(dataset, (11,)), IQLConfig(hidden=(24, 16), **settings)).double(), LaneRandom((11,))
     return agent, Plain(agent, random), random, dataset
 
 
@@ -107,10 +106,15 @@ def pair(**settings: Any) -> tuple[IQL, Plain, LaneRandom, Any]:
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (3, 1e-10), (100, 1e-8)])
-def test_updates_equal_the_reference(updates: int, tolerance: float, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("updates", "tolerance", "box"),
+    [(1, 1e-10, (-1, 1)), (3, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((3, 1e-10, box) for box in BOXES)],
+)
+def test_updates_equal_the_reference(
+    updates: int, tolerance: float, box: tuple[float, float], settings: dict[str, Any]
+) -> None:
     """Same weights, batches and coins; rounding differences grow with the updates, hence the second tolerance."""
-    agent, plain, random, dataset = pair(**settings)
+    agent, plain, random, dataset = pair(box, **settings)
     for _, rows in batches(dataset, random, updates, BATCH):
         plain.step(*rows)
     before = plain.distance(agent)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import batches
+from plain import BOXES, batches, boxed, spec_of
 from test_td3_bc import Plain as PlainTD3BC
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class Plain(PlainTD3BC):
         self.states, self.actions = states, actions
 
     def pulled_to(self, s: Tensor, a: Tensor) -> Tensor:
-        pi = torch.tanh(self.actor(s)).detach()
+        pi = self.box.squash(self.actor(s)).detach()
         key = torch.cat([self.cfg.beta * s, pi], 1)
         table = torch.cat([self.cfg.beta * self.states, self.actions], 1)
         distance = (key.unsqueeze(1) - table.unsqueeze(0)).square().sum(-1)
@@ -39,8 +39,7 @@ class Plain(PlainTD3BC):
 
 
 def agent_on(store: OfflineDataset, seed: int = 11, **settings: Any) -> PRDC:
-    spec = Spec(store.obs_dim, store.action_dim, (seed,), *store.observation_statistics())
-    agent = PRDC(spec, PRDCConfig(**{**SMALL, **settings})).to(store.rewards.dtype)
+    agent = PRDC(spec_of(store, (seed,)), PRDCConfig(**{**SMALL, **settings})).to(store.rewards.dtype)
     agent.setup(store)
     return agent
 
@@ -50,10 +49,15 @@ def train(agent: TD3BC, store: OfflineDataset, updates: int) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"alpha": 40.0, "beta": 0.3}, {"beta": 0.5, "k": 3}])
-@pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (2, 1e-10), (100, 1e-8)])
-def test_updates_equal_the_authors(updates: int, tolerance: float, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("updates", "tolerance", "box"),
+    [(1, 1e-10, (-1, 1)), (2, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((4, 1e-10, box) for box in BOXES)],
+)
+def test_updates_equal_the_authors(
+    updates: int, tolerance: float, box: tuple[float, float], settings: dict[str, Any]
+) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
-    store = make_toy(512, bias=0.2, dtype=torch.float64)
+    store = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
     agent = agent_on(store, **settings)
     plain = Plain(agent, agent.normalize(store.observations), store.actions)
     random = LaneRandom((11,))

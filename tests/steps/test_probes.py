@@ -66,6 +66,18 @@ def test_the_constraint_takes_luck_out_of_a_latent_that_has_it() -> None:
     assert metrics["action_loss"][1] < 0.1  # of H(a) = 0.61
 
 
+def test_labels_that_know_episodes_by_heart_tell_nothing() -> None:
+    """Returns and outcomes without a law: networks that memorise who had which are measured on episodes they never saw."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(60, generator=generator) for _ in range(3)]
+    obs, offsets = torch.zeros(60, 1), torch.arange(61)
+    store = Store(obs, rows[0].unsqueeze(1).tanh(), rows[1], obs, torch.ones(60), offsets)
+    outcome = rows[2].unsqueeze(1)
+    found = leak(make_rvs(store, (0,), hidden=(8,)), store, outcome, 100, hidden=(64,))
+    assert found is not None
+    assert found.gain[0] < 0.05  # on the episodes that it learnt from it would find more than 0.2
+
+
 def test_whole_numbers_are_kinds_and_others_are_standardised() -> None:
     assert draws(torch.tensor([0, 2, 1])).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
     numbers = draws(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))

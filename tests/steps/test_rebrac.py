@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import difference, drawn, sequential
+from plain import BOXES, Box, boxed, difference, drawn, sequential, spec_of
 from torch import Tensor, nn
 
 from offrl.agents.base import Spec
@@ -38,7 +38,7 @@ class Plain:
     """One seed of ReBRAC with ordinary modules and optimisers."""
 
     def __init__(self, agent: ReBRAC) -> None:
-        self.cfg = agent.cfg
+        self.cfg, self.box = agent.cfg, Box(agent.spec)
         self.actor = sequential(agent.actor.mlp, 0)
         self.critics = [normalised(agent.critics.mlp, member) for member in (0, 1)]
         self.actor_target, self.critics_target = copy.deepcopy(self.actor), copy.deepcopy(self.critics)
@@ -63,13 +63,13 @@ class Plain:
         cfg, s, a = self.cfg, rows["s"], rows["a"]
         with torch.no_grad():
             eps = torch.clip(noise * cfg.policy_noise, -cfg.noise_clip, cfg.noise_clip)
-            a2 = torch.clip(torch.tanh(self.actor_target(rows["s2"])) + eps, -1, 1)
+            a2 = self.box.clip(self.box.squash(self.actor_target(rows["s2"])) + eps * self.box.half)
             penalty = ((a2 - rows["a2"]) ** 2).sum(1) * rows["known"]
             next_q = self.q(self.critics_target, rows["s2"], a2).min(0).values - cfg.critic_bc * penalty
             y = rows["r"] + (1 - rows["d"]) * cfg.discount * next_q
         self.minimise(self.critic_adam, ((self.q(self.critics, s, a) - y) ** 2).mean(1).sum(0))
         if i % 2 == 0:
-            pi = torch.tanh(self.actor(s))
+            pi = self.box.squash(self.actor(s))
             q = self.q(self.critics, s, pi).min(0).values
             lam = 1 / q.abs().mean().item()
             before = copy.deepcopy(self.actor)
@@ -89,16 +89,17 @@ class Plain:
         return largest
 
 
-def cut_store() -> OfflineDataset:
-    """The toy task where every second episode is cut off, and not ended: its last row has no a'."""
+def cut_store(box: tuple[float, float] = (-1, 1)) -> OfflineDataset:
+    """The toy task where every second episode is cut off, and not ended; a' of its last row is unknown, or that of a tail."""
     store = make_toy(512, bias=0.2, dtype=torch.float64)
     store.terminations[3::8] = 0
-    return OfflineDataset(**store.tensors(), info=store.info)
+    store.has_tail[2::4] = True
+    store.tail_actions[2::4] = store.actions[:32].flip(0)
+    return boxed(store, box)
 
 
 def make(store: OfflineDataset, **settings: Any) -> ReBRAC:
-    spec = Spec(3, 2, (11,), *store.observation_statistics())
-    return ReBRAC(spec, ReBRACConfig(**{"hidden": (24, 16), **settings})).double()
+    return ReBRAC(spec_of(store, (11,)), ReBRACConfig(**{"hidden": (24, 16), **settings})).double()
 
 
 @pytest.mark.parametrize(
@@ -110,22 +111,28 @@ def make(store: OfflineDataset, **settings: Any) -> ReBRAC:
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (3, 1e-10), (100, 1e-8)])
-def test_updates_equal_the_authors(updates: int, tolerance: float, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("updates", "tolerance", "box"),
+    [(1, 1e-10, (-1, 1)), (3, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((3, 1e-10, box) for box in BOXES)],
+)
+def test_updates_equal_the_authors(
+    updates: int, tolerance: float, box: tuple[float, float], settings: dict[str, Any]
+) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
-    store = cut_store()
+    store = cut_store(box)
     agent = make(store, **settings)
     plain, random = Plain(agent), LaneRandom((11,))
     for t, rows in drawn(store, random, updates, BATCH):
-        # a' is the next row's action unless the episode ends here.
-        known = rows % 4 != 3
+        # a' is the next row's action; at an episode's end that of its tail, if there is one.
+        last, episode = rows % 4 == 3, rows // 4
+        known = ~last | store.has_tail[episode]
         batch = {
             "s": store.observations[rows],
             "a": store.actions[rows],
             "r": store.rewards[rows],
             "s2": store.next_observations[rows],
             "d": store.terminations[rows],
-            "a2": store.actions[(rows + 1) % len(store)],
+            "a2": torch.where(last.unsqueeze(1), store.tail_actions[episode], store.actions[(rows + 1) % len(store)]),
             "known": known.double(),
         }
         plain.step(t - 1, batch, random.normal("target_action", batch["a"].unsqueeze(0))[0])

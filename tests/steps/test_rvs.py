@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain import difference, sequential
-from torch import Tensor, nn
+from plain import boxed, difference, make_store, sequential, to_go
+from torch import nn
 
 from offrl.agents.base import Batch, Spec
 from offrl.agents.rvs import RvS, RvSConfig
@@ -14,20 +14,9 @@ from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 
 
-def make_store(discrete: int | None = None) -> OfflineDataset:
-    """Episodes of 7, 1, 3 and 11 random steps."""
-    generator = torch.Generator().manual_seed(0)
-    obs, nxt = (torch.randn(22, 3, generator=generator).double() for _ in range(2))
-    action = torch.rand(22, 2, generator=generator).double() * 2 - 1
-    if discrete:
-        action = torch.randint(discrete, (22,), generator=generator)
-    reward = torch.randn(22, generator=generator).double()
-    offsets = torch.tensor([0, 7, 8, 11, 22])
-    return OfflineDataset(obs, action, reward, nxt, torch.zeros(22), offsets, DatasetInfo(discrete=discrete))
-
-
 def make_agent(store: OfflineDataset, seeds: tuple[int, ...] = (0,), **settings: object) -> RvS:
-    spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete))
+    box = {"action_low": store.info.action_low, "action_high": store.info.action_high}
+    spec = Spec(store.obs_dim, store.action_dim, seeds, discrete=bool(store.info.discrete), **box)
     agent = RvS(spec, RvSConfig(**{"hidden": (16, 16), **settings})).double()
     agent.setup(store)
     return agent
@@ -50,8 +39,8 @@ def test_updates_equal_a_plain_restatement(discrete: int | None, average: bool) 
         for row in index:
             episode = int(store.episode_of_row[row])
             t = row - int(store.offsets[episode])
-            to_go: Tensor = store.rewards[row : store.offsets[episode + 1]].sum()
-            goal = 0.5 * (to_go / (11 - t) if average else to_go)
+            rest = to_go(store, row)
+            goal = 0.5 * (rest / (11 - t) if average else rest)
             out = net(torch.cat([store.observations[row], goal.view(1)]))
             if discrete:
                 losses.append(nn.functional.cross_entropy(out, store.actions[row]))
@@ -67,15 +56,18 @@ def test_updates_equal_a_plain_restatement(discrete: int | None, average: bool) 
     assert discrete or log_std.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("box", [(-1, 1), (-0.02, 0.03)], ids=str)
 @pytest.mark.parametrize("average", [True, False])
-def test_acting_asks_for_the_same_average_or_for_what_is_left(average: bool) -> None:
-    store = make_store()
+def test_acting_asks_for_the_same_average_or_for_what_is_left(average: bool, box: tuple[float, float]) -> None:
+    """Of actions, the narrower box cuts some off."""
+    store = boxed(make_store(), box)
     agent = make_agent(store, seeds=(0, 1), average=average, target_return=[22.0, 33.0])
     memory, obs = agent.memory(2), store.observations[:2].expand(2, -1, -1)
     assert agent.promise(obs, memory).tolist() == [[22, 22], [33, 33]]
     for t in range(3):
         goal = torch.tensor([2.0, 3.0]) if average else torch.tensor([22.0, 33.0]) - 5 * t
-        expected = agent.actor(torch.cat([obs, goal.double().view(2, 1, 1).expand(2, 2, 1)], -1))[0].clamp(-1, 1)
+        expected = agent.actor(torch.cat([obs, goal.double().view(2, 1, 1).expand(2, 2, 1)], -1))[0].clamp(*box)
+        assert (box == (-1, 1)) == (expected.abs() > 0.03).any()
         torch.testing.assert_close(agent.select_action(obs, memory), expected)
         memory = agent.observe(memory, expected, torch.full((2, 2), 5.0).double())
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import batches, difference, sequential
+from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 from offrl.agents.base import Spec
 from offrl.agents.sac_n import SACN, SACNConfig
+from offrl.data.dataset import OfflineDataset
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.training.runs import make_agent
@@ -25,7 +26,7 @@ class Plain:
     """One seed in CORL's order, with ordinary modules, optimisers and distributions."""
 
     def __init__(self, agent: SACN, random: LaneRandom) -> None:
-        self.cfg, self.random = agent.cfg, random
+        self.cfg, self.random, self.box = agent.cfg, random, Box(agent.spec)
         self.actor = sequential(agent.actor.mlp, 0)
         self.critics = [sequential(agent.critics.mlp, 0, i) for i in range(self.cfg.members)]
         self.critics_target = copy.deepcopy(self.critics)
@@ -36,12 +37,12 @@ class Plain:
         self.alpha_adam = torch.optim.Adam([self.log_alpha], lr=self.cfg.alpha_lr)
 
     def sample(self, s: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """An action of the policy and its log-density, with the noise of that name."""
+        """An action of the policy, and its log-density in units of half the box, with the noise of that name."""
         mean, log_sigma = self.actor(s).split(2, 1)
         log_sigma = log_sigma.clip(-5, 2)
-        action = torch.tanh(mean + log_sigma.exp() * self.random.normal(name, mean.unsqueeze(0))[0])
-        law = TransformedDistribution(Normal(mean, log_sigma.exp()), TanhTransform())
-        return action, law.log_prob(action).sum(1)
+        law = TransformedDistribution(Normal(mean, log_sigma.exp()), TanhTransform(cache_size=1))
+        inside = law.transforms[0](mean + log_sigma.exp() * self.random.normal(name, mean.unsqueeze(0))[0])
+        return self.box.centre + self.box.half * inside, law.log_prob(inside).sum(1)
 
     def q(self, critics: list[nn.Sequential], s: Tensor, a: Tensor) -> Tensor:
         return torch.stack([critic(torch.cat([s, a], 1)).squeeze(1) for critic in critics])
@@ -77,36 +78,45 @@ class Plain:
         return max(largest)
 
 
-def compare(agent: SACN, plain_class: Any, updates: int) -> tuple[float, float]:
+def toy(box: tuple[float, float] = (-1, 1)) -> OfflineDataset:
+    return boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
+
+
+def compare(agent: SACN, plain_class: Any, updates: int, box: tuple[float, float] = (-1, 1)) -> tuple[float, float]:
     """Distance from the restatement before and after the agent makes the updates that the restatement made."""
-    dataset = make_toy(512, bias=0.2, dtype=torch.float64)
+    store = toy(box)
     plain = plain_class(agent, random := LaneRandom((11,)))
-    for _, rows in batches(dataset, random, updates, 64):
+    for _, rows in batches(store, random, updates, 64):
         s, a, r, s2, not_done = rows
         if not agent.cfg.normalize_obs:
-            mean, std = dataset.observations.mean(0), dataset.observations.std(0, correction=0)
+            mean, std = store.observations.mean(0), store.observations.std(0, correction=0)
             s, s2 = (x * (std + 1e-3) + mean for x in (s, s2))
         plain.step(s, a, r, s2, not_done)
     before = plain.distance(agent)
-    Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 64)).run(0, updates)
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 64)).run(0, updates)
     return before, plain.distance(agent)
 
 
+PLAIN = [(1, 1, 1e-10), (1, 2, 1e-10), (4, 1, 1e-10), (4, 2, 1e-10), (4, 50, 1e-8)]
+
+
 @pytest.mark.parametrize(
-    ("members", "updates", "tolerance"), [(1, 1, 1e-10), (1, 2, 1e-10), (4, 1, 1e-10), (4, 2, 1e-10), (4, 50, 1e-8)]
+    ("members", "updates", "tolerance", "box"),
+    [*((*case, (-1, 1)) for case in PLAIN), *((4, 3, 1e-10, box) for box in BOXES)],
 )
-def test_updates_equal_corls(members: int, updates: int, tolerance: float) -> None:
+def test_updates_equal_corls(members: int, updates: int, tolerance: float, box: tuple[float, float]) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
-    agent = SACN(Spec(3, 2, (11,)), SACNConfig(members=members, hidden=(24, 16), critic_lr=1e-3)).double()
-    before, after = compare(agent, Plain, updates)
+    config = SACNConfig(members=members, hidden=(24, 16), critic_lr=1e-3)
+    agent = SACN(spec_of(toy(box), (11,)), config).double()
+    before, after = compare(agent, Plain, updates, box)
     assert after < tolerance < before
 
 
 def test_one_member_is_soft_actor_critic_and_more_are_more_pessimistic() -> None:
     """The target of N critics is the least of those that each makes alone."""
-    dataset = make_toy(512, dtype=torch.float64)
+    store = make_toy(512, dtype=torch.float64)
     agent = SACN(Spec(3, 2, (0,)), SACNConfig(members=5, hidden=(8,))).double()
-    batch = dataset.transitions(torch.arange(64).unsqueeze(0))
+    batch = store.transitions(torch.arange(64).unsqueeze(0))
     alpha = torch.ones(1, dtype=torch.float64)
     least = agent.target_value(batch, alpha)
     alone = []

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import best_action, make_toy
-from plain import batches, difference, sequential
+from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 
 from offrl.agents.base import Spec
@@ -22,7 +22,7 @@ class Plain:
     """One seed of TD3+BC as the paper's algorithm box says it, with ordinary modules and optimisers."""
 
     def __init__(self, agent: TD3BC) -> None:
-        self.cfg = agent.cfg
+        self.cfg, self.box = agent.cfg, Box(agent.spec)
         self.actor = sequential(agent.actor.mlp, 0)
         self.critics = [sequential(agent.critics.mlp, 0, member) for member in (0, 1)]
         self.actor_target, self.critics_target = copy.deepcopy(self.actor), copy.deepcopy(self.critics)
@@ -47,7 +47,7 @@ class Plain:
         cfg = self.cfg
         with torch.no_grad():
             eps = torch.clip(noise * cfg.policy_noise, -cfg.noise_clip, cfg.noise_clip)
-            a2 = torch.clip(torch.tanh(self.actor_target(s2)) + eps, -1, 1)
+            a2 = self.box.clip(self.box.squash(self.actor_target(s2)) + eps * self.box.half)
             smaller = torch.minimum(*(self.q(c, s2, a2) for c in self.critics_target))
             y = r + cfg.discount * not_done * smaller
         loss = sum(nn.functional.mse_loss(self.q(c, s, a), y) for c in self.critics)
@@ -57,7 +57,7 @@ class Plain:
 
     def actor_step(self, s: Tensor, a: Tensor) -> None:
         cfg = self.cfg
-        pi = torch.tanh(self.actor(s))
+        pi = self.box.squash(self.actor(s))
         q = self.q(self.critics[0], s, pi)
         lam = cfg.alpha / q.abs().mean().item()
         loss = -lam * q.mean() + nn.functional.mse_loss(pi, a)
@@ -80,12 +80,14 @@ class Plain:
         return largest
 
 
-@pytest.mark.parametrize(("updates", "tolerance"), [(1, 1e-10), (2, 1e-10), (100, 1e-8)])
-def test_updates_equal_the_authors(updates: int, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("updates", "tolerance", "box"),
+    [(1, 1e-10, (-1, 1)), (2, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((4, 1e-10, box) for box in BOXES)],
+)
+def test_updates_equal_the_authors(updates: int, tolerance: float, box: tuple[float, float]) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
-    dataset = make_toy(512, bias=0.2, dtype=torch.float64)
-    spec = Spec(3, 2, (11,), *dataset.observation_statistics())
-    agent = TD3BC(spec, TD3BCConfig(hidden=(24, 16))).double()
+    dataset = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
+    agent = TD3BC(spec_of(dataset, (11,)), TD3BCConfig(hidden=(24, 16))).double()
     plain = Plain(agent)
     random = LaneRandom((11,))
     for t, rows in batches(dataset, random, updates, 64):

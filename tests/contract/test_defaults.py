@@ -1,0 +1,256 @@
+"""Defaults of every method against what its authors published: a changed default is another method under the same name.
+
+`PUBLISHED` holds each field of each `Config`. Where nobody published a value, or ours differs, the comment says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from offrl.augment.world_model import EnsembleConfig
+from offrl.config import chosen_settings
+from offrl.ope import FQEConfig
+from offrl.paths import conf_dir
+
+AGENTS = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "agent").glob("*.yaml"))}
+
+ADAM = {"actor_lr": 3e-4, "critic_lr": 3e-4}
+BACKUP = {"discount": 0.99, "tau": 0.005}
+SMOOTHING = {"policy_noise": 0.2, "noise_clip": 0.5}
+TWO, THREE = (256, 256), (256, 256, 256)
+NOT_SAMPLED = {"sample_actions": False}  # ours: the authors have continuous actions
+
+# sfujim/TD3_BC `main.py`.
+TD3_BC = {"alpha": 2.5, **BACKUP, **SMOOTHING, **ADAM, "hidden": TWO, "normalize_obs": True}
+# corl-team/CORL `sac_n.py`; N as on HalfCheetah. The target entropy is minus the number of actions.
+SAC_N = {"members": 10, "target_entropy": None, **BACKUP, **ADAM, "alpha_lr": 3e-4, "hidden": THREE}
+SAC_N |= {"normalize_obs": False}
+# kzl/decision-transformer `gym/experiment.py`; the return's scale is 1000 for its robots, which the tables of `conf` say.
+DT = {"context": 20, "target_return": None, "return_scale": 1.0, "embed": 128, "layers": 3, "heads": 1, "dropout": 0.1}
+DT |= {"lr": 1e-4, "warmup": 10_000, "weight_decay": 1e-4, "grad_clip": 0.25, "max_length": 1000}
+DT |= {"count_padding": False, **NOT_SAMPLED, "normalize_obs": True}
+# google-research/dice_rl (Yang et al. 2023): AdamW's decay, the clip, N and the prior's weight. Ours: latents of 16 kinds,
+# futures of 64 steps, the networks and their rate, the least mass.
+VAE_BC = {"latent": "categorical", "latent_size": 16, "suffix": 64, "candidates": 100, "least_mass": 0.01, "hold": None}
+VAE_BC |= {"kl_weight": 1.0, "lr": 3e-4, "weight_decay": 1e-4, "grad_clip": 0.25, "hidden": TWO, **NOT_SAMPLED}
+VAE_BC |= {"normalize_obs": True}
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    # corl-team/CORL `any_percent_bc.py`.
+    "bc": {"lr": 3e-4, "hidden": TWO, **NOT_SAMPLED, "normalize_obs": True},
+    "td3_bc": TD3_BC,
+    # LAMDA-RL/PRDC, the README's commands for Hopper and Walker2d (its argparse has beta 1).
+    "prdc": {**TD3_BC, "beta": 2.0, "k": 1},
+    # ltlhuuu/A2PR: the class's defaults and, for the mask, the README's on two of three sets (its argparse: 0.5).
+    "a2pr": {
+        **TD3_BC,
+        "bc_weight": 1.0,
+        "vae_weight": 1.0,
+        "vae_adv_eps": 0.0,
+        "detach_reference": False,
+        "value_lr": 3e-4,
+        "vae_lr": 1e-3,
+        "hidden": THREE,
+        "vae_hidden": (750, 750),
+    },
+    # corl-team/CORL `awac.py` and its locomotion configurations.
+    "awac": {"temperature": 0.3333, "max_weight": 100.0, **BACKUP, **ADAM, "hidden": THREE, "normalize_obs": True},
+    # corl-team/CORL `cql.py` and its locomotion configurations; the gap is that of its Maze2D ones, where alone it is used.
+    "cql": {
+        "cql_alpha": 10.0,
+        "actions": 10,
+        "temperature": 1.0,
+        "diff_min": -math.inf,
+        "lagrange": False,
+        "gap": 5.0,
+        "max_backup": False,
+        "backup_entropy": False,
+        "bc_steps": 0,
+        **BACKUP,
+        "actor_lr": 3e-5,
+        "critic_lr": 3e-4,
+        "hidden": THREE,
+        "critic_hidden": None,
+        "normalize_obs": True,
+    },
+    # corl-team/CORL `iql.py`; the rate falls over its 1M updates.
+    "iql": {
+        "expectile": 0.7,
+        "beta": 3.0,
+        "max_weight": 100.0,
+        **BACKUP,
+        "deterministic": False,
+        "dropout": 0.0,
+        **ADAM,
+        "value_lr": 3e-4,
+        "actor_decay": 1_000_000,
+        "hidden": TWO,
+        "normalize_obs": True,
+    },
+    # tinkoff-ai/ReBRAC; its two weights differ between all sets: ours is the pair of hopper-medium.
+    "rebrac": {
+        "actor_bc": 0.01,
+        "critic_bc": 0.01,
+        **BACKUP,
+        **SMOOTHING,
+        **ADAM,
+        "hidden": THREE,
+        "critic_norm": True,
+        "normalize_obs": False,
+    },
+    "sac_n": SAC_N,
+    # corl-team/CORL `edac.py`: N and eta of most locomotion sets.
+    "edac": {**SAC_N, "eta": 1.0},
+    "dt": DT,
+    # keirp/return_transforms, connect four: 5 epochs of 100,000 trajectories in batches of 100, and as its other tasks
+    # have it one for returns; four groups of 32 kinds. Futures of 64 steps are ours.
+    "esper": {
+        **DT,
+        "cluster_updates": 5000,
+        "return_updates": 1000,
+        "suffix": 64,
+        "groups": 4,
+        "kinds": 32,
+        "action_weight": 0.05,
+        "adversary_weight": 1.0,
+        "label_step": 0.1,
+        "cluster_lr": 1e-4,
+        "adversary_lr": 5e-4,
+        "label_hidden": (512, 512),
+        "label_decay": 0.01,
+    },
+    # scottemmons/rvs, configuration `gym_rvs_r`: the average return, nothing standardised. The return to ask for is ours.
+    "rvs": {
+        "target_return": None,
+        "average": True,
+        "return_scale": 1.0,
+        "lr": 1e-3,
+        "hidden": (1024, 1024),
+        **NOT_SAMPLED,
+        "normalize_obs": False,
+    },
+    "vae_bc": VAE_BC,
+    # The energy takes one step of its own; its weight, warm-up and networks are ours, and so is `squeeze`.
+    "doc": {
+        **VAE_BC,
+        "beta": 2.0,
+        "beta_warmup": 1000,
+        "squeeze": 0.0,
+        "energy_steps": 1,
+        "energy_lr": 3e-4,
+        "energy_size": 64,
+    },
+}
+
+
+def agent_class(name: str) -> Any:
+    return get_class(AGENTS[name]._target_)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_defaults_are_the_published_ones(name: str) -> None:
+    """All of them: a field that is not in the table is missing there."""
+    assert asdict(agent_class(name).Config()) == PUBLISHED[name]
+
+
+def test_what_no_setting_says() -> None:
+    """The actor's delay of TD3, and what is added to the observations' deviation before dividing by it."""
+    delayed = {name for name in PUBLISHED if agent_class(name).period == 2}
+    assert delayed == {"td3_bc", "prdc", "a2pr", "rebrac"}
+    assert all(agent_class(name).period == 1 for name in PUBLISHED if name not in delayed)
+    eps = {name: agent_class(name).obs_eps for name in PUBLISHED}
+    assert {name for name, value in eps.items() if value == 1e-6} == {"dt", "esper"}  # kzl/decision-transformer
+    assert {value for name, value in eps.items() if name not in ("dt", "esper")} == {1e-3}  # sfujim/TD3_BC, CORL
+
+
+def test_fitted_q_evaluation_and_the_world_model() -> None:
+    # takuseno/d3rlpy `FQEConfig`: rate, discount, copies of the target. The rest is ours.
+    fqe = {"lr": 1e-4, "discount": 0.99, "target_every": 100}
+    fqe |= {"updates": 100_000, "batch_size": 256, "hidden": TWO, "held_out": 0.1, "seed": 0}
+    assert asdict(FQEConfig()) == fqe
+    # EmptyJackson/unifloral `dynamics.py`; ours: updates, which stand for its 400 passes.
+    world = {"members": 7, "elites": 5, "hidden": (200, 200, 200, 200), "batch_size": 256, "lr": 1e-3}
+    world |= {"weight_decay": 2.5e-5, "bound_weight": 0.01, "holdout": 0.2, "updates": 20_000, "seed": 0}
+    assert asdict(EnsembleConfig()) == world
+
+
+# ---- settings that differ between datasets --------------------------------------------------------------------
+
+GYM = [f"{robot}-{level}-v2" for robot in ("halfcheetah", "hopper", "walker2d") for level in
+       ("medium", "medium-replay", "medium-expert")]  # fmt: skip
+ANTMAZE = [f"antmaze-{maze}-v2" for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play",
+                                             "large-diverse")]  # fmt: skip
+MAZE2D = [f"maze2d-{maze}-v1" for maze in ("umaze", "medium", "large")]
+HANDS = [f"{hand}-{kind}-v1" for hand in ("pen", "door", "hammer", "relocate") for kind in
+         ("human", "cloned", "expert")]  # fmt: skip
+CORL = [*GYM, *ANTMAZE, *MAZE2D, *HANDS]
+
+
+def tabled(names: list[str], settings: list[str], rows: list[Any]) -> dict[str, dict[str, Any]]:
+    """Values by dataset; a row is one number, or one for every setting."""
+    assert len(names) == len(rows)
+    return {
+        name: dict(zip(settings, row if isinstance(row, tuple) else (row,), strict=True))
+        for name, row in zip(names, rows)
+    }
+
+
+# corl-team/CORL, `configs/offline/{sac_n,edac,rebrac}`, in the order of `CORL`.
+N = [10, 10, 10, 500, 200, 200, 20, 20, 20, *[25] * 9, *[100] * 12]
+ETA = [
+    (10, 1),
+    (10, 1),
+    (10, 5),
+    (50, 1),
+    (50, 1),
+    (50, 1),
+    (10, 1),
+    (10, 1),
+    (10, 5),
+    *[(10, 1)] * 6,
+    *[(10, 0.1)] * 3,
+]
+ETA += [(20, 1000), (20, 10), (20, 10), *[(50, 200)] * 9]
+BETAS = [(0.001, 0.01), (0.01, 0.001), (0.01, 0.1), (0.01, 0.01), (0.05, 0.5), (0.1, 0.01), (0.05, 0.1), (0.05, 0.01)]
+BETAS += [(0.01, 0.01), (0.003, 0.002), (0.003, 0.001), (0.001, 0.0005), (0.001, 0), (0.002, 0.001), (0.002, 0.002)]
+BETAS += [*[(0.003, 0.001)] * 3, (0.1, 0.5), (0.05, 0.5), (0.01, 0.01), (0.1, 0.1), (0.01, 0.1), (0.05, 0.01)]
+BETAS += [(0.01, 0.5), (0.1, 0.5), (0.01, 0.01), (0.1, 0.01), (0.1, 0.01), (0.05, 0.01)]
+# corl-team/CORL `iql`: expectile, beta, tau, deterministic, dropout.
+USUAL = (0.7, 3.0, 0.005, False, 0.0)
+IQL = [*[USUAL] * 3, *[(0.7, 3.0, 0.001, True, 0.0)] * 2, (0.5, 6.0, 0.005, False, 0.0), *[USUAL] * 3]
+IQL += [*[(0.9, 10.0, 0.005, False, 0.0)] * 6, *[USUAL] * 3, *[(0.8, 3.0, 0.005, False, 0.1)] * 12]
+# corl-team/CORL `cql`: the policy's rate, weight, Lagrange, gap where there is one, best of several next actions, clip.
+CQL = [*[(3e-5, 10.0, False, 5.0, False, -math.inf)] * 9, *[(1e-4, 5.0, True, 0.8, True, -200.0)] * 6]
+CQL += [*[(3e-5, 10.0, True, 5.0, False, -math.inf)] * 3, *[(1e-4, 1.0, False, 5.0, False, -math.inf)] * 12]
+# kzl/decision-transformer's first returns and scale, and CORL's.
+RETURNS = [*[(12000, 1e-3)] * 3, *[(3600, 1e-3)] * 3, *[(5000, 1e-3)] * 3, *[(1, 1)] * 6, *[(280, 1)] * 3]
+RETURNS += [*[(3100, 1)] * 3, *[(2900, 1)] * 3, *[(12800, 1)] * 3, *[(4300, 1)] * 3]
+# corl-team/CORL `awac`.
+LAMBDA = [*[0.3333] * 9, *[0.1] * 21]
+# LAMDA-RL/PRDC's README: HalfCheetah, Hopper, Walker2d, AntMaze.
+PRDC = [*[(40.0, 2.0)] * 3, *[(2.5, 2.0)] * 6, *[(7.5, 7.5)] * 6]
+
+TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    "awac": tabled(CORL, ["temperature"], LAMBDA),
+    "sac_n": tabled(CORL, ["members"], N),
+    "edac": tabled(CORL, ["members", "eta"], ETA),
+    "rebrac": tabled(CORL, ["actor_bc", "critic_bc"], BETAS),
+    "iql": tabled(CORL, ["expectile", "beta", "tau", "deterministic", "dropout"], IQL),
+    "cql": tabled(CORL, ["actor_lr", "cql_alpha", "lagrange", "gap", "max_backup", "diff_min"], CQL),
+    "dt": tabled(CORL, ["target_return", "return_scale"], RETURNS),
+    "prdc": tabled([*GYM, *ANTMAZE], ["alpha", "beta"], PRDC),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_datasets_have_the_published_values(name: str) -> None:
+    tables: Any = OmegaConf.to_container(AGENTS[name])
+    for dataset, expected in TABLES[name].items():
+        settings = PUBLISHED[name] | chosen_settings(tables["settings"], dataset)
+        assert {key: settings[key] for key in expected} == expected, dataset
