@@ -128,7 +128,7 @@ class LocalLauncher(SweepLauncher):
     """Some jobs at once on this machine, each waited for by a thread.
 
     Nothing outlives a sweep that is killed: the threads end with it, and a training process saves and stops
-    when its thread ends (`offrl.training.sweep.stop_with`).
+    when its thread ends (`offrl.training.child.stop_with`).
     """
 
     def __init__(self, n_jobs: int) -> None:

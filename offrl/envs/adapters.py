@@ -36,7 +36,7 @@ KITCHEN_TASKS = {
 def make_env(info: DatasetInfo) -> gymnasium.Env:
     """One environment that evaluates policies trained on a dataset.
 
-    Its observation is the flat vector `[O]` of the dataset's dataset, it clips actions into its box, and it truncates
+    Its observation is the flat vector `[O]` of the dataset, it clips actions into its box, and it truncates
     at `info.max_episode_steps`.
 
     Raises:

@@ -4,14 +4,11 @@ Launchers (Hydra's basic one, submitit, and those of `hydra_plugins/offrl_launch
 one does. A run that is finished is seen by its `result.json` and skipped. Any other is trained in a fresh interpreter whose
 output goes to `log.txt` in the run's folder, so a job that is killed, or takes its process down, is a failed job and not a
 failed sweep.
-
-No torch is imported here: the launchers' own processes stay light until the first job.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -30,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 
 from offrl.results.rows import FAILURE, LOG, progress
+from offrl.training.run_config import resolve_config
+from offrl.training.runs import done_before, finished, summary
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
 
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
 
 STOP = "stop"  # among the notes: no further job is to start
+CHILD = "offrl.training.child"  # the module that a job's process runs
 LOCK = "lock"  # among the notes: held by the sweep's own process while it lives
 
 # ---- one job, wherever the launcher runs it ------------------------------------------------------------------
@@ -53,9 +53,6 @@ def run_job(values: Mapping[str, Any], note: Path, env: Mapping[str, str] | None
     Returns the exit status: 0, 130 when it was stopped and saved, 1 when it failed. Nothing is raised, lest a launcher
     gives up the other jobs.
     """
-    from offrl.training.run_config import resolve_config
-    from offrl.training.runs import done_before, finished, summary
-
     folder = None
     try:
         job = resolve_config(values)
@@ -98,7 +95,7 @@ def _train_in_child(
     """
     with open(log, "ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(os.getpid())],
+            [sys.executable, "-P", "-m", CHILD, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -116,28 +113,6 @@ def _train_in_child(
 def import_path() -> str:
     """The folders from which this process imports, in its order, as PYTHONPATH has them."""
     return os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-
-
-def _child(parent: int) -> int:
-    """What the training process does: the configuration comes by the standard input."""
-    stop_with(parent)  # first: the imports take seconds
-
-    from offrl.training.runs import print_result
-    from offrl.training.trainer import train
-
-    try:
-        return print_result(train(json.load(sys.stdin)))
-    except OffrlError as error:
-        print(f"offrl: error: {error}", file=sys.stderr)
-        return 2
-
-
-def stop_with(parent: int) -> None:
-    """Get SIGTERM, on which training saves and stops, when the thread that started this process ends, killed or not."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before
-        sys.exit(130)
 
 
 def _reason(status: int, log: Path) -> str:
@@ -344,7 +319,7 @@ def _counts(jobs: Sequence[Job]) -> str:
 def _trains(pid: int) -> bool:
     """Whether a training process is still at it; one that has ended and was not waited for is not."""
     with contextlib.suppress(OSError):
-        return __name__.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return CHILD.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 
@@ -385,7 +360,3 @@ class SweepCallback(Callback):
         task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # each job resolves its own
         overrides = parser.parse_overrides([*words, *task])
         Sweep.current.begin(Path(config.out), BasicSweeper.split_arguments(overrides, None)[0])
-
-
-if __name__ == "__main__":
-    sys.exit(_child(int(sys.argv[1])))

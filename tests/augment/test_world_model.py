@@ -72,13 +72,13 @@ def test_it_learns_mean_and_noise_of_a_linear_system() -> None:
     assert float(fit.validation_errors().max()) == pytest.approx(floor, rel=0.15)
 
 
-def poisoned(store: Store, rows: Tensor) -> Store:
+def poisoned(store: OfflineDataset, rows: Tensor) -> OfflineDataset:
     """The same without the numbers of some rows."""
     tensors = store.tensors()
     for name in ("observations", "actions", "rewards", "next_observations"):
         tensors[name] = tensors[name].clone()
         tensors[name][rows] = torch.nan
-    return Store(**tensors, info=store.info)
+    return OfflineDataset(**tensors, info=store.info)
 
 
 def test_held_out_transitions_choose_the_elites_and_teach_nothing() -> None:

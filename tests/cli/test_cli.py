@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from test_train import options, same_tensors, start, step_of, tensors, words, wo
 
 import offrl
 from offrl.cli import main as cli
+from offrl.training.compose import compose
 from offrl.training.run_config import resolve_config
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
 from offrl.utils.errors import OffrlError
@@ -75,10 +77,19 @@ def test_agents_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     assert "Fujimoto" in shown
     assert "agent.alpha=2.5  weight of Q against the pull to the data" in shown
-    assert "agent.hidden=(256, 256)" in shown
+    assert "agent.hidden=[256,256]" in shown
     assert main("agents", "td3bc") == 2
-    known = ", ".join(sorted(path.stem for path in (conf_dir() / "agent").glob("*.yaml")))
-    assert capsys.readouterr().err == f"offrl: error: agent td3bc is unknown; there are {known}.\n"
+    assert capsys.readouterr().err == "offrl: error: agent td3bc is unknown; did you mean td3_bc?\n"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "agent").glob("*.yaml")))
+def test_every_setting_of_an_agent_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Inherited ones, too, and those that the formatter has spread over several lines."""
+    config = resolve_config(compose({"agent": name, "dataset": "x"}))
+    assert main("agents", name) == 0
+    shown = re.findall(r"^  agent\.(\w+)=(\S+)", capsys.readouterr().out, re.M)
+    assert {key for key, _ in shown} == config.agent.keys() - {"_target_"}
+    assert all(default and not default.startswith("(") for _, default in shown)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +261,14 @@ def test_a_new_agent_is_one_python_file_and_one_yaml(world: Path, monkeypatch: p
     status, output, errors = offrl_command("train", "--config-dir", "own", "agent=mean", *arguments)
     assert (status, errors) == (0, "")
     assert "finished: normalised score" in output
-    (folder,) = Path("runs/mine/toy.npz").iterdir()
+    (folder,) = Path("runs/mean/toy.npz").iterdir()
     assert json.loads((folder / "config.json").read_text())["agent"] == {"_target_": "mine.Mean", "rate": 0.25}
-    agent = offrl.load_agent(folder)
+    with pytest.raises(
+        OffrlError, match=r"agent._target_=mine.Mean comes from a file, .*; import mine first, or give --trust"
+    ):
+        offrl.load_agent(folder)
+    monkeypatch.syspath_prepend(str(world))
+    agent = offrl.load_agent(folder, trust=True)
     expected = offrl.load_data("toy.npz").actions.mean(0)
     action = agent.select_action(torch.zeros(2, 1, 3))
     torch.testing.assert_close(action[:, 0], expected.expand(2, -1), atol=0.15, rtol=0)

@@ -259,7 +259,7 @@ def processes_of(folder: Path) -> list[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             log = (entry / "fd" / "1").readlink()
-            if log == (folder / sweep.LOG).resolve() and b"offrl.training.sweep" in (entry / "cmdline").read_bytes():
+            if log == (folder / sweep.LOG).resolve() and b"offrl.training.child" in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
 

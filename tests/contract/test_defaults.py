@@ -14,9 +14,9 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from offrl.augment.world_model import EnsembleConfig
-from offrl.config import chosen_settings
-from offrl.ope import FQEConfig
-from offrl.paths import conf_dir
+from offrl.evaluation.fqe import FQEConfig
+from offrl.utils.paths import conf_dir
+from offrl.utils.settings import chosen_settings
 
 AGENTS = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "agent").glob("*.yaml"))}
 

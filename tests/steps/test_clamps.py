@@ -13,9 +13,9 @@ import torch
 from plain import make_store
 from torch import Tensor
 
-from offrl.agent import Spec
 from offrl.agents.a2pr import A2PR
 from offrl.agents.awac import AWAC
+from offrl.agents.base import Spec
 from offrl.agents.cql import CQL
 from offrl.agents.doc import DoC
 from offrl.agents.edac import EDAC
@@ -23,8 +23,8 @@ from offrl.agents.iql import IQL
 from offrl.agents.rvs import RvS
 from offrl.agents.sac_n import SACN
 from offrl.agents.vae_bc import VAEBC
-from offrl.latents import Gaussian
-from offrl.random import LaneRandom
+from offrl.nets.latents import Gaussian
+from offrl.utils.random import LaneRandom
 
 OBS, ACTION = torch.zeros(1, 5, 3).double(), torch.zeros(1, 5, 2).double()
 SMALL: dict[Any, dict[str, Any]] = {SACN: {"members": 2}, EDAC: {"members": 2}, A2PR: {"vae_hidden": (8,)}}
@@ -105,8 +105,8 @@ def test_the_multiplier_of_the_conservative_term_has_a_largest_value() -> None:
 
 def test_beyond_the_longest_episode_one_step_is_left() -> None:
     """RvS conditions on R / max(H - t, 1): acting may last longer than any episode of the data."""
-    store = make_store()
+    dataset = make_store()
     agent = make(RvS)
-    agent.attach(store)
+    agent.setup(dataset)
     goals = [agent.goal(torch.full((1, 1), 6.0).double(), t).item() for t in (0, 9, 10, 11, 12, 50)]
     assert goals == pytest.approx([6 / 11, 3, 6, 6, 6, 6])

@@ -167,7 +167,7 @@ def test_labels_average_the_very_steps_of_a_window(monkeypatch: pytest.MonkeyPat
     for row in range(22):
         code = plain.logits(row).softmax(1).flatten()
         expected = plain.nets["return_head"](torch.cat([plain.known(row), code])).item()
-        assert abs(agent.attached.labels[0, row].item() - expected) < 2e-9
+        assert abs(agent.dataset_index.labels[0, row].item() - expected) < 2e-9
 
 
 def test_the_policy_learns_from_labels_alone() -> None:

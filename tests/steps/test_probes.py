@@ -71,7 +71,7 @@ def test_labels_that_know_episodes_by_heart_tell_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(60, generator=generator) for _ in range(3)]
     obs, offsets = torch.zeros(60, 1), torch.arange(61)
-    store = Store(obs, rows[0].unsqueeze(1).tanh(), rows[1], obs, torch.ones(60), offsets)
+    store = OfflineDataset(obs, rows[0].unsqueeze(1).tanh(), rows[1], obs, torch.ones(60), offsets)
     outcome = rows[2].unsqueeze(1)
     found = leak(make_rvs(store, (0,), hidden=(8,)), store, outcome, 100, hidden=(64,))
     assert found is not None

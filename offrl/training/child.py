@@ -1,0 +1,40 @@
+"""The process of one training of a sweep: `python -P -m offrl.training.child PARENT`, with the configuration on standard input.
+
+It stops with the process that started it. That is arranged before anything heavy is imported: a sweep may be killed in the
+seconds that PyTorch takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+
+
+def main() -> int:
+    """Train; the exit status as of `offrl train`."""
+    stop_with(int(sys.argv[1]))
+
+    from offrl.training.runs import print_result
+    from offrl.training.trainer import train
+    from offrl.utils.errors import OffrlError
+
+    try:
+        return print_result(train(json.load(sys.stdin)))
+    except OffrlError as error:
+        print(f"offrl: error: {error}", file=sys.stderr)
+        return 2
+
+
+def stop_with(parent: int) -> None:
+    """Get SIGTERM, on which training saves and stops, when the thread that started this process ends, killed or not."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
