@@ -66,7 +66,7 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
             acquired = held.acquire()
     except OSError as error:
         reason = error.strerror or error
-        way_out = "free space, or choose another folder (OFFRL_HOME, MINARI_DATASETS_PATH)"
+        way_out = "free space or set OFFRL_HOME elsewhere (for Minari's folder MINARI_DATASETS_PATH)"
         raise OffrlError(f"{lock.parent} cannot be written ({reason}); {way_out}.") from error
     with acquired:
         yield

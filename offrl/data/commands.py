@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from offrl.data import catalogue, load
 from offrl.data.arrays import info_json, to_arrays, write_npz
 from offrl.data.cache import write_flat
 from offrl.data.fetch import fetch
+from offrl.data.hdf5 import create_hdf5
 from offrl.data.info import describe, plot, print_info
 from offrl.data.minari import data_folder, local_datasets, local_folder
 from offrl.data.store import Store
@@ -233,7 +232,7 @@ def writer(dest: Path) -> Callable[[Store], None]:
 
 def write_hdf5(store: Store, path: Path) -> None:
     """Write a Store in D4RL's layout (gzip), with what is known of it in the attribute `offrl_info`."""
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(path) as temporary, create_hdf5(temporary) as file:
         file.attrs["offrl_info"] = info_json(store.info)
         for key, array in to_arrays(store).items():
             file.create_dataset(key, data=array, compression="gzip")
