@@ -19,11 +19,18 @@ def cache_dir() -> Path:
     """Root of downloaded, built and cached datasets.
 
     `OFFRL_HOME`, else `$XDG_CACHE_HOME/offrl`, else `~/.cache/offrl`. Not created here.
+
+    Raises:
+        OffrlError: none of them is known.
     """
-    if home := os.environ.get("OFFRL_HOME"):
-        return Path(home).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "offrl"
+    try:
+        if home := os.environ.get("OFFRL_HOME"):
+            return Path(home).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "offrl"
+    except RuntimeError as error:
+        raise OffrlError(
+            "This user has no home folder; set OFFRL_HOME to the folder for datasets and caches."
+        ) from error
 
 
 def conf_dir() -> Path:

@@ -67,13 +67,13 @@ def cached(path: Path, name: str, options: ReadOptions, read: Callable[[], Store
     source = identity(path, name, options)
     try:
         return read_flat(cache_path(source), source)
-    except (OffrlError, RuntimeError):
-        pass  # none, stale or damaged: made again below; RuntimeError: this user has no home folder
+    except OffrlError:
+        pass  # none, stale or damaged: made again below
     store = read()
     try:
         write_flat(store, cache_path(source), source)
-    except (OSError, RuntimeError) as error:
-        reason = one_line(getattr(error, "strerror", None) or error)
+    except (OSError, RuntimeError, OffrlError) as error:  # OffrlError: no folder for caches is known
+        reason = one_line(getattr(error, "strerror", None) or error).rstrip(".")
         warnings.warn(
             f"{path}: its flat cache cannot be written ({reason}); the dataset is read anew each time unless OFFRL_HOME "
             "names a folder with room.",

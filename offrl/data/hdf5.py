@@ -143,6 +143,18 @@ def check_inside(dataset: h5d.DatasetID, claimed: int, room: int, path: Path, ke
         )
 
 
+def check_file(path: Path) -> None:
+    """Hold every array of a file that another package reads to `check_inside`."""
+
+    def check(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset):
+            check_inside(item.id, item.nbytes, room, path, one_line(name))
+
+    room = path.stat().st_size
+    with open_hdf5(path) as file, reading(path, "its list of arrays"):
+        file.visititems(check)
+
+
 def row_blocks(dataset: h5py.Dataset) -> Iterator[tuple[int, int]]:
     """(first row, rows) of blocks of some 16k rows that cut no chunk, so that each chunk is unpacked once."""
     chunk = dataset.chunks[0] if dataset.chunks else 1

@@ -163,15 +163,15 @@ def test_a_full_disk_stops_nothing(source: Path, home: Path, monkeypatch: pytest
         write_flat(store, home / "asked.safetensors")
 
 
-def test_a_user_without_a_home_can_load(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    for name in ("OFFRL_HOME", "XDG_CACHE_HOME"):
+def test_a_user_without_a_home(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OFFRL_HOME", "XDG_CACHE_HOME", "MINARI_DATASETS_PATH", "HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    with pytest.warns(UserWarning, match="home directory"):
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a KeyError, as for a user without an entry
+    with pytest.warns(UserWarning, match="no home folder; set OFFRL_HOME"):
         assert len(load(source)) > 0
+    for name in ("hopper-medium-v2", "D4RL/pen/human-v2", "~nobody-of-this-name/set.npz"):
+        with pytest.raises(OffrlError, match=r"set OFFRL_HOME|offrl data fetch|no such file"):
+            load(name)
 
 
 def test_the_file_is_plain_safetensors(source: Path, home: Path) -> None:

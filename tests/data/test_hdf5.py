@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from offrl.data.d4rl import read_d4rl
-from offrl.data.hdf5 import column, create_hdf5
+from offrl.data.hdf5 import check_file, column, create_hdf5
 from offrl.data.minari import read_minari
 from offrl.errors import OffrlError
 
@@ -133,6 +133,13 @@ def test_numbers_elsewhere_and_claims_are_refused(tmp_path: Path, add: Callable[
     refused(lambda: read_d4rl(path), str(path), key, what)
     folder = minari_folder(tmp_path / "set-v0", add)
     refused(lambda: read_minari(folder), str(folder), key, "episode_2", what)
+
+
+@pytest.mark.parametrize("add", [*ELSEWHERE, *TOO_LARGE])
+def test_a_file_that_another_package_reads(tmp_path: Path, add: Callable[[h5py.Group, str], None]) -> None:
+    folder = minari_folder(tmp_path / "set-v0", add, data_format="another")  # what only the minari package knows
+    refused(lambda: read_minari(folder), str(folder), "episode_2")
+    check_file(minari_folder(tmp_path / "good-v0") / "data/main_data.hdf5")
 
 
 def test_a_link_to_another_file_is_not_followed_even_where_it_is_not_needed(tmp_path: Path) -> None:
