@@ -9,6 +9,7 @@ store = load("my.hdf5")                         # a file in D4RL's layout, .npz,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def _load(name: str | Path, options: ReadOptions, cache: bool) -> OfflineDataset
             return _read_path(local_folder(text), text, options, cache)
         if text in catalogue.minari():
             raise OffrlError(f"{text}: not on this machine yet; get it with `offrl data fetch {text}`.")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # stays as it is without a home
     if path.exists():
         return _read_path(path, None, options, cache)
     if isinstance(name, Path) or path.suffix.lower() in FILE_SUFFIXES or text.startswith((".", "/", "~")):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from offrl.nets import neighbors, neighbors_cpu
@@ -287,6 +288,17 @@ def test_the_index_is_kept_and_found_again(monkeypatch: pytest.MonkeyPatch, tmp_
     assert path.read_bytes() == kept
     Neighbors(states + 1, actions)
     assert len(list((tmp_path / "neighbors").iterdir())) == 2  # other states, another index
+
+
+def test_a_full_disk_keeps_no_index_and_stops_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(parts: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"the first bytes")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.warns(UserWarning, match="No space left on device.*the index is not kept"):
+        neighbors._write(tmp_path / "index.safetensors", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_memory_stays_below_three_datasets() -> None:

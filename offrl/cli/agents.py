@@ -71,7 +71,11 @@ def _command(arguments: argparse.Namespace) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
         raise OffrlError(f"agent {arguments.name} is unknown; {hint}")
     for name in [arguments.name] if arguments.name else names:
-        cls = target_class({"_target_": OmegaConf.load(choice_file("agent", name, extra))["_target_"]}, Agent, "agent")
+        cls = target_class(
+            {"_target_": OmegaConf.select(OmegaConf.load(choice_file("agent", name, extra)), "_target_")},
+            Agent,
+            "agent",
+        )
         documentation = inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or ""
         if not arguments.name:
             print(f"{name:12} {documentation.partition(chr(10))[0]}")

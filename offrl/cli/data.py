@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from offrl.data.fetch import fetch
 from offrl.data.minari import data_folder, local_datasets, local_folder
 from offrl.data.writers import writer
 from offrl.datasets import load
+from offrl.forge import registry
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 
@@ -122,14 +122,10 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 
 def _forge_rows() -> list[tuple[str, ...]]:
-    try:
-        forge = importlib.import_module("offrl.forge.registry")
-    except ImportError:
-        return []
     folders = {cache_dir() / name: name for name in local_datasets(cache_dir()) if name.startswith("forge/")}
-    here = {name: folders.pop(forge.folder_of(name), None) is not None for name in forge.names()}
+    here = {name: folders.pop(registry.folder_of(name), None) is not None for name in registry.names()}
     here |= dict.fromkeys(folders.values(), True)  # of another size or seed
-    return [(name, "forge", forge.family(name), "", "yes" if built else "") for name, built in here.items()]
+    return [(name, "forge", registry.family(name), "", "yes" if built else "") for name, built in here.items()]
 
 
 def _d4rl_rows() -> list[tuple[str, ...]]:
@@ -185,11 +181,10 @@ def run_fetch(arguments: argparse.Namespace) -> int:
 
 def run_build(arguments: argparse.Namespace) -> int:
     """Build a forge dataset and say where it lies."""
-    forge = importlib.import_module("offrl.forge.registry")
     if arguments.size is not None and arguments.size < 1:
         raise OffrlError(f"--size {arguments.size}: give a positive number of transitions.")
     force = {"force": True} if arguments.force else {}
-    print(forge.ensure(arguments.dataset, size=arguments.size, seed=arguments.seed, **force))
+    print(registry.ensure(arguments.dataset, size=arguments.size, seed=arguments.seed, **force))
     return 0
 
 

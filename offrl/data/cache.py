@@ -23,7 +23,7 @@ from torch import Tensor
 from offrl.data.arrays import info_json
 from offrl.data.checks import ReadOptions
 from offrl.data.dataset import DatasetInfo, OfflineDataset
-from offrl.utils.errors import OffrlError
+from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import cache_dir, replacing
 
 # Raise it when a reader gives other numbers or other `info` for the same file.
@@ -32,12 +32,19 @@ DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype(np.float32), "I64": np.dtype
 
 
 def identity(path: Path, name: str, options: ReadOptions) -> dict[str, Any]:
-    """What a cached dataset was made from: the files with sizes and times, the name, the options, the loader."""
+    """What a cached dataset was made from: the files, the name, the options, the loader.
+
+    Whoever writes a file, or puts another in its place, may choose its size and its time of modification; the time of
+    the last change to its inode is the kernel's.
+    """
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     stats = [(file, file.stat()) for file in files]
     return {
         "path": str(path.resolve()),
-        "files": [[file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+        "files": [
+            [file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+            for file, stat in stats
+        ],
         "name": name,
         "options": asdict(options),
         "loader": LOADER_VERSION,
@@ -58,18 +65,19 @@ def cached(path: Path, name: str, options: ReadOptions, read: Callable[[], Offli
     A cache that cannot be written is no error: the dataset is returned with a warning.
     """
     source = identity(path, name, options)
-    file = cache_path(source)
-    if file.is_file():
-        try:
-            return read_flat(file, source)
-        except OffrlError:
-            pass  # stale or damaged: made again below
+    try:
+        return read_flat(cache_path(source), source)
+    except OffrlError:
+        pass  # none, stale or damaged: made again below
     store = read()
     try:
-        write_flat(store, file, source)
-    except (OSError, RuntimeError) as error:
+        write_flat(store, cache_path(source), source)
+    except (OSError, RuntimeError, OffrlError) as error:  # OffrlError: no folder for caches is known
+        reason = one_line(getattr(error, "strerror", None) or error).rstrip(".")
         warnings.warn(
-            f"{file}: the cache cannot be written ({error}); the dataset is read anew each time.", stacklevel=3
+            f"{path}: its flat cache cannot be written ({reason}); the dataset is read anew each time unless OFFRL_HOME "
+            "names a folder with room.",
+            stacklevel=3,
         )
     return store
 
@@ -79,7 +87,11 @@ def write_flat(store: OfflineDataset, path: Path, source: dict[str, Any] | None 
 
     Args:
         source: identity of what it was made from; `read_flat` compares it.
+
+    Raises:
+        OSError: the disk is full, or the file can't be written for another reason.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.cpu() for name, tensor in store.tensors().items()}
@@ -90,7 +102,10 @@ def write_flat(store: OfflineDataset, path: Path, source: dict[str, Any] | None 
         "source": source,
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"offrl": json.dumps(header)})
+        try:
+            save_file(tensors, temporary, metadata={"offrl": json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def read_flat(path: Path, source: dict[str, Any] | None = None) -> OfflineDataset:

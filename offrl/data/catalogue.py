@@ -61,7 +61,7 @@ class D4RLEntry:
     def files(self) -> list[Path]:
         """Where the file may lie, first choice first: `D4RL_DATASET_DIR`, our cache, D4RL's own folder."""
         own = cache_dir() / "d4rl" / f"{self.id}.hdf5"
-        default = Path("~/.d4rl/datasets").expanduser() / self.filename
+        default = Path(os.path.expanduser("~/.d4rl/datasets")) / self.filename  # stays as it is without a home
         if folder := os.environ.get("D4RL_DATASET_DIR"):
             base = Path(folder).expanduser()
             return [base / f"{self.id}.hdf5", base / self.filename, own, default]

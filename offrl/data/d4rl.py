@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import shutil
 import tempfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,18 +55,20 @@ def read_d4rl(path: Path, info: DatasetInfo | None = None, options: ReadOptions 
 
 
 def _read_compressed(path: Path, info: DatasetInfo, options: ReadOptions) -> OfflineDataset:
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        unpacked = Path(folder) / path.name.removesuffix(".gz")
-        try:
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+            unpacked = Path(folder) / path.name.removesuffix(".gz")
             with gzip.open(path) as source, open(unpacked, "wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
-            raise OffrlError(f"{path}: the gzip file is cut off or damaged ({error}); fetch it again.") from error
-        try:
             store = read_d4rl(unpacked, info, options)
-        except OffrlError as error:
-            raise OffrlError(str(error).replace(str(unpacked), str(path))) from error
+    except OffrlError as error:
+        raise OffrlError(str(error).replace(str(unpacked), str(path))) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise OffrlError(f"{path}: the gzip file is cut off or damaged ({error}); fetch it again.") from error
+    except OSError as error:
+        way_out = "free some space, set OFFRL_HOME elsewhere, or unpack it yourself"
+        raise OffrlError(f"{path}: it cannot be unpacked in {cache_dir()} ({error.strerror}); {way_out}.") from error
     store.info = replace(store.info, source=str(path))
     return store
 

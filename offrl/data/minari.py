@@ -30,7 +30,7 @@ from offrl.data.catalogue import environment_references, family_of, flat_keys
 from offrl.data.catalogue import minari as minari_catalogue
 from offrl.data.checks import ReadOptions, check_actions, check_dtype, check_finite, empty, own_info
 from offrl.data.dataset import DatasetInfo, OfflineDataset
-from offrl.data.hdf5 import DENSEST, check_inside, keys, open_hdf5, reading, unreadable
+from offrl.data.hdf5 import DENSEST, check_file, check_inside, keys, open_hdf5, reading, unreadable
 from offrl.utils.errors import OffrlError
 
 SCALAR_KEYS = ("rewards", "terminations", "truncations")
@@ -38,7 +38,7 @@ SCALAR_KEYS = ("rewards", "terminations", "truncations")
 
 def minari_root() -> Path:
     """Folder of local Minari datasets: `MINARI_DATASETS_PATH`, else `~/.minari/datasets`."""
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+    return Path(os.path.expanduser(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets"))
 
 
 def local_folder(name: str) -> Path:
@@ -231,6 +231,8 @@ def read_minari(path: Path, name: str | None = None, options: ReadOptions | None
     if in_hdf5:
         _read_hdf5(folder / "main_data.hdf5", leaves, memory)
     else:
+        if (folder / "main_data.hdf5").is_file():
+            check_file(folder / "main_data.hdf5")
         _read_with_minari(folder, leaves, memory, where)
     if memory.filled == 0:
         raise OffrlError(f"{where}: it holds no transition ({len(memory.lengths)} episodes); check the dataset.")

@@ -15,12 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5p, h5s, h5t
 from numpy.typing import NDArray
 
 from offrl.data.dataset import DatasetInfo
+from offrl.data.hdf5 import create_hdf5
 from offrl.utils.errors import OffrlError
 
 MINARI_VERSION = "0.5.4"
@@ -129,7 +129,7 @@ def _write_hdf5(path: Path, episodes: Sequence[Episode]) -> None:
     """
     scalar, integer = h5s.create(h5s.SCALAR), h5t.py_create(np.dtype(np.int64))
     stored: dict[Any, Any] = {}
-    with h5py.File(path, "w", track_order=True) as file:
+    with create_hdf5(path, track_order=True) as file:
         for number, episode in enumerate(episodes):
             group = h5g.create(file.id, f"episode_{number}".encode())
             attributes = {"id": number, "seed": episode.seed, "total_steps": len(episode)}

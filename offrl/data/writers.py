@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from offrl.data.arrays import info_json, to_arrays, write_npz
 from offrl.data.cache import write_flat
 from offrl.data.dataset import OfflineDataset
+from offrl.data.hdf5 import create_hdf5
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
 
@@ -41,7 +40,7 @@ def writer(dest: Path) -> Callable[[OfflineDataset], None]:
 
 def write_hdf5(store: OfflineDataset, path: Path) -> None:
     """Write a dataset in D4RL's layout (gzip), with what is known of it in the attribute `offrl_info`."""
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(path) as temporary, create_hdf5(temporary) as file:
         file.attrs["offrl_info"] = info_json(store.info)
         for key, array in to_arrays(store).items():
             file.create_dataset(key, data=array, compression="gzip")

@@ -237,13 +237,14 @@ def _read(path: Path, rows: int, width: int) -> dict[str, np.ndarray] | None:
 
 
 def _write(path: Path, parts: dict[str, np.ndarray]) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     try:
         with replacing(path) as temporary:
             save_file(parts, temporary, metadata={"version": _VERSION})
-    except OSError as error:
-        warnings.warn(f"{path} can't be written ({error.strerror}); the index is not kept.", stacklevel=2)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"{path} can't be written ({error}); the index is not kept.", stacklevel=2)
 
 
 # ---- GPU -----------------------------------------------------------------------------------------------------

@@ -21,11 +21,18 @@ def cache_dir() -> Path:
     """Root of downloaded, built and cached datasets.
 
     `OFFRL_HOME`, else `$XDG_CACHE_HOME/offrl`, else `~/.cache/offrl`. Not created here.
+
+    Raises:
+        OffrlError: none of them is known.
     """
-    if home := os.environ.get("OFFRL_HOME"):
-        return Path(home).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "offrl"
+    try:
+        if home := os.environ.get("OFFRL_HOME"):
+            return Path(home).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "offrl"
+    except RuntimeError as error:
+        raise OffrlError(
+            "This user has no home folder; set OFFRL_HOME to the folder for datasets and caches."
+        ) from error
 
 
 def conf_dir() -> Path:
@@ -105,7 +112,7 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
             acquired = held.acquire()
     except OSError as error:
         reason = error.strerror or error
-        way_out = "free space, or choose another folder (OFFRL_HOME, MINARI_DATASETS_PATH)"
+        way_out = "free space or set OFFRL_HOME elsewhere (for Minari's folder MINARI_DATASETS_PATH)"
         raise OffrlError(f"{lock.parent} cannot be written ({reason}); {way_out}.") from error
     with acquired:
         yield

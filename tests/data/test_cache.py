@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from offrl.data import OfflineDataset
 from offrl.data import cache as cache_module
 from offrl.data.cache import read_flat, write_flat
+from offrl.data.checks import ReadOptions
 from offrl.data.dataset import DatasetInfo
 from offrl.datasets import load
 from offrl.utils.errors import OffrlError
@@ -81,6 +83,31 @@ def test_a_changed_source_replaces_its_cache(source: Path, home: Path) -> None:
     assert len(flat_files(home)) == 1
 
 
+@pytest.mark.parametrize("how", ["overwritten", "replaced"])
+def test_a_source_of_the_same_size_and_time_is_seen(source: Path, tmp_path: Path, how: str) -> None:
+    first, before = load(source), source.stat()
+    other = source if how == "overwritten" else tmp_path / "other.npz"
+    write(other, 1)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(other, source)
+    assert (source.stat().st_size, source.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    second = load(source)
+    assert second.fingerprint != first.fingerprint
+    assert second.fingerprint == load(source, cache=False).fingerprint
+
+
+def test_a_file_of_a_folder_that_is_replaced_is_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "set-v0/data"
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text("one")
+    before, stat = cache_module.identity(tmp_path / "set-v0", "set-v0", ReadOptions()), folder.stat()
+    (tmp_path / "new").write_text("two")
+    os.utime(tmp_path / "new", ns=(0, (folder / "metadata.json").stat().st_mtime_ns))
+    os.replace(tmp_path / "new", folder / "metadata.json")
+    os.utime(folder, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert cache_module.identity(tmp_path / "set-v0", "set-v0", ReadOptions()) != before
+
+
 def test_options_and_loader_versions_do_not_mix(source: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact, d4rl = load(source), load(source, semantics="d4rl")
     assert len(exact) != len(d4rl)
@@ -120,6 +147,32 @@ def test_a_cache_that_cannot_be_written_is_a_warning(source: Path, home: Path) -
     with pytest.warns(UserWarning, match="cache cannot be written"):
         store = load(source)
     assert len(store) > 0
+
+
+def test_a_full_disk_stops_nothing(source: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"the first bytes")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.warns(UserWarning, match="No space left on device.*read anew") as caught:
+        store = load(source)
+    assert str(caught[0].message).isprintable()
+    assert store.fingerprint == load(source, cache=False).fingerprint
+    assert list((home / "flat").iterdir()) == []  # no half-written file
+    with pytest.raises(OSError, match="No space left"):  # where the file itself was asked for
+        write_flat(store, home / "asked.safetensors")
+
+
+def test_a_user_without_a_home(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OFFRL_HOME", "XDG_CACHE_HOME", "MINARI_DATASETS_PATH", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a KeyError, as for a user without an entry
+    with pytest.warns(UserWarning, match="no home folder; set OFFRL_HOME"):
+        assert len(load(source)) > 0
+    for name in ("hopper-medium-v2", "D4RL/pen/human-v2", "~nobody-of-this-name/set.npz"):
+        with pytest.raises(OffrlError, match=r"set OFFRL_HOME|offrl data fetch|no such file"):
+            load(name)
 
 
 def test_the_file_is_plain_safetensors(source: Path, home: Path) -> None:

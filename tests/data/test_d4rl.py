@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import pickle
 import subprocess
@@ -421,6 +422,26 @@ def test_files_that_are_no_dataset(tmp_path: Path) -> None:
         load(tmp_path / "nowhere.hdf5")
     with pytest.raises(OffrlError, match="did you mean hopper-medium-v2"):
         load("hoper-medium-v2")
+
+
+def test_a_packed_file_that_cannot_be_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = gzip.compress(write(tmp_path / "good.hdf5", columns(5000)).read_bytes())
+    path = tmp_path / "set.hdf5.gz"
+    path.write_bytes(content[:500] + bytes(200) + content[700:])
+    with pytest.raises(OffrlError, match="cut off or damaged"):
+        load(path)
+    path.write_bytes(content)
+    load(path)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(OffrlError, match=r"cannot be unpacked in .*No space left on device.*OFFRL_HOME"):
+        load(path, cache=False)
+    monkeypatch.setenv("OFFRL_HOME", str(path / "below"))
+    with pytest.raises(OffrlError, match=r"cannot be unpacked in .*Not a directory"):
+        load(path, cache=False)
 
 
 def test_a_damaged_block_names_its_key(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -128,9 +126,9 @@ def test_build_calls_the_forge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    forge = types.ModuleType("offrl.forge.registry")
-    forge.ensure = lambda name, **options: asked.append((name, options)) or tmp_path  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "offrl.forge.registry", forge)
+    monkeypatch.setattr(
+        "offrl.forge.registry.ensure", lambda name, **options: asked.append((name, options)) or tmp_path
+    )
     assert run("build", "forge/hopper/medium-v0", "--size", "500", "--seed", "3", "--force") == 0
     assert asked == [("forge/hopper/medium-v0", {"size": 500, "seed": 3, "force": True})]
     assert str(tmp_path) in capsys.readouterr().out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from offrl.data.d4rl import read_d4rl
-from offrl.data.hdf5 import column
+from offrl.data.hdf5 import check_file, column, create_hdf5
 from offrl.data.minari import read_minari
 from offrl.utils.errors import OffrlError
 
@@ -131,6 +133,13 @@ def test_numbers_elsewhere_and_claims_are_refused(tmp_path: Path, add: Callable[
     refused(lambda: read_d4rl(path), str(path), key, what)
     folder = minari_folder(tmp_path / "set-v0", add)
     refused(lambda: read_minari(folder), str(folder), key, "episode_2", what)
+
+
+@pytest.mark.parametrize("add", [*ELSEWHERE, *TOO_LARGE])
+def test_a_file_that_another_package_reads(tmp_path: Path, add: Callable[[h5py.Group, str], None]) -> None:
+    folder = minari_folder(tmp_path / "set-v0", add, data_format="another")  # what only the minari package knows
+    refused(lambda: read_minari(folder), str(folder), "episode_2")
+    check_file(minari_folder(tmp_path / "good-v0") / "data/main_data.hdf5")
 
 
 def test_a_link_to_another_file_is_not_followed_even_where_it_is_not_needed(tmp_path: Path) -> None:
@@ -263,3 +272,43 @@ def test_a_file_that_is_cut_anywhere(tmp_path: Path) -> None:
     for size in range(0, len(content), 97):
         path.write_bytes(content[:size])
         refused(lambda: read_d4rl(path), str(path))
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from offrl.data.hdf5 import create_hdf5
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # the kernel refuses what lies behind
+rng = np.random.default_rng(0)
+try:
+    with create_hdf5(Path(sys.argv[1])) as file:
+        for number in range(400):
+            group = file.create_group(f"episode_{number}")
+            group["rewards"] = rng.random(300)
+            group.create_dataset("observations", data=rng.random((300, 4)), compression="gzip")
+            file[f"episode_{number // 2}/rewards"][:]
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_while_a_file_is_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "set.hdf5")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr  # left to itself, HDF5 crashes at exit
+    assert ended.stdout == "[Errno 27] File too large\n"
+    assert ended.stderr == ""
+
+
+def test_what_is_created_is_an_hdf5_file(tmp_path: Path) -> None:
+    with create_hdf5(tmp_path / "set.hdf5") as file:
+        file["x"] = np.arange(5)
+    with h5py.File(tmp_path / "set.hdf5") as file:
+        assert file["x"][:].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ZeroDivisionError), create_hdf5(tmp_path / "other.hdf5") as file:
+        file["x"] = 1 / 0
+    with pytest.raises(FileNotFoundError), create_hdf5(tmp_path / "nowhere/x.hdf5"):
+        pass

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -247,9 +245,7 @@ def test_forge_ids_are_built_where_they_are_missing(tmp_path: Path, monkeypatch:
         data = episodes(box(4), box(2, bound=1.0))
         return write(tmp_path / "home" / name, box(4), box(2, bound=1.0), data, offrl_info=own)
 
-    forge = types.ModuleType("offrl.forge.registry")
-    forge.ensure = ensure  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "offrl.forge.registry", forge)
+    monkeypatch.setattr("offrl.forge.registry.ensure", ensure)
     first = load("forge/hopper/medium-v0")
     assert load("forge/hopper/medium-v0").fingerprint == first.fingerprint
     assert asked == ["forge/hopper/medium-v0"]
