@@ -157,6 +157,6 @@ def test_soft_opc_is_larger_where_good_episodes_are_valued() -> None:
 
 def test_policies_with_a_memory_are_refused() -> None:
     agent = Fixed(POLICIES)
-    agent.memory = lambda envs: torch.zeros(envs)  # type: ignore[method-assign]
+    agent.initial_state = lambda envs: torch.zeros(envs)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="of the observation alone"):
         fitted_q(random_data(100), [agent], QUICK)

@@ -103,7 +103,8 @@ def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tup
     if not issubclass(cls, base):
         wanted = f"{base.__module__}.{base.__qualname__}"
         raise OffrlError(f"{group}._target_={target} is no {wanted}; name a class that is.")
-    given = {k: v for k, v in settings.items() if k != "_target_"}
+    renamed = getattr(cls, "renamed_settings", {})  # names of earlier versions
+    given = {renamed.get(k, k): v for k, v in settings.items() if k != "_target_"}
     return cls, build(cls.Config, given, f"{group}.", per_lane=True)
 
 

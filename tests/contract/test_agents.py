@@ -169,7 +169,7 @@ class _Recorded(CudaGraph):
         this = self
 
         class Graph:
-            def loader(self) -> None:
+            def replay(self) -> None:
                 with _NoHostCopy():
                     this.metrics = this._updates()
 
