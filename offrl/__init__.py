@@ -27,10 +27,13 @@ __all__ = ["fit", "load_agent", "load_data"]
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def fit(**options: Any) -> Result:
+def fit(config_dir: Path | str | None = None, **options: Any) -> Result:
     """Train, evaluate and save; `offrl train key=value ...` as a function.
 
-    A dotted key goes in a dictionary: `fit(agent="td3_bc", **{"agent.alpha": [1.0, 2.5], "lanes": 2})`.
+    Nested options are tables, or dotted keys in a dictionary: `fit(agent="td3_bc", eval={"every": 0}, **{"agent.alpha": 1.0})`.
+
+    Args:
+        config_dir: a folder with agents, samplers, presets of your own, as `--config-dir` names it.
 
     Raises:
         OffrlError: bad input, in one sentence.
@@ -38,14 +41,18 @@ def fit(**options: Any) -> Result:
     from offrl.training.compose import compose
     from offrl.training.trainer import train
 
-    return train(compose(options))
+    return train(compose(options, config_dir))
 
 
-def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
-    """The agent of a run's last checkpoint; `agent.select_action(obs)` maps `[lanes, n, O]` to `[lanes, n, A]`."""
-    from offrl.training.runs import load_agent
+def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> Agent:
+    """The agent of a run's last checkpoint; `agent.select_action(obs)` maps `[lanes, n, O]` to `[lanes, n, A]`.
 
-    return load_agent(folder, device)
+    Args:
+        trust: import the module of an agent that is not offrl's; only for folders whose origin you know.
+    """
+    from offrl.training import runs
+
+    return runs.load_agent(folder, device, trust)
 
 
 def load_data(name: Path | str, device: str = "cpu") -> OfflineDataset:

@@ -8,14 +8,17 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 
 from offrl.agents.base import Spec
+from offrl.data import catalogue
+from offrl.data.mixtures import D4RL_MIXTURE
+from offrl.forge import registry as forge
 from offrl.results import published
-from offrl.training.compose import compose, to_hydra_overrides
-from offrl.training.run_config import RunConfig, resolve_config
-from offrl.training.runs import make_agent
+from offrl.training.compose import choices, compose, register, to_hydra_overrides
 from offrl.training.schema import TrainConfig
+from offrl.training.trainer import RunConfig, make_agent, resolve_config
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
 from offrl.utils.settings import build, chosen_settings
@@ -181,11 +184,11 @@ TABLE = {
 
 
 def test_settings_are_chosen_by_pattern_and_later_ones_win() -> None:
-    assert chosen_settings(TABLE, "hopper-random-v2") == {"alpha": 1.0}
-    assert chosen_settings(TABLE, "hopper-medium-v2") == {"alpha": 1.0, "tau": 0.1}
-    assert chosen_settings(TABLE, "antmaze-umaze-v2") == {"alpha": 2.0, "data.reward_shift": -1.0}
-    assert chosen_settings(TABLE, "antmaze-large-play-v2") == {"alpha": 3.0, "data.reward_shift": -1.0}
-    assert chosen_settings(None, "x") == {}
+    assert chosen_settings(TABLE, "hopper-random-v2", None) == {"alpha": 1.0}
+    assert chosen_settings(TABLE, "hopper-medium-v2", None) == {"alpha": 1.0, "tau": 0.1}
+    assert chosen_settings(TABLE, "antmaze-umaze-v2", None) == {"alpha": 2.0, "data.reward_shift": -1.0}
+    assert chosen_settings(TABLE, "antmaze-large-play-v2", None) == {"alpha": 3.0, "data.reward_shift": -1.0}
+    assert chosen_settings(None, "x", None) == {}
 
 
 def test_what_is_given_wins_over_the_table() -> None:
@@ -300,9 +303,48 @@ def test_values_from_python_arrive_unchanged(value: Any) -> None:
     assert compose({"anything": value})["anything"] == value
 
 
-def test_unknown_choices_are_named() -> None:
-    with pytest.raises(OffrlError, match=r"(?s)agent/td3bc.*bc.*td3_bc.*offrl agents"):
-        compose({"agent": "td3bc"})
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("agent=td3bc", "agent=td3bc is unknown; did you mean agent=td3_bc?"),
+        ("agent=bc,td3bc", "agent=td3bc is unknown; did you mean agent=td3_bc?"),
+        ("experiment=td3_bc/gmy", "experiment=td3_bc/gmy is unknown; did you mean experiment=td3_bc/gym?"),
+        ("+experiment=awac/gim", "experiment=awac/gim is unknown; did you mean experiment=awac/gym?"),
+        ("experiment=", "experiment= is unknown"),
+        ("suite=gym_9", "suite=gym_9 is unknown; did you mean suite=gym9?"),
+        ("preset=xyzzy", "preset=xyzzy is unknown; there are d4rl, demo, laptop, paper."),
+    ],
+)
+def test_unknown_choices_are_refused_with_the_nearest_name(word: str, message: str) -> None:
+    with pytest.raises(OffrlError) as caught:
+        to_hydra_overrides([word])
+    assert str(caught.value).startswith(message)
+
+
+def test_choices_that_are_more_than_names_are_left_to_hydra(tmp_path: Path) -> None:
+    for words in (["agent=glob(*)"], ["agent='td3bc'"], ["agent=mine", "hydra.searchpath=[file://mine]"]):
+        assert set(to_hydra_overrides(words)) == set(words)
+    assert to_hydra_overrides(["experiment=null", "agent=td3_bc.yaml"]) == ["experiment=null", "agent=td3_bc.yaml"]
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "mine.yaml").touch()
+    assert to_hydra_overrides(["--config-dir", str(tmp_path), "agent=bc,mine"])[-1] == "agent=bc,mine"
+
+
+def test_a_recipe_with_datasets_of_its_own_takes_no_suite() -> None:
+    with pytest.raises(OffrlError, match="experiment=prdc/control brings datasets of its own"):
+        to_hydra_overrides(["experiment=prdc/control", "suite=gym9"])
+    assert len(to_hydra_overrides(["experiment=awac/gym", "suite=gym12"])) == 2
+
+
+def test_a_sweep_is_no_single_run() -> None:
+    """From Python every key that a recipe or suite sweeps over needs a value, lest a default is trained in silence."""
+    with pytest.raises(OffrlError, match=r"sweeps over dataset, .* give dataset=\.\.\. too"):
+        compose({"experiment": "awac/gym"})
+    with pytest.raises(OffrlError, match=r"sweeps over dataset, "):
+        compose({"suite": "gym9"})
+    with pytest.raises(OffrlError, match=r"sweeps over dataset and agent, .* give agent=\.\.\. too"):
+        compose({"experiment": "zoo/forge", "dataset": "x"})
+    assert compose({"experiment": "zoo/forge", "dataset": "x", "agent": "bc"})["dataset"] == "x"
 
 
 def test_words_for_hydra(tmp_path: Path) -> None:
@@ -318,7 +360,7 @@ def test_words_for_hydra(tmp_path: Path) -> None:
         "+a=1",
         "~b",
         "-m",
-        "sampler=u",
+        "sampler=uniform",
     ]
     assert to_hydra_overrides(words) == [
         "-m",
@@ -327,6 +369,7 @@ def test_words_for_hydra(tmp_path: Path) -> None:
         *(word for word in words[2:] if word != "-m"),
     ]
     (tmp_path / "mygroup").mkdir()
+    (tmp_path / "mygroup" / "x.yaml").touch()
     for flag in (["--config-dir", str(tmp_path)], ["-cd", str(tmp_path)], [f"--config-dir={tmp_path}"]):
         assert to_hydra_overrides([*flag, "mygroup=x"])[-1] == "mygroup=x"
     assert to_hydra_overrides(["mygroup=x"]) == ["++mygroup=x"]
@@ -393,7 +436,7 @@ def test_percentile_bc_is_bc_under_a_sampler() -> None:
 
 
 def test_every_preset_composes() -> None:
-    for preset in ("paper", "laptop", "demo"):
+    for preset in ("paper", "d4rl", "laptop", "demo"):
         for agent in ("bc", "td3_bc"):
             assert isinstance(resolve_config(compose({"preset": preset, "agent": agent})).train, TrainConfig)
 
@@ -405,20 +448,56 @@ def test_a_presets_sizes_go_to_agents_that_have_them() -> None:
     assert given.agent["hidden"] == [8]
 
 
-EXPERIMENTS = sorted(
-    str(path.relative_to(conf_dir() / "experiment").with_suffix("")) for path in conf_dir().glob("experiment/**/*.yaml")
-)
+EXPERIMENTS = choices("experiment")
+
+
+def swept(*words: str) -> dict[str, list[Any]]:
+    """Values that a recipe or suite sweeps over, by key."""
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = hydra_compose("train", overrides=[*words], return_hydra_config=True)
+    assert str(cfg.hydra.mode) == "RunMode.MULTIRUN"
+    assert not any(
+        " " in str(value) for value in cfg.hydra.sweeper.params.values()
+    )  # a line's end that lacks its backslash
+    given = {key: str(value).split(",") for key, value in cfg.hydra.sweeper.params.items()}
+    return given | {key: [int(value) for value in given[key]] for key in given if key == "seed"}
+
+
+# Recipes whose authors cut windows from whole trajectories, and not from the rows of qlearning_dataset.
+WINDOWS = {"dt/gym", "policy_guided_diffusion/gym", "policy_guided_diffusion/maze2d"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_recipe_composes_to_a_plan(name: str) -> None:
-    """Each value that a recipe sweeps over gives a checked configuration: no key is unknown, no group is missing."""
-    recipe = OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml")
-    params = OmegaConf.select(recipe, "hydra.sweeper.params")
-    every = {key: [path.stem for path in (conf_dir() / key).glob("*.yaml")] for key in params}
-    swept = {key: every[key] if value == "glob(*)" else str(value).split(",") for key, value in params.items()}
-    for key, values in swept.items():
-        for value in values:
-            first = {other: options[0] for other, options in swept.items()}
-            job = resolve_config(compose({"experiment": name, **first, key: value}))
-            assert job.train.dataset == {**first, key: value}["dataset"]
+def test_every_recipe_composes_to_plans(name: str) -> None:
+    """Each value that a recipe sweeps over gives a checked configuration: no key is unknown, no group is missing.
+
+    And published numbers on D4RL are compared with what was learnt from the same rows.
+    """
+    params = swept(f"experiment={name}")
+    first = {key: values[0] for key, values in params.items()}
+    others = [(key, value) for key, values in params.items() for value in values if key != "dataset"]
+    for key, value in others or [("dataset", first["dataset"])]:
+        values = compose({"experiment": name, **first, key: value})
+        for dataset in params["dataset"]:
+            made = resolve_config({**values, "dataset": dataset}).train
+            on_d4rl = dataset in catalogue.d4rl() or D4RL_MIXTURE.fullmatch(dataset)
+            assert made.data.semantics == ("d4rl" if on_d4rl and name not in WINDOWS else "exact")
+
+
+@pytest.mark.parametrize("name", choices("suite"))
+def test_every_suite_names_datasets_that_there_are(name: str) -> None:
+    params = swept(f"suite={name}")
+    assert list(params) == ["dataset"]
+    assert set(params["dataset"]) <= {*catalogue.d4rl(), *forge.names()}
+    assert len(set(params["dataset"])) == len(params["dataset"])
+
+
+def test_a_recipes_suite_agent_and_sweep_are_its_own() -> None:
+    """What a recipe says wins over the recipe that it builds on, and the command line over both."""
+    assert [len(swept("experiment=awac/gym", *more)["dataset"]) for more in ([], ["suite=gym12"])] == [9, 12]
+    assert len(swept("experiment=a2pr/gym")["dataset"]) == 12
+    assert len(swept("experiment=rebrac/gym")["dataset"]) == 18
+    assert swept("experiment=a2pr/forge")["agent"] == ["a2pr"]
+    made = resolve_config(compose({"experiment": "rebrac/antmaze", "dataset": "antmaze-umaze-v2"}))
+    assert (made.agent_name, made.train.lanes, made.train.eval.every) == ("rebrac", 10, 50_000)

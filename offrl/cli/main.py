@@ -11,6 +11,8 @@ import sys
 
 import offrl
 from offrl.utils.errors import OffrlError
+from offrl.utils.paths import config_dir_of, without_config_dir
+from offrl.utils.settings import trusting
 
 # Subcommand: (usage, what it does). `offrl.cli.NAME` has `add_parser(subparsers)`.
 COMMANDS = {
@@ -28,13 +30,12 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status is 2 for bad input, 130 when stopped from the keyboard."""
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    named = any(word.partition("=")[0] in ("--trust", "--config-dir", "-cd") for word in words)
+    words = [word for word in words if word != "--trust"]
     try:
-        if words[:1] == ["train"]:  # Hydra reads the rest
-            return importlib.import_module("offrl.cli.train").run(words[1:])
-        arguments = _parse(words)
-        status: int = arguments.run(arguments)
-        return status
+        with trusting(named):
+            return _run(words)
     except OffrlError as error:
         print(f"offrl: error: {error}", file=sys.stderr)
         return 2
@@ -43,6 +44,18 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         sys.stderr.close()
         return 0
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] == ["train"]:  # Hydra reads the rest
+        status: int = importlib.import_module("offrl.cli.train").run(words[1:])
+        return status
+    if words[:1] not in (["agents"], ["augment"]):  # for the others it is a place of modules
+        config_dir_of(words)
+        words = without_config_dir(words)
+    arguments = _parse(words)
+    status = arguments.run(arguments)
+    return status
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -51,7 +51,7 @@ def probe(
         sampled: draw discrete actions from the policy instead of taking the likeliest.
     """
     tune_process(1)
-    agent, job = load_agent(folder), resolve_config(read_config(Path(folder)))
+    agent, job = load_agent(folder), resolve_config(read_config(Path(folder)), trusted=False)
     if sampled:
         if not (agent.spec.discrete and hasattr(agent.cfg, "sample_actions")):
             raise OffrlError(f"{folder}: its policy draws no discrete actions; leave --sampled away.")

@@ -153,7 +153,7 @@ def _checkpoints(folder: Path, every: bool) -> list[Path]:
 
 def _data(metadata: dict[str, Any], device: str) -> OfflineDataset:
     """The dataset that a checkpoint was trained on, with its rewards as recorded: methods transform them differently."""
-    return read_data(resolve_config(metadata["config"]).train, device)
+    return read_data(resolve_config(metadata["config"], trusted=False).train, device)
 
 
 def _tracker(dataset: str, updates: int) -> Any:

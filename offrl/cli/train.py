@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,48 +13,72 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from offrl.cli.agents import field_comments
-from offrl.training.compose import plain, register, to_hydra_overrides
+from offrl.training.compose import choices, compose_words, groups, named, plain, register, to_hydra_overrides
+from offrl.training.run_config import resolve_config
 from offrl.training.runs import print_result
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
-from offrl.training.sweep import Sweep, run_job
+from offrl.training.sweep import Sweep, import_path, run_job
 from offrl.training.trainer import resume, train
 from offrl.utils.errors import OffrlError
-from offrl.utils.paths import conf_dir
+from offrl.utils.paths import conf_dir, config_dir_of, without_config_dir
 
 
 def run(words: list[str]) -> int:
     """Train as the words say; the exit status."""
+    extra = config_dir_of(words)
     if any(word in ("-h", "--help") for word in words):
-        print(_help())
+        print(_help(extra))
         return 0
     folder = next((w.split("=", 1)[1] for w in words if w.startswith("resume=")), None)
     if folder is not None:
+        words = without_config_dir(words)
         if odd := [w for w in words if not re.match(r"[a-z]", w) or "=" not in w]:
             raise OffrlError(f"{odd[0]} can't stand beside resume=RUN; only key=value can.")
         changes = dict(w.split("=", 1) for w in words if not w.startswith("resume="))
         return print_result(resume(folder, {key: _value(text) for key, text in changes.items()}))
-    if any(re.match(r"experiment=.*[,(]", word) for word in words):
-        raise OffrlError("experiment= takes one recipe: each brings a sweep of its own, so give each its own command.")
-    return _hydra(to_hydra_overrides(words))
+    if several := next((word for word in words if re.match(r"\+?(experiment|suite)=.*[,([]", word)), None):
+        key = several.split("=")[0]
+        raise OffrlError(f"{key}= takes one name: each brings a sweep of its own, so give each its own command.")
+    if shown := _shown_config(words):
+        print(shown)
+        return 0
+    return _hydra(to_hydra_overrides(words, extra))
+
+
+def _shown_config(words: list[str]) -> str:
+    """What `--cfg job` prints: every setting with its value; empty where Hydra should answer."""
+    pairs = list(zip(words, [*words[1:], ""]))
+    if (not {("--cfg", "job"), ("-c", "job")} & set(pairs) and "--cfg=job" not in words) or "--package" in words:
+        return ""
+    ours = [
+        word
+        for before, word in zip(["", *words], words)
+        if before not in ("--cfg", "-c") and word not in ("--cfg", "-c", "--cfg=job", "--resolve", "-m", "--multirun")
+    ]
+    config = resolve_config(compose_words(ours))
+    lines = [f"# agent.settings, row {pattern}: {json.dumps(row)}" for pattern, row in config.table_rows.items()]
+    return "\n".join([*lines, OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(config.to_dict())))).rstrip()])
 
 
 def _hydra(words: list[str]) -> int:
-    status, notes = 0, ""
+    status, notes, env = 0, "", {"PYTHONPATH": import_path()}
     register()
 
     @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
     def task(cfg: DictConfig) -> None:
         """A single run, or a job of a sweep; of that a launcher sends a copy of this function to its processes."""
         nonlocal status
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            if run_job(plain(cfg), Path(notes) / f"{HydraConfig.get().job.num}.json") == 130:
+        hydra_cfg = HydraConfig.get()
+        values = named(plain(cfg), hydra_cfg.runtime.choices, hydra_cfg.overrides.task)
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            if run_job(values, Path(notes) / f"{hydra_cfg.job.num}.json", env) == 130:
                 raise KeyboardInterrupt  # no further job
             return
         try:
-            status = print_result(train(plain(cfg)))
+            status = print_result(train(values))
         except OffrlError as error:
             print(f"offrl: error: {error}", file=sys.stderr)
             status = 2
@@ -74,7 +99,7 @@ def _hydra(words: list[str]) -> int:
     return sweep.status() or status
 
 
-def _help() -> str:
+def _help(extra: Path | None) -> str:
     lines = ["offrl train [key=value ...] [-m] [--config-dir DIR] [--cfg job]", "", "Options:"]
     rows = [
         (f"{prefix}{name}={default}", comment)
@@ -85,10 +110,7 @@ def _help() -> str:
     rows.append(("sampler.KEY=VALUE", "a setting of the sampler; the same (docs/trajectory_weighting.md)"))
     rows.append(("augment.KEY=VALUE", "a setting of the augmentation (docs/policy_guided_diffusion.md)"))
     lines += [f"  {option:30} {comment}".rstrip() for option, comment in rows] + [""]
-    for group in sorted(p for p in conf_dir().iterdir() if p.is_dir()):
-        names = sorted(str(f.relative_to(group).with_suffix("")) for f in group.rglob("*.yaml"))
-        if names:
-            lines.append(f"{group.name}=  {', '.join(names)}")
+    lines += [f"{group}=  {', '.join(names)}" for group in sorted(groups(extra)) if (names := choices(group, extra))]
     return "\n".join(lines)
 
 

@@ -20,11 +20,19 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 
 TABLES = Path(__file__).parent / "tables"
-MINARI_ID = re.compile(r"(hf://)?[\w.-]+(/[\w.-]+)*-v\d+")
+MINARI_ID = re.compile(r"(hf://)?\w[\w.-]*(/\w[\w.-]*)*-v\d+")  # no part begins with a dot: no way out of the folder
 GYM_MUJOCO = (
     *("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher", "Pusher"),
     *("InvertedPendulum", "InvertedDoublePendulum"),
 )
+
+# Ids with the task's and the level's name in them, and the version of the D4RL sets that have both.
+NAMESAKES = {
+    r"forge/(hopper|halfcheetah|walker2d)/([\w.-]+)-v\d+": "v2",
+    r"D4RL/(antmaze)/([\w-]+)-v\d+": "v2",
+    r"D4RL/(pen|door|hammer|relocate)/([\w-]+)-v\d+": "v1",
+    r"D4RL/(kitchen)/([\w-]+)-v\d+": "v0",
+}
 
 
 @dataclass(frozen=True)
@@ -174,6 +182,19 @@ def entry_of_file(path: Path) -> D4RLEntry | None:
         return d4rl()[stem]
     same = [entry for entry in d4rl().values() if entry.filename == name]
     return same[0] if len(same) == 1 else None
+
+
+def namesake(dataset: str) -> str | None:
+    """The D4RL set whose published settings a dataset takes: `hopper-medium-v2` for `forge/hopper/medium-v0`.
+
+    The forge's robots, and Minari's AntMaze, Adroit and kitchen sets (`D4RL/pen/human-v2`), of any version, have one where D4RL
+    has such a set. Minari's point mazes have none: their episodes end at the goal, D4RL's go on.
+    """
+    for pattern, version in NAMESAKES.items():
+        if match := re.fullmatch(pattern, dataset):
+            name = f"{match[1]}-{match[2]}-{version}"
+            return name if name in d4rl() else None
+    return None
 
 
 def info_of_file(path: Path) -> DatasetInfo:

@@ -12,6 +12,7 @@ observations become one-hot; text is left out. `info.provenance["observation_key
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -28,8 +29,8 @@ from torch import Tensor
 from offrl.data.catalogue import environment_references, family_of, flat_keys
 from offrl.data.catalogue import minari as minari_catalogue
 from offrl.data.checks import ReadOptions, check_actions, check_dtype, check_finite, empty, own_info
-from offrl.data.d4rl import open_hdf5
 from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.hdf5 import DENSEST, check_inside, keys, open_hdf5, reading, unreadable
 from offrl.utils.errors import OffrlError
 
 SCALAR_KEYS = ("rewards", "terminations", "truncations")
@@ -212,8 +213,14 @@ def read_minari(path: Path, name: str | None = None, options: ReadOptions | None
         n, size = int(metadata["total_steps"]), sum(leaf.size for leaf in leaves)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise OffrlError(f"{where}: metadata.json is not what Minari writes ({error!r}); fetch it again.") from error
-    actions = empty(n, width) if width else torch.empty(n, dtype=torch.int64)
-    observations, successors, rewards, terminations = empty(n, size), empty(n, size), empty(n), empty(n)
+    folder = data_folder(path) or path
+    jpeg = metadata.get("jpeg_encoding", True) and any(leaf.image for leaf in leaves)
+    in_hdf5 = metadata.get("data_format", "hdf5") == "hdf5" and not jpeg
+    if in_hdf5:
+        _check_steps(n, folder / "main_data.hdf5")
+    with reading(path, f"total_steps={n} in metadata.json"):
+        actions = empty(n, width) if width else torch.empty(n, dtype=torch.int64)
+        observations, successors, rewards, terminations = empty(n, size), empty(n, size), empty(n), empty(n)
     memory = _Memory(
         observations=observations.numpy(),
         next_observations=successors.numpy(),
@@ -221,9 +228,7 @@ def read_minari(path: Path, name: str | None = None, options: ReadOptions | None
         rewards=rewards.numpy(),
         terminations=terminations.numpy(),
     )
-    folder = data_folder(path) or path
-    jpeg = metadata.get("jpeg_encoding", True) and any(leaf.image for leaf in leaves)
-    if metadata.get("data_format", "hdf5") == "hdf5" and not jpeg:
+    if in_hdf5:
         _read_hdf5(folder / "main_data.hdf5", leaves, memory)
     else:
         _read_with_minari(folder, leaves, memory, where)
@@ -313,24 +318,39 @@ def _add_episode(
     memory.complete.append(bool(steps["terminations"][-1] or steps["truncations"][-1]))
 
 
-def _episode_names(file: Any) -> list[str]:
+def _episode_names(file: h5py.File, path: Path) -> list[str]:
     """The groups of an open HDF5 file that are episodes, by number."""
-    return sorted((key for key in file if key.startswith("episode_")), key=lambda key: int(key[8:]))
+    names = [key for key in keys(file, path) if re.fullmatch("episode_[0-9]{1,18}", key)]
+    return sorted(names, key=lambda key: int(key[8:]))
+
+
+def _episode(file: h5py.File, name: str, path: Path) -> h5g.GroupID:
+    with reading(path, name):
+        return h5g.open(file.id, name.encode())
+
+
+def _check_steps(steps: int, path: Path) -> None:
+    """Refuse a promise of more steps than the data file can hold, each of which takes at least a byte of it."""
+    if not path.is_file():
+        raise OffrlError(f"{path}: the dataset's data file is missing; fetch the dataset again.")
+    room = path.stat().st_size
+    if not 0 <= steps <= DENSEST * room:
+        raise OffrlError(
+            f"{path}: metadata.json promises {steps} steps, which {room:,} bytes cannot hold; fetch the dataset again."
+        )
 
 
 def _read_hdf5(path: Path, leaves: list[Leaf], memory: _Memory) -> None:
-    if not path.is_file():
-        raise OffrlError(f"{path}: the dataset's data file is missing; fetch the dataset again.")
     names = ["/".join(("observations", *leaf.path)) for leaf in leaves]
     with open_hdf5(path) as file:
-        episodes = _episode_names(file)
+        episodes = _episode_names(file, path)
         if not episodes:
             return
-        first = file[episodes[0]]
+        first = h5py.Group(_episode(file, episodes[0], path))
         columns = {name: _Column(first, name, np.dtype(np.float32), path) for name in [*names, *SCALAR_KEYS]}
         columns["actions"] = _Column(first, "actions", memory.actions.dtype, path)
         for episode in episodes:
-            group = h5g.open(file.id, episode.encode())
+            group = _episode(file, episode, path)
             arrays = {name: column.read(group, episode) for name, column in columns.items()}
             observations = [arrays.pop(name) for name in names]
             _add_episode(memory, episode, observations, leaves, arrays, str(path))
@@ -347,13 +367,13 @@ def read_noise(path: Path) -> Tensor:
         raise OffrlError(f"{path}: this is no Minari dataset in HDF5, so it tells no noise.")
     parts = []
     with open_hdf5(file_path) as file:
-        episodes = _episode_names(file)
-        stored = file[episodes[0]].get("infos/noise") if episodes else None
-        if stored is None:
+        episodes = _episode_names(file, file_path)
+        first = h5py.Group(_episode(file, episodes[0], file_path)) if episodes else {}
+        if "infos/noise" not in first:
             raise OffrlError(f"{path}: its environment's noise was not recorded.")
-        column = _Column(file[episodes[0]], "infos/noise", stored.dtype, file_path)
+        column = _Column(first, "infos/noise", None, file_path)
         for episode in episodes:
-            parts.append(column.read(h5g.open(file.id, episode.encode()), episode)[1:])  # the first is the reset's
+            parts.append(column.read(_episode(file, episode, file_path), episode)[1:])  # the first is the reset's
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -361,27 +381,33 @@ class _Column:
     """Reads one array of every episode. What an episode has in common with the first is looked up once: opening an
     HDF5 object costs more here than its bytes."""
 
-    def __init__(self, episode: h5py.Group, name: str, dtype: np.dtype, path: Path) -> None:
-        self.name, self.path, self.key = name, path, name.encode()
-        if not isinstance(episode.get(name), h5py.Dataset):
-            raise OffrlError(f"{path}: {episode.name} lacks {name}; fetch the dataset again.")
-        stored = episode[name].dtype
-        check_dtype(f"{name} of {episode.name}", stored, str(path))
-        # HDF5 has no conversion from its enumerations (which bool is) to numbers.
-        self.dtype = stored if stored.kind == "b" else dtype
-        self.type = h5t.py_create(self.dtype)
+    def __init__(self, episode: h5py.Group, name: str, dtype: np.dtype | None, path: Path) -> None:
+        """`dtype`: what the numbers are converted to; None: they stay as they are stored."""
+        self.name, self.path, self.key, self.room = name, path, name.encode(), path.stat().st_size
+        with reading(path, f"{name} of {episode.name}"):
+            array = episode.get(name)
+            if not isinstance(array, h5py.Dataset):
+                raise OffrlError(f"{path}: {episode.name} lacks {name}; fetch the dataset again.")
+            check_dtype(f"{name} of {episode.name}", array.dtype, str(path))
+            # HDF5 has no conversion from its enumerations (which bool is) to numbers.
+            self.dtype = array.dtype if array.dtype.kind == "b" or dtype is None else dtype
+            self.type = h5t.py_create(self.dtype)
 
     def read(self, group: h5g.GroupID, episode: str) -> np.ndarray:
         try:
             dataset = h5d.open(group, self.key)
-            out = np.empty(dataset.shape, self.dtype)
+            shape = dataset.shape
+            claimed = math.prod(shape) * self.dtype.itemsize
+            check_inside(dataset, claimed, self.room, self.path, f"{self.name} of {episode}")
+            out = np.empty(shape, self.dtype)
             if out.size:
                 dataset.read(h5s.ALL, h5s.ALL, out, self.type)
+        except OffrlError:
+            raise
         except KeyError as error:
             raise OffrlError(f"{self.path}: {episode} lacks {self.name}; fetch the dataset again.") from error
-        except (OSError, TypeError) as error:
-            message = f"{self.path}: {self.name} of {episode} cannot be read ({error}); fetch the dataset again."
-            raise OffrlError(message) from error
+        except Exception as error:  # `reading` would cost as much as the array
+            raise unreadable(self.path, f"{self.name} of {episode}", error) from error
         return out
 
 

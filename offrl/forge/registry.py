@@ -5,8 +5,9 @@ Same id, size and seed give the same bytes on the same machine with the same ver
 
 Robots (`forge/hopper/medium-v0`): Gymnasium's v5 Hopper, Walker2d and HalfCheetah with a time limit of 1000.
 `random` takes uniform actions; `medium` and `expert` are our own SAC policies with their own exploration noise;
-`medium-expert` is half and half; `medium-replay` replays the training up to `medium`. Scores use D4RL's reference
-returns. Mixtures (`forge/hopper/random-expert-0.1-v0`) hold a small share of good trajectories among random ones.
+`medium-expert` is half and half; `medium-replay` replays the training up to `medium`, its `-v1` (Hopper and Walker2d)
+up to a later policy. Scores use D4RL's reference returns. Mixtures (`forge/hopper/random-expert-0.1-v0`) hold a small
+share of good trajectories among random ones.
 Mazes (`forge/pointmaze/umaze-v0`, `...-dense-v0`): see `offrl.forge.mazes`.
 Robots with unseen noise (`forge/noisy-hopper/medium-replay-s0.2-v0`): see `offrl.forge.noisy`.
 Finite stochastic tasks (`forge/bandit/p0.1-v0`, `forge/lake/p0.7-eps0.4-n1000-v0`): see `offrl.forge.tabular`.
@@ -60,33 +61,40 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Robot:
-    """A robot: environment, levels (training steps) of its medium and expert policies, D4RL's reference returns."""
+    """A robot: environment, levels (training steps) of its medium and expert policies, D4RL's reference returns.
+
+    `replay` is the level at which `medium-replay-v1` ends; None where `-v0` has the spread of D4RL's returns.
+    """
 
     env_id: str
     medium: int
     expert: int
     ref_min: float
     ref_max: float
+    replay: int | None = None
     note: str = ""
 
 
 ROBOTS = {
-    "hopper": Robot("Hopper-v5", 180_000, 360_000, -20.272305, 3234.3),
-    "walker2d": Robot("Walker2d-v5", 200_000, 360_000, 1.629008, 4592.3),
+    "hopper": Robot("Hopper-v5", 180_000, 360_000, -20.272305, 3234.3, replay=260_000),
+    "walker2d": Robot("Walker2d-v5", 200_000, 360_000, 1.629008, 4592.3, replay=260_000),
     "halfcheetah": Robot(
         *("HalfCheetah-v5", 160_000, 280_000, -280.178953, 12135.0),
         note="The expert reaches about 6,900 (a score of 59), far below D4RL's reference of 12,135.",
     ),
 }
 LEVELS = ("random", "medium", "expert", "medium-expert", "medium-replay")
+REPLAY_V1 = "medium-replay-v1"
 MIXTURES = tuple(f"random-{good}-{share}" for good in ("medium", "expert") for share in SHARES)
 
 
 def names() -> list[str]:
     """The ids that `ensure` can build; finite tasks and noisy robots can have other numbers in theirs."""
     robots = [f"{robot}/{level}" for robot in ROBOTS for level in (*LEVELS, *MIXTURES)]
+    replays = [f"{PREFIX}{robot}/{REPLAY_V1}" for robot, spec in ROBOTS.items() if spec.replay]
     mazes = [f"pointmaze/{maze}{kind}" for maze in pointmaze.MAZES for kind in ("", "-dense")]
-    return [f"{PREFIX}{name}{SUFFIX}" for name in (*robots, *mazes, *noisy.names(), *stochastic.names())]
+    first = [f"{PREFIX}{name}{SUFFIX}" for name in (*robots, *mazes, *noisy.names(), *stochastic.names())]
+    return first + replays
 
 
 def family(name: str) -> str:
@@ -167,7 +175,7 @@ def _known(name: str) -> str:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """`forge/subject/level-v0` taken apart."""
+    """`forge/subject/level-v0` taken apart; the level of `medium-replay-v1` keeps its version."""
     subject, _, level = name.removeprefix(PREFIX).removesuffix(SUFFIX).partition("/")
     return subject, level
 
@@ -184,7 +192,8 @@ def _minari_id(name: str, size: int | None, seed: int) -> str:
     """The id under which Minari knows the set (it allows no dot), with a size or seed that is not the default."""
     usual = size is None or (size == DEFAULT_SIZE and not isinstance(_recipe(name), stochastic.Recipe))
     options = ("" if usual else f"-n{size}") + (f"-s{seed}" if seed else "")
-    return name.removesuffix(SUFFIX).replace(".", "_") + options + SUFFIX
+    stem, number = name.rsplit("-v", 1)
+    return f"{stem.replace('.', '_')}{options}-v{number}"
 
 
 # ---- robots --------------------------------------------------------------------------------------------------------
@@ -193,8 +202,9 @@ def _minari_id(name: str, size: int | None, seed: int) -> str:
 def segments(robot: str, level: str, size: int) -> list[tuple[int | None, int]]:
     """Which policies play how many transitions, in order: pairs (level, transitions), level None for uniform actions.
 
-    `medium-replay` stretches the training up to the medium policy over `size` transitions: the first 5,000 training
-    steps are uniform actions, every later one is played by the first policy kept at or after it.
+    `medium-replay` stretches the training up to the medium policy (`medium-replay-v1`: up to `Robot.replay`) over `size`
+    transitions: the first 5,000 training steps are uniform actions, every later one is played by the first policy kept
+    at or after it.
     """
     spec = ROBOTS[robot]
     single = {"random": None, "medium": spec.medium, "expert": spec.expert}
@@ -204,8 +214,9 @@ def segments(robot: str, level: str, size: int) -> list[tuple[int | None, int]]:
         steps: list[int | None] = [spec.medium, spec.expert]
         ends = [size // 2, size]
     else:
-        ladder = [step for step in behavior_levels(robot) if step <= spec.medium]
-        steps, ends = [None, *ladder], [round(end * size / spec.medium) for end in (REPLAY_WARMUP, *ladder)]
+        last = spec.replay if level == REPLAY_V1 and spec.replay else spec.medium
+        ladder = [step for step in behavior_levels(robot) if step <= last]
+        steps, ends = [None, *ladder], [round(end * size / last) for end in (REPLAY_WARMUP, *ladder)]
     return [(step, end - start) for step, start, end in zip(steps, [0, *ends], ends) if end > start]
 
 

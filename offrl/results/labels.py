@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from offrl import results
-from offrl.utils.settings import FREE
+from offrl.utils.settings import FREE, NAMES, canonical
 
 if TYPE_CHECKING:
     import polars as pl
@@ -22,7 +22,8 @@ def scale_of(dataset: str) -> str:
 
 
 # Parts of a configuration that do not change what is learned, or that a cell averages over.
-NOT_SETTINGS = FREE - {"updates"} | {"method", "_target_", "cache"}
+DEFAULT = "default"  # stands for what a run of an earlier version did not write down
+NOT_SETTINGS = FREE - {"updates"} | NAMES | {"cache"}
 
 
 def _method(run: results.Run) -> str | None:
@@ -38,7 +39,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{key}"] = canonical(str(value)) if key == "_target_" else value
     return flat
 
 
@@ -67,23 +68,36 @@ def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
             settings["policy"] = "+".join(modes)
         base = by_folder[folder].config.get("label") or _method(by_folder[folder]) or method
         entries.append((folder, lane, dataset, str(base), settings))
-
-    # The same setting may well depend on the dataset (a table per family): only a choice on one dataset is a variant.
-    values: dict[tuple[str, str, str], set[str]] = {}
-    keys: dict[str, set[str]] = {}
-    for _, _, _, method, settings in entries:
-        keys.setdefault(method, set()).update(settings)
-    for _, _, dataset, method, settings in entries:
-        for key in keys[method]:
-            values.setdefault((method, dataset, key), set()).add(repr(settings.get(key)))
-    differing: dict[str, list[str]] = {method: [] for method in keys}
-    for method, _, key in sorted(k for k, v in values.items() if len(v) > 1):
-        if key not in differing[method] and key not in ("agent", "sampler", "augment"):
-            differing[method].append(key)
+    differing = _differing([(method, dataset, settings, by_folder[f]) for f, _, dataset, method, settings in entries])
     labels = [_label(method, settings, differing[method]) for _, _, _, method, settings in entries]
     columns = {"folder": pl.String, "lane": pl.Int64, "base": pl.String, "label": pl.String}
     found = [(folder, lane, base, label) for (folder, lane, _, base, _), label in zip(entries, labels)]
     return pl.DataFrame(found, schema=columns, orient="row")
+
+
+def _differing(entries: Sequence[tuple[str, str, Mapping[str, Any], results.Run]]) -> dict[str, list[str]]:
+    """Of each method the settings in which its lanes differ on some dataset.
+
+    The same setting may well depend on the dataset (a table per family): only a choice on one dataset is a variant. Runs of
+    earlier versions wrote down only what differed from the method's defaults: what such a run lacks had its default, and is the
+    same as a setting that a later run counts among its defaults.
+    """
+    keys: dict[str, set[str]] = {}
+    for method, _, settings, _ in entries:
+        keys.setdefault(method, set()).update(settings)
+    values: dict[tuple[str, str, str], list[tuple[str, bool]]] = {}
+    for method, dataset, settings, run in entries:
+        changed = set(run.manifest.get("non_default", settings))
+        for key in keys[method]:
+            value = repr(settings[key]) if key in settings else DEFAULT
+            values.setdefault((method, dataset, key), []).append((value, key not in changed))
+    differing: dict[str, list[str]] = {method: [] for method in keys}
+    for (method, _, key), found in sorted(values.items()):
+        lacks = any(value == DEFAULT for value, _ in found)
+        distinct = {DEFAULT if lacks and is_default else value for value, is_default in found}
+        if len(distinct) > 1 and key not in differing[method] and key not in ("agent", "sampler", "augment"):
+            differing[method].append(key)
+    return differing
 
 
 def _label(method: str, settings: Mapping[str, Any], differing: Sequence[str]) -> str:
@@ -96,5 +110,7 @@ def _label(method: str, settings: Mapping[str, Any], differing: Sequence[str]) -
 
 
 def _setting(settings: Mapping[str, Any], key: str) -> str:
-    value = settings.get(key, "default")  # a configuration names what differs from the method's own defaults
+    value = settings.get(key, DEFAULT)
+    if key.endswith("_target_"):
+        return str(value).rpartition(".")[2]
     return value if isinstance(value, str) else json.dumps(value)

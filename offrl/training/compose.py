@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hydra_plugins import offrl_launchers
 from offrl.training.schema import TABLED, TrainConfig
 from offrl.utils.errors import OffrlError
-from offrl.utils.paths import conf_dir
+from offrl.utils.paths import conf_dir, config_dir_of, use_config_dir, without_config_dir
 
 
 def groups(extra: Path | None = None) -> set[str]:
@@ -19,11 +29,22 @@ def groups(extra: Path | None = None) -> set[str]:
     return {child.name for folder in folders if folder.is_dir() for child in folder.iterdir() if child.is_dir()}
 
 
-def register() -> None:
-    """Let `conf/train.yaml` build on the defaults of the dataclasses, which so stand in one place."""
-    from hydra.core.config_store import ConfigStore
+def choices(group: str, extra: Path | None = None) -> list[str]:
+    """Names that `group=NAME` can have, those of a user's own folder included."""
+    folders = [folder / group for folder in (conf_dir(), extra) if folder]
+    return sorted({path.relative_to(f).with_suffix("").as_posix() for f in folders for path in f.rglob("*.yaml")})
 
+
+def choice_file(group: str, name: str, extra: Path | None = None) -> Path:
+    """The yaml of a choice; a user's own goes before ours."""
+    paths = [folder / group / f"{name}.yaml" for folder in (extra, conf_dir()) if folder]
+    return next(path for path in paths if path.is_file())
+
+
+def register() -> None:
+    """Let `conf/train.yaml` build on the defaults of the dataclasses, which so stand in one place; name our launchers."""
     ConfigStore.instance().store(name="options", node=_defaults())
+    offrl_launchers.register()
 
 
 def _defaults() -> dict[str, Any]:
@@ -31,7 +52,7 @@ def _defaults() -> dict[str, Any]:
     return {key: value for key, value in asdict(TrainConfig()).items() if key not in ("data", *TABLED)}
 
 
-def to_hydra_overrides(arguments: Sequence[str]) -> list[str]:
+def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> list[str]:
     """Command-line words for Hydra, where `key=value` also adds a key that no file names, such as `agent.alpha`.
 
     Which keys exist is decided by the dataclasses (see `build`), not by the files: so a typing error still gets a clear
@@ -39,13 +60,9 @@ def to_hydra_overrides(arguments: Sequence[str]) -> list[str]:
     """
     defaults = _defaults()
     options = {*defaults, *(f"eval.{key}" for key in defaults["eval"])}
-    extra = next((Path(b) for a, b in zip(arguments, arguments[1:]) if a in ("--config-dir", "-cd")), None)
-    extra = extra or next((Path(a.split("=", 1)[1]) for a in arguments if a.startswith("--config-dir=")), None)
-    if extra and not extra.is_dir():
-        raise OffrlError(
-            f"--config-dir {extra}: there is no such folder; name one with agent/, preset/ and the like in it."
-        )
+    extra = extra or config_dir_of(arguments)
     known = groups(extra)
+    _check_choices(arguments, known, extra)
     words = []
     for word in arguments:
         key = word.split("=", 1)[0]
@@ -57,34 +74,95 @@ def to_hydra_overrides(arguments: Sequence[str]) -> list[str]:
     return [word for word in words if word not in overrides] + overrides
 
 
-def compose(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that `offrl train key=value ...` would have, from `{key: value}`."""
-    known = groups()
-    return compose_words([f"{key}={value if key in known else _literal(value)}" for key, value in options.items()])
+def _check_choices(words: Sequence[str], known: set[str], extra: Path | None) -> None:
+    """Refuse names that no group has: of a wrong `experiment=` or `suite=` Hydra's own message would list dozens.
+
+    What is more than names (`glob(*)`, a further search path) is left to Hydra.
+    """
+    given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
+    named = {group: text for group, text in given.items() if group in known and re.fullmatch(r"[\w./, -]*", text)}
+    if "hydra.searchpath" in given:
+        return
+    for group, text in named.items():
+        there = choices(group, extra)
+        for name in (part.strip().removesuffix(".yaml") for part in text.split(",")):
+            if name not in (*there, "null"):
+                near = difflib.get_close_matches(name, there, 1, cutoff=0.5)
+                hint = f"did you mean {group}={near[0]}?" if near else f"there are {', '.join(there)}."
+                raise OffrlError(f"{group}={name} is unknown; {hint}")
+    if "suite" in named and "experiment" in named and _own_datasets(named["experiment"], extra):
+        raise OffrlError(
+            f"experiment={named['experiment']} brings datasets of its own, which suite= can't replace; give dataset=ID,..."
+        )
+
+
+def _own_datasets(experiment: str, extra: Path | None) -> bool:
+    """Whether a recipe's own file lists datasets, instead of choosing a suite."""
+    paths = [folder / "experiment" / f"{experiment}.yaml" for folder in (conf_dir(), extra) if folder]
+    recipes = [OmegaConf.load(path) for path in paths if path.is_file()]
+    return any(OmegaConf.select(recipe, "hydra.sweeper.params.dataset") is not None for recipe in recipes)
+
+
+def compose(options: Mapping[str, Any], config_dir: str | Path | None = None) -> dict[str, Any]:
+    """The configuration that `offrl train key=value ...` would have, from `{key: value}`; values may be nested tables.
+
+    Args:
+        config_dir: a folder with further agents, samplers, presets, as `--config-dir` names it.
+
+    Raises:
+        OffrlError: an unknown choice, or a recipe or suite that sweeps over a key which `options` gives no value.
+    """
+    extra = use_config_dir(config_dir) if config_dir else None
+    known, flat = groups(extra), _dotted(options)
+    words = [f"{key}={value if key in known else _literal(value)}" for key, value in flat.items()]
+    values, swept = _composed(words, extra)
+    if missing := [key for key in swept if key not in options]:
+        raise OffrlError(
+            f"this recipe sweeps over {' and '.join(swept)}, and a single run needs one value of each; give "
+            f"{' and '.join(f'{key}=...' for key in missing)} too, or sweep with `offrl train`."
+        )
+    return values
+
+
+def _dotted(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys: `{"eval": {"every": 0}}` as `{"eval.every": 0}`."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def compose_words(arguments: Sequence[str]) -> dict[str, Any]:
-    """The same from the words of a command line."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+    """The same from the words of a command line, whatever its recipe sweeps over; a `--config-dir DIR` may be among them."""
+    return _composed(without_config_dir(arguments), config_dir_of(arguments))[0]
 
-    words = to_hydra_overrides(arguments)
+
+def _composed(words: Sequence[str], extra: Path | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The configuration, and the keys over which its recipe or suite sweeps."""
+    overrides = to_hydra_overrides(words, extra)
+    if extra:
+        overrides.append(f"hydra.searchpath=[{_literal('file://' + str(extra))}]")
     register()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return plain(hydra_compose("train", overrides=words))
+            cfg = hydra_compose("train", overrides=overrides, return_hydra_config=True)
     except HydraException as error:
         raise OffrlError(f"{error} (see `offrl train --help` for options and `offrl agents` for agents)") from error
+    ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    values = named(plain(ours), cfg.hydra.runtime.choices, overrides)
+    return values, list(cfg.hydra.sweeper.get("params") or {})
+
+
+def named(values: dict[str, Any], choices: Mapping[str, str], overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration with `agent_name`: the choice `agent=NAME`, unless a `_target_` of its own replaced what it names."""
+    if any(word.lstrip("+").startswith("agent._target_=") for word in overrides):
+        return values
+    return values | {"agent_name": str(choices["agent"]).replace("/", "_")}
 
 
 def plain(cfg: Any) -> dict[str, Any]:
     """Dictionaries, lists and numbers; attribute access on Hydra's own objects costs microseconds."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         values = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:

@@ -1,37 +1,57 @@
-"""A checked configuration of a run."""
+"""The configuration of a run: checked, and resolved to the last default."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from offrl.agents.base import Agent
-from offrl.augment.base import augmentation_config
+from offrl.augment.base import Augmentation, augmentation_config
+from offrl.data.catalogue import namesake
 from offrl.sampling import sampler_config
-from offrl.training import schema as config
-from offrl.training.schema import TrainConfig
+from offrl.training.schema import TABLED, DataConfig, TrainConfig
 from offrl.utils.errors import OffrlError
-from offrl.utils.settings import FREE, build, chosen_settings, from_target
+from offrl.utils.paths import conf_dir
+from offrl.utils.settings import (
+    FREE,
+    NAMES,
+    Tables,
+    build,
+    canonical,
+    chosen_settings,
+    from_target,
+    matching_rows,
+    target_class,
+    trusting,
+)
 
 
 @dataclass
 class RunConfig:
-    """A checked configuration: what to run, before any data is loaded."""
+    """A checked and resolved configuration: what to run, before any data is loaded.
+
+    Attributes:
+        agent, sampler, augment: `_target_` and every setting, defaults included; `augment` is empty without augmentation.
+        agent_name: the choice `agent=NAME`; where there was none, the class's name in snake case.
+        table_rows: rows of the method's table that the dataset matched: pattern -> settings.
+    """
 
     train: TrainConfig
-    agent: dict[str, Any]  # `_target_` and the settings that differ from the dataclass
+    agent: dict[str, Any]
     sampler: dict[str, Any]
-    augment: dict[str, Any] = field(default_factory=dict)  # empty: no augmentation
-
-    @property
-    def agent_name(self) -> str:
-        return self.agent["_target_"].split(".")[-2]
+    augment: dict[str, Any] = field(default_factory=dict)
+    agent_name: str = ""
+    table_rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -42,16 +62,29 @@ class RunConfig:
         return "+".join(filter(None, (self.agent_name, cls.label(cfg), augmentation)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as it is kept with the run; `plan` reads it back."""
+        """The configuration as it is kept with the run; `resolve_config` reads it back."""
         train = asdict(self.train)
         augment = {"augment": self.augment} if self.augment else {}
-        method = self.train.label or self.method
-        return {"method": method, "agent": self.agent, "sampler": self.sampler, **augment, **train}
+        names = {"method": self.train.label or self.method, "agent_name": self.agent_name}
+        return {**names, "agent": self.agent, "sampler": self.sampler, **augment, **train}
+
+    def non_default(self) -> list[str]:
+        """Settings of agent, sampler and augmentation that differ from their dataclass, as dotted keys."""
+        found = []
+        for group in ("agent", "sampler", "augment"):
+            settings = getattr(self, group)
+            if settings:
+                defaults = resolved(settings, target_class(settings, object, group).Config())
+                found += [f"{group}.{key}" for key, value in settings.items() if value != defaults[key]]
+        return found
 
     def config_hash(self) -> str:
-        """8 hex digits of everything that changes the training's numbers, seeds apart."""
-        what = {k: v for k, v in self.to_dict().items() if k not in FREE | {"method"}}
-        return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=4).hexdigest()
+        """8 hex digits of every setting that changes the training's numbers, seeds apart.
+
+        Defaults count: an edited default, or one that a later release changes, makes another run.
+        """
+        settings = {k: v for k, v in self.to_dict().items() if k not in FREE | NAMES}
+        return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
 
     def folder(self) -> Path:
         if self.train.name:
@@ -66,55 +99,117 @@ class RunConfig:
         return Path(self.train.out) / method / dataset / f"seed{text}-{self.config_hash()}"
 
 
-def resolve_config(values: Mapping[str, Any]) -> RunConfig:
-    """Check a composed configuration.
+def resolve_config(values: Mapping[str, Any], trusted: bool = True) -> RunConfig:
+    """Check a composed configuration and fill in every default.
 
-    The settings that a method's table has for the dataset are filled in where nothing was given.
+    What wins: settings of the command line or a recipe, then `common`, then the rows of the method's table that match the
+    dataset, then the dataclasses' defaults.
+
+    Args:
+        trusted: whether a `_target_` may be imported; False for what was read from a run's folder.
 
     Raises:
         OffrlError: an unknown key or a wrong value.
     """
-    values = {k: v for k, v in values.items() if k not in ("method", "hydra")}
-    tables = ("agent", "sampler", "augment", "data", "sizes")
-    agent, sampler, augment, given_data, sizes = (_table(values, name) for name in tables)
+    with trusting(trusted):
+        return _resolve({k: v for k, v in values.items() if k not in ("method", "hydra")})
+
+
+def _resolve(values: dict[str, Any]) -> RunConfig:
+    groups = ("agent", "sampler", "augment", "preset", "experiment", "suite", "common")
+    if "sizes" in values:
+        warnings.warn("`sizes` is now called `common`; the old name will go.", DeprecationWarning, stacklevel=4)
+        values["common"] = _table(values, "common") | _table(values, "sizes")
+    agent, sampler, augment, given_data, common = (
+        _table(values, name) for name in ("agent", "sampler", "augment", "data", "common")
+    )
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
-    chosen = chosen_settings(agent.pop("settings", None), str(values.get("dataset", "")))
-    for key, value in chosen.items():
+    tables, dataset = agent.pop("settings", None), str(values.get("dataset", ""))
+    cls, _ = agent_config(agent)  # a typing error should not wait for the data
+    check_tables(tables, cls.Config)
+    rows = matching_rows(tables, dataset, namesake(dataset))
+    name = str(values.pop("agent_name", "") or _name_of(str(agent["_target_"])))
+    _take_common(agent, cls.Config, common)
+    for key, value in chosen_settings(tables, dataset, namesake(dataset)).items():
         if key.startswith("data."):
             given_data.setdefault(key.removeprefix("data."), value)
-        elif key in config.TABLED:
+        elif key in TABLED:
             values.setdefault(key, value)
         else:
             agent.setdefault(key, value)
-    groups = ("agent", "sampler", "augment", "preset", "experiment")
     train = build(TrainConfig, {**values, "data": given_data}, others=groups)
-    if not train.dataset:
-        raise OffrlError("dataset is empty; name one with dataset=ID, `offrl data list` shows the known ones.")
-    _check_ranges(train)
-    if train.seeds and len(train.seeds) != train.lanes:
-        if train.lanes != 1:
-            raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
-        train.lanes = len(train.seeds)
-    cls, _ = agent_config(agent)  # a typing error should not wait for the data
-    _take_sizes(agent, cls.Config, sizes)
+    _check_train(train)
+    lanes = len(train.lane_seeds())
+    agent = resolved(agent, agent_config(agent)[1])
     sampler.setdefault("_target_", "offrl.sampling.Uniform")
-    sampler_config(sampler, len(train.lane_seeds()))
+    sampler = resolved(sampler, sampler_config(sampler, lanes)[1])
     if augment and "_target_" not in augment:
         raise OffrlError(
             f"augment.{next(iter(augment))}: there is no augmentation to set; choose one with augment=NAME."
         )
     if augment:
-        augmentation, _ = augmentation_config(augment, len(train.lane_seeds()))
-        _take_sizes(augment, augmentation.Config, sizes)
-    return RunConfig(train, agent, sampler, augment)
+        _take_common(augment, target_class(augment, Augmentation, "augment").Config, common)
+        augment = resolved(augment, augmentation_config(augment, lanes)[1])
+    _check_common(common)
+    return RunConfig(train, agent, sampler, augment, name, rows)
 
 
-def _take_sizes(settings: dict[str, Any], cls: type[Any], sizes: Mapping[str, Any]) -> None:
-    """A preset's sizes, where a method has them and nothing else was given."""
+def _name_of(target: str) -> str:
+    """A method's name where no choice named it: our own agents' modules are named by their choice, others by their class."""
+    module, _, cls = target.rpartition(".")
+    if module.startswith("offrl.agents."):
+        return module.rpartition(".")[2]
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls).lower()
+
+
+def resolved(settings: Mapping[str, Any], cfg: Any) -> dict[str, Any]:
+    """`_target_` and every field of a checked configuration, as JSON has them."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(cfg)))
+    return {"_target_": canonical(str(settings["_target_"])), **values}
+
+
+def _take_common(settings: dict[str, Any], cls: type[Any], common: Mapping[str, Any]) -> None:
+    """Settings of `common`, where a method has them and was not given its own."""
     for f in fields(cls):
-        if f.name in sizes:
-            settings.setdefault(f.name, sizes[f.name])
+        if f.name in common:
+            settings.setdefault(f.name, common[f.name])
+
+
+def _check_common(common: Mapping[str, Any]) -> None:
+    """Raise OffrlError for a key of `common` that no agent and no augmentation in the configuration folder has."""
+    if not common:
+        return
+    known: set[str] = set()
+    for group in ("agent", "augment"):
+        for path in sorted((conf_dir() / group).glob("*.yaml")):
+            if target := OmegaConf.select(OmegaConf.load(path), "_target_"):
+                known |= {f.name for f in fields(target_class({"_target_": target}, object, group).Config)}
+    for key in common:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean common.{near[0]}?" if near else "`offrl agents NAME` lists settings."
+            raise OffrlError(f"common.{key}: no agent and no augmentation has this setting; {hint}")
+
+
+def check_tables(tables: Tables | None, cls: type[Any]) -> None:
+    """Raise OffrlError for a wrong key or value in any row of a method's table, whether or not a dataset matches it.
+
+    Args:
+        cls: the method's dataclass of settings.
+    """
+    for pattern, row in (tables or {}).items():
+        try:
+            if not isinstance(row, Mapping):
+                raise OffrlError(f"{row} should be a table of settings, not a single value.")
+            data = {key.removeprefix("data."): value for key, value in row.items() if key.startswith("data.")}
+            training = {key: value for key, value in row.items() if key in TABLED}
+            build(DataConfig, data, "data.")
+            build(TrainConfig, training)
+            own = {key: value for key, value in row.items() if key not in TABLED and not key.startswith("data.")}
+            build(cls, own, "agent.", per_lane=True)
+        except OffrlError as error:
+            raise OffrlError(f"agent.settings, row {pattern}: {error}") from error
 
 
 def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -125,7 +220,9 @@ def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
     return dict(settings or {})
 
 
-def _check_ranges(train: TrainConfig) -> None:
+def _check_train(train: TrainConfig) -> None:
+    if not train.dataset:
+        raise OffrlError("dataset is empty; name one with dataset=ID, `offrl data list` shows the known ones.")
     positive = ("updates", "batch_size", "lanes", "updates_per_launch", "log_every", "checkpoint_every", "threads")
     least = dict.fromkeys(positive, 1) | {"eval.workers": 1, "eval.slots": 1}
     least |= dict.fromkeys(("eval.every", "eval.episodes", "eval.final_episodes", "eval.seed"), 0)
@@ -135,6 +232,10 @@ def _check_ranges(train: TrainConfig) -> None:
             raise OffrlError(f"{key}={value} should be at least {smallest}.")
     if any(not -(2**63) <= seed < 2**63 for seed in train.lane_seeds()):
         raise OffrlError("a seed should be a number of at most 63 bits.")
+    if train.seeds and len(train.seeds) != train.lanes:
+        if train.lanes != 1:
+            raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
+        train.lanes = len(train.seeds)
 
 
 def agent_config(settings: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from offrl.training.run_config import RunConfig, agent_config
 from offrl.training.schema import DataConfig, TrainConfig
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
-from offrl.utils.settings import FREE
+from offrl.utils.settings import FREE, NAMES, canonical, trusting
 
 
 @dataclass
@@ -59,14 +60,34 @@ def _check_same(job: RunConfig, folder: Path) -> None:
         return
     kept = checkpoint.metadata(path)
     now = json.loads(json.dumps(job.to_dict()))
-    pairs = {key: (kept["config"].get(key), now.get(key)) for key in now.keys() - FREE - {"method"} | {"augment"}}
-    pairs["seeds"] = (list(kept["spec"]["seeds"]), job.train.lane_seeds())
-    for key, (before, after) in sorted(pairs.items()):
-        if before != after:
+    before, after = (_flat(values) for values in (kept["config"], now))
+    before["seeds"], after["seeds"] = list(kept["spec"]["seeds"]), job.train.lane_seeds()
+    for key in sorted(before.keys() & after.keys()):
+        if before[key] != after[key]:
             raise OffrlError(
-                f"{folder}: the run was made with other settings ({key} {before}, now {after}); choose another name=, or "
-                "start over with fresh=true."
+                f"{folder}: the run was made with other settings ({key} {before[key]}, now {after[key]}); choose another "
+                "name=, or start over with fresh=true."
             )
+    if lacking := sorted(after.keys() - before.keys()):
+        values = ", ".join(f"{key}={after[key]}" for key in lacking)
+        warnings.warn(
+            f"{folder}: an earlier version made the run and did not write down {len(lacking)} of its settings; it goes on with "
+            f"{values}.",
+            stacklevel=2,
+        )
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that change a training's numbers, seeds apart, by dotted key; `augment`: whether there is an augmentation."""
+    flat: dict[str, Any] = {"augment": bool(config.get("augment"))}
+    for key, value in config.items():
+        if key in FREE | NAMES or (key == "augment" and not value):
+            continue
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": canonical(v) if name == "_target_" else v for name, v in value.items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def done_before(job: RunConfig) -> Result | None:
@@ -105,16 +126,18 @@ def summary(result: Result) -> str:
     return f"{result.status}: {text} after {result.step} updates; {result.folder}"
 
 
-def load_agent(folder: Path | str, device: str = "cpu") -> Agent:
+def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> Agent:
     """The agent of a run, as its last checkpoint has it; `agent.select_action(obs)` acts on raw observations.
 
     Args:
         folder: of the run, or a checkpoint's file.
+        trust: import the module of an agent that is not offrl's; only for folders whose origin you know.
     """
     path = Path(folder)
     path = path if path.is_file() else path / checkpoint.NAME
     tensors, metadata = checkpoint.load(path)
-    agent = make_agent(metadata["config"]["agent"], _spec_from(metadata["spec"], device))
+    with trusting(trust):
+        agent = make_agent(metadata["config"]["agent"], _spec_from(metadata["spec"], device))
     checkpoint.restore(agent, tensors, path)
     agent.random.step.fill_(metadata["step"])
     return agent.eval()

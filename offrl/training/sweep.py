@@ -1,8 +1,9 @@
 """Sweeps: each job is a process of its own, and how it ended is noted, shown and summed up.
 
-Hydra's launchers (basic, joblib, ray, submitit) decide where and when a job runs; here is what one does. A run that is
-finished is seen by its `result.json` and skipped. Any other is trained in a fresh interpreter whose output goes to `log.txt` in
-the run's folder, so a job that is killed, or takes its process down, is a failed job and not a failed sweep.
+Launchers (Hydra's basic one, submitit, and those of `hydra_plugins/offrl_launchers.py`) schedule jobs; this module defines what
+one does. A run that is finished is seen by its `result.json` and skipped. Any other is trained in a fresh interpreter whose
+output goes to `log.txt` in the run's folder, so a job that is killed, or takes its process down, is a failed job and not a
+failed sweep.
 
 No torch is imported here: the launchers' own processes stay light until the first job.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import platform
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,15 +37,18 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
 
 STOP = "stop"  # among the notes: no further job is to start
+LOCK = "lock"  # among the notes: held by the sweep's own process while it lives
 
 # ---- one job, wherever the launcher runs it ------------------------------------------------------------------
 
 
-def run_job(values: Mapping[str, Any], note: Path) -> int:
+def run_job(values: Mapping[str, Any], note: Path, env: Mapping[str, str] | None = None) -> int:
     """Train as a composed configuration says, in a process of its own.
 
     Args:
         note: JSON file that tells the sweep's own process how the job stands.
+        env: environment variables for the training process, besides this one's; `import_path()` of the sweep's own process
+            as PYTHONPATH, since a launcher's processes may find other modules.
 
     Returns the exit status: 0, 130 when it was stopped and saved, 1 when it failed. Nothing is raised, lest a launcher
     gives up the other jobs.
@@ -62,32 +67,42 @@ def run_job(values: Mapping[str, Any], note: Path) -> int:
             return 130
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILURE).unlink(missing_ok=True)
-        status = _train_in_child(values, folder / LOG, lambda pid: _note(note, "running", folder, pid=pid))
+        status = _train_in_child(values, folder / LOG, lambda pid: _note(note, "running", folder, pid=pid), env or {})
         done = finished(folder, job.train.updates) if status == 0 else None
     except (OffrlError, OSError) as error:
-        _fail(note, folder, str(error))
+        fail(note, folder, str(error))
+        return 1
+    except Exception as error:
+        fail(note, folder, f"{type(error).__name__}: {error}")
         return 1
     if done:
         _note(note, "finished", folder, summary(done).replace("already finished", "finished", 1))
     elif status == 130:
         _note(note, "stopped", folder, f"saved; the same command goes on; {folder}")
         return 130
+    elif status < 0 and (note.parent / STOP).exists():
+        _note(note, "stopped", folder, f"before its first update; the same command goes on; {folder}")
+        return 130
     else:
-        _fail(note, folder, _reason(status, folder / LOG))
+        fail(note, folder, _reason(status, folder / LOG))
         return 1
     return 0
 
 
-def _train_in_child(values: Mapping[str, Any], log: Path, started: Callable[[int], None]) -> int:
-    """The exit status of a training process, negative for the signal that ended it; `started` gets its number."""
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+def _train_in_child(
+    values: Mapping[str, Any], log: Path, started: Callable[[int], None], env: Mapping[str, str]
+) -> int:
+    """The exit status of a training process, negative for the signal that ended it; `started` gets its number.
+
+    -P keeps Python from putting the current folder, where a user may have a `random.py`, in front of its own modules.
+    """
     with open(log, "ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", "offrl.training.sweep"],
+            [sys.executable, "-P", "-m", __name__, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": import_path(), **env},
         )
         started(child.pid)
         try:
@@ -98,18 +113,31 @@ def _train_in_child(values: Mapping[str, Any], log: Path, started: Callable[[int
     return child.returncode
 
 
-def _child() -> int:
+def import_path() -> str:
+    """The folders from which this process imports, in its order, as PYTHONPATH has them."""
+    return os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+
+
+def _child(parent: int) -> int:
     """What the training process does: the configuration comes by the standard input."""
+    stop_with(parent)  # first: the imports take seconds
+
     from offrl.training.runs import print_result
     from offrl.training.trainer import train
 
-    if sys.platform == "linux":  # whoever started this was killed: save and stop
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
         return print_result(train(json.load(sys.stdin)))
     except OffrlError as error:
         print(f"offrl: error: {error}", file=sys.stderr)
         return 2
+
+
+def stop_with(parent: int) -> None:
+    """Get SIGTERM, on which training saves and stops, when the thread that started this process ends, killed or not."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before
+        sys.exit(130)
 
 
 def _reason(status: int, log: Path) -> str:
@@ -128,7 +156,8 @@ def _tail(log: Path, lines: int = 9) -> list[str]:
     return []
 
 
-def _fail(note: Path, folder: Path | None, message: str) -> None:
+def fail(note: Path, folder: Path | None, message: str) -> None:
+    """Tell the sweep's own process, and `offrl status` where there is a run's folder, why a job failed."""
     if folder and folder.is_dir():
         with contextlib.suppress(OSError):
             _write(folder / FAILURE, {"message": message, "log": LOG, "time": time.time()})
@@ -209,7 +238,12 @@ class Sweep:
     def begin(self, out: Path, jobs: Sequence[Sequence[str]]) -> None:
         """Hydra is about to launch these jobs, given by their words."""
         self.notes = out.absolute() / ".sweep" / f"{time.time_ns():x}"
-        self.notes.mkdir(parents=True)
+        with _alone(out):
+            _clear(self.notes.parent)
+            self.notes.mkdir(parents=True)
+            self._lock = open(self.notes / LOCK, "w")  # noqa: SIM115 - held until the sweep ends
+            with contextlib.suppress(OSError):  # a file system without locks: then nobody clears
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
         shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
         self.jobs = [Job(" ".join(w.lstrip("+") for w in words if w not in shared) or "the job") for words in jobs]
         self.begun(self.notes)
@@ -220,6 +254,7 @@ class Sweep:
         self._over.set()
         if self._thread.ident:
             self._thread.join()
+            self._lock.close()
             shutil.rmtree(self.notes, ignore_errors=True)
             with contextlib.suppress(OSError):  # another sweep's notes may be there
                 self.notes.parent.rmdir()
@@ -309,8 +344,29 @@ def _counts(jobs: Sequence[Job]) -> str:
 def _trains(pid: int) -> bool:
     """Whether a training process is still at it; one that has ended and was not waited for is not."""
     with contextlib.suppress(OSError):
-        return b"offrl.training.sweep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return __name__.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the folder; no other process is in here with the same one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the notes of sweeps that were killed: their locks are free."""
+    for notes in folder.glob("*"):
+        with contextlib.suppress(OSError), open(notes / LOCK, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(notes)
 
 
 class SweepCallback(Callback):
@@ -320,14 +376,16 @@ class SweepCallback(Callback):
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.override_parser.overrides_parser import OverridesParser
+        from omegaconf import OmegaConf
 
         if Sweep.current is None:
             return
         words = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        overrides = parser.parse_overrides([*words, *config.hydra.overrides.task])
+        task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # each job resolves its own
+        overrides = parser.parse_overrides([*words, *task])
         Sweep.current.begin(Path(config.out), BasicSweeper.split_arguments(overrides, None)[0])
 
 
 if __name__ == "__main__":
-    sys.exit(_child())
+    sys.exit(_child(int(sys.argv[1])))

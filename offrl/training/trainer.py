@@ -70,7 +70,7 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
             values[top] = {**values[top], key.split(".", 1)[1]: value}
         else:
             values[key] = value
-    job = resolve_config({**values, "out": str(folder.parent), "name": folder.name, "fresh": False})
+    job = resolve_config({**values, "out": str(folder.parent), "name": folder.name, "fresh": False}, trusted=False)
     with _locked(folder):
         _check_same(job, folder)
         return finished(folder, job.train.updates) or Trainer(job, folder).run()
@@ -286,6 +286,8 @@ class Trainer:
             "method": self.job.method,
             "sampler": {**self.sampler.metadata(), "positive_sided_variance": self.spread},
             **({"augment": self.synthetic.augmentation.metadata()} if self.synthetic else {}),
+            "table_rows": self.job.table_rows,
+            "non_default": self.job.non_default(),
             "fingerprint": self.store.fingerprint,
             "dataset_info": asdict(self.store.info),
             "transitions": len(self.store),

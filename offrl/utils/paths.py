@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from offrl.utils.errors import OffrlError
 
@@ -30,6 +32,43 @@ def conf_dir() -> Path:
     """Folder of the Hydra configuration: inside an installed wheel, else at the top of the checkout."""
     inside = PACKAGE / "conf"
     return inside if (inside / "train.yaml").is_file() else PACKAGE.parent / "conf"
+
+
+def config_dir_of(words: Sequence[str]) -> Path | None:
+    """The user's own configuration folder that `--config-dir DIR` (or `-cd DIR`, `--config-dir=DIR`) names.
+
+    Raises:
+        OffrlError: there is no such folder.
+    """
+    named = [second for first, second in zip(words, words[1:]) if first in ("--config-dir", "-cd")]
+    named += [word.split("=", 1)[1] for word in words if word.startswith("--config-dir=")]
+    return use_config_dir(named[0]) if named else None
+
+
+def without_config_dir(words: Sequence[str]) -> list[str]:
+    """The words without the option that `config_dir_of` reads."""
+    flags = [i for i, word in enumerate(words) if word in ("--config-dir", "-cd")]
+    left_out = {*flags, *(i + 1 for i in flags)}
+    return [w for i, w in enumerate(words) if i not in left_out and not w.startswith("--config-dir=")]
+
+
+def use_config_dir(name: str | Path) -> Path:
+    """A user's own configuration folder; modules beside it and in the current folder can be imported from now on.
+
+    They come last on the import path, so that a user's `random.py` replaces nobody's `random`.
+
+    Raises:
+        OffrlError: there is no such folder.
+    """
+    folder = Path(name).expanduser().absolute()
+    if not folder.is_dir():
+        raise OffrlError(
+            f"--config-dir {name}: there is no such folder; name one with agent/, preset/ and the like in it."
+        )
+    for place in (str(folder.parent), os.getcwd()):
+        if place not in sys.path:
+            sys.path.append(place)
+    return folder
 
 
 @contextmanager
@@ -58,14 +97,17 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")  # noqa: SIM115 - held while the caller works
+        held = FileLock(lock)
+        try:
+            acquired = held.acquire(timeout=2)
+        except Timeout:
+            print(f"waiting for another process that holds {lock}", file=sys.stderr, flush=True)
+            acquired = held.acquire()
     except OSError as error:
         reason = error.strerror or error
-        raise OffrlError(
-            f"{lock.parent} cannot be written ({reason}); free space or set OFFRL_HOME elsewhere."
-        ) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        way_out = "free space, or choose another folder (OFFRL_HOME, MINARI_DATASETS_PATH)"
+        raise OffrlError(f"{lock.parent} cannot be written ({reason}); {way_out}.") from error
+    with acquired:
         yield
 
 

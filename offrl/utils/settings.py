@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatch
 from typing import Any, Literal
+
+from hydra.utils import get_class
 
 from offrl.utils.errors import OffrlError
 
@@ -83,6 +88,57 @@ def _name(option: Any, per_lane: bool) -> str:
     return words.get(option, str(option)) + (", or a list with one per lane" if option is float and per_lane else "")
 
 
+_TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
+
+# Classes that have moved: run folders of before name them by their old place.
+_MOVED = {"offrl.density.DensityWeighted": "offrl.sampling.density.DensityWeighted"}
+
+
+@contextmanager
+def trusting(trusted: bool = True) -> Iterator[None]:
+    """Within it, the module that a `_target_` names may be imported; only where the user has named it himself.
+
+    `trusted=False` leaves it as it was: what was allowed outside stays allowed.
+    """
+    token = _TRUSTED.set(trusted or _TRUSTED.get())
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(token)
+
+
+def canonical(target: str) -> str:
+    """Where a class lives now."""
+    return _MOVED.get(target, target)
+
+
+def target_class(settings: Mapping[str, Any], base: type[Any], group: str) -> Any:
+    """The class that `_target_` names.
+
+    Args:
+        base: what the class has to descend from.
+        group: the settings' name in the configuration, for messages.
+
+    Raises:
+        OffrlError: no such class, one of another kind, or one that a file names and nothing has imported yet.
+    """
+    target = canonical(str(settings["_target_"]))
+    module = target.rpartition(".")[0]
+    if not (target.startswith("offrl.") or module in sys.modules or _TRUSTED.get()):
+        raise OffrlError(
+            f"{group}._target_={target} comes from a file, and nothing that a file names is imported; import {module} first, "
+            "or give --trust (and --config-dir DIR, beside which it lies) on the command line."
+        )
+    try:
+        cls: Any = get_class(target)
+    except Exception as error:
+        raise OffrlError(f"{group}._target_={target} can't be imported ({error}); check its spelling.") from error
+    if not issubclass(cls, base):
+        wanted = f"{base.__module__}.{base.__qualname__}"
+        raise OffrlError(f"{group}._target_={target} is no {wanted}; name a class that is.")
+    return cls
+
+
 def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tuple[Any, Any]:
     """The class that `_target_` names and its configuration with the other settings, both checked.
 
@@ -93,16 +149,7 @@ def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tup
     Raises:
         OffrlError: no such class, an unknown key, a wrong value.
     """
-    from hydra.utils import get_class
-
-    target = settings["_target_"]
-    try:
-        cls: Any = get_class(target)
-    except Exception as error:
-        raise OffrlError(f"{group}._target_={target} can't be imported ({error}); check its spelling.") from error
-    if not issubclass(cls, base):
-        wanted = f"{base.__module__}.{base.__qualname__}"
-        raise OffrlError(f"{group}._target_={target} is no {wanted}; name a class that is.")
+    cls = target_class(settings, base, group)
     renamed = getattr(cls, "renamed_settings", {})  # names of earlier versions
     given = {renamed.get(k, k): v for k, v in settings.items() if k != "_target_"}
     return cls, build(cls.Config, given, f"{group}.", per_lane=True)
@@ -110,7 +157,8 @@ def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tup
 
 def lane_lists(cfg: Any) -> dict[str, list[float]]:
     """The settings that hold one number per lane where a single one would do."""
-    values = {f.name: getattr(cfg, f.name) for f in fields(cfg) if str(f.type) == "float"}
+    types_of = typing.get_type_hints(type(cfg))  # a module may or may not postpone its annotations
+    values = {f.name: getattr(cfg, f.name) for f in fields(cfg) if types_of[f.name] is float}
     return {name: value for name, value in values.items() if isinstance(value, list)}
 
 
@@ -121,15 +169,34 @@ def check_lane_lists(cfg: Any, group: str, lanes: int) -> None:
             raise OffrlError(f"{group}.{name} has {len(value)} values for {lanes} lanes; give one per lane.")
 
 
-def chosen_settings(tables: Mapping[str, Mapping[str, Any]] | None, dataset: str) -> dict[str, Any]:
-    """The settings that a method's table has for a dataset: every pattern that matches its id, later ones winning."""
+Tables = Mapping[str, Mapping[str, Any]]
+
+
+def matching_rows(tables: Tables | None, dataset: str, namesake: str | None = None) -> dict[str, dict[str, Any]]:
+    """The rows that a method's table has for a dataset, in the order in which later ones win.
+
+    Args:
+        tables: pattern of dataset ids -> settings.
+        namesake: id of the D4RL set whose values the dataset takes as well (`catalogue.namesake`).
+
+    First come the rows that match the namesake, then those that match the dataset's own name alone; each in the table's order.
+    """
+    rows = tables or {}
+    shared = [pattern for pattern in rows if namesake and fnmatch(namesake, pattern)]
+    own = [pattern for pattern in rows if fnmatch(dataset, pattern) and pattern not in shared]
+    return {pattern: dict(rows[pattern]) for pattern in (*shared, *own)}
+
+
+def chosen_settings(tables: Tables | None, dataset: str, namesake: str | None = None) -> dict[str, Any]:
+    """The settings that a method's table has for a dataset: those of `matching_rows`, later ones winning."""
     chosen: dict[str, Any] = {}
-    for pattern, settings in (tables or {}).items():
-        if fnmatch(dataset, pattern):
-            chosen |= settings
+    for row in matching_rows(tables, dataset, namesake).values():
+        chosen |= row
     return chosen
 
 
 # What may change when a run is continued: none of it changes a number of the training.
 FREE = {"updates", "device", "engine", "updates_per_launch", "threads", "log_every", "checkpoint_every"}
 FREE |= {"keep_checkpoints", "out", "name", "label", "fresh", "progress", "tracker", "eval", "lanes", "seed", "seeds"}
+# What names a run's method in reports; no setting.
+NAMES = {"method", "agent_name"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,9 @@ from test_cli import main
 from test_train import options, same_tensors, start, step_of, wait_for, words
 
 import offrl.training.trainer
+from hydra_plugins.offrl_launchers import LocalLauncher
 from offrl.training import sweep
-from offrl.training.run_config import resolve_config
-from offrl.training.runs import finished
+from offrl.training.trainer import finished, resolve_config
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +50,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Configurations of the jobs whose training process would have been started; each ends by its seed as status."""
     begun: list[dict[str, Any]] = []
 
-    def instead(values: dict[str, Any], log: Path, started: Any) -> int:
+    def instead(values: dict[str, Any], log: Path, started: Any, env: Any) -> int:
         started(0)
         begun.append(values)
         log.write_text("loading\nTraceback\nOSError: no such sector\n")
@@ -101,6 +104,105 @@ def test_a_word_replaces_what_an_experiment_sweeps(toy_file: Path, jobs: list[An
     assert [values["seed"] for values in jobs] == [0, 1, 7]
 
 
+def test_a_suite_is_swept_by_itself(toy_file: Path, jobs: list[Any]) -> None:
+    """One of ours, and one in the user's folder; a word replaces its datasets, and more words multiply them."""
+    main("train", "suite=kitchen", "agent=bc", "seed=0")
+    assert [values["dataset"] for values in jobs] == [f"kitchen-{name}-v0" for name in ("complete", "partial", "mixed")]
+    jobs.clear()
+    Path("mine/suite").mkdir(parents=True)
+    params = f"mode: MULTIRUN\nsweeper:\n  params:\n    dataset: {toy_file},other.npz\n"
+    Path("mine/suite/two.yaml").write_text("# @package hydra\n" + params)
+    given = [word for word in words(options(toy_file, 9)) if not word.startswith("dataset=")]
+    main("train", *given, "--config-dir", "mine", "suite=two", "seed=3,4")
+    assert [(values["dataset"], values["seed"]) for values in jobs] == [
+        (dataset, seed) for dataset in (str(toy_file), "other.npz") for seed in (3, 4)
+    ]
+    jobs.clear()
+    main("train", *given, "--config-dir", "mine", "suite=two", "seed=3", f"dataset={toy_file}")
+    assert [values["dataset"] for values in jobs] == [str(toy_file)]
+
+
+# ---- launchers, in this process --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["local", "joblib"])
+def test_two_jobs_at_once(toy_file: Path, jobs: list[Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Each waits until another one runs, so one after another they would wait for ever."""
+    both, alone = threading.Barrier(2), sweep._train_in_child
+
+    def together(values: dict[str, Any], *others: Any) -> int:
+        both.wait(60)
+        return alone(values, *others)
+
+    monkeypatch.setattr(sweep, "_train_in_child", together)
+    launcher = [f"hydra/launcher={name}", "hydra.launcher.n_jobs=2"]
+    main("train", "-m", *words(options(toy_file, 9, lanes=1)), *launcher, "seed=3,4,5,6")
+    assert sorted(values["seed"] for values in jobs) == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("cores", [1, 4])
+def test_how_many_jobs_run_at_once(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr("offrl.evaluation.evaluator.usable_cores", lambda: cores)
+    counts = {n_jobs: LocalLauncher(n_jobs).at_once(10) for n_jobs in (-9, -2, -1, 0, 3, 99)}
+    assert counts == {-9: 1, -2: max(1, cores - 1), -1: cores, 0: 1, 3: 3, 99: 10}
+
+
+def test_a_job_that_cannot_be_composed_fails_alone(
+    toy_file: Path, jobs: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        *words(options(toy_file, 9, lanes=1)),
+        "hydra/launcher=local",
+        "agent.tau=${oc.env:NO_SUCH},0.1,0.2",
+        "seed=0",
+    ]
+    assert main("train", "-m", *given) == 1
+    assert len(jobs) == 2
+    errors = capfd.readouterr().err
+    assert "3 jobs: 2 finished, 1 failed" in errors
+    assert "Environment variable 'NO_SUCH' not found" in errors
+    assert "Traceback" not in errors
+
+
+def test_an_interrupted_job_lets_no_further_one_begin(
+    toy_file: Path, jobs: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    launcher = ["hydra/launcher=local", "hydra.launcher.n_jobs=1"]
+    assert main("train", "-m", *words(options(toy_file, 9, lanes=1)), *launcher, "seed=0,130,1") == 130
+    assert [values["seed"] for values in jobs] == [0, 130]
+    assert "3 jobs: 1 finished, 1 waiting, 1 stopped" in capfd.readouterr().err
+
+
+def test_variables_of_a_jobs_environment(toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hydra.job.env_set` may differ from job to job, such as to give each its GPU."""
+    seen: list[str] = []
+
+    def instead(values: dict[str, Any], log: Path, started: Any, env: dict[str, str]) -> int:
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        return 1
+
+    monkeypatch.setattr(sweep, "_train_in_child", instead)
+    given = ["hydra/launcher=local", "+hydra.job.env_set.CUDA_VISIBLE_DEVICES=${hydra:job.num}", "seed=0,1,2"]
+    main("train", "-m", *words(options(toy_file, 9, lanes=1)), *given)
+    assert sorted(seen) == ["0", "1", "2"]
+
+
+def test_notes_of_a_killed_sweep_are_cleared_by_the_next(toy_file: Path, jobs: list[Any]) -> None:
+    """Those of a sweep that still runs, which holds its lock, stay."""
+    running, killed = Path("runs/.sweep/a"), Path("runs/.sweep/b")
+    for notes in (running, killed):
+        notes.mkdir(parents=True)
+        (notes / "0.json").write_text("{}")
+        (notes / sweep.LOCK).touch()
+    with open(running / sweep.LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        main("train", "-m", *words(options(toy_file, 9, lanes=1)), "seed=0,1")
+        assert [path.name for path in Path("runs/.sweep").iterdir()] == ["a"]
+        assert (running / "0.json").exists()
+    main("train", "-m", *words(options(toy_file, 9, lanes=1)), "seed=0,1")
+    assert not Path("runs/.sweep").exists()
+
+
 def test_every_agent_is_swept_by_the_zoos_recipe(jobs: list[Any]) -> None:
     main("train", "experiment=zoo/forge", "dataset=forge/hopper/medium-v0")
     targets = [values["agent"]["_target_"] for values in jobs]
@@ -136,7 +238,11 @@ def test_status_tells_the_states_apart(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_sweep_makes_the_runs_that_single_commands_make(toy_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One job diverges; the other's parameters are bitwise those of the same run outside a sweep."""
+    """One job diverges; the other's parameters are bitwise those of the same run outside a sweep.
+
+    A file of the user's that is named like one of Python's modules is not imported.
+    """
+    Path("random.py").write_text("raise RuntimeError")
     values = options(toy_file, 60, lanes=1)
     assert main("train", "-m", *words(values), "agent.critic_lr=1.0e30,3.0e-4") == 1
     output, errors = capfd.readouterr()
@@ -158,13 +264,48 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("launcher", ["basic", "local"])
+def test_a_job_imports_what_the_sweep_can_import(
+    toy_file: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    """A user's agent, from a folder that the sweep's own process has on its path by more than the environment."""
+    Path("mine/agent").mkdir(parents=True)
+    Path("mine/own_agent.py").write_text("from offrl.agents.td3_bc import TD3BC\n\nclass Own(TD3BC): pass\n")
+    Path("mine/agent/own.yaml").write_text("_target_: own_agent.Own\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path("mine").resolve())])
+    given = [*words(options(toy_file, 10, lanes=1))[1:], "agent=own", "--config-dir", "mine", "seed=0,1"]
+    assert main("train", "-m", *given, f"hydra/launcher={launcher}") == 0
+    assert len(list(Path("runs").rglob("result.json"))) == 2
+
+
+LAUNCHERS = {
+    "local": ["hydra/launcher=local", "hydra.launcher.n_jobs=2"],
+    "ray": [
+        "hydra/launcher=ray",
+        "+hydra.launcher.ray.init.num_cpus=2",
+        "+hydra.launcher.ray.init.include_dashboard=false",
+    ],
+    "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+}
+NEEDED = {"ray": ("ray", "ray"), "submitit": ("hydra_plugins.hydra_submitit_launcher", "slurm")}
+
+
+def launched_by(name: str) -> list[str]:
+    """The words that choose a launcher; the test is skipped where it isn't installed."""
+    if name in NEEDED:
+        module, extra = NEEDED[name]
+        pytest.importorskip(module, reason=f"offrl[{extra}] is not installed")
+    return LAUNCHERS[name]
+
+
 @pytest.mark.slow
-def test_an_interrupt_saves_what_a_launcher_runs(toy_file: Path) -> None:
-    """Joblib kills its workers and what is below them: before it does, both jobs have saved at the update they had reached."""
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="offrl[joblib] is not installed")
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_an_interrupt_saves_what_a_launcher_runs(toy_file: Path, launcher: str) -> None:
+    """Both jobs save at the update they had reached, and the third does not begin."""
     values = options(toy_file, 1_000_000, lanes=1, checkpoint_every=50)
     folders = [resolve_config({**values, "seed": seed}).folder() for seed in (0, 1)]
-    process = start("train", "-m", *words(values), *LAUNCHERS["joblib"], "seed=0,1,2", stderr=subprocess.PIPE)
+    given = [*words(values), *launched_by(launcher), "seed=0,1,2"]
+    process = start("train", "-m", *given, stderr=subprocess.PIPE)
     wait_for(lambda: all(step_of(folder) for folder in folders), process, 400)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=200)[1]
@@ -174,27 +315,46 @@ def test_an_interrupt_saves_what_a_launcher_runs(toy_file: Path) -> None:
         assert f"stopped at update {step_of(folder)}; go on with" in (folder / sweep.LOG).read_text()
 
 
-LAUNCHERS = {
-    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-    "ray": [
-        "hydra/launcher=ray",
-        "+hydra.launcher.ray.init.num_cpus=2",
-        "+hydra.launcher.ray.init.include_dashboard=false",
-    ],
-    "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
-}
+def marked(mark: str) -> set[int]:
+    """Processes, other than this one, whose environment holds the mark."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (entry / "environ").read_bytes():
+                found.add(int(entry.name))
+    return found - {os.getpid()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_twelve_jobs_with_one_killed_and_one_failing(toy_file: Path, launcher: str) -> None:
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_nothing_outlives_a_killed_sweep(toy_file: Path, monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    """Its jobs save and stop, and every other process that it started ends; Ray leaves its jobs no time to save."""
+    mark = f"OFFRL_TEST_MARK={toy_file}"
+    monkeypatch.setenv(*mark.split("="))
+    values = options(toy_file, 1_000_000, lanes=1, checkpoint_every=50)
+    folders = [resolve_config({**values, "seed": seed}).folder() for seed in (0, 1)]
+    process = start("train", "-m", *words(values), *launched_by(launcher), "seed=0,1,2", stdout=subprocess.DEVNULL)
+    wait_for(lambda: all(step_of(folder) for folder in folders), process, 400)
+    assert len(marked(mark)) >= 3
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 120
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+    for folder in folders if launcher != "ray" else ():
+        assert f"stopped at update {step_of(folder)}; go on with" in (folder / sweep.LOG).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["local", "ray", "submitit"])
+def test_four_jobs_with_one_killed_and_one_failing(toy_file: Path, launcher: str) -> None:
     """The others end well; the same command then makes the killed one whole, and repeats nothing."""
-    pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher", reason=f"offrl[{launcher}] is not installed")
     values = options(toy_file, 1200, lanes=1, checkpoint_every=100)
-    sweep_of = ["train", "-m", *words(values), *LAUNCHERS[launcher]]
-    sweep_of += ["seed=0,1,2,3,4,5", "agent.critic_lr=3.0e-4,3.1e-4"]
+    sweep_of = ["train", "-m", *words(values), *launched_by(launcher)]
+    sweep_of += ["seed=0,1", "agent.critic_lr=3.0e-4,3.1e-4"]
     victim = resolve_config(options(toy_file, 1200, lanes=1, seed=1, agent={"critic_lr": 3e-4})).folder()
-    broken = resolve_config(options(toy_file, 1200, lanes=1, seed=4, agent={"critic_lr": 3e-4})).folder()
+    broken = resolve_config(options(toy_file, 1200, lanes=1, seed=0, agent={"critic_lr": 3e-4})).folder()
     broken.mkdir(parents=True)
     (broken / "checkpoint.safetensors").write_text("no checkpoint")  # it can't go on from that
     process = start(*sweep_of, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -207,17 +367,17 @@ def test_twelve_jobs_with_one_killed_and_one_failing(toy_file: Path, launcher: s
     output, errors = process.communicate(timeout=900)
     assert killed, errors
     assert process.returncode == 1
-    assert "12 jobs: 10 finished, 2 failed" in errors
+    assert "4 jobs: 2 finished, 2 failed" in errors
     assert "its process was ended by SIGKILL" in errors
     assert "this is no offrl checkpoint, or it is damaged" in errors
     assert 0 < step_of(victim) < 1200
     results = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("result.json")}
-    assert len(results) == 10
+    assert len(results) == 2
     (broken / "checkpoint.safetensors").unlink()
     again = start(*sweep_of, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     output, errors = again.communicate(timeout=900)
     assert again.returncode == 0, errors
-    assert len(re.findall("already finished", output)) == 10
+    assert len(re.findall("already finished", output)) == 2
     assert {p: p.stat().st_mtime_ns for p in results} == results
     assert finished(broken, 1200)
     alone = offrl.training.trainer.train(

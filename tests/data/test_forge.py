@@ -181,9 +181,28 @@ def test_plans_share_the_size(robot: str, size: int) -> None:
     assert forge.segments(robot, "medium-expert", 10) == [(spec.medium, 5), (spec.expert, 5)]
 
 
+@pytest.mark.parametrize("robot", ["hopper", "walker2d"])
+def test_second_replay_goes_on_to_a_later_policy(robot: str) -> None:
+    """`-v1` is `-v0`'s recipe with a longer ladder; `-v0`'s own is pinned above."""
+    steps, lengths = zip(*forge.segments(robot, "medium-replay-v1", 1_000_000))
+    assert steps == (None, *range(20_000, 260_001, 20_000))
+    share = np.array(lengths) * 260_000 / 1_000_000
+    np.testing.assert_allclose(share, [5_000, 15_000, *[20_000] * 12], atol=1)
+    name = f"forge/{robot}/medium-replay-v1"
+    policies = read_minari(forge.ensure(name, size=400, progress=False)).info.provenance["policies"]
+    assert policies[0] == ["uniform actions", round(5_000 * 400 / 260_000)]
+    assert policies[-1][0] == "SAC after 260000 steps"
+    assert forge.folder_of(name, 400) == cache_dir() / f"forge/{robot}/medium-replay-n400-v1"
+
+
+def test_halfcheetah_has_one_replay() -> None:
+    with pytest.raises(OffrlError, match="forge/halfcheetah/medium-replay-v0"):
+        forge.ensure("forge/halfcheetah/medium-replay-v1", size=50, progress=False)
+
+
 def test_names_and_folders_are_distinct() -> None:
     names = forge.names()
-    assert len(names) == len(set(names)) == 3 * (5 + 8) + 6 + len(noisy.names()) + len(stochastic.names())
+    assert len(names) == len(set(names)) == 3 * (5 + 8) + 2 + 6 + len(noisy.names()) + len(stochastic.names())
     assert "forge/hopper/random-expert-0.1-v0" in names
     folders = [forge.folder_of(n, size, seed) for n in names for size in (None, 5000) for seed in (0, 1)]
     assert len(set(folders)) == len(folders)

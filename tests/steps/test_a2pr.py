@@ -18,6 +18,7 @@ from offrl.agents.a2pr import A2PR, A2PRConfig
 from offrl.agents.base import Batch, Spec
 from offrl.agents.bc import BC, BCConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
+from offrl.data.catalogue import namesake
 from offrl.data.dataset import OfflineDataset
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
@@ -432,7 +433,7 @@ def random_rows() -> OfflineDataset:
 )
 def test_datasets_get_the_authors_values(dataset: str, expected: dict[str, float]) -> None:
     tables: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "agent" / "a2pr.yaml"))
-    chosen = chosen_settings(tables["settings"], dataset)
+    chosen = chosen_settings(tables["settings"], dataset, namesake(dataset))
     assert chosen == expected
     build(A2PRConfig, {k: v for k, v in chosen.items() if not k.startswith("data.")})
 

@@ -15,8 +15,9 @@ from test_rvs import make_bandit
 from offrl.agents.doc import DoC
 from offrl.agents.vae_bc import VAEBC
 from offrl.cli.main import main
+from offrl.cli.probe import probe
 from offrl.data.dataset import OfflineDataset
-from offrl.evaluation.probes import Leak, draws, leak, probe, reward_and_state
+from offrl.evaluation.probes import Leak, draws, leak, reward_and_state
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.training.trainer import train

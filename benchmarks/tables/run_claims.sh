@@ -1,0 +1,165 @@
+#!/usr/bin/env bash
+# Runs the cells of docs/claims.md: one training a process, two processes at a time, at the lowest priority.
+#
+#     benchmarks/tables/run_claims.sh DIR                  # the stages of DEFAULT below, in that order
+#     benchmarks/tables/run_claims.sh DIR a f              # some of them
+#     LIST=1 benchmarks/tables/run_claims.sh DIR b         # only prints the commands
+#
+# DIR lies outside the checkout. What is finished is skipped and what was cut short goes on, so the same command restarts a killed
+# one. Stage f needs CORL=PATH, a checkout of corl-team/CORL, and starts a cut run anew. OFFRL (the command), PYTHON, JOBS
+# (processes) and NICE may be set; at the default, 19, next to nothing gets done while other programs keep the cores busy.
+set -euo pipefail
+
+DEFAULT="a f b c e a2pr d"
+# Not by themselves: `long` and `maze` when docs/claims.md asks for them, `measure` when e and d are finished.
+
+[ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+mkdir -p "$1"
+RUNS=$(cd "$1" && pwd)
+shift
+TABLES=$(cd "$(dirname "$0")" && pwd)
+OFFRL=${OFFRL:-offrl} PYTHON=${PYTHON:-python} JOBS=${JOBS:-2} NICE=${NICE:-19} CORL=${CORL:-}
+export OMP_NUM_THREADS=1
+
+# train FOLDER WORD...: a line of the queue for one sweep of one run, or of several short ones
+train() { printf '%s train progress=false out=%q %s\n' "$OFFRL" "$RUNS/$1" "${*:2}"; }
+
+stage_a() {
+    local seed agent
+    for seed in 0 1 2 3 4; do
+        for agent in td3_bc prdc; do train a experiment=claims/a_prdc agent=$agent seed=$seed; done
+    done
+    for seed in 0 1 2 3 4; do train a experiment=claims/a_alpha40 seed=$seed; done
+    for agent in iql bc; do
+        for seed in 0 1 2 3 4; do train a experiment=claims/a_baselines agent=$agent seed=$seed; done
+    done
+}
+
+stage_a2pr() {
+    local seed
+    for seed in 0 1 2; do
+        train a experiment=claims/a_depth seed=$seed
+        train a experiment=claims/a_a2pr seed=$seed
+    done
+}
+
+# The runs of stage a go on to 500,000 updates in copies of their folders.
+stage_long() {
+    local seed agent config folder
+    for config in "$RUNS"/a/*/*/seed[012]-*/config.json; do
+        [ -f "$config" ] || continue
+        folder=$(dirname "$config")
+        if grep -qE '"method": "(td3_bc|prdc|td3_bc \(alpha 40\))"' "$config" && [ -f "$folder/result.json" ]; then
+            folder=${folder#"$RUNS/a/"}
+            mkdir -p "$(dirname "$RUNS/long/$folder")"
+            [ -d "$RUNS/long/$folder" ] || cp -r "$RUNS/a/$folder" "$RUNS/long/$folder"
+        fi
+    done
+    for seed in 0 1 2; do
+        for agent in td3_bc prdc; do train long experiment=claims/a_prdc agent=$agent seed=$seed updates=500000; done
+        train long experiment=claims/a_alpha40 seed=$seed updates=500000
+    done
+}
+
+stage_f() {
+    local seed method file
+    [ -n "$CORL" ] || { echo "stage f is left out: set CORL=PATH, a checkout of corl-team/CORL" >&2; return; }
+    mkdir -p "$RUNS/f"
+    for seed in 0 1 2; do
+        for method in td3_bc iql; do
+            file=$RUNS/f/peers_${method}_seed$seed.json
+            [ -f "$file" ] || printf '%s %q %q --methods %s --seeds 1 --dataset forge/halfcheetah/medium-replay-v0 --updates 200000 %s && mv %q %q\n' \
+                "$PYTHON" "$TABLES/peers.py" "$CORL" $method "--evaluations 20 --final-episodes 100 --out $(printf %q "$file.part") data.size=200000 seed=$seed" \
+                "$file.part" "$file"
+        done
+    done
+}
+
+stage_b() {
+    local seed agent
+    for seed in 0 1 2 3 4; do
+        for agent in td3_bc prdc; do train b experiment=claims/b_hopper agent=$agent seed=$seed; done
+        train b experiment=claims/b_weighted agent=td3_bc seed=$seed
+    done
+    for seed in 0 1 2 3 4; do
+        train b experiment=claims/b_hopper agent=iql seed=$seed
+        train b experiment=claims/b_weighted agent=iql seed=$seed
+    done
+}
+
+stage_c() {
+    local seed agent sampler dataset sets="forge/hopper/random-expert-0.05-v0 forge/halfcheetah/random-expert-0.1-v0"
+    for agent in td3_bc iql; do
+        for dataset in $sets; do
+            for seed in 0 1 2; do
+                for sampler in uniform advantage_weighted return_weighted top_percent; do
+                    train c experiment=claims/c_mixtures agent=$agent dataset=$dataset sampler=$sampler seed=$seed
+                done
+            done
+        done
+    done
+    for dataset in $sets; do # CQL costs ten times as much: last
+        for seed in 0 1 2; do
+            train c experiment=claims/c_cql dataset=$dataset sampler=uniform seed=$seed
+            train c experiment=claims/c_cql_weighted dataset=$dataset sampler=advantage_weighted seed=$seed
+            train c experiment=claims/c_cql dataset=$dataset sampler=top_percent seed=$seed
+            train c experiment=claims/c_cql_weighted dataset=$dataset sampler=return_weighted seed=$seed
+        done
+    done
+}
+
+stage_e() {
+    local seed agent augment
+    for seed in 0 1 2; do
+        for agent in td3_bc iql; do train e experiment=claims/e_maze agent=$agent seed=$seed; done
+    done
+    for augment in policy_guided_diffusion world_model diffusion; do
+        for seed in 0 1 2; do
+            for agent in td3_bc iql; do train e experiment=claims/e_hopper agent=$agent augment=$augment seed=$seed; done
+        done
+    done
+}
+
+stage_maze() {
+    local seed agent augment
+    for augment in policy_guided_diffusion world_model diffusion; do
+        for seed in 0 1 2; do
+            for agent in td3_bc iql; do train e experiment=claims/e_maze agent=$agent augment=$augment seed=$seed; done
+        done
+    done
+}
+
+stage_d() {
+    local seed recipe
+    for recipe in bandit gambling lake; do
+        for seed in 0 5 10 15; do
+            train d experiment=dichotomy_of_control/$recipe seed=$seed
+            train d experiment=dichotomy_of_control/$recipe agent=bc sampler=top_percent seed=$seed
+        done
+    done
+}
+
+# What needs finished runs: measures of synthetic trajectories, promises of the finite tasks.
+stage_measure() {
+    local run
+    for run in "$RUNS"/e/{td3_bc,iql}/forge_pointmaze*/seed[012]-* "$RUNS"/b/{td3_bc,iql}/forge_hopper*/seed[012]-*; do
+        [ -f "$run/result.json" ] && [ ! -f "$run/augment/metrics.json" ] || continue
+        printf '%s augment metrics %q --coefficients 0,1,3,10\n' "$OFFRL" "$run"
+    done
+    [ -d "$RUNS/d" ] && printf '%s %q %q --out %q\n' "$PYTHON" "$TABLES/doc_curves.py" "$RUNS/d" "$RUNS/d"
+}
+
+[ $# -gt 0 ] || set -- $DEFAULT
+for stage in "$@"; do
+    declare -F "stage_$stage" >/dev/null || { echo "no stage $stage; there are $DEFAULT long maze measure" >&2; exit 2; }
+done
+queue() { for stage in "$@"; do "stage_$stage"; done; }
+if [ -n "${LIST:-}" ]; then
+    queue "$@"
+    exit
+fi
+# One line is one job; a failed one leaves the others alone and is tried again by the next start.
+queue "$@" | tr '\n' '\0' | xargs -0 -P "$JOBS" -I{} nice -n "$NICE" bash -c '{}' || {
+    echo "some jobs did not finish; the same command goes on" >&2
+    exit 1
+}

@@ -1,0 +1,337 @@
+"""The comparisons of docs/claims.md from the committed rows: difference, interval, verdict.
+
+    python benchmarks/tables/verdicts.py                  # rows in results/claims beside this file
+    python benchmarks/tables/verdicts.py --rows DIR       # folder of run_claims.sh, for all but D: finished runs so far
+
+What each comparison takes to be shown was written down in docs/claims.md before any run; it is repeated here as code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy import stats
+
+from offrl import results
+
+HERE = Path(__file__).parent / "results"
+Scores = NDArray[np.float64]
+
+HALFCHEETAH, HOPPER = "forge/halfcheetah/medium-replay-v0", "forge/hopper/medium-replay-v1"
+MAZE = "forge/pointmaze/medium-v0"
+MIXTURES = ("forge/hopper/random-expert-0.05-v0", "forge/halfcheetah/random-expert-0.1-v0")
+DEPTH = "td3_bc (A2PR's depth, alpha and discount)"
+NOT_YET = "not run yet"
+WITHIN = 0.05  # nats per action: as near counts as the same on-policyness
+
+
+# ---- statistics --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of one method's seeds minus the mean of another's, with Welch's interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def verdict(self, margin: float) -> str:
+        if self.mean >= margin and self.low > 0:
+            return "shown"
+        return "not shown at this budget" if self.high < margin else "undecided"
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+def difference(ours: Scores, other: Scores, level: float = 0.95) -> Difference | None:
+    """Welch's t interval of mean(ours) - mean(other); None below two seeds a side."""
+    if min(len(ours), len(other)) < 2:
+        return None
+    points = float(ours.mean() - other.mean())
+    if ours.std() == other.std() == 0:
+        return Difference(points, points, points)
+    interval = stats.ttest_ind(ours, other, equal_var=False).confidence_interval(level)
+    return Difference(points, float(interval.low), float(interval.high))
+
+
+def equality(wide: Difference, narrow: Difference, margin: float) -> str:
+    """Equal, unequal or undecided; `wide` is the 95 % interval, `narrow` the 90 % one (two one-sided tests)."""
+    if -margin < narrow.low and narrow.high < margin:
+        return "equal"
+    apart = abs(wide.mean) >= margin and (wide.low > 0 or wide.high < 0)
+    return "unequal" if apart else "undecided"
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Evaluations of the finished runs in or below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        runs = (
+            [run for run in results.runs([folder]) if (run.folder / "result.json").exists()] if folder.is_dir() else []
+        )
+        self.runs = runs
+        self.labels = {str(run.folder): str(run.config.get("label") or run.manifest.get("method")) for run in runs}
+        rows = results.read([run.folder for run in runs])
+        self.evaluations = (
+            rows.with_columns(method=pl.col("folder").replace(self.labels))
+            .group_by("method", "dataset", "folder", "seed", "step")
+            .agg(pl.col("normalized").mean().alias("score"))
+            .sort("seed", "step")
+        )
+
+    def curves(self, method: str, dataset: str) -> pl.DataFrame:
+        return self.evaluations.filter((pl.col("method") == method) & (pl.col("dataset") == dataset))
+
+    def scores(self, method: str, dataset: str, seeds: Iterable[int] | None = None) -> Scores:
+        """Last score of each seed, `[S]`."""
+        found = self.curves(method, dataset)
+        if seeds is not None:
+            found = found.filter(pl.col("seed").is_in(list(seeds)))
+        return found.group_by("seed").last().sort("seed")["score"].to_numpy()
+
+    def means(self, method: str, dataset: str) -> dict[int, float]:
+        """Mean score over seeds by update."""
+        found = self.curves(method, dataset).group_by("step").agg(pl.col("score").mean()).sort("step")
+        return dict(found.select("step", "score").iter_rows())
+
+
+# ---- claims ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Line:
+    """What is known of a comparison."""
+
+    name: str
+    what: str
+    found: str = ""
+    verdict: str = NOT_YET
+
+    def __str__(self) -> str:
+        return f"| {self.name} | {self.what} | {self.found} | {self.verdict} |"
+
+
+def compared(name: str, what: str, ours: Scores, other: Scores, margin: float, seeds: int) -> Line:
+    """The line of a difference; `seeds` are planned for each side."""
+    found = difference(ours, other)
+    if found is None:
+        return Line(name, what)
+    told = f"{found}; {len(ours)} and {len(other)} seeds"
+    early = "so far: " if min(len(ours), len(other)) < seeds else ""
+    return Line(name, what, told, early + found.verdict(margin))
+
+
+def counted(name: str, what: str, verdicts: Sequence[bool | None], needed: int) -> Line:
+    """A claim on several cells: shown when enough of them are, not shown when too few can be."""
+    done = [verdict for verdict in verdicts if verdict is not None]
+    if not done:
+        return Line(name, what)
+    open_ = len(verdicts) - len(done)
+    told = f"{sum(done)} of {len(verdicts)}" + (f", {open_} not run yet" if open_ else "")
+    if sum(done) >= needed:
+        return Line(name, what, told, "shown")
+    too_few = sum(done) + open_ < needed
+    return Line(name, what, told, "not shown at this budget" if too_few else NOT_YET)
+
+
+def is_shown(ours: Scores, other: Scores, margin: float, seeds: int) -> bool | None:
+    """None as long as seeds are missing."""
+    found = difference(ours, other)
+    return None if found is None or min(len(ours), len(other)) < seeds else found.verdict(margin) == "shown"
+
+
+def claim_a(rows: Path) -> list[Line]:
+    short, long = Rows(rows / "a"), Rows(rows / "long")
+    td3_bc = short.scores("td3_bc", HALFCHEETAH)
+    gate, curve = Line("A0", "the pipeline is sound"), short.means("td3_bc", HALFCHEETAH)
+    if len(td3_bc) and 50_000 in curve:
+        final = float(td3_bc.mean())
+        sound = 35 <= final <= 50 and curve[50_000] >= 0.9 * final
+        gate.found, gate.verdict = f"{curve[50_000]:.1f} at 50,000, {final:.1f} at the end", "yes" if sound else "no"
+    lines = [gate]
+    for name, other in (("A1", "td3_bc"), ("A2", "td3_bc (alpha 40)")):
+        for source, suffix, seeds in ((short, "", 5), (long, ", 500,000 updates", 3)):
+            ours, theirs = source.scores("prdc", HALFCHEETAH), source.scores(other, HALFCHEETAH)
+            if source is short or len(ours):
+                lines.append(compared(name, f"prdc - {other}{suffix}", ours, theirs, 3, seeds))
+    rising = short.means("prdc", HALFCHEETAH)
+    if 200_000 in rising:
+        late, before = (
+            np.mean([v for step, v in rising.items() if a < step <= a + 50_000]) for a in (150_000, 100_000)
+        )
+        lines.append(Line("", "PRDC's last 50,000 updates less the 50,000 before", f"{late - before:.1f}", ""))
+    a2pr = short.scores("a2pr", HALFCHEETAH)
+    lines.append(compared("A3", "a2pr - td3_bc", a2pr, td3_bc, 3, 3))
+    lines.append(compared("A4", f"a2pr - {DEPTH}", a2pr, short.scores(DEPTH, HALFCHEETAH), 3, 3))
+    return lines
+
+
+def claim_b(rows: Path) -> list[Line]:
+    b = Rows(rows / "b")
+    pairs = (("B1", "prdc", "td3_bc", 10.0), ("B2", "td3_bc+AW", "td3_bc", 10.0), ("B3", "iql+AW", "iql", 5.0))
+    return [compared(n, f"{x} - {y}", b.scores(x, HOPPER), b.scores(y, HOPPER), m, 5) for n, x, y, m in pairs]
+
+
+def expert_score(mixture: str) -> float:
+    """Mean normalised return of the expert in a mixture, from the table of the forge's returns."""
+    returns = dict(pl.read_csv(HERE / "forge_returns.csv").select("dataset", "forge_mean_normalised").iter_rows())
+    return float(returns[f"{mixture.rsplit('/', 1)[0]}/expert-v0"])
+
+
+def claim_c(rows: Path) -> list[Line]:
+    c = Rows(rows / "c")
+    lines, better, fully = [], [], []
+    for dataset in MIXTURES:
+        goal = expert_score(dataset)
+        for agent in ("td3_bc", "iql", "cql"):
+            weighted, uniform = c.scores(f"{agent}+AW", dataset), c.scores(agent, dataset)
+            lines.append(compared("", f"{agent}+AW - {agent}, {dataset}", weighted, uniform, 10, 3))
+            better.append(is_shown(weighted, uniform, 10, 3))
+            fully.append(bool(weighted.mean() >= 0.9 * goal) if len(weighted) >= 3 else None)
+    lines.append(counted("C1", "AW - uniform", better, 5))
+    lines.append(counted("C2", "AW reaches 90 % of the expert", fully, 5))
+    return lines
+
+
+def claim_d(rows: Path) -> list[Line]:
+    """From `probes.json`, seeds 5 to 19: those whose results were not known when the claims were written."""
+    names = (
+        "DoC's gap is at most 0.1",
+        "DT's gap is above 0.1",
+        "DoC - DT, bandits and gamble",
+        "DoC - DT, lakes with luck",
+    )
+    path = rows / "d" / "probes.json"
+    if not path.exists():
+        return [Line(f"D{i}", name) for i, name in enumerate(names, 1)]
+    gaps: dict[tuple[str, str], list[float]] = {}
+    returns: dict[tuple[str, str], list[float]] = {}
+    for folder, told in json.loads(path.read_text()).items():
+        method, dataset, run = folder.split("/")
+        if method in ("doc", "dt") and not run.startswith("seed0-"):
+            spread = 20.0 if "gambling" in dataset else 1.0
+            obtained, promised = (np.array(told["sampled"][key]) / spread for key in ("obtained", "promised"))
+            gaps.setdefault((method, dataset), []).extend(np.abs(promised - obtained).tolist())
+            returns.setdefault((method, dataset), []).extend(obtained.tolist())
+    tasks = sorted({task for _, task in gaps if {("doc", task), ("dt", task)} <= gaps.keys()})
+    luck = [task for task in tasks if "lake_p1-" not in task]
+    gap = {key: float(np.mean(values)) for key, values in gaps.items()}
+
+    def above(task: str) -> bool | None:
+        ours, other = (np.array(returns.get((method, task), [])) for method in ("doc", "dt"))
+        return is_shown(ours, other, 0.1, 15)
+
+    lines = [Line("", task, f"gaps: DoC {gap[('doc', task)]:.3f}, DT {gap[('dt', task)]:.3f}", "") for task in tasks]
+    lines.append(counted("D1", names[0], [gap[("doc", task)] <= 0.1 for task in tasks], 10))
+    lines.append(counted("D2", names[1], [gap[("dt", task)] > 0.1 for task in luck], 8))
+    lines.append(counted("D3", names[2], [above(task) for task in luck if "lake" not in task], 5))
+    lines.append(counted("D4", names[3], [above(task) for task in luck if "lake" in task], 3))
+    return lines
+
+
+def learnt(means: dict[int, float], bar: float = 20.0, row: int = 3) -> int | None:
+    """The first update of `row` evaluations in a row that reach `bar`."""
+    steps = sorted(means)
+    for i in range(len(steps) - row + 1):
+        if all(means[step] >= bar for step in steps[i : i + row]):
+            return steps[i]
+    return None
+
+
+def error_at(kinds: dict[str, Any]) -> tuple[float, float] | None:
+    """Dynamics error of guided trajectories at the world model's log pi(a|s), and the world model's; None out of reach."""
+    world = kinds["world model"]
+    guided = sorted(
+        (kind["log_likelihood_policy"], math.log(kind["dynamics_error"]))
+        for name, kind in kinds.items()
+        if name not in ("real", "world model")
+    )
+    likelihood, error = map(np.array, zip(*guided))
+    if not likelihood[0] <= world["log_likelihood_policy"] <= likelihood[-1] + WITHIN:
+        return None
+    return math.exp(np.interp(world["log_likelihood_policy"], likelihood, error)), world["dynamics_error"]
+
+
+def claim_e(rows: Path) -> list[Line]:
+    e, b = Rows(rows / "e"), Rows(rows / "b")
+    lines, helps, guidance = [], [], []
+    for agent in ("td3_bc", "iql"):
+        means = e.means(agent, MAZE)
+        when = learnt(means)
+        told = "" if not means else f"from {when:,} updates on" if when else f"not in {max(means):,} updates"
+        lines.append(Line("E1", f"{agent} learns the maze", told, "" if means else NOT_YET))
+    for source, dataset in ((e, MAZE), (b, HOPPER)):
+        for agent in ("td3_bc", "iql"):
+            measured = []
+            for run in source.runs:
+                path = run.folder / "augment" / "metrics.json"
+                if source.labels[str(run.folder)] == agent and path.exists():
+                    measured.append(error_at(json.loads(path.read_text())["kinds"]))
+            line = Line("E2", f"{agent}, {dataset}")
+            if measured:
+                pairs = [pair for pair in measured if pair is not None]
+                line.found = "; ".join(f"{ours:.2g} and {theirs:.2g}" for ours, theirs in pairs) or "out of reach"
+                better = {ours < theirs for ours, theirs in pairs}
+                same = len(pairs) == len(measured) and len(better) == 1
+                line.verdict = (
+                    "no verdict" if not same else "shown" if better == {True} else "the world model is better"
+                )
+            lines.append(line)
+    for dataset, alone in ((MAZE, e), (HOPPER, b)):
+        for agent in ("td3_bc", "iql"):
+            nothing = alone.scores(agent, dataset, seeds=(0, 1, 2))
+            guided = e.scores(f"{agent}+PGD", dataset)
+            for other, into in (("nothing", helps), ("diffusion", guidance)):
+                seen = nothing if other == "nothing" else e.scores(f"{agent}+diffusion", dataset)
+                lines.append(compared("", f"{agent}+PGD - {other}, {dataset}", guided, seen, 3, 3))
+                into.append(is_shown(guided, seen, 3, 3))
+    for name, what, found in (("E3", "PGD - nothing", helps), ("E4", "PGD - unguided diffusion", guidance)):
+        maze = any(value is not None for value in found[:2])
+        lines.append(counted(name, what, found if maze else found[2:], 3 if maze else 2))
+    return lines
+
+
+def claim_f(rows: Path) -> list[Line]:
+    lines = []
+    for name, method in (("F1", "td3_bc"), ("F2", "iql")):
+        sides: dict[str, list[float]] = {"offrl": [], "corl": []}
+        for path in sorted(rows.glob(f"f/peers_{method}_seed*.json")):
+            for record in json.loads(path.read_text())["rows"]:
+                sides[record["side"]] += record["scores"][max(record["scores"], key=int)]
+        ours, theirs = (np.array(sides[side]) for side in ("offrl", "corl"))
+        wide, narrow = difference(ours, theirs), difference(ours, theirs, 0.9)
+        line = Line(name, f"{method}: ours - CORL's")
+        if wide and narrow:
+            line.found, line.verdict = f"{wide}; {len(ours)} seeds", equality(wide, narrow, 3)
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=HERE / "claims")
+    rows = parser.parse_args().rows
+    print("| | comparison | D [95 % interval], or what was found | verdict |")
+    print("|---|---|---|---|")
+    for claim in (claim_a, claim_b, claim_c, claim_d, claim_e, claim_f):
+        for line in claim(rows):
+            print(line)
+
+
+if __name__ == "__main__":
+    main()
