@@ -1,5 +1,7 @@
-"""Where agents outside this package have always found their base; it lives in `offrl.agents.base`."""
+"""The public home of the base classes, for agents outside this package; they live in `offrl.agents.base`."""
 
-from offrl.agents.base import Agent, Batch, RememberingAgent, Spec
+from offrl.agents.base import ActingState, Agent, Batch, RecurrentAgent, Spec, WindowBatch
 
-__all__ = ["Agent", "Batch", "RememberingAgent", "Spec"]
+RememberingAgent = RecurrentAgent  # its name in version 0.1
+
+__all__ = ["ActingState", "Agent", "Batch", "RecurrentAgent", "RememberingAgent", "Spec", "WindowBatch"]

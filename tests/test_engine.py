@@ -154,7 +154,7 @@ class CountedGraph(CudaGraph):
         this = self
 
         class Graph:
-            def loader(self) -> None:
+            def replay(self) -> None:
                 this.replays += 1
                 this.metrics = this._updates()
 

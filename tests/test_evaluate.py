@@ -85,14 +85,14 @@ class Linear(Agent):
 class Remembering(Linear):
     """Acts by the rewards that it has seen in the episode, and counts them."""
 
-    def memory(self, envs: int) -> Any:
+    def initial_state(self, envs: int) -> Any:
         return torch.zeros(self.spec.lanes, envs, 2, dtype=self.weight.dtype)
 
-    def observe(self, memory: Tensor, action: Tensor, reward: Tensor) -> Tensor:
-        return memory + torch.stack([reward + action.sum(-1), torch.ones_like(reward)], -1)
+    def update_state(self, state: Tensor, action: Tensor, reward: Tensor) -> Tensor:
+        return state + torch.stack([reward + action.sum(-1), torch.ones_like(reward)], -1)
 
-    def select_action(self, obs: Tensor, memory: Any = None) -> Tensor:
-        return (self.act(obs) + memory.sin()).clamp(-1, 1)
+    def select_action(self, obs: Tensor, state: Any = None) -> Tensor:
+        return (self.act(obs) + state.sin()).clamp(-1, 1)
 
 
 def agent_of(kind: type[Agent] = Linear, lanes: int = 2, discrete: bool = False) -> Agent:
@@ -108,13 +108,13 @@ def plain_loop(agent: Agent, make_env: Any, episodes: int, seed: int) -> tuple[n
     for lane in range(lanes):
         for k in range(episodes):
             env, over = make_env(), False
-            obs, memory = env.reset(seed=seed + k)[0], policy.memory(1)
+            obs, state = env.reset(seed=seed + k)[0], policy.initial_state(1)
             while not over:
-                state = torch.as_tensor(np.asarray(obs, dtype=np.float64)).expand(lanes, 1, -1)
-                action = policy.select_action(state, memory)
+                raw = torch.as_tensor(np.asarray(obs, dtype=np.float64)).expand(lanes, 1, -1)
+                action = policy.select_action(raw, state)
                 chosen = action[lane, 0].numpy()
                 obs, reward, terminated, truncated, _ = env.step(int(chosen) if chosen.ndim == 0 else chosen)
-                memory = policy.observe(memory, action, torch.full((lanes, 1), float(reward), dtype=torch.float64))
+                state = policy.update_state(state, action, torch.full((lanes, 1), float(reward), dtype=torch.float64))
                 returns[lane, k] += reward
                 lengths[lane, k] += 1
                 over = terminated or truncated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,9 +26,9 @@ from offrl.nets import (
     make_target,
     normal_log_prob,
     orthogonal_,
+    pad_hidden_,
     per_lane,
     polyak,
-    relu_mlp_reference,
 )
 from offrl.nets.mlp import _ReluMLP
 
@@ -55,6 +56,14 @@ def random_net(n: int, batch: int, sizes: tuple[int, ...], seed: int = 0) -> tup
 
     pairs = [(normal(n, out, into), normal(n, out)) for into, out in zip(sizes[:-1], sizes[1:])]
     return normal(n, batch, sizes[0]), [p for pair in pairs for p in pair]
+
+
+def relu_mlp_reference(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """What `_ReluMLP` computes, in plain operations: x `[n, batch, in]`, weights `[n, out, in]`, biases `[n, out]`."""
+    for i in range(0, len(parameters), 2):
+        x = x @ parameters[i].transpose(1, 2) + parameters[i + 1].unsqueeze(1)
+        x = x.relu() if i < len(parameters) - 2 else x
+    return x
 
 
 @shapes
@@ -201,7 +210,8 @@ def test_what_is_dropped_is_each_hidden_layers_output() -> None:
 def test_padded_widths_change_no_function_and_stay_zero() -> None:
     """Same initial weights, same outputs, same descent; the units that fill a width up never come to life."""
     sizes = (5, 18, 33, 3)
-    plain, padded = (MLP((1, 2), sizes, members=2, multiple=m).double() for m in (1, 16))
+    plain, padded = (MLP((1, 2), sizes, members=2).double() for _ in range(2))
+    pad_hidden_(padded, 16)
     assert [w.shape[-2:] for w in padded.weights] == [(32, 5), (48, 32), (3, 48)]
     x = torch.randn(2, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     adams = [Adam(net.parameters(), 1e-2).double() for net in (plain, padded)]

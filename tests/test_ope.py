@@ -264,6 +264,6 @@ def test_below_ten_episodes_all_are_used_for_both() -> None:
 
 def test_policies_with_a_memory_are_refused() -> None:
     agent = Fixed(POLICIES)
-    agent.memory = lambda envs: torch.zeros(envs)  # type: ignore[method-assign]
+    agent.initial_state = lambda envs: torch.zeros(envs)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="of the observation alone"):
         fitted_q(random_data(100), [agent], QUICK)

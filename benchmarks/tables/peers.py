@@ -198,19 +198,19 @@ class Policies(nn.Module):
         self.register_buffer("std", torch.as_tensor(std))
         self.eval()
 
-    def select_action(self, obs: Tensor, memory: Any = None) -> Tensor:
+    def select_action(self, obs: Tensor, state: Any = None) -> Tensor:
         obs = (obs - self.mean) / self.std
         largest = self.spec.action_high
         rows = [mean_action(self.method, actor, o, largest) for actor, o in zip(self.actors, obs)]
         return torch.stack(rows).clamp(-largest, largest)
 
-    def memory(self, envs: int) -> None:
+    def initial_state(self, envs: int) -> None:
         return None
 
-    def promise(self, obs: Tensor, memory: Any) -> None:
+    def predicted_return(self, obs: Tensor, state: Any) -> None:
         return None
 
-    def observe(self, memory: Any, action: Tensor, reward: Tensor) -> None:
+    def update_state(self, state: Any, action: Tensor, reward: Tensor) -> None:
         return None
 
 

@@ -1,17 +1,17 @@
-"""A2PR: TD3+BC that is pulled to the better of the dataset's action and one that a generative model proposes.
+"""A2PR: TD3+BC with a better target of regularisation: the dataset's action or a generative model's, whichever has higher Q.
 
 Liu et al., "Adaptive Advantage-Guided Policy Regularization for Offline Reinforcement Learning", ICML 2024 (arXiv
-2405.19909); authors' code ltlhuuu/A2PR, whose update this is step for step. A value network V says what a state is worth;
-a conditional VAE learns to reproduce the dataset's actions with Q_1(s, a) > V(s); the policy is pulled to the VAE's
-rendering g of its own action, or to a, whichever Q_1 prefers, and to neither where both are worth less than V(s).
+2405.19909); authors' code ltlhuuu/A2PR, whose update this is step for step. A value network V estimates what a state is worth.
+A conditional VAE learns to reconstruct the dataset's actions with Q_1(s, a) > V(s). The policy is regularised towards the VAE's
+reconstruction g of its own action, or towards a, whichever Q_1 prefers, and not at all where both are worth less than V(s).
 
 Deviations, none of which changes the mathematics: the target's unused V(s') is not computed; Q_1(s, a) after the critics'
-step is computed once for both gates; gates carry no gradient, and each loss asks for the gradients of its own networks
+step is computed once for both gates; gates carry no gradient, and each loss computes the gradients of its own networks
 alone (the authors' actor step also fills the critics' and the VAE's, and erases them); the twin critics, and the two heads
 of the encoder, are one network each; g and a are compared by Q_1 and not by Q_1 - V, in which V cancels.
 
 Kept from the authors' code, where a reader may expect otherwise: the encoder sees the policy's action, not a sample of the
-prior; the gradient also runs through g (`detach_reference` stops it); V is fitted to a minimum of four Q but gates compare
+prior; the gradient also runs through g (`detach_reference` stops it); V is fitted to a minimum of four Q, but gates compare
 it with Q_1; V(s) is that before V's own step; the VAE learns from the first update on, without pre-training.
 """
 
@@ -23,71 +23,62 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offrl.agents.base import Batch
+from offrl.agents.base import Batch, Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.nets import MLP, Adam, Critics, DeterministicActor, make_target, per_lane, polyak
+from offrl.nets import MLP, Adam, Critics, DeterministicActor, make_target, pad_hidden_, per_lane, polyak
 
 
 @dataclass
 class A2PRConfig(TD3BCConfig):
-    alpha: float = 2.5  # weight of Q against the pull
-    bc_weight: float = 1.0  # weight of the pull where its gate is open (the authors' `mask`; 0 leaves TD3, not TD3+BC)
-    vae_weight: float = 1.0  # omega, weight of the VAE's reconstruction against half its KL divergence
+    bc_weight: float = 1.0  # weight of the regulariser where its gate is open (the authors' `mask`; 0 = TD3)
+    vae_weight: float = 1.0  # omega, weight of the VAE's reconstruction error against half its KL divergence
     vae_adv_eps: float = 0.0  # advantage that an action must exceed for the VAE to learn it (0 in the authors' code)
-    detach_reference: bool = False  # stop the gradient at the VAE's proposal (the authors' code lets it through)
-    discount: float = 0.99  # gamma
-    tau: float = 0.005  # rate of the targets, which move on actor updates
-    policy_noise: float = 0.2  # deviation of the target action's noise, in units of half the box
-    noise_clip: float = 0.5  # bound of that noise, same units
-    actor_lr: float = 3e-4
-    critic_lr: float = 3e-4
-    value_lr: float = 3e-4
-    vae_lr: float = 1e-3
-    hidden: tuple[int, ...] = (256, 256, 256)  # of the actor; critics and V have the last width once more
-    vae_hidden: tuple[int, ...] = (750, 750)  # of the VAE's encoder and of its decoder
-    normalize_obs: bool = True  # standardise observations with the dataset's statistics
+    detach_reference: bool = False  # stop the gradient at the VAE's proposal (the authors' code does not)
+    value_lr: float = 3e-4  # learning rate of V
+    vae_lr: float = 1e-3  # learning rate of the VAE
+    hidden: tuple[int, ...] = (256, 256, 256)  # widths of the actor's hidden layers; critics and V repeat the last one
+    vae_hidden: tuple[int, ...] = (750, 750)  # widths of the hidden layers of the VAE's encoder and of its decoder
 
 
 class VAE(nn.Module):
-    """Encoder (s, a) -> mean and log sigma of z, and decoder (s, z) -> action; z has twice the action's width."""
+    """Encoder (s, a) -> mean and log std of z, and decoder (s, z) -> action; z has twice the action's width."""
 
-    def __init__(
-        self, seeds: Sequence[int], obs_dim: int, action_dim: int, hidden: Sequence[int], low: float, high: float
-    ) -> None:
+    def __init__(self, spec: Spec, hidden: Sequence[int]) -> None:
         super().__init__()
-        latent = 2 * action_dim
-        # `multiple`: rows of 752 numbers instead of 750, which matrix products take a quarter slower.
-        self.encoder = MLP(seeds, [obs_dim + action_dim, *hidden, 2 * latent], name="vae/encoder", multiple=16)
-        self.decoder = MLP(seeds, [obs_dim + latent, *hidden, action_dim], name="vae/decoder", multiple=16)
-        self.scale, self.centre = (high - low) / 2, (high + low) / 2
+        obs_dim, action_dim, latent = spec.obs_dim, spec.action_dim, 2 * spec.action_dim
+        self.encoder = MLP(spec.seeds, [obs_dim + action_dim, *hidden, 2 * latent], name="vae/encoder")
+        self.decoder = MLP(spec.seeds, [obs_dim + latent, *hidden, action_dim], name="vae/decoder")
+        for mlp in (self.encoder, self.decoder):
+            pad_hidden_(mlp, 16)  # for speed: width 750 becomes 752
+        self.scale, self.centre = (spec.action_high - spec.action_low) / 2, (spec.action_high + spec.action_low) / 2
 
     def encode(self, obs: Tensor, action: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor]:
-        """Mean and log sigma, `[lanes, batch, 2 A]` each."""
-        mean, log_sigma = self.encoder(torch.cat([obs, action], -1), frozen=frozen).chunk(2, -1)
-        return mean, log_sigma.clamp(-4, 15)
+        """Mean and log std of z, `[lanes, batch, 2 A]` each."""
+        mean, log_std = self.encoder(torch.cat([obs, action], -1), frozen=frozen).chunk(2, -1)
+        return mean, log_std.clamp(-4, 15)
 
     def decode(self, obs: Tensor, z: Tensor, frozen: bool = False) -> Tensor:
-        """`[lanes, batch, A]`, within the box of actions."""
+        """Actions `[lanes, batch, A]`, within their bounds."""
         return self.decoder(torch.cat([obs, z], -1), frozen=frozen).tanh() * self.scale + self.centre
 
 
 class A2PR(TD3BC):
     """max_pi E [lambda Q(s, pi(s)) - h (pi(s) - c)^2] with c the better of a and g(s, pi(s)), and h its gate.
 
-    Of TD3+BC it keeps the policy, the smoothed target action and the delay; its losses are below.
+    The policy, the smoothed target action and the delayed actor are those of TD3+BC.
     """
 
     Config = A2PRConfig
+    cfg: A2PRConfig
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
-        sizes, box = (spec.obs_dim, spec.action_dim), (spec.action_low, spec.action_high)
         deep = (*cfg.hidden, *cfg.hidden[-1:])
-        self.actor = DeterministicActor(spec.seeds, *sizes, cfg.hidden, *box)
-        self.critics = Critics(spec.seeds, *sizes, deep, members=2)
+        self.actor = DeterministicActor.of(spec, cfg.hidden)
+        self.critics = Critics.of(spec, deep, members=2)
         self.actor_target, self.critics_target = make_target(self.actor), make_target(self.critics)
         self.value = MLP(spec.seeds, [spec.obs_dim, *deep, 1], name="value")
-        self.vae = VAE(spec.seeds, *sizes, cfg.vae_hidden, *box)
+        self.vae = VAE(spec, cfg.vae_hidden)
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
         self.value_optimizer = Adam(self.value.parameters(), cfg.value_lr)
@@ -99,29 +90,28 @@ class A2PR(TD3BC):
         return batch.reward + batch.mask * per_lane(self.cfg.discount) * next_q
 
     def reconstruct(
-        self, obs: Tensor, action: Tensor, draw: str, frozen: bool = False
+        self, obs: Tensor, action: Tensor, stream: str, frozen: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The VAE's g(s, mean + sigma eps) for a state and an action, with mean and log sigma; `draw` names eps."""
-        mean, log_sigma = self.vae.encode(obs, action, frozen)
-        z = mean + log_sigma.exp() * self.random.normal(draw, mean)
-        return self.vae.decode(obs, z, frozen), mean, log_sigma
+        """The VAE's g(s, mean + std eps) for a state and an action, with mean and log std; `stream` names eps."""
+        mean, log_std = self.vae.encode(obs, action, frozen)
+        z = mean + log_std.exp() * self.random.normal(stream, mean)
+        return self.vae.decode(obs, z, frozen), mean, log_std
 
     def vae_loss(self, batch: Batch, value: Tensor, q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """`[lanes]`: omega (reconstruction of the actions with Q_1(s, a) > V(s)) + KL / 2; the KL is not gated."""
-        action, mean, log_sigma = self.reconstruct(batch.obs, batch.action, "vae/data")
+        """`[lanes]`: omega (reconstruction error of actions with Q_1(s, a) > V(s)) + KL / 2; the KL is not gated."""
+        action, mean, log_std = self.reconstruct(batch.obs, batch.action, "vae/data")
         gate = (q > value + per_lane(self.cfg.vae_adv_eps)).to(q.dtype)
         reconstruction = (gate * (action - batch.action).square().mean(-1)).mean(-1)
-        kl = -0.5 * (1 + 2 * log_sigma - mean.square() - (2 * log_sigma).exp()).mean((-2, -1))
+        kl = -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean((-2, -1))
         loss = self.cfg.vae_weight * reconstruction + 0.5 * kl
-        metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach(), "vae_gate": gate.mean(-1)}
-        return loss, {"vae_loss": loss.detach(), **metrics}
+        return loss, {"vae_loss": loss, "reconstruction": reconstruction, "kl": kl, "vae_gate": gate.mean(-1)}
 
     def reference(self, batch: Batch, action: Tensor, value: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the policy is pulled to, and whether it is.
+        """The target of the policy's regularisation, and whether it applies.
 
         Returns:
-            c `[lanes, batch, A]`, the better of the VAE's rendering of `action` and the dataset's action; booleans
-            `[lanes, batch]`: c is the rendering, and one of the two is worth as much as the state.
+            c `[lanes, batch, A]`, the better of the VAE's reconstruction of `action` and the dataset's action; and two
+            booleans `[lanes, batch]`: c is the reconstruction, and one of the two is worth as much as the state.
         """
         action = action.detach() if self.cfg.detach_reference else action
         proposal, _, _ = self.reconstruct(batch.obs, action, "vae/policy", frozen=True)
@@ -139,8 +129,7 @@ class A2PR(TD3BC):
         regularizer = (gate * (action - reference).square().mean(-1)).mean(-1) * self.cfg.bc_weight
         loss = regularizer - lam * q_policy.mean(-1)
         shares = {"generated": generated.to(q.dtype).mean(-1), "bc_gate": gate.to(q.dtype).mean(-1)}
-        metrics = {"q": q_policy.detach().mean(-1), "lambda": lam, "bc_loss": regularizer.detach(), **shares}
-        return loss, {"actor_loss": loss.detach(), **metrics}
+        return loss, {"actor_loss": loss, "q": q_policy.mean(-1), "lambda": lam, "bc_loss": regularizer, **shares}
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         next_action = self.target_action(batch)
@@ -153,13 +142,13 @@ class A2PR(TD3BC):
         value = self.value(batch.obs).squeeze(-1)
         value_loss = (value - value_target).square().mean(-1)
         self.value_optimizer.step(value_loss)
-        value = value.detach()  # V before its step: both gates use it
+        value = value.detach()  # V before its step; both gates use it
         q = self.critics(batch.obs, batch.action, member=0, frozen=True)
 
         vae_loss, metrics = self.vae_loss(batch, value, q)
         self.vae_optimizer.step(vae_loss)
-        metrics |= {"critic_loss": critic_loss.detach(), "value_loss": value_loss.detach(), "value": value.mean(-1)}
-        if phase == self.period - 1:
+        metrics |= {"critic_loss": critic_loss, "value_loss": value_loss, "value": value.mean(-1)}
+        if phase == self.actor_turn:
             actor_loss, more = self.policy_loss(batch, value, q)
             self.actor_optimizer.step(actor_loss)
             polyak(self.critics_target, self.critics, self.cfg.tau)

@@ -1,73 +1,50 @@
-"""What every method shares: the Spec it is built from and the Agent it is.
+"""What all methods share: the Spec they are built from, and the base classes Agent and RecurrentAgent.
 
-An agent knows nothing of environments, files, loggers or how many steps are left. Every tensor has a leading lane axis:
-`[lanes, batch, ...]`; one seed is lanes = 1. A loss is one number per lane.
+An agent knows nothing of environments, files, loggers or the number of updates left. Every tensor has a leading lane axis,
+`[lanes, batch, ...]`; one seed is one lane. A loss is one number per lane.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from offrl.data.batch import Batch
-from offrl.nets import choose, normal_log_prob
+from offrl.data.batch import Batch, WindowBatch
+from offrl.nets.actors import choose, normal_log_prob
+from offrl.nets.spec import Spec
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
 if TYPE_CHECKING:
     from offrl.data.dataset import OfflineDataset
 
-__all__ = ["Agent", "Batch", "RememberingAgent", "Spec"]
+__all__ = ["ActingState", "Agent", "Batch", "Metrics", "RecurrentAgent", "Spec", "WindowBatch"]
 
 Metrics = dict[str, Tensor]
+ConfigT = TypeVar("ConfigT")
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What an agent is built from.
-
-    Attributes:
-        obs_dim, action_dim: sizes; `action_dim` counts the actions when they are discrete.
-        seeds: one per lane; they fix initial weights and every random number of a lane.
-        obs_mean, obs_std: `[O]` statistics of the dataset's observations (population deviation).
-        action_low, action_high: bounds of continuous actions.
-        discrete: whether actions are integers.
-        device: where the parameters live.
-    """
-
-    obs_dim: int
-    action_dim: int
-    seeds: tuple[int, ...] = (0,)
-    obs_mean: Tensor | None = None
-    obs_std: Tensor | None = None
-    action_low: float = -1.0
-    action_high: float = 1.0
-    discrete: bool = False
-    device: torch.device | str = "cpu"
-
-    @property
-    def lanes(self) -> int:
-        return len(self.seeds)
-
-
-class Agent(nn.Module):
+class Agent(nn.Module, Generic[ConfigT]):
     """Base of every method.
 
-    A subclass has a dataclass `Config`, makes its networks in `build` and implements `update` and `act`.
-    A float in the configuration may be a list with one value per lane: a sweep is then lanes of one process, and the
-    field is a tensor `[lanes]`.
+    A subclass names its dataclass of settings (`class BC(Agent[BCConfig])` with `Config = BCConfig`), makes its networks in
+    `build`, and implements `update` and `act`. A float in the settings may be a list with one value per lane, which trains
+    the values side by side; the field is then a tensor `[lanes]`.
 
     Attributes:
-        period: updates until the pattern of an update repeats; engines capture whole periods.
-        window: length of the windows the agent learns from; None for transitions.
-        extra: further fields of the batch it needs (see `OfflineDataset.transitions`).
-        takes_discrete: whether it can act by integers; one that can't refuses a dataset of discrete actions.
-        starts_after: updates that prepare what the policy learns from, before it learns anything.
-        obs_eps: what is added to the observations' deviation; 1e-3 in TD3+BC and its descendants.
+        cfg: the settings.
+        random: random numbers, by name; see `offrl.utils.random`.
+        period: number of updates after which the pattern of an update repeats; engines capture whole periods.
+        window: length of the windows that the agent learns from; None: it learns from transitions.
+        batch_fields: further fields of the batch: `next_action`, `return_to_go`, `timestep`.
+        takes_discrete: whether the agent supports discrete actions; others refuse a dataset of discrete actions.
+        pretrain_updates: number of updates before the policy's first one.
+        dataset_index: what `setup` keeps of the dataset; neither saved nor copied.
+        obs_eps: term added to the observations' standard deviation; 1e-3 in TD3+BC and its descendants.
     """
 
     Config: ClassVar[type]
@@ -78,10 +55,11 @@ class Agent(nn.Module):
     window: int | None = None
     pretrain_updates: int = 0
     dataset_index: Any = None
+    cfg: ConfigT
     obs_mean: Tensor
     obs_scale: Tensor
 
-    def __init__(self, spec: Spec, config: Any = None) -> None:
+    def __init__(self, spec: Spec, config: ConfigT | None = None) -> None:
         super().__init__()
         if spec.discrete and not self.takes_discrete:
             raise OffrlError(f"{type(self).__name__} needs continuous actions; choose another agent for discrete ones.")
@@ -102,30 +80,36 @@ class Agent(nn.Module):
         """Make networks, targets and optimisers."""
         raise NotImplementedError
 
-    def update(self, batch: Batch, phase: int) -> Metrics:
-        """One update on a batch with normalised observations; metrics are `[lanes]`.
+    def update(self, batch: Any, phase: int) -> Metrics:
+        """Make one update.
+
+        The update has no copy to the host, no branch on a tensor's value and no shape that depends on data, because
+        engines capture it.
 
         Args:
-            phase: what kind of update this is, as `phase` says; by default its number within the period.
-        No copy to the host, no branch on a tensor's value, no shape that depends on data: engines capture this.
+            batch: a `Batch`, or a `WindowBatch` if `window` is set, with normalised observations.
+            phase: the kind of update, as the method `phase` gives it: by default, its number within the period.
+
+        Returns:
+            Metrics `[lanes]` to log. The engine detaches them.
         """
         raise NotImplementedError
 
     def act(self, obs: Tensor) -> Tensor:
-        """The policy's action for normalised observations `[lanes, n, O]`, differentiable."""
+        """The policy's deterministic action for normalised observations `[lanes, n, O]`, differentiable."""
         raise NotImplementedError
 
     def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation of the policy's normal distribution for normalised observations `[lanes, n, O]`.
+        """Mean and standard deviation of a Gaussian policy for normalised observations `[lanes, n, O]`.
 
         Returns:
-            `[lanes, n, A]` each, differentiable; of a squashed normal those of its actions, which is the nearest normal
-            distribution and not the policy itself; None where the policy is deterministic.
+            `[lanes, n, A]` each, differentiable; for a squashed Gaussian the moments of its actions; None for a
+            deterministic policy.
         """
         return None
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Log-density (log-probability where discrete) `[lanes, n]` of actions for normalised observations.
+        """Log-density (log-probability if discrete) `[lanes, n]` of actions for normalised observations.
 
         Raises:
             NotImplementedError: the policy has no density.
@@ -135,112 +119,129 @@ class Agent(nn.Module):
             raise NotImplementedError(f"{type(self).__name__}: the policy has no density")
         return normal_log_prob(*gaussian, action)
 
-    def setup(self, store: OfflineDataset) -> None:
-        """Take the whole dataset, before the first update; a method that looks things up in it keeps what it needs.
+    def setup(self, dataset: OfflineDataset) -> None:
+        """Read the whole dataset before the first update.
 
-        Rows of the dataset are the `index` of the batches that follow (-1: a synthetic row, which it doesn't hold). What is to
-        stay is put under `self.attached`: it is in no checkpoint and in no copy, since a copy only acts.
+        Keep dataset-derived state in `self.dataset_index`; it is neither checkpointed nor copied, since copies only act.
+        The `index` of the batches that follow is a row of this dataset, or -1 for a synthetic row.
         """
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "dataset_index": None}
 
     def phase(self, step: int) -> int:
-        """What kind of update comes after `step` updates; `update` is told.
-
-        Its number within the period, unless a method trains in stages: then it also says which stage this is.
-        """
+        """The kind of the update that follows `step` updates; a method that trains in stages overrides it."""
         return step % self.period
+
+    def label(self, batch: Any) -> Tensor | None:
+        """The label of the future that the policy is conditioned on in training, `[lanes, batch, n]`; None: no label.
+
+        For windows, it is the label of their first timestep. `offrl probe` measures how much information it leaks.
+        """
+        return None
+
+    def predicted_return(self, obs: Tensor, state: Any) -> Tensor | None:
+        """The return `[lanes, envs]` that the policy predicts, or is conditioned on, at the start of episodes.
+
+        Called before the first action, with raw observations; None for a policy without a prediction.
+        """
+        return None
 
     # ---- what others use --------------------------------------------------------------------------------------
 
     def normalize(self, obs: Tensor) -> Tensor:
-        """(s - mean) / (std + obs_eps) with the statistics that were saved with the agent."""
+        """(s - mean) / (std + obs_eps), with the statistics that are saved with the agent."""
         return (obs - self.obs_mean) * self.obs_scale
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch as `update` wants it: observations normalised."""
-        return replace(batch, obs=self.normalize(batch.obs), next_obs=self.normalize(batch.next_obs))
+        """The batch with normalised observations, as `update` expects it."""
+        return batch.replace(obs=self.normalize(batch.obs), next_obs=self.normalize(batch.next_obs))
 
-    def memory(self, envs: int) -> Any:
-        """State that acting carries through an episode of `envs` environments; None for a memoryless policy."""
+    def initial_state(self, envs: int) -> Any:
+        """The state in which the policy starts `envs` episodes; None if its action depends on the observation alone."""
         return None
 
-    def observe(self, memory: Any, action: Tensor, reward: Tensor) -> Any:
-        """The memory after `action` brought `reward`, both `[lanes, envs, ...]`."""
-        return memory
-
-    def label(self, batch: Batch) -> Tensor | None:
-        """What training tells the policy of each sample's future, `[lanes, batch, n]`; None: nothing.
-
-        Of windows, what it is told at their first step. `offrl probe` asks how much luck is in it.
-        """
-        return None
-
-    def promise(self, obs: Tensor, memory: Any) -> Tensor | None:
-        """The return `[lanes, envs]` that the policy expects, or was asked for, of the episodes that begin now.
-
-        Asked before the first `select_action`, for raw observations; None for a policy that promises nothing.
-        """
-        return None
+    def update_state(self, state: Any, action: Tensor, reward: Tensor) -> Any:
+        """The state after an action and its reward, `[lanes, envs, ...]` both."""
+        return state
 
     @torch.no_grad()
-    def select_action(self, obs: Tensor, memory: Any = None) -> Tensor:
-        """The action to take for raw observations `[lanes, n, O]`: deterministic and within bounds."""
+    def select_action(self, obs: Tensor, state: Any = None) -> Tensor:
+        """The action for raw observations `[lanes, n, O]`: deterministic and within bounds."""
         return self.within_bounds(self.act(self.normalize(obs)))
 
     def within_bounds(self, action: Tensor) -> Tensor:
-        """Continuous actions clipped to their box; discrete ones as they are."""
+        """Continuous actions clipped to their bounds; discrete ones as they are."""
         return action if self.spec.discrete else action.clamp(self.spec.action_low, self.spec.action_high)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "dataset_index": None}
 
-class RememberingAgent(Agent):
-    """Base of methods whose acting carries a memory through an episode, and of those that may draw discrete actions.
 
-    A subclass implements `start` and `decide`, and has `sample_actions` in its `Config` if it takes discrete actions. Its
-    memory has `time`, the steps behind us, and `name`, that of the draws of this wave of episodes: empty for an agent that is
-    asked without a memory, which draws nothing.
+@dataclass(kw_only=True)
+class ActingState:
+    """What a policy carries through a batch of episodes that run side by side.
 
     Attributes:
-        stream: what names of draws begin with.
-        waves: memories that were made so far.
+        timestep: number of timesteps behind.
+        stream: name of the random numbers of these episodes; empty: sample nothing, take the most likely action.
+    """
+
+    timestep: int = 0
+    stream: str = ""
+
+
+class RecurrentAgent(Agent[ConfigT]):
+    """Base of policies whose action depends on more than the observation: on the episode so far, or on random numbers.
+
+    At every timestep `select_action(obs, state)` comes first and `update_state(state, action, reward)` second; `act` may
+    write what it computed into the state. A subclass implements `act`, and has `sample_actions` in its `Config` if it
+    supports discrete actions. One that carries more than an `ActingState` also implements `init` and `update_state`.
+
+    Attributes:
+        stream: prefix of the names of random numbers.
+        uses_history: whether the action depends on the episode so far; if False, only sampling actions needs a state.
+        episode_batches: number of batches of episodes so far, which have different random numbers.
     """
 
     stream: ClassVar[str]
-    waves: int = 0
+    uses_history: ClassVar[bool] = True
+    episode_batches: int = 0
 
-    def start(self, envs: int, name: str = "") -> Any:
-        """The memory of `envs` episodes that begin."""
+    def act(self, obs: Tensor, state: Any = None) -> Tensor:
+        """The action for normalised observations `[lanes, envs, O]`; without a state, that at the start of an episode."""
         raise NotImplementedError
 
-    def decide(self, obs: Tensor, memory: Any) -> Tensor:
-        """The action for normalised observations `[lanes, envs, O]`."""
-        raise NotImplementedError
+    def init(self, envs: int) -> ActingState:
+        """The state at the start of `envs` episodes."""
+        return ActingState()
 
-    def memory(self, envs: int) -> Any:
-        self.waves += 1
-        return self.start(envs, f"{self.stream}/act/{self.waves}")
+    def initial_state(self, envs: int) -> Any:
+        if not self.uses_history and not self._samples_actions:
+            return None
+        self.episode_batches += 1
+        return replace(self.init(envs), stream=f"{self.stream}/act/{self.episode_batches}")
 
-    def choose_action(self, logits: Tensor, memory: Any) -> Tensor:
-        """A discrete action of logits `[lanes, envs, actions]`: the likeliest, or a draw where the configuration wants it."""
-        draw = self.cfg.sample_actions and memory.name
-        uniform = self.random.uniform(f"{memory.name}/{memory.time}", logits.shape[1:2]) if draw else None
-        return choose(logits, uniform)
+    def update_state(self, state: Any, action: Tensor, reward: Tensor) -> Any:
+        return state and replace(state, timestep=state.timestep + 1)
 
-    def act(self, obs: Tensor) -> Tensor:
-        """The action at the beginning of an episode."""
-        return self.decide(obs, self.start(obs.shape[1]))
+    def discrete_action(self, logits: Tensor, state: ActingState | None) -> Tensor:
+        """An action of logits `[lanes, envs, actions]`: a sample if the settings say so, else the most likely one."""
+        if not self._samples_actions or state is None or not state.stream:
+            return choose(logits)
+        return choose(logits, self.random.uniform(f"{state.stream}/{state.timestep}", logits.shape[1:2]))
+
+    @property
+    def _samples_actions(self) -> bool:
+        return self.spec.discrete and getattr(self.cfg, "sample_actions", False)
 
     @torch.no_grad()
-    def select_action(self, obs: Tensor, memory: Any = None) -> Tensor:
-        """The action for raw observations; without a memory, that at the beginning of an episode."""
-        return self.within_bounds(self.decide(self.normalize(obs), memory or self.start(obs.shape[1])))
+    def select_action(self, obs: Tensor, state: Any = None) -> Tensor:
+        """The action for raw observations; without a state, that at the start of an episode."""
+        return self.within_bounds(self.act(self.normalize(obs), state))
 
 
 def lane_coefficients(config: Any, spec: Spec) -> Any:
-    """The configuration with each list of numbers turned into a tensor `[lanes]`.
+    """The settings, with each list of one number per lane turned into a tensor `[lanes]`.
 
-    A field declared as a tuple (such as the hidden sizes) is left alone.
+    A field that is declared as a tuple (such as the hidden sizes) stays as it is.
 
     Raises:
         ValueError: a list's length is not the number of lanes.

@@ -1,129 +1,98 @@
-"""DoC: dichotomy of control; cloning conditioned on a latent of the future that may not tell the environment's luck.
+"""DoC: dichotomy of control; cloning conditioned on a latent of the future that carries no information about luck.
 
 Yang, Schuurmans, Abbeel & Nachum, "Dichotomy of Control: Separating What You Can Control from What You Cannot", ICLR 2023
-(arXiv 2210.13435). Conditioning on a return, or on any label of the future, takes luck for skill where the label tells what the
-environment drew. So z is to predict the actions and, given state and action, to carry no information on the next reward and
-state: I((r, s'); z | s, a) = 0. What is left describes how the trajectory was played; the average return of trajectories with
-the same z is what playing so earns, and the best z may be asked for.
+(arXiv 2210.13435). A policy that is conditioned on a return, or on any label of the future, takes luck for skill where the
+label depends on the environment's noise. So z should predict the actions and, given state and action, carry no information
+about the next reward and state: I((r, s'); z | s, a) = 0. Then z describes how a trajectory was played, the average return of
+trajectories with the same z is what playing so earns, and acting may choose the best z.
 
-The constraint is a min-max game: an energy f ascends a contrastive estimate of that information, the posterior q descends it
-with weight beta.
+The constraint is a min-max game. An energy function f maximises a contrastive estimate of that information (it minimises the
+InfoNCE loss); the posterior q minimises it with weight beta (by gradient reversal).
 
-Deviations. The authors' released code does not run, and where it differs from the paper (energy and posterior *share* the
-loss, the prior never learns, the value shapes z, the latent is not chosen) this is the paper's. Networks are those of
-`offrl.agents.vae_bc`. The estimate is bounded (the positive is among the batch's negatives, one step of every window), and f
-is a sum f0(r, s' | s, a) + f1(r, s' | s, a, z) of inner products: f0 learns on its own, so that f1, which alone the posterior
-plays against, has only the part of z to find, and their difference in loss is the information that is left (`information`).
-beta grows over the first updates, lest a posterior that plays against an ignorant energy forget the actions.
+Deviations. The authors' released code does not run. Where it differs from the paper (energy and posterior *share* the loss, the
+prior never learns, the value shapes z, the latent is not chosen) this file follows the paper. The networks are those of
+`offrl.agents.vae_bc`. The estimate is bounded, because the positive is among the batch's negatives, one timestep of every
+window. f is a sum f0(r, s' | s, a) + f1(r, s' | s, a, z) of inner products: f0 learns by itself, so that f1, the only part the
+posterior plays against, need only model what z adds; the difference of their losses is the remaining information
+(`information`). beta is warmed up, so that an untrained energy function does not drive the posterior to ignore the actions.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from offrl.agents.base import Batch
+from offrl.agents.base import WindowBatch
 from offrl.agents.vae_bc import VAEBC, VAEBCConfig, at_step
-from offrl.nets import MLP, Adam, per_lane
+from offrl.nets import Adam
+from offrl.nets.contrastive import PairCritic, gradient_reversal, info_nce
 
 
 @dataclass
 class DoCConfig(VAEBCConfig):
     beta: float = 2.0  # weight of the constraint
-    beta_warmup: int = 1000  # updates over which it grows, so that the energy knows actions and states before it plays
-    squeeze: float = 0.0  # weight of KL(q || p) in the posterior's own loss; 0: the paper's
-    energy_steps: int = 1  # updates of the energy for one of everything else
-    energy_lr: float = 3e-4
-    energy_size: int = 64  # width of the vectors whose inner product the energy is
-
-
-class Energy(nn.Module):
-    """f_ij = <phi(context_i), psi(outcome_j)> / sqrt(size) for all pairs of a batch."""
-
-    def __init__(
-        self, name: str, seeds: Sequence[int], context: int, outcome: int, hidden: Sequence[int], size: int
-    ) -> None:
-        super().__init__()
-        self.phi = MLP(seeds, [context, *hidden, size], name=f"doc/{name}/phi")
-        self.psi = MLP(seeds, [outcome, *hidden, size], name=f"doc/{name}/psi")
-
-    def forward(self, context: Tensor, outcome: Tensor) -> Tensor:
-        """`[lanes, batch, batch]`."""
-        phi, psi = self.phi(context), self.psi(outcome)
-        return phi @ psi.transpose(1, 2) / math.sqrt(phi.shape[-1])
+    beta_warmup: int = 1000  # updates over which beta grows linearly to its value
+    posterior_kl_weight: float = 0.0  # weight of KL(q || p) in the posterior's own loss (0 = the paper's)
+    energy_steps: int = 1  # updates of the energy function per update of the other networks
+    energy_lr: float = 3e-4  # learning rate of the energy function
+    energy_size: int = 64  # width of the vectors whose inner product the energy function is
 
 
 class DoC(VAEBC):
     """min_{pi, q} E [-log pi(a_t | s_t, z)] subject to I((r_t, s_{t+1}); z | s_t, a_t) = 0."""
 
     Config = DoCConfig
+    renamed_settings: ClassVar[dict[str, str]] = {"squeeze": "posterior_kl_weight"}
+    cfg: DoCConfig
+    value_shapes_latent = False
 
     def build(self) -> None:
         super().build()
         spec, cfg = self.spec, self.cfg
-        known, outcome = spec.obs_dim + 1 + spec.action_dim, spec.obs_dim + 1
-        shape = cfg.hidden, cfg.energy_size
-        self.energy_base = Energy("base", spec.seeds, known, outcome, *shape)
-        self.energy = Energy("energy", spec.seeds, known + cfg.latent_size, outcome, *shape)
+        context, outcome = spec.obs_dim + 1 + spec.action_dim, spec.obs_dim + 1  # (s, time, a) and (r, s')
+        sizes = cfg.hidden, cfg.energy_size
+        self.energy_base = PairCritic(spec.seeds, context, outcome, *sizes, name="doc/base")
+        self.energy = PairCritic(spec.seeds, context + cfg.latent_size, outcome, *sizes, name="doc/energy")
         self.energy_learnt = [*self.energy_base.parameters(), *self.energy.parameters()]
-        self.squeezed = isinstance(cfg.squeeze, Tensor) or cfg.squeeze > 0
         self.energy_optimizer = Adam(self.energy_learnt, cfg.energy_lr)
+        self.has_posterior_kl = isinstance(cfg.posterior_kl_weight, Tensor) or cfg.posterior_kl_weight > 0
 
-    def seen(self, x: Tensor) -> Tensor:
-        """Value and prior learn what z means and what it is worth; they don't shape it."""
-        return x.detach()
-
-    def one_step(self, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
-        """(s_t, a_t) and (r_t, s_{t+1}), `[lanes, batch, ...]`, of one step of every window, each as likely as the others."""
-        assert batch.valid is not None
+    def sample_steps(self, batch: WindowBatch, stream: str) -> tuple[Tensor, Tensor]:
+        """Context (s_t, a_t) and outcome (r_t, s_{t+1}), `[lanes, batch, ...]`, of one random valid timestep per window."""
         steps = batch.valid.sum(-1)
-        step = (self.random.uniform(name, steps.shape[1:]).to(steps.dtype) * steps).long()
+        step = (self.random.uniform(stream, steps.shape[1:]).to(steps.dtype) * steps).long()
         step = torch.minimum(step, steps.long() - 1)
-        context = torch.cat([self.states(batch), self.encoded(batch.action)], -1)
+        context = torch.cat([self.states(batch), self.encode_action(batch.action)], -1)
         outcome = torch.cat([(batch.reward * self.reward_scale).unsqueeze(-1), batch.next_obs], -1)
         return at_step(context, step), at_step(outcome, step)
 
-    def contrastive_losses(self, batch: Batch, z: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Losses `[lanes]` of f0 and of f0 + f1, the latter without a gradient to f0."""
-        context, outcome = self.one_step(batch, name)
+    def contrastive_losses(self, batch: WindowBatch, z: Tensor, stream: str) -> tuple[Tensor, Tensor]:
+        """InfoNCE losses `[lanes]` of f0 and of f0 + f1, the latter without a gradient of f0."""
+        context, outcome = self.sample_steps(batch, stream)
         base = self.energy_base(context, outcome)
-        return contrast(base), contrast(base.detach() + self.energy(torch.cat([context, z], -1), outcome))
+        return info_nce(base), info_nce(base.detach() + self.energy(torch.cat([context, z], -1), outcome))
 
-    def losses(self, batch: Batch, q: Tensor, z: Tensor) -> dict[str, Tensor]:
+    def losses(self, batch: WindowBatch, q: Tensor, z: Tensor) -> dict[str, Tensor]:
         losses = super().losses(batch, q, z)
-        if self.squeezed:
-            losses["squeeze"] = self.cfg.squeeze * self.divergence(
-                batch, q, self.prior(self.states(batch)[:, :, 0]).detach()
-            )
+        if self.has_posterior_kl:
+            prior = self.prior(self.states(batch)[:, :, 0]).detach()
+            losses["posterior_kl"] = self.cfg.posterior_kl_weight * self.divergence(batch, q, prior)
         return losses
 
-    def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
+    def update(self, batch: WindowBatch, phase: int) -> dict[str, Tensor]:
         q = self.posterior(batch)
         z = self.latent.sample(q, self.random, "doc/posterior")
         for i in range(self.cfg.energy_steps - 1):
             base, constraint = self.contrastive_losses(batch, z.detach(), f"doc/step/{i}")
             self.energy_optimizer.step(base + constraint)
         beta = self.cfg.beta * (self.optimizer.count / self.cfg.beta_warmup).clamp(max=1)
-        base, constraint = self.contrastive_losses(batch, reversed_gradient(z, beta), "doc/step")
+        base, constraint = self.contrastive_losses(batch, gradient_reversal(z, beta), "doc/step")
         losses = self.losses(batch, q, z)
         total = torch.stack([*losses.values(), base, constraint]).sum()
         gradients = torch.autograd.grad(total, self.learnt + self.energy_learnt)
         self.optimizer.apply_gradients(gradients[: len(self.learnt)])
         self.energy_optimizer.apply_gradients(gradients[len(self.learnt) :])
-        metrics = losses | {"contrastive_loss": constraint, "information": base - constraint}
-        return {name: value.detach() for name, value in metrics.items()}
-
-
-def contrast(energy: Tensor) -> Tensor:
-    """mean_i [log mean_j exp f_ij - f_ii], `[lanes]`; minus it is a bound, at most log(batch), on the information in f."""
-    partition = energy.logsumexp(-1) - math.log(energy.shape[-1])
-    return (partition - energy.diagonal(dim1=1, dim2=2)).mean(-1)
-
-
-def reversed_gradient(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` itself, whose gradient comes back times -weight."""
-    return x.detach() - (per_lane(weight, x.ndim - 1) if weight.ndim else weight) * (x - x.detach())
+        return losses | {"contrastive_loss": constraint, "information": base - constraint}

@@ -1,61 +1,62 @@
-"""DT: offline RL as sequence modelling; a causal transformer continues (return-to-go, state, action) with the next action.
+"""DT: decision transformer; a causal transformer predicts the action from past (return-to-go, state, action) tokens.
 
 Chen et al., "Decision Transformer: Reinforcement Learning via Sequence Modeling", NeurIPS 2021 (arXiv 2106.01345); authors'
 code kzl/decision-transformer, folder `gym/`, whose model and update these are: GPT-2 blocks (layer norm first, ReLU) without
-position embedding; the three tokens of a step share a learned embedding of its place in the episode; layer norm and dropout
-before the first block. The policy is prompted with the return that it should get and told how much of it is left.
+position embedding; the three tokens of a timestep share a learned embedding of its place in the episode; layer norm and dropout
+before the first block. When acting, the first return-to-go is the target return, and rewards are subtracted from it.
 
-Windows are sampled by the authors' law: an episode in proportion to its length, a start uniform over its steps. That is what a
-uniformly drawn row gives.
+The windows have the authors' distribution: an episode in proportion to its length, and a start uniform over its timesteps. A
+uniformly sampled row gives exactly that.
 
-Deviations, none of which changes the law of an update: steps that a window lacks stand behind it, not before it, where
-causality hides them without an attention mask; the last block and the head are computed at the tokens that are asked for,
-and the heads for states and returns, which the authors never train, are gone; dropout's coins come from the lane's counter, at
-a rate of 0.100006. A row whose successor the dataset lacks (a D4RL file's last step before a time limit) is no token here,
+Deviations, none of which changes the distribution of an update: padding stands after the window's timesteps, not before them,
+where causality hides it without an attention mask; the last block and the head are computed at the tokens that are asked for,
+and the heads for states and returns, which the authors never train, are left out; dropout uses the lane's random numbers, at
+a rate of 0.100006. A row whose successor the dataset lacks (a D4RL file's last timestep before a time limit) is no token here,
 though its reward is in the returns.
 
-Discrete actions, which the authors' `gym/` has not: one-hot tokens, cross-entropy, the likeliest action (or a sampled one).
+Discrete actions, which the authors' `gym/` lacks: one-hot tokens, cross-entropy, and the most likely action (or a sample).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from offrl.agents.base import Batch, RememberingAgent, Spec
+from offrl.agents.base import ActingState, RecurrentAgent, Spec, WindowBatch
 from offrl.nets import Adam, Drop, categorical_log_prob, dropout, lane_generators, one_hot, per_lane
-from offrl.nets.transformer import Block, KeysValues, LayerNorm, Linear
+from offrl.nets.transformer import Block, LayerNorm, Linear
 
 if TYPE_CHECKING:
     from offrl.data.dataset import OfflineDataset
 
-EVERY, STATES, LAST = slice(None), slice(1, None, 3), slice(-1, None)  # the tokens whose outputs are asked for
+EVERY, STATES, LAST = slice(None), slice(1, None, 3), slice(-1, None)  # tokens whose outputs are computed
 
 
 @dataclass
 class DTConfig:
-    context: int = 20  # K, steps that the policy sees
-    target_return: float | None = None  # return to ask for when acting; None: the dataset's best
-    return_scale: float = 1.0  # multiplies returns-to-go where they enter the network (1e-3 for MuJoCo)
-    embed: int = 128  # width of tokens; the blocks' hidden layers have four times as much
-    layers: int = 3  # blocks
-    heads: int = 1  # of attention
-    dropout: float = 0.1  # of embeddings, attention and the blocks' outputs
-    lr: float = 1e-4
-    warmup: int = 10_000  # updates over which the rate grows
-    weight_decay: float = 1e-4  # of all parameters
-    grad_clip: float = 0.25  # largest norm of the gradient
-    max_length: int = 1000  # steps with an embedding of their own; later ones share the last one's
+    context: int = 20  # K, number of timesteps that the policy sees
+    target_return: float | None = None  # return to condition on when acting; None: the dataset's best return
+    return_scale: float = 1.0  # factor of the returns-to-go that enter the network (1e-3 for MuJoCo)
+    embed: int = 128  # width of the tokens; the blocks' hidden layers are four times as wide
+    layers: int = 3  # number of blocks
+    heads: int = 1  # number of attention heads
+    dropout: float = 0.1  # dropout rate of embeddings, attention and the blocks' outputs
+    lr: float = 1e-4  # learning rate
+    warmup: int = 10_000  # updates of linear warm-up
+    weight_decay: float = 1e-4  # weight decay of all parameters
+    grad_clip: float = 0.25  # maximum norm of the gradient
+    max_length: int = 1000  # number of timesteps with an embedding of their own; later ones share the last one's
     count_padding: bool = False  # average the loss over padding too, so that short windows weigh less (as in CORL)
-    sample_actions: bool = False  # discrete actions: draw from the policy instead of taking the likeliest
+    sample_actions: bool = False  # discrete actions: sample from the policy instead of taking the most likely one
     normalize_obs: bool = True  # standardise observations with the dataset's statistics
 
 
 class Transformer(nn.Module):
-    """Tokens of returns, states and actions, and what follows from them."""
+    """Embeddings of returns, states and actions, the blocks, and the head that predicts actions."""
 
     def __init__(self, spec: Spec, cfg: DTConfig) -> None:
         super().__init__()
@@ -69,55 +70,45 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(seeds, d, cfg.heads, f"dt/{i}") for i in range(cfg.layers))
         self.head = Linear(seeds, d, spec.action_dim, "dt/head")
 
-    def tokens(self, values: dict[Linear, Tensor], timestep: Tensor) -> Tensor:
-        """`[lanes, batch, time * kinds, embed]`: the kinds of values, `[lanes, batch, time, ...]`, of each step in turn.
+    def tokens(self, embedded: Sequence[Tensor], timestep: Tensor) -> Tensor:
+        """The embedded values of each timestep in turn, as tokens `[lanes, batch, time * len(embedded), embed]`.
 
         Args:
-            values: by the layer that embeds them.
-            timestep: `[lanes, batch, time]` places in the episode.
+            embedded: `[lanes, batch, time, embed]` each: some of return, state and action, in this order.
+            timestep: `[lanes, batch, time]` positions in the episode.
         """
-        first_row = torch.arange(len(timestep), device=timestep.device) * self.max_length  # of a lane's table
+        first_row = torch.arange(len(timestep), device=timestep.device) * self.max_length  # of each lane's table
         rows = timestep.clamp(max=self.max_length - 1) + per_lane(first_row, 2)
         time = nn.functional.embedding(rows, self.embed_time.flatten(0, 1))
-        return self.norm_in(torch.stack([embed(x) + time for embed, x in values.items()], 3).flatten(2, 3))
+        return self.norm_in(torch.stack([x + time for x in embedded], 3).flatten(2, 3))
 
-    def forward(
-        self, tokens: Tensor, wanted: slice, past: list[KeysValues] | None = None, drop: Drop | None = None
-    ) -> tuple[Tensor, list[KeysValues]]:
-        """The head's outputs `[lanes, batch, wanted, A]`, and each block's keys and values of all tokens so far."""
-        seen = past[0][0].shape[2] if past else 0
-        count, now = seen + tokens.shape[2], []
-        visible = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()[seen:]
+    def forward(self, tokens: Tensor, wanted: slice, drop: Drop | None = None) -> Tensor:
+        """The head's outputs at the `wanted` tokens, `[lanes, batch, wanted, A]`."""
+        count = tokens.shape[2]
+        visible = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
         x = drop("dt/embed", tokens) if drop else tokens
-        for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
-            x, keys_values = block(x, visible, wanted if last else EVERY, past[i] if past else None, drop)
-            now.append(keys_values)
-        return self.head(self.norm_out(x)), now
+        for block in self.blocks[:-1]:
+            x = block(x, visible, EVERY, drop)
+        x = self.blocks[-1](x, visible, wanted, drop)
+        return self.head(self.norm_out(x))
 
 
-@dataclass
-class Memory:
-    """What acting carries through an episode, of all environments at once.
+@dataclass(kw_only=True)
+class DTState(ActingState):
+    """What acting carries through a batch of episodes.
 
     Attributes:
-        return_to_go: `[lanes, envs]` return that is still to be got.
-        tokens: `[lanes, envs, n, embed]` of the last K - 1 steps.
-        past: each block's keys and values of `tokens` but the last action; empty once a step has left the window.
-        time: steps behind us.
-        seen: `tokens` and `past` with the present return and state, when `select_action` has seen them.
-        name: of the coins that sampled actions toss.
+        return_to_go: `[lanes, envs]` target return minus the rewards so far.
+        history: tokens `[lanes, envs, 3 n, embed]` of the last n < K timesteps.
+        prompt: tokens `[lanes, envs, 2, embed]` of the present return-to-go and observation, which `act` writes.
     """
 
     return_to_go: Tensor
-    tokens: Tensor
-    past: list[KeysValues] = field(default_factory=list)
-    time: int = 0
-    seen: tuple[Tensor, list[KeysValues]] | None = None
-    name: str = ""
+    history: Tensor
+    prompt: Tensor | None = None
 
 
-class DT(RememberingAgent):
+class DT(RecurrentAgent[DTConfig]):
     """pi(. | the last K returns-to-go, states and actions) <- argmin E_D (pi - a)^2."""
 
     Config = DTConfig
@@ -133,101 +124,94 @@ class DT(RememberingAgent):
         target = torch.zeros(spec.lanes, device=spec.device)
         self.register_buffer("target", target if cfg.target_return is None else target + cfg.target_return)
         self.net = Transformer(spec, cfg)
-        rates = {"weight_decay": cfg.weight_decay, "clip": cfg.grad_clip, "warmup": cfg.warmup}
-        self.optimizer = Adam(self.net.parameters(), cfg.lr, **rates)
+        self.optimizer = Adam(
+            self.net.parameters(), cfg.lr, weight_decay=cfg.weight_decay, clip=cfg.grad_clip, warmup=cfg.warmup
+        )
 
-    def setup(self, store: OfflineDataset) -> None:
-        """Ask for the best return among the episodes that ended, unless the configuration names one."""
+    def setup(self, dataset: OfflineDataset) -> None:
+        """Read the best return of a complete episode if the settings name no target."""
         if self.cfg.target_return is None:
-            self.target.fill_(store.best_return)
+            self.target.fill_(dataset.best_return)
 
     # ---- learning ---------------------------------------------------------------------------------------------
 
-    def prompt(self, return_to_go: Tensor, obs: Tensor) -> dict[Linear, Tensor]:
-        """Return-to-go `[lanes, batch, time]` and normalised observations as the network's tokens want them."""
+    def embed_prompt(self, return_to_go: Tensor, obs: Tensor) -> list[Tensor]:
+        """Embeddings of returns-to-go `[lanes, batch, time]` and of normalised observations."""
         scaled = return_to_go * per_lane(self.cfg.return_scale, 2)
-        return {self.net.embed_return: scaled.unsqueeze(-1), self.net.embed_state: obs}
+        return [self.net.embed_return(scaled.unsqueeze(-1)), self.net.embed_state(obs)]
 
-    def taken(self, action: Tensor) -> dict[Linear, Tensor]:
-        """Actions likewise; discrete ones as one-hot vectors."""
+    def embed_action(self, action: Tensor) -> Tensor:
+        """Embeddings of actions; discrete ones are one-hot vectors first."""
         if self.spec.discrete:
             action = one_hot(action, self.spec.action_dim, self.target.dtype)
-        return {self.net.embed_action: action}
+        return self.net.embed_action(action)
 
     def drop(self, name: str, x: Tensor) -> Tensor:
         return dropout(x, self.cfg.dropout, self.random, name)
 
-    def predictions(self, batch: Batch) -> Tensor:
+    def predictions(self, batch: WindowBatch) -> Tensor:
         """The head's outputs at the windows' states, `[lanes, batch, time, A]`, with dropout."""
-        assert batch.return_to_go is not None
-        assert batch.timestep is not None
-        values = self.prompt(batch.return_to_go, batch.obs) | self.taken(batch.action)
-        tokens = self.net.tokens(values, batch.timestep)
+        embedded = [*self.embed_prompt(batch.return_to_go, batch.obs), self.embed_action(batch.action)]
+        tokens = self.net.tokens(embedded, batch.timestep)
         never = isinstance(self.cfg.dropout, float) and self.cfg.dropout == 0
-        return self.net(tokens, STATES, drop=None if never else self.drop)[0]
+        return self.net(tokens, STATES, None if never else self.drop)
 
-    def action_loss(self, batch: Batch) -> Tensor:
-        """`[lanes]`: squared error, or cross-entropy, averaged over the steps that exist and the actions' dimensions."""
-        out, valid = self.predictions(batch), batch.valid
-        assert valid is not None
+    def action_loss(self, batch: WindowBatch) -> Tensor:
+        """`[lanes]`: squared error averaged over action dimensions, or cross-entropy, averaged over the valid timesteps."""
+        out = self.predictions(batch)
         if self.spec.discrete:
             error = -categorical_log_prob(out, batch.action)
         else:
             error = (self.squash(out) - batch.action).square().mean(-1)
-        steps = valid[0].numel() if self.cfg.count_padding else valid.sum((1, 2))
-        return (error * valid).sum((1, 2)) / steps
+        steps = batch.valid[0].numel() if self.cfg.count_padding else batch.valid.sum((1, 2))
+        return (error * batch.valid).sum((1, 2)) / steps
 
-    def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
+    def update(self, batch: WindowBatch, phase: int) -> dict[str, Tensor]:
         loss = self.action_loss(batch)
         self.optimizer.step(loss)
-        return {"action_loss": loss.detach()}
+        return {"action_loss": loss}
+
+    def label(self, batch: WindowBatch) -> Tensor:
+        """The return to go."""
+        return batch.return_to_go[:, :, :1]
 
     # ---- acting -----------------------------------------------------------------------------------------------
 
     def squash(self, out: Tensor) -> Tensor:
-        """The head's outputs as continuous actions, within their box."""
+        """The head's outputs as continuous actions within their bounds."""
         low, high = self.spec.action_low, self.spec.action_high
         return out.tanh() * ((high - low) / 2) + (high + low) / 2
 
-    def start(self, envs: int, name: str = "") -> Memory:
-        """The memory of episodes that begin."""
-        goal = self.target.unsqueeze(1).expand(-1, envs)
-        return Memory(goal, goal.new_zeros(*goal.shape, 0, self.cfg.embed), name=name)
+    def init(self, envs: int) -> DTState:
+        target = self.target.unsqueeze(1).expand(-1, envs)
+        return DTState(return_to_go=target, history=target.new_zeros(*target.shape, 0, self.cfg.embed))
 
-    def label(self, batch: Batch) -> Tensor:
-        """The return to go."""
-        assert batch.return_to_go is not None
-        return batch.return_to_go[:, :, :1]
+    def predicted_return(self, obs: Tensor, state: DTState) -> Tensor:
+        """The target return."""
+        return state.return_to_go
 
-    def promise(self, obs: Tensor, memory: Memory) -> Tensor:
-        """The return that was asked for."""
-        return memory.return_to_go
-
-    def decide(self, obs: Tensor, memory: Memory) -> Tensor:
-        """The action for normalised observations `[lanes, envs, O]`.
-
-        Exactly what full attention over the last K steps gives. While no step has left the window, the keys and values of
-        its tokens stay as they were and new tokens alone are computed; later every key would have to forget the step that
-        left, so the whole window is.
-        """
-        step = torch.full_like(memory.return_to_go, memory.time, dtype=torch.int64).unsqueeze(2)
-        prompt = self.prompt(memory.return_to_go.unsqueeze(2), obs.unsqueeze(2))
-        tokens = torch.cat([memory.tokens, self.net.tokens(prompt, step)], 2)
-        known = memory.past[0][0].shape[2] if memory.past else 0
-        out, past = self.net(tokens[:, :, known:], LAST, memory.past)
-        memory.seen = tokens, past
-        out = out.squeeze(2)
-        if not self.spec.discrete:
-            return self.squash(out)
-        return self.choose_action(out, memory)
+    def act(self, obs: Tensor, state: DTState | None = None) -> Tensor:
+        state = state or self.init(obs.shape[1])
+        prompt = self.embed_prompt(state.return_to_go.unsqueeze(2), obs.unsqueeze(2))
+        state.prompt = self.net.tokens(prompt, self._timestep(state))
+        out = self.net(torch.cat([state.history, state.prompt], 2), LAST).squeeze(2)
+        return self.discrete_action(out, state) if self.spec.discrete else self.squash(out)
 
     @torch.no_grad()
-    def observe(self, memory: Memory, action: Tensor, reward: Tensor) -> Memory:
-        """What the reward took off the return to go, and the action as a token; the oldest step leaves a full window."""
-        assert memory.seen is not None, "observe without select_action before it"
-        tokens, past = memory.seen
-        step = torch.full_like(memory.return_to_go, memory.time, dtype=torch.int64).unsqueeze(2)
-        tokens = torch.cat([tokens, self.net.tokens(self.taken(action.unsqueeze(2)), step)], 2)
-        if tokens.shape[2] == 3 * self.cfg.context:
-            tokens, past = tokens[:, :, 3:], []
-        return Memory(memory.return_to_go - reward, tokens, past, memory.time + 1, name=memory.name)
+    def update_state(self, state: DTState, action: Tensor, reward: Tensor) -> DTState:
+        """Append the timestep's tokens to the history, and forget the oldest timestep when K - 1 follow it."""
+        if state.prompt is None:
+            raise RuntimeError("DT: call select_action before update_state")
+        taken = self.net.tokens([self.embed_action(action.unsqueeze(2))], self._timestep(state))
+        history = torch.cat([state.history, state.prompt, taken], 2)
+        return replace(
+            state,
+            timestep=state.timestep + 1,
+            return_to_go=state.return_to_go - reward,
+            history=history[:, :, 3:] if history.shape[2] == 3 * self.cfg.context else history,
+            prompt=None,
+        )
+
+    def _timestep(self, state: DTState) -> Tensor:
+        """`[lanes, envs, 1]`."""
+        return torch.full_like(state.return_to_go, state.timestep, dtype=torch.int64).unsqueeze(2)

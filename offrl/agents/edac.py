@@ -1,8 +1,8 @@
-"""EDAC: SAC-N with critics that are kept apart, so that few of them are as pessimistic as many.
+"""EDAC: SAC-N with diversified critics, so that few of them are as pessimistic as many.
 
 An, Moon, Kim & Song, "Uncertainty-Based Offline Reinforcement Learning with Diversified Q-Ensemble", NeurIPS 2021 (arXiv
-2110.01548), section 4 and algorithm 1. Out of the data all critics rise in the same direction of the action, and a policy that
-follows them finds no disagreement. The added term makes the directions of dQ_i/da at the data's actions differ.
+2110.01548), section 4 and algorithm 1. Outside the data, critics whose gradients by the action are aligned agree, which the
+policy can exploit. The added term makes the directions of dQ_i/da at the dataset's actions differ.
 
 Deviations: those of `sac_n.py`. The term is the paper's, over all pairs of critics, as in CORL's `edac.py` and the authors'
 first version; their present version takes a random subset of min(N, action dimensions) critics at each step.
@@ -21,13 +21,14 @@ from offrl.agents.sac_n import SACN, SACNConfig
 
 @dataclass
 class EDACConfig(SACNConfig):
-    eta: float = 1.0  # weight of the term that keeps the critics' gradients apart
+    eta: float = 1.0  # weight of the similarity of the critics' gradients
 
 
 class EDAC(SACN):
-    """SAC-N whose critics also minimise the cosines between their gradients by the action."""
+    """SAC-N whose critics also minimise the cosine similarity of their gradients by the action."""
 
     Config = EDACConfig
+    cfg: EDACConfig
 
     def build(self) -> None:
         if self.cfg.members < 2:
@@ -41,15 +42,15 @@ class EDAC(SACN):
             slope: dQ_i/da, `[lanes, members, batch, A]`.
         """
         direction = slope / (torch.linalg.vector_norm(slope, dim=-1, keepdim=True) + 1e-10)
-        # All ordered pairs and the pairs of each with itself: N products instead of N^2.
+        # |sum_i g_i|^2 - sum_i |g_i|^2 is the sum over ordered pairs i != j, from N products instead of N^2.
         pairs = direction.sum(1).square().sum(-1) - direction.square().sum((1, 3))
         return pairs.mean(-1) / (self.cfg.members - 1)
 
     def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """`[lanes]`: SAC-N's squared errors, and eta times the critics' similarity at the data's actions."""
+        """`[lanes]`: SAC-N's squared errors plus eta times the critics' similarity at the dataset's actions."""
         q, slope = self.critics.q_and_grad(batch.obs, batch.action)
         error = (q - target.unsqueeze(1)).square().mean(-1).sum(-1)
         similarity = self.similarity(slope)
-        cosine = similarity.detach() / self.cfg.members  # the mean over pairs
-        metrics = {"critic_loss": error.detach(), "q_data": q.detach().mean((1, 2)), "cosine": cosine}
+        cosine = similarity / self.cfg.members  # the mean over pairs
+        metrics = {"critic_loss": error, "q_data": q.mean((1, 2)), "cosine": cosine}
         return error + self.cfg.eta * similarity, metrics

@@ -1,18 +1,17 @@
-"""IQL: Q-learning that never asks for an action outside the data, then cloning weighted by how good an action was.
+"""IQL: Q-learning on the dataset's actions alone, by expectile regression, and advantage-weighted cloning.
 
-Kostrikov, Nair & Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022 (arXiv 2110.06169). V(s)
-is an upper expectile of Q(s, a) over the dataset's actions, and Q is fitted to r + gamma V(s'): a maximum over actions
-that were taken, without a policy. The policy then clones the data with weights exp(beta (Q - V)).
+Kostrikov, Nair & Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022 (arXiv 2110.06169). V(s) is an
+upper expectile of Q(s, a) over the dataset's actions, and Q regresses to r + gamma V(s'): this approximates a maximum over the
+actions that the dataset contains without asking for any other. The policy clones the data with weights exp(beta (Q - V)).
 
-The step is that of corl-team/CORL `iql.py`, whose numbers most tables quote, and not of the authors'
-ikostrikov/implicit_q_learning. They differ in order (here V(s') and the policy's weights come from V before its step;
-the authors step V first and use it afterwards), in the critics' loss (here a mean over the two, there a sum), in the
-initial weights (theirs are orthogonal), and in what is normalised: states here, rewards there, apart from two datasets
-(see conf/agent/iql.yaml).
+The update is that of corl-team/CORL `iql.py`, the source of most tables' numbers, and not that of the authors'
+ikostrikov/implicit_q_learning. The two differ in four things. Order: here V(s') and the policy's weights come from V before its
+step, there from V after it. Critic loss: here the mean over the two critics, there the sum. Initial weights: the authors' are
+orthogonal. Normalisation: here of states, there of rewards (conf/agent/iql.yaml has the datasets whose rewards are, too).
 
-Deviations from CORL, none of which changes the mathematics: the twin critics are one batched ensemble; dropout's coins
-come from the lane's counter, at rates that are multiples of 2^-16; checkpoints hold the target critics. The rate of the
-actor's schedule is reckoned from the number of the step and not from the rate before it.
+Deviations from CORL, none of which changes the mathematics: the twin critics are one batched ensemble; dropout uses the lane's
+random numbers, at rates that are multiples of 2^-16; checkpoints hold the target critics; the actor's learning rate is a
+function of the step number, not of the previous rate.
 """
 
 from __future__ import annotations
@@ -40,34 +39,31 @@ from offrl.nets import (
 
 @dataclass
 class IQLConfig:
-    expectile: float = 0.7  # of Q over the data's actions that V is: 0.5 their mean, towards 1 their maximum
-    beta: float = 3.0  # inverse temperature of the policy's weights: 0 is cloning
-    max_weight: float = 100.0  # bound of these weights
+    expectile: float = 0.7  # expectile of Q that V regresses to (0.5 = mean, towards 1 = maximum)
+    beta: float = 3.0  # inverse temperature of the policy's weights (0 = cloning)
+    max_weight: float = 100.0  # upper bound of the policy's weights
     discount: float = 0.99  # gamma
-    tau: float = 0.005  # rate of the target critics, which move on every update
-    deterministic: bool = False  # a deterministic policy, by weighted squared error, instead of a Gaussian
-    dropout: float = 0.0  # share of the actor's hidden units that training drops
-    actor_lr: float = 3e-4  # at the first update
-    critic_lr: float = 3e-4
-    value_lr: float = 3e-4
-    actor_decay: int = (
-        1_000_000  # updates over which the actor's rate falls to zero, along half a cosine; 0: it does not
-    )
-    hidden: tuple[int, ...] = (256, 256)  # widths of all hidden layers
+    tau: float = 0.005  # step size of the target critics
+    deterministic: bool = False  # train a deterministic policy by weighted squared error instead of a Gaussian one
+    dropout: float = 0.0  # dropout rate of the actor's hidden layers
+    actor_lr: float = 3e-4  # initial learning rate of the actor
+    critic_lr: float = 3e-4  # learning rate of the critics
+    value_lr: float = 3e-4  # learning rate of V
+    actor_decay: int = 1_000_000  # updates of the actor's cosine decay to a learning rate of zero (0 = constant)
+    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     normalize_obs: bool = True  # standardise observations with the dataset's statistics
 
 
-class IQL(Agent):
+class IQL(Agent[IQLConfig]):
     """V <- expectile of Q, Q <- r + gamma V(s'), pi <- argmax E [exp(beta (Q - V)) log pi(a | s)]."""
 
     Config = IQLConfig
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
-        sizes, box = (spec.obs_dim, spec.action_dim), (spec.action_low, spec.action_high)
-        policy = DeterministicActor if cfg.deterministic else GaussianActor
-        self.actor: DeterministicActor | GaussianActor = policy(spec.seeds, *sizes, cfg.hidden, *box)
-        self.critics = Critics(spec.seeds, *sizes, cfg.hidden, members=2)
+        self.actor: DeterministicActor | GaussianActor
+        self.actor = (DeterministicActor if cfg.deterministic else GaussianActor).of(spec, cfg.hidden)
+        self.critics = Critics.of(spec, cfg.hidden, members=2)
         self.critics_target = make_target(self.critics)
         self.value = MLP(spec.seeds, [spec.obs_dim, *cfg.hidden, 1], name="value")
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr, decay=cfg.actor_decay)
@@ -81,17 +77,22 @@ class IQL(Agent):
         return None if self.cfg.deterministic else self.actor(obs)
 
     def value_loss(self, advantage: Tensor) -> Tensor:
-        """`[lanes]`: mean |t - 1[u < 0]| u^2 of u = Q - V (equation 5), least where V is the t-expectile of Q."""
+        """`[lanes]`: mean of |t - 1[u < 0]| u^2 with u = Q - V (equation 5), smallest where V is the t-expectile of Q."""
         t = per_lane(self.cfg.expectile)
         return (torch.where(advantage < 0, 1 - t, t) * advantage.square()).mean(-1)
 
     def critic_loss(self, batch: Batch, next_value: Tensor) -> Tensor:
-        """`[lanes]`: mean over both critics of the squared error to r + gamma (1 - d) V(s') (equation 6)."""
+        """`[lanes]`: squared error to r + gamma (1 - d) V(s'), averaged over batch and critics (equation 6)."""
         target = batch.reward + batch.mask * per_lane(self.cfg.discount) * next_value
         return (self.critics(batch.obs, batch.action) - target.unsqueeze(1)).square().mean((-2, -1))
 
+    def policy_weight(self, advantage: Tensor) -> Tensor:
+        """`[lanes, batch]`: w = min(exp(beta (Q - V)), max_weight), without a gradient."""
+        weight = (per_lane(self.cfg.beta) * advantage.detach()).exp()
+        return weight.clamp(max=per_lane(self.cfg.max_weight))
+
     def policy_loss(self, batch: Batch, weight: Tensor) -> Tensor:
-        """`[lanes]`: -mean w log pi(a | s), or w times the squared error summed over dimensions (equation 7)."""
+        """`[lanes]`: mean of -w log pi(a | s) (equation 7), or of w |pi(s) - a|^2 for a deterministic policy."""
         if self.cfg.deterministic:
             error = (self.actor(batch.obs, self.drop()) - batch.action).square().sum(-1)
         else:
@@ -100,6 +101,7 @@ class IQL(Agent):
         return (weight * error).mean(-1)
 
     def drop(self) -> Drop | None:
+        """Dropout for the actor's hidden layers; None if the rate is zero."""
         rate = self.cfg.dropout
         if isinstance(rate, float) and rate == 0:
             return None
@@ -118,15 +120,15 @@ class IQL(Agent):
         self.critic_optimizer.step(critic_loss)
         polyak(self.critics_target, self.critics, self.cfg.tau)
 
-        weight = torch.clamp((per_lane(self.cfg.beta) * advantage.detach()).exp(), max=per_lane(self.cfg.max_weight))
+        weight = self.policy_weight(advantage)
         actor_loss = self.policy_loss(batch, weight)
         self.actor_optimizer.step(actor_loss)
         return {
-            "critic_loss": critic_loss.detach(),
-            "value_loss": value_loss.detach(),
-            "actor_loss": actor_loss.detach(),
+            "critic_loss": critic_loss,
+            "value_loss": value_loss,
+            "actor_loss": actor_loss,
             "q": q.mean(-1),
-            "value": value.detach().mean(-1),
+            "value": value.mean(-1),
             "weight": weight.mean(-1),
             "clipped": (weight >= per_lane(self.cfg.max_weight)).to(q.dtype).mean(-1),
         }

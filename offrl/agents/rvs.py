@@ -1,25 +1,25 @@
-"""RvS-R: a feedforward policy conditioned on the return to come.
+"""RvS-R: a feedforward policy conditioned on the return to go.
 
 Emmons, Eysenbach, Kostrikov & Levine, "RvS: What is Essential for Offline RL via Supervised Learning?", ICLR 2022 (arXiv
 2112.10751); authors' code scottemmons/rvs, configuration `gym_rvs_r`. Reward-conditioned RvS regresses actions on the state and
-the average reward still to come, R_t / (H - t), with H the longest episode of the data. Acting asks for the same average at
-every step. With `average: false` the policy sees the return to go itself, and what was earned is taken off, as in the decision
-transformer.
+the average future reward R_t / (H - t), where H is the length of the dataset's longest episode. Acting conditions on the same
+average at every timestep. With `average: false` the policy is conditioned on the return to go itself, and acting subtracts the
+rewards so far, as the decision transformer does.
 
-Deviations: none for continuous actions, which the authors fit, as here, by maximum likelihood under a normal law with a mean
-that nothing bounds and a learnt deviation of each dimension; acting takes the mean. Discrete actions are fitted by
-cross-entropy. The return asked for defaults to the dataset's best (the authors sweep shares of the expert's).
+Deviations: none for continuous actions, which the authors also fit by maximum likelihood under a Gaussian with an unbounded
+mean and a learnt standard deviation per dimension; acting takes the mean. Discrete actions are fitted by cross-entropy. The
+target return defaults to the dataset's best return (the authors sweep fractions of the expert's).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from offrl.agents.base import Batch, RememberingAgent
+from offrl.agents.base import ActingState, Batch, RecurrentAgent
 from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, normal_log_prob, per_lane
 
 if TYPE_CHECKING:
@@ -28,25 +28,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class RvSConfig:
-    target_return: float | None = None  # return to ask for when acting; None: the dataset's best
-    average: bool = True  # condition on R_t / (H - t); false: on R_t, minus what was earned
-    return_scale: float = 1.0  # multiplies what the policy is conditioned on
-    lr: float = 1e-3
-    hidden: tuple[int, ...] = (1024, 1024)  # widths of the policy's hidden layers
-    sample_actions: bool = False  # discrete actions: draw from the policy instead of taking the likeliest
+    target_return: float | None = None  # return to condition on when acting; None: the dataset's best return
+    average: bool = True  # condition on R_t / (H - t); false: on R_t, minus the rewards so far when acting
+    return_scale: float = 1.0  # factor of the conditioning input
+    lr: float = 1e-3  # learning rate
+    hidden: tuple[int, ...] = (1024, 1024)  # widths of the hidden layers
+    sample_actions: bool = False  # discrete actions: sample from the policy instead of taking the most likely one
     normalize_obs: bool = False  # standardise observations with the dataset's statistics
 
 
-@dataclass
-class Memory:
-    """The return still to be got, `[lanes, envs]`, steps behind us, and the name of the coins that actions toss."""
+@dataclass(kw_only=True)
+class RvSState(ActingState):
+    """Acting state with `return_to_go` `[lanes, envs]`: the target return minus the rewards so far."""
 
     return_to_go: Tensor
-    time: int = 0
-    name: str = ""
 
 
-class RvS(RememberingAgent):
+class RvS(RecurrentAgent[RvSConfig]):
     """pi(a | s, R) <- argmax E_D log pi(a_t | s_t, R_t)."""
 
     Config = RvSConfig
@@ -61,28 +59,31 @@ class RvS(RememberingAgent):
         target = torch.zeros(spec.lanes, device=spec.device)
         self.register_buffer("target", target if cfg.target_return is None else target + cfg.target_return)
         self.register_buffer("horizon", torch.ones(()))
-        sizes = spec.obs_dim + 1, spec.action_dim, cfg.hidden
-        self.actor: MLP | GaussianActor = (
-            MLP(spec.seeds, [sizes[0], *cfg.hidden, sizes[1]], name="actor")
-            if spec.discrete
-            else GaussianActor(spec.seeds, *sizes, spec.action_low, spec.action_high, squash=False)
-        )
+        self.actor: MLP | GaussianActor
+        if spec.discrete:
+            self.actor = MLP(spec.seeds, [spec.obs_dim + 1, *cfg.hidden, spec.action_dim], name="actor")
+        else:
+            self.actor = GaussianActor.of(spec, cfg.hidden, extra_inputs=1, squash=False)
         self.optimizer = Adam(self.actor.parameters(), cfg.lr)
 
-    def setup(self, store: OfflineDataset) -> None:
-        """Learn the longest episode, and ask for the best return unless the configuration names one."""
-        self.horizon.fill_(store.steps.max())
+    def setup(self, dataset: OfflineDataset) -> None:
+        """Read the longest episode's length, and the best return if the settings name no target."""
+        self.horizon.fill_(dataset.steps.max())
         if self.cfg.target_return is None:
-            self.target.fill_(store.best_return)
+            self.target.fill_(dataset.best_return)
 
     def goal(self, return_to_go: Tensor, timestep: Tensor | int) -> Tensor:
-        """`[lanes, n, 1]`: what the policy is conditioned on."""
+        """`[lanes, n, 1]`: the conditioning input."""
         if self.cfg.average:
             return_to_go = return_to_go / (self.horizon - timestep).clamp(min=1)
         return (return_to_go * per_lane(self.cfg.return_scale)).unsqueeze(-1)
 
+    def label(self, batch: Batch) -> Tensor:
+        """The conditioning input of each sample."""
+        return self.goal(batch.return_to_go, batch.timestep)
+
     def action_loss(self, batch: Batch) -> Tensor:
-        """`[lanes]`: mean -log pi(a | s, R)."""
+        """`[lanes]`: mean of -log pi(a | s, R)."""
         out = self.actor(torch.cat([batch.obs, self.label(batch)], -1))
         if self.spec.discrete:
             return -categorical_log_prob(out, batch.action).mean(-1)
@@ -92,33 +93,25 @@ class RvS(RememberingAgent):
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         loss = self.action_loss(batch)
         self.optimizer.step(loss)
-        return {"action_loss": loss.detach()}
-
-    def label(self, batch: Batch) -> Tensor:
-        """The return to go, as the policy is told it."""
-        assert batch.return_to_go is not None
-        assert batch.timestep is not None
-        return self.goal(batch.return_to_go, batch.timestep)
+        return {"action_loss": loss}
 
     # ---- acting -----------------------------------------------------------------------------------------------
 
-    def start(self, envs: int, name: str = "") -> Memory:
-        return Memory(self.target.unsqueeze(1).expand(-1, envs), name=name)
+    def init(self, envs: int) -> RvSState:
+        return RvSState(return_to_go=self.target.unsqueeze(1).expand(-1, envs))
 
-    def promise(self, obs: Tensor, memory: Memory) -> Tensor:
-        """The return that was asked for."""
-        return memory.return_to_go
-
-    def decide(self, obs: Tensor, memory: Memory) -> Tensor:
-        """The action for normalised observations `[lanes, envs, O]`."""
-        if self.cfg.average:  # the same average all the time, as the authors have it
+    def act(self, obs: Tensor, state: RvSState | None = None) -> Tensor:
+        state = state or self.init(obs.shape[1])
+        if self.cfg.average:  # the same average at every timestep, as in the authors' code
             goal = self.goal(self.target.unsqueeze(1).expand(obs.shape[:2]), 0)
         else:
-            goal = self.goal(memory.return_to_go, memory.time)
+            goal = self.goal(state.return_to_go, state.timestep)
         out = self.actor(torch.cat([obs, goal], -1))
-        if not self.spec.discrete:
-            return out[0]
-        return self.choose_action(out, memory)
+        return self.discrete_action(out, state) if self.spec.discrete else out[0]
 
-    def observe(self, memory: Memory, action: Tensor, reward: Tensor) -> Memory:
-        return Memory(memory.return_to_go - reward, memory.time + 1, memory.name)
+    def update_state(self, state: RvSState, action: Tensor, reward: Tensor) -> RvSState:
+        return replace(state, timestep=state.timestep + 1, return_to_go=state.return_to_go - reward)
+
+    def predicted_return(self, obs: Tensor, state: RvSState) -> Tensor:
+        """The target return."""
+        return state.return_to_go

@@ -1,15 +1,14 @@
-"""SAC-N: soft actor-critic whose targets take the smallest of N critics.
+"""SAC-N: soft actor-critic with the minimum of N critics as its value.
 
 An, Moon, Kim & Song, "Uncertainty-Based Offline Reinforcement Learning with Diversified Q-Ensemble", NeurIPS 2021 (arXiv
 2110.01548), section 3; the update is that of corl-team/CORL `sac_n.py`, whose scores are the ones to compare with. Where
-critics disagree, which is where the data are thin, the smallest of many is far below the mean: pessimism without a
-term that says so.
+data are scarce the critics disagree, and the minimum of many is far below their mean: that is the method's pessimism.
 
 Deviations from CORL: one sample of the policy serves the temperature's loss and the actor's (as in the authors' code,
-snu-mllab/EDAC; CORL draws two); the log-density is exact where CORL adds 1e-6 inside a logarithm; mean and log
-deviation are the two halves of one layer, which has the same law of initial weights and the same gradients as two layers; the
-critics' first layers start as PyTorch's do, where CORL takes the number of outputs for that of inputs.
-Kept from CORL, unlike the authors' code: temperature, actor and critics step one after the other, each seeing the steps before
+snu-mllab/EDAC; CORL samples two); the log-density is exact where CORL adds 1e-6 inside a logarithm; mean and log std are the
+two halves of one layer, with the same distribution of initial weights and the same gradients as two layers; the critics' first
+layers are initialised as PyTorch's, where CORL uses the number of outputs for that of inputs.
+Kept from CORL, unlike the authors' code: temperature, actor and critics step one after the other, each after the steps before
 it; the authors compute all losses first.
 """
 
@@ -26,18 +25,18 @@ from offrl.nets import Adam, Critics, TanhGaussianActor, make_target, per_lane, 
 
 @dataclass
 class SACNConfig:
-    members: int = 10  # N, critics whose smallest value counts
-    target_entropy: float | None = None  # of the policy, actions in units of half their box; None: minus their number
+    members: int = 10  # N, number of critics
+    target_entropy: float | None = None  # entropy of the policy, actions scaled to [-1, 1]; None: minus their dimension
     discount: float = 0.99  # gamma
-    tau: float = 0.005  # rate of the targets
-    actor_lr: float = 3e-4
-    critic_lr: float = 3e-4
-    alpha_lr: float = 3e-4  # of the temperature's logarithm
-    hidden: tuple[int, ...] = (256, 256, 256)  # widths of all hidden layers
+    tau: float = 0.005  # step size of the target critics
+    actor_lr: float = 3e-4  # learning rate of the actor
+    critic_lr: float = 3e-4  # learning rate of the critics
+    alpha_lr: float = 3e-4  # learning rate of log alpha
+    hidden: tuple[int, ...] = (256, 256, 256)  # widths of the hidden layers
     normalize_obs: bool = False  # standardise observations with the dataset's statistics
 
 
-class SACN(Agent):
+class SACN(Agent[SACNConfig]):
     """max_pi E [min_i Q_i(s, a) - alpha log pi(a|s)], a ~ pi(.|s)."""
 
     Config = SACNConfig
@@ -46,9 +45,8 @@ class SACN(Agent):
         spec, cfg = self.spec, self.cfg
         if cfg.members < 1:
             raise ValueError(f"members={cfg.members} should be at least 1.")
-        sizes, box = (spec.obs_dim, spec.action_dim, cfg.hidden), (spec.action_low, spec.action_high)
-        self.actor = TanhGaussianActor(spec.seeds, *sizes, *box, log_std=(-5.0, 2.0), bias=0.1, last=1e-3)
-        self.critics = Critics(spec.seeds, *sizes, members=cfg.members, bias=0.1, last=3e-3)
+        self.actor = TanhGaussianActor.of(spec, cfg.hidden, log_std=(-5.0, 2.0), bias=0.1, last=1e-3)
+        self.critics = Critics.of(spec, cfg.hidden, members=cfg.members, bias=0.1, last=3e-3)
         self.critics_target = make_target(self.critics)
         self.log_alpha = nn.Parameter(torch.zeros(spec.lanes))
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
@@ -60,14 +58,17 @@ class SACN(Agent):
         return self.actor(obs).median()
 
     def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the squashed policy: the nearest normal distribution, not the policy itself."""
+        """Mean and standard deviation of the squashed policy's actions: the nearest Gaussian, not the policy itself."""
         return self.actor(obs).moments()
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.actor(obs).log_prob(action)
 
     def alpha_gradient(self, log_pi: Tensor) -> Tensor:
-        """`[lanes]`, of -log alpha (log pi(a|s) + target): alpha rises while the policy's entropy is below its target."""
+        """`[lanes]`: gradient by log alpha of -log alpha (log pi(a|s) + target_entropy).
+
+        alpha rises while the policy's entropy is below its target.
+        """
         return -(log_pi.detach().mean(-1) + self.target_entropy)
 
     def actor_loss(
@@ -75,10 +76,10 @@ class SACN(Agent):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`[lanes]`: mean of alpha log pi(a|s) - min_i Q_i(s, a) at the policy's sample."""
         q = self.critics(batch.obs, action, frozen=True)
-        smallest = q.amin(1)
-        loss = (per_lane(alpha) * log_pi - smallest).mean(-1)
-        spread = q.detach().std(1, correction=0).mean(-1)
-        return loss, {"actor_loss": loss.detach(), "q": smallest.detach().mean(-1), "q_std": spread}
+        min_q = q.amin(1)
+        loss = (per_lane(alpha) * log_pi - min_q).mean(-1)
+        q_std = q.std(1, correction=0).mean(-1)
+        return loss, {"actor_loss": loss, "q": min_q.mean(-1), "q_std": q_std}
 
     @torch.no_grad()
     def target_value(self, batch: Batch, alpha: Tensor) -> Tensor:
@@ -88,10 +89,10 @@ class SACN(Agent):
         return batch.reward + batch.mask * per_lane(self.cfg.discount) * next_value
 
     def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """`[lanes]`: sum over the critics of the mean squared error; EDAC adds to it."""
+        """`[lanes]`: mean squared error, summed over the critics; EDAC adds a term."""
         q = self.critics(batch.obs, batch.action)
         loss = (q - target.unsqueeze(1)).square().mean(-1).sum(-1)
-        return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean((1, 2))}
+        return loss, {"critic_loss": loss, "q_data": q.mean((1, 2))}
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
         action, log_pi = self.actor(batch.obs).sample(self.random.normal("policy", batch.action))
@@ -104,4 +105,4 @@ class SACN(Agent):
         critic_loss, more = self.critic_loss(batch, self.target_value(batch, alpha))
         self.critic_optimizer.step(critic_loss)
         polyak(self.critics_target, self.critics, self.cfg.tau)
-        return {**metrics, **more, "alpha": alpha, "entropy": -log_pi.detach().mean(-1)}
+        return {**metrics, **more, "alpha": alpha, "entropy": -log_pi.mean(-1)}

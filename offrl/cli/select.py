@@ -112,7 +112,7 @@ def _rank(
     for run in runs:
         for path in _checkpoints(run.folder, all_checkpoints):
             metadata, agent = checkpoint.metadata(path), load_agent(path, device)
-            if agent.memory(1) is not None:
+            if agent.initial_state(1) is not None:
                 notes.append(f"Left out, it acts by its history: {run.folder.name}.")
                 break
             store = store or _data(metadata, device)

@@ -1,24 +1,27 @@
-"""Batch: sampled rows, the one thing that data and agents have in common."""
+"""Batches: sampled transitions and windows, the interface between data and agents."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Batch:
-    """Sampled rows. All tensors are `[lanes, batch, ...]`, windows `[lanes, batch, time, ...]`.
+    """Sampled transitions. All tensors are `[lanes, batch, ...]`.
 
     Attributes:
         obs, next_obs: `[..., O]` float; action: `[..., A]` float (or `[...]` int64 when discrete).
         reward, mask: `[...]` float; `mask = 1 - termination` multiplies the bootstrap and is 1 at a truncation.
-        index: `[lanes, batch]` int64 row of the dataset that a sample is (windows: its first row); -1 for a synthetic one.
-        next_action, has_next_action: a' of the same episode, and whether it exists (else `next_action` repeats a).
-        return_to_go: undiscounted sum of the episode's rewards from this step on.
-        valid: windows only, 1 where a step exists and 0 in the padding behind the episode's end.
+        index: `[lanes, batch]` int64 row of the dataset that a sample is; -1 for a synthetic one.
+
+    The other fields exist only if the agent lists them in its `batch_fields`:
+        next_action, has_next_action: a' of the same episode, and whether it exists (else `next_action` repeats a);
+            `next_action` asks for both.
+        return_to_go: undiscounted sum of the episode's rewards from this timestep on.
         timestep: int64 position in the episode.
     """
 
@@ -28,17 +31,38 @@ class Batch:
     next_obs: Tensor
     mask: Tensor
     index: Tensor
-    next_action: Tensor | None = None
-    has_next_action: Tensor | None = None
-    return_to_go: Tensor | None = None
-    valid: Tensor | None = None
-    timestep: Tensor | None = None
+    next_action: Tensor = field(init=False)
+    has_next_action: Tensor = field(init=False)
+    return_to_go: Tensor = field(init=False)
+    timestep: Tensor = field(init=False)
 
-    def map(self, function: Any) -> Batch:
-        """Apply `function` to every tensor that is there."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        mapped: dict[str, Any] = {k: None if v is None else function(v) for k, v in values.items()}
-        return Batch(**mapped)
+    @classmethod
+    def of(cls, fields: Mapping[str, Tensor]) -> Self:
+        """A batch with exactly these fields."""
+        batch = cls.__new__(cls)
+        vars(batch).update(fields)
+        return batch
 
-    def __getitem__(self, item: Any) -> Batch:
-        return self.map(lambda tensor: tensor[item])
+    def replace(self, **fields: Tensor) -> Self:
+        """A batch with some fields replaced or added."""
+        return self.of({**vars(self), **fields})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A batch whose fields are `function` of these."""
+        return self.of({name: function(tensor) for name, tensor in vars(self).items()})
+
+    def __getitem__(self, item: Any) -> Self:
+        return self.of({name: tensor[item] for name, tensor in vars(self).items()})
+
+
+@dataclass(eq=False, repr=False)
+class WindowBatch(Batch):
+    """Sampled windows of consecutive timesteps of an episode. All tensors but `index` are `[lanes, batch, time, ...]`.
+
+    Attributes:
+        index: `[lanes, batch]` int64 row of the window's first timestep; -1 in a synthetic window.
+        valid: float, 1 where a timestep exists and 0 in the padding after the episode's end.
+        timestep: always there.
+    """
+
+    valid: Tensor = field(init=False)

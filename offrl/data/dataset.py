@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offrl.data.batch import Batch
+from offrl.data.batch import Batch, WindowBatch
 from offrl.utils.errors import OffrlError
 
 
@@ -236,7 +236,7 @@ class OfflineDataset:
             batch.timestep = rows(self.timesteps)
         return batch
 
-    def windows(self, index: Tensor, length: int, fields: tuple[str, ...] = ()) -> Batch:
+    def windows(self, index: Tensor, length: int, fields: tuple[str, ...] = ()) -> WindowBatch:
         """Gather windows of `length` steps that start at `index` and stop at the episode's end.
 
         Steps behind the end are padding: zeros everywhere, `valid = 0` (and `mask = 0`).
@@ -253,9 +253,8 @@ class OfflineDataset:
             keep = valid.view(*valid.shape, *[1] * (tensor.ndim - valid.ndim))
             return torch.where(keep, tensor, torch.zeros_like(tensor))
 
-        batch = batch.map(padded)
-        batch.index, batch.valid = index, valid.to(self.rewards.dtype)
-        return batch
+        steps_of = vars(batch.map(padded))
+        return WindowBatch.of({**steps_of, "index": index, "valid": valid.to(self.rewards.dtype)})
 
     # ---- whole-store operations -------------------------------------------------------------------------------
 

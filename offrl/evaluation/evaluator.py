@@ -267,23 +267,23 @@ class Evaluator:
         self._all("reset", seeds)
         observation, action, reward, done = (self.arrays[k] for k in ("observation", "action", "reward", "done"))
         returns, lengths = np.zeros(len(done)), np.zeros(len(done), dtype=np.int64)
-        memory = policy.memory(width)
+        state = policy.initial_state(width)
         device, shape = policy.spec.device, (self.lanes, width)
 
         def by_lane(array: Array) -> Tensor:
             return torch.from_numpy(array).to(device, dtype).unflatten(0, shape)
 
-        promise = policy.promise(by_lane(observation), memory)
+        promise = policy.predicted_return(by_lane(observation), state)
         promised = None if promise is None else promise.cpu().numpy()[:, :used]
         while not done.all():
             running = ~done
             obs = by_lane(observation)
-            chosen = policy.select_action(obs, memory)
+            chosen = policy.select_action(obs, state)
             action[...] = chosen.flatten(0, 1).cpu().numpy()
             self._all("step")
             returns[running] += reward[running]
             lengths[running] += 1
-            memory = policy.observe(memory, chosen, by_lane(reward))
+            state = policy.update_state(state, chosen, by_lane(reward))
         return returns.reshape(shape)[:, :used], lengths.reshape(shape)[:, :used], promised
 
     def _all(self, command: str, argument: list[int | None] | None = None) -> None:

@@ -74,7 +74,7 @@ def fitted_q(
         ValueError: an agent acts by its history.
     """
     cfg = cfg or FQEConfig()
-    if any(agent.memory(1) is not None for agent in agents):
+    if any(agent.initial_state(1) is not None for agent in agents):
         raise ValueError("fitted Q evaluation needs policies of the observation alone")
     width = store.action_dim if store.info.discrete is None else store.info.discrete
     at_once = max(1, _ACTION_BYTES // (4 * width * len(store)))

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from offrl.agents.base import Agent
-from offrl.agents.doc import Energy, contrast
 from offrl.data.dataset import OfflineDataset
 from offrl.nets import Adam, one_hot
+from offrl.nets.contrastive import PairCritic, info_nce
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
@@ -116,8 +116,8 @@ def leak(
     centre, spread = some.mean(1, keepdim=True), some.std(1, keepdim=True) + 1e-6
     sizes = context.shape[1], context.shape[1] + some.shape[2]
     nets = [
-        Energy(name, seeds, size, outcome.shape[1], hidden, 32).to(context)
-        for name, size in zip(("probe/base", "probe/told", "probe/dealt"), (sizes[0], sizes[1], sizes[1]))
+        PairCritic(seeds, size, outcome.shape[1], hidden, 32, name=f"doc/probe/{name}").to(context)
+        for name, size in zip(("base", "told", "dealt"), (sizes[0], sizes[1], sizes[1]))
     ]
     optimizer = Adam([p for net in nets for p in net.parameters()], 1e-3, weight_decay=1e-2)
 
@@ -132,7 +132,7 @@ def leak(
         more = [
             base.detach() + net(torch.cat([here, x], -1), there) for net, x in zip(nets[1:], (told, told.roll(1, 1)))
         ]
-        return torch.stack([contrast(base), *(contrast(x) for x in more)])
+        return torch.stack([info_nce(base), *(info_nce(x) for x in more)])
 
     for step in range(1, updates + 1):
         optimizer.step(losses(_draw(random, seen, step, BATCH), step).sum(0))

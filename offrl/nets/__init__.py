@@ -1,4 +1,4 @@
-"""Networks with a lane axis: layers, actors, critics, the optimiser. Each has its own module; their names are here."""
+"""Networks with a lane axis: layers, actors, critics, the optimiser and the Spec that they are built from."""
 
 import warnings
 from typing import Any
@@ -15,8 +15,9 @@ from offrl.nets.actors import (
 )
 from offrl.nets.critics import Critics
 from offrl.nets.lanes import apply_no_compile, lane_generators, no_compile, per_lane
-from offrl.nets.mlp import MLP, Drop, dropout, layer_norm, orthogonal_, relu_mlp_reference
+from offrl.nets.mlp import MLP, Drop, dropout, layer_norm, orthogonal_, pad_hidden_
 from offrl.nets.optim import Adam, clip_by_lane, make_target, polyak
+from offrl.nets.spec import Spec
 
 __all__ = [
     "MLP",
@@ -25,6 +26,7 @@ __all__ = [
     "DeterministicActor",
     "Drop",
     "GaussianActor",
+    "Spec",
     "TanhGaussian",
     "TanhGaussianActor",
     "apply_no_compile",
@@ -39,9 +41,9 @@ __all__ = [
     "normal_log_prob",
     "one_hot",
     "orthogonal_",
+    "pad_hidden_",
     "per_lane",
     "polyak",
-    "relu_mlp_reference",
 ]
 
 # Names of version 0.1; agents outside this package may still import them.

@@ -5,17 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from offrl.nets.mlp import MLP, Drop
+from offrl.nets.spec import Spec
 
 
-class DeterministicActor(nn.Module):
-    """pi(s) = centre + scale * tanh(MLP(s)); the box of actions is [low, high] in every dimension; `options` are `MLP`'s."""
+class _Actor(nn.Module):
+    """An actor that can be built from a Spec."""
+
+    @classmethod
+    def of(cls, spec: Spec, hidden: Sequence[int], extra_inputs: int = 0, **options: Any) -> Self:
+        """An actor of a Spec's observations and actions.
+
+        Args:
+            hidden: widths of the hidden layers.
+            extra_inputs: width of what the policy sees beside the observation, such as a return or a latent.
+            options: further arguments of the class.
+        """
+        obs_dim = spec.obs_dim + extra_inputs
+        return cls(spec.seeds, obs_dim, spec.action_dim, hidden, spec.action_low, spec.action_high, **options)
+
+
+class DeterministicActor(_Actor):
+    """pi(s) = centre + scale * tanh(MLP(s)), actions between `low` and `high`; `options` are those of `MLP`."""
 
     def __init__(
         self,
@@ -32,18 +49,18 @@ class DeterministicActor(nn.Module):
         self.scale, self.centre = (high - low) / 2, (high + low) / 2
 
     def forward(self, obs: Tensor, drop: Drop | None = None) -> Tensor:
-        """`[lanes, batch, obs]` to `[lanes, batch, action]`; `drop` as in `MLP`."""
+        """`[lanes, batch, O]` to `[lanes, batch, A]`; `drop` as in `MLP`."""
         action = self.mlp(obs, drop=drop).tanh()
         return action if self.scale == 1 and self.centre == 0 else action * self.scale + self.centre
 
 
-class GaussianActor(nn.Module):
-    """pi(. | s) = N(mean(s), diag(sigma^2)) with deviations that no state changes.
+class GaussianActor(_Actor):
+    """pi(. | s) = N(mean(s), diag(std^2)) with a state-independent standard deviation, which is learnt.
 
     Args:
-        squash: mean(s) = centre + scale * tanh(MLP(s)), inside the box of actions, which the deviation is measured in as
-            well; otherwise the mean is the MLP's output.
-        log_std: bounds of log sigma, which begins at 0.
+        squash: mean(s) = centre + scale * tanh(MLP(s)), inside the bounds of actions, and std is multiplied by that scale;
+            otherwise the mean is the MLP's output.
+        log_std: bounds of log std, which starts at 0.
     """
 
     def __init__(
@@ -64,7 +81,7 @@ class GaussianActor(nn.Module):
         self.squash, self.bounds = squash, log_std
 
     def forward(self, obs: Tensor, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and deviation, `[lanes, batch, action]` each; `drop` as in `MLP`."""
+        """Mean and standard deviation, `[lanes, batch, A]` each; `drop` as in `MLP`."""
         mean = self.mlp(obs, drop=drop)
         mean = mean.tanh() if self.squash else mean
         std = self.log_std.clamp(*self.bounds).exp().unsqueeze(1) * self.scale
@@ -77,7 +94,7 @@ def normal_log_prob(mean: Tensor, std: Tensor, x: Tensor) -> Tensor:
 
 
 def categorical_log_prob(logits: Tensor, index: Tensor) -> Tensor:
-    """log softmax(logits)[index], `[..., kinds]` and `[...]` to `[...]`."""
+    """log softmax(logits)[index], `[..., K]` and `[...]` to `[...]`."""
     return logits.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
@@ -86,8 +103,8 @@ class TanhGaussian:
     """The distribution of a = centre + scale tanh(u), u ~ N(mean, exp(log_std)^2), for each dimension of an action.
 
     Attributes:
-        mean, log_std: of u, `[..., A]`.
-        low, high: the box of actions.
+        mean, log_std: mean and log standard deviation of u, `[..., A]`.
+        low, high: bounds of actions.
     """
 
     mean: Tensor
@@ -99,23 +116,23 @@ class TanhGaussian:
         return replace(self, mean=self.mean.detach(), log_std=self.log_std.detach())
 
     def repeated(self) -> TanhGaussian:
-        """With an axis before the action's, along which many actions can be drawn or judged."""
+        """The same with an axis before the action's, along which many actions can be drawn or judged."""
         return replace(self, mean=self.mean.unsqueeze(-2), log_std=self.log_std.unsqueeze(-2))
 
     def median(self) -> Tensor:
-        """The action of the mean u, `[..., A]`, which evaluation takes."""
+        """The action of the mean u, `[..., A]`; evaluation takes it."""
         return self._to_box(self.mean.tanh())
 
     def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Actions `[..., A]` from standard normals of that shape, and the log-density `[...]` of tanh(u).
 
-        That density is of actions in units of half the box, so that entropies don't depend on the box.
+        The density is that of actions in units of half the box, so that entropies don't depend on the box.
         """
         u = self.mean + self.log_std.exp() * noise
         return self._to_box(u.tanh()), self._log_density(noise, u)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """Log-density `[...]` of actions `[..., A]`; those nearer than 1e-6 to the box's edge count as so near."""
+        """Log-density `[...]` of actions `[..., A]`, which are first clipped to a distance of 1e-6 from the bounds."""
         inside = (2 * action - (self.high + self.low)) / (self.high - self.low)
         u = inside.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
         density = self._log_density((u - self.mean) * (-self.log_std).exp(), u)
@@ -130,7 +147,7 @@ class TanhGaussian:
         return (normal - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the actions, `[..., A]` each, by Gauss and Hermite's rule with 32 nodes."""
+        """Mean and standard deviation of the actions, `[..., A]` each, by Gauss-Hermite quadrature with 32 nodes."""
         nodes, weights = (torch.as_tensor(x).to(self.mean) for x in np.polynomial.hermite_e.hermegauss(32))
         weights = weights / weights.sum()
         values = (self.mean.unsqueeze(-1) + self.log_std.exp().unsqueeze(-1) * nodes).tanh()
@@ -139,11 +156,11 @@ class TanhGaussian:
         return self._to_box(mean), variance.sqrt() * ((self.high - self.low) / 2)
 
 
-class TanhGaussianActor(nn.Module):
-    """pi(.|s), a `TanhGaussian` whose mean and log deviation are the two halves of an MLP's output.
+class TanhGaussianActor(_Actor):
+    """pi(.|s), a `TanhGaussian` whose mean and log std are the two halves of an MLP's output.
 
     Args:
-        log_std: bounds of the log deviation.
+        log_std: bounds of log std.
         options: further arguments of `MLP`.
     """
 
@@ -163,22 +180,22 @@ class TanhGaussianActor(nn.Module):
         self.bounds, self.box = log_std, (low, high)
 
     def forward(self, obs: Tensor) -> TanhGaussian:
-        """The distribution at `[lanes, batch, obs]`."""
+        """The distribution at `[lanes, batch, O]`."""
         mean, log_std = self.mlp(obs).chunk(2, -1)
         return TanhGaussian(mean, self.rescale(log_std).clamp(*self.bounds), *self.box)
 
     def rescale(self, log_std: Tensor) -> Tensor:
-        """What is done to the network's log deviation before it is clipped; relatives replace it."""
+        """A transformation of the network's log std before it is clipped; the identity, which subclasses replace."""
         return log_std
 
 
-def one_hot(index: Tensor, kinds: int, dtype: torch.dtype) -> Tensor:
-    """`[..., kinds]` of zeros and, at the index, one; without the look at the values that PyTorch's function takes."""
-    return (index.unsqueeze(-1) == torch.arange(kinds, device=index.device)).to(dtype)
+def one_hot(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """One-hot vectors `[..., size]`; unlike PyTorch's function it does not read the values, so a graph can capture it."""
+    return (index.unsqueeze(-1) == torch.arange(size, device=index.device)).to(dtype)
 
 
 def choose(logits: Tensor, uniform: Tensor | None = None) -> Tensor:
-    """Index of the likeliest kind; with a coin, uniform on [0, 1), a draw from softmax(logits). `[..., kinds]` to `[...]`."""
+    """The most likely category, or with uniform draws on [0, 1) a sample of softmax(logits): `[..., K]` to `[...]`."""
     if uniform is None:
         return logits.argmax(-1)
     return (logits.double().softmax(-1).cumsum(-1)[..., :-1] <= uniform.unsqueeze(-1)).sum(-1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from offrl.nets.mlp import MLP
+from offrl.nets.spec import Spec
 
 
 class Critics(nn.Module):
@@ -26,17 +27,22 @@ class Critics(nn.Module):
         super().__init__()
         self.mlp = MLP(seeds, [obs_dim + action_dim, *hidden, 1], members, name="critics", **options)
 
+    @classmethod
+    def of(cls, spec: Spec, hidden: Sequence[int], members: int = 2, **options: Any) -> Self:
+        """Critics of a Spec's observations and actions."""
+        return cls(spec.seeds, spec.obs_dim, spec.action_dim, hidden, members, **options)
+
     def forward(self, obs: Tensor, action: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
         """`[lanes, members, batch]`, or `[lanes, batch]` of one member; `frozen` as in `MLP`."""
         return self.mlp(torch.cat([obs, action], -1), member, frozen).squeeze(-1)
 
     def q_of_actions(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """`[lanes, members, batch, n]`: n actions `[lanes, batch, n, A]` judged in each state `[lanes, batch, obs]`."""
+        """Q of n actions `[lanes, batch, n, A]` in each state `[lanes, batch, O]`: `[lanes, members, batch, n]`."""
         lanes, batch, n, _ = actions.shape
         obs = obs.unsqueeze(2).expand(lanes, batch, n, -1)
         return self(obs.flatten(1, 2), actions.flatten(1, 2)).unflatten(-1, (batch, n))
 
     def q_and_grad(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Values `[lanes, members, batch]` and dQ_i/da `[lanes, members, batch, A]`, both differentiable by the weights."""
+        """Q `[lanes, members, batch]` and dQ_i/da `[lanes, members, batch, A]`, both differentiable by the weights."""
         q, slope = self.mlp.with_input_gradient(torch.cat([obs, action], -1), first=obs.shape[-1])
         return q.squeeze(-1), slope

@@ -1,4 +1,4 @@
-"""Coefficients and initialisation per lane, and what compilers are kept away from."""
+"""Coefficients and initial random numbers per lane, and the methods that `torch.compile` leaves alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from offrl.utils.random import LaneRandom
 
 
 def lane_generators(seeds: Sequence[int], name: str) -> list[torch.Generator]:
-    """One CPU generator per lane, for initialisation; `name` keeps networks of one lane apart."""
+    """One CPU generator per lane, for initialisation; `name` names the stream, so that networks of one lane differ."""
     start = LaneRandom(seeds).bits(f"init/{name}", 1)[:, 0]
     return [torch.Generator().manual_seed(int(s) & (2**63 - 1)) for s in start]
 
@@ -21,14 +21,14 @@ _NO_COMPILE: list[tuple[type, str]] = []
 
 
 def no_compile(cls: type, name: str) -> None:
-    """Declare a method that a compiler of tensor code has nothing to gain from, or can't read."""
+    """Declare a method that `torch.compile` cannot speed up or cannot read."""
     _NO_COMPILE.append((cls, name))
 
 
 def apply_no_compile() -> None:
-    """Keep the compiler out of what was declared so; for an engine that compiles.
+    """Make `torch.compile` skip the declared methods; engines that compile call this.
 
-    Not done where the methods stand, since that imports the compiler, which would cost every process a second.
+    A decorator at each method would import the compiler, which costs a second, in every process.
     """
     while _NO_COMPILE:
         cls, name = _NO_COMPILE.pop()
@@ -36,5 +36,8 @@ def apply_no_compile() -> None:
 
 
 def per_lane(value: float | Tensor, axes: int = 1) -> Any:
-    """A coefficient ready to multiply `[lanes, ...]` with `axes` further axes: a number stays, `[lanes]` gets axes."""
+    """A coefficient that can multiply `[lanes, ...]` with `axes` further axes.
+
+    A number is returned as it is; a tensor `[lanes]` becomes `[lanes, 1, ...]` with `axes` ones.
+    """
     return value.view(-1, *[1] * axes) if isinstance(value, Tensor) else value

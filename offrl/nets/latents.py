@@ -1,7 +1,7 @@
-"""Latents of a trajectory: a diagonal normal or a categorical distribution, from the outputs of a network.
+"""Distributions of a latent z: a diagonal Gaussian or a categorical one, parametrised by the outputs of a network.
 
-Both give the same four things: the number of outputs they want, a sample that gradients pass, the divergence of two
-distributions, and candidates to choose from.
+Both have the same interface: the number of network outputs, a differentiable sample, the KL divergence of two distributions,
+and candidates among which acting chooses.
 """
 
 from __future__ import annotations
@@ -9,27 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offrl.nets import choose, one_hot, per_lane
+from offrl.nets.actors import choose, one_hot
+from offrl.nets.lanes import per_lane
 from offrl.utils.random import LaneRandom
 
 Candidates = tuple[Tensor, Tensor]
-LOG_STD = (-5.0, 2.0)  # bounds, so that neither density nor gradient runs away
+LOG_STD = (-5.0, 2.0)  # bounds of log std, so that density and gradient stay finite
 
 
 class Gaussian:
-    """z ~ N(mean, diag(std^2)) of `size` dimensions; outputs are means and logarithms of deviations."""
+    """z ~ N(mean, diag(std^2)) with `size` dimensions; the outputs are mean and log std."""
 
     def __init__(self, size: int) -> None:
         self.size, self.outputs = size, 2 * size
 
     @staticmethod
     def moments(outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-deviation."""
+        """Mean and log std."""
         mean, log_std = outputs.chunk(2, -1)
         return mean, log_std.clamp(*LOG_STD)
 
     def sample(self, outputs: Tensor, random: LaneRandom, name: str) -> Tensor:
-        """`[lanes, n, size]`, reparametrised."""
+        """Reparametrised samples `[lanes, n, size]`; `name` names the random stream."""
         mean, log_std = self.moments(outputs)
         return mean + log_std.exp() * random.normal(name, mean)
 
@@ -42,23 +43,23 @@ class Gaussian:
     def candidates(
         self, outputs: Tensor, count: int, least: float | Tensor, random: LaneRandom, name: str
     ) -> Candidates:
-        """`count` draws `[lanes, n, count, size]`, all of them admitted `[lanes, n, count]`."""
+        """`count` samples `[lanes, n, count, size]`, and True `[lanes, n, count]`: all of them are admitted."""
         repeated = outputs.unsqueeze(2).expand(-1, -1, count, -1)
         z = self.sample(repeated, random, name)
         return z, torch.ones_like(z[..., 0], dtype=torch.bool)
 
 
 class Categorical:
-    """z one of `size` kinds, as a one-hot vector; outputs are logits."""
+    """z is a one-hot vector of `size` categories; the outputs are logits."""
 
     def __init__(self, size: int) -> None:
         self.size, self.outputs = size, size
 
     def sample(self, outputs: Tensor, random: LaneRandom, name: str) -> Tensor:
-        """`[lanes, n, size]`; the gradient is that of the probabilities (straight through)."""
-        kind = choose(outputs.detach(), random.uniform(name, outputs.shape[1:-1]))
+        """One-hot samples `[lanes, n, size]`, whose gradient is that of the probabilities (straight-through estimator)."""
+        category = choose(outputs.detach(), random.uniform(name, outputs.shape[1:-1]))
         probability = outputs.softmax(-1)
-        return one_hot(kind, self.size, outputs.dtype) + (probability - probability.detach())
+        return one_hot(category, self.size, outputs.dtype) + (probability - probability.detach())
 
     def divergence(self, q: Tensor, p: Tensor) -> Tensor:
         """KL(q || p), `[lanes, n]`."""
@@ -68,8 +69,8 @@ class Categorical:
     def candidates(
         self, outputs: Tensor, count: int, least: float | Tensor, random: LaneRandom, name: str
     ) -> Candidates:
-        """Every kind `[lanes, n, size, size]`, and which ones have at least the probability `least` `[lanes, n, size]`."""
+        """Every category `[lanes, n, size, size]`, and whether its probability is at least `least` `[lanes, n, size]`."""
         probability = outputs.softmax(-1)
         floor = torch.minimum(probability.amax(-1, keepdim=True), torch.as_tensor(per_lane(least, 2)))
-        kinds = torch.eye(self.size, dtype=outputs.dtype, device=outputs.device)
-        return kinds.expand(*outputs.shape[:2], -1, -1), probability >= floor
+        categories = torch.eye(self.size, dtype=outputs.dtype, device=outputs.device)
+        return categories.expand(*outputs.shape[:2], -1, -1), probability >= floor

@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from offrl.nets.lanes import no_compile, per_lane
 
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
-def make_target(network: nn.Module) -> Any:
-    """A copy that no gradient reaches."""
+
+def make_target(network: NetworkT) -> NetworkT:
+    """A copy without gradients, for a target network."""
     return copy.deepcopy(network).requires_grad_(False)
 
 
 @torch.no_grad()
 def polyak(target: nn.Module, online: nn.Module, tau: float | Tensor) -> None:
-    """target <- (1 - tau) target + tau online; the rate may differ between lanes."""
+    """target <- (1 - tau) target + tau online; tau may be one number per lane."""
     if isinstance(tau, Tensor):
         for slow, fast in zip(target.parameters(), online.parameters()):
             slow.lerp_(fast, per_lane(tau, slow.ndim - 1).to(slow.dtype))
@@ -31,16 +33,16 @@ def polyak(target: nn.Module, online: nn.Module, tau: float | Tensor) -> None:
 class Adam(nn.Module):
     """Adam (Kingma & Ba 2015), or AdamW, as PyTorch computes them, with the moments as buffers of the agent.
 
-    So a checkpoint of the agent holds its optimisers, and the step counts live on the device, where a captured graph
-    can advance them. The rates may differ between lanes.
+    So a checkpoint of the agent holds its optimisers, and the step count lives on the device, where a captured graph
+    can advance it.
 
     Args:
         parameters: tensors `[lanes, ...]`.
-        lr: one rate, or one per lane.
-        weight_decay: decoupled from the gradient, as in AdamW (Loshchilov & Hutter 2019).
-        clip: largest norm of a lane's gradient over all parameters; None: any.
-        warmup: steps over which the rate grows linearly; the n-th has n / warmup of it.
-        decay: steps over which the rate falls to zero along half a cosine; 0: it does not.
+        lr: learning rate, one number or one per lane.
+        weight_decay: coefficient of decoupled weight decay, as in AdamW (Loshchilov & Hutter 2019); may differ by lane.
+        clip: maximum norm of a lane's gradient over all parameters; None: no clipping.
+        warmup: steps of linear warm-up; step n uses n / warmup of the learning rate.
+        decay: steps of cosine decay of the learning rate to zero; 0: none.
     """
 
     count: Tensor
@@ -59,8 +61,8 @@ class Adam(nn.Module):
         super().__init__()
         self.lr, self.betas, self.eps = lr, betas, eps
         self.weight_decay, self.clip, self.warmup, self.decay = weight_decay, clip, warmup, decay
-        self.lane_rates = _lane_pairs(lr, weight_decay)  # read once: a graph can't wait for the host
-        self.targets = [list(parameters)]  # inside a list: they belong to the networks, not to this module
+        self.lane_rates = _lane_pairs(lr, weight_decay)  # read once: a captured graph has no copies to the host
+        self.targets = [list(parameters)]  # inside a list, so that they are not registered as this module's
         for i, p in enumerate(self.targets[0]):
             self.register_buffer(f"mean_{i}", torch.zeros_like(p))
             self.register_buffer(f"square_{i}", torch.zeros_like(p))
@@ -79,7 +81,7 @@ class Adam(nn.Module):
         return self._cached
 
     def step(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss` (one number per lane: lanes are independent, so their sum serves)."""
+        """One descent step on `loss` `[lanes]`; lanes are independent, so the gradient of their sum is that of each."""
         self.apply_gradients(torch.autograd.grad(loss.sum(), self.targets[0]))
 
     @torch.no_grad()
@@ -87,7 +89,7 @@ class Adam(nn.Module):
         """One step along given gradients, in the order of the parameters."""
         if self.clip is not None:
             gradients = clip_by_lane(gradients, self.clip)
-        # The operator goes through memory in order, whatever the strides: a transposed gradient would meet other weights.
+        # The fused operator ignores strides: a transposed gradient would be paired with the wrong weights.
         rows: list[list[Tensor]] = [list(self.targets[0]), [g.contiguous() for g in gradients], *self._moments()]
         self.count.add_(1)
         if not self.lane_rates:
@@ -123,13 +125,13 @@ no_compile(Adam, "_adam")  # one operator: nothing to fuse
 
 
 def _lane_pairs(*values: float | Tensor) -> list[tuple[float, ...]]:
-    """The values of each lane; empty where lanes share them all."""
+    """Each lane's values; empty if all lanes share them."""
     lanes = next((len(value) for value in values if isinstance(value, Tensor)), 0)
     return list(zip(*(v.tolist() if isinstance(v, Tensor) else [v] * lanes for v in values)))
 
 
 def clip_by_lane(gradients: Sequence[Tensor], largest: float | Tensor) -> list[Tensor]:
-    """Gradients `[lanes, ...]`, each lane's scaled down to norm `largest` over them all if it is longer."""
+    """Gradients `[lanes, ...]`, scaled so that the norm of each lane's gradient over all tensors is at most `largest`."""
     norm = torch.stack([g.flatten(1).square().sum(-1) for g in gradients]).sum(0).sqrt()  # [lanes]
     scale = (largest / (norm + 1e-6)).clamp(max=1)  # the 1e-6 of torch.nn.utils.clip_grad_norm_
     return [g * per_lane(scale, g.ndim - 1) for g in gradients]

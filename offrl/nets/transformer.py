@@ -1,4 +1,4 @@
-"""GPT-2's block with a lane axis, and the layers that it is made of.
+"""GPT-2's block with a lane axis, and its layers.
 
 Parameters are `[lanes, ...]`; tokens are `[lanes, batch, tokens, embed]`.
 """
@@ -11,17 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from offrl.nets import Drop, lane_generators, layer_norm
-
-KeysValues = tuple[Tensor, Tensor]  # of the tokens so far, `[lanes, batch, tokens, embed]` each
+from offrl.nets.lanes import lane_generators
+from offrl.nets.mlp import Drop, layer_norm
 
 
 class Linear(nn.Module):
     """x W^T + b of every lane, for inputs with any number of axes between lane and feature.
 
     Args:
-        std: deviation of normal initial weights, beside biases of zero; None: PyTorch's default of `nn.Linear`.
-        name: keeps the initial weights of a lane's layers apart.
+        name: name of the initial weights' random stream, so that a lane's layers differ.
+        std: standard deviation of normal initial weights, with biases of zero; None: PyTorch's default of `nn.Linear`.
     """
 
     def __init__(self, seeds: Sequence[int], fan_in: int, fan_out: int, name: str, std: float | None = None) -> None:
@@ -45,7 +44,7 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis with gain and offset of each lane."""
+    """Layer normalisation over the last axis, with scale and shift per lane."""
 
     def __init__(self, lanes: int, width: int) -> None:
         super().__init__()
@@ -70,31 +69,28 @@ class Block(nn.Module):
         self.mix = linear(embed, embed, "mix")
         self.up, self.down = linear(embed, 4 * embed, "up"), linear(4 * embed, embed, "down")
 
-    def forward(
-        self, x: Tensor, visible: Tensor, wanted: slice, past: KeysValues | None, drop: Drop | None
-    ) -> tuple[Tensor, KeysValues]:
-        """New tokens `[lanes, batch, n, embed]` to outputs at the wanted ones; and the keys and values of all so far.
+    def forward(self, x: Tensor, visible: Tensor, wanted: slice, drop: Drop | None) -> Tensor:
+        """Tokens `[lanes, batch, tokens, embed]` to the outputs at the `wanted` ones.
 
         Args:
-            visible: `[n, tokens]` bool, the tokens, old and new, that each new one may attend to.
+            visible: `[tokens, tokens]` bool, whether the row's token may attend to the column's.
+            drop: dropout, as in `MLP`; None: none.
         """
         normal, keep = self.norm_attention(x), drop or (lambda _, y: y)
         key, value = self.key_value(normal).chunk(2, -1)
-        if past is not None:
-            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         mixed = self.attention(self.query(normal[:, :, wanted]), key, value, visible[wanted], drop)
         x = x[:, :, wanted] + keep(f"{self.name}/attention", self.mix(mixed))
         hidden = self.up(self.norm_mlp(x)).relu()
-        return x + keep(f"{self.name}/mlp", self.down(hidden)), (key, value)
+        return x + keep(f"{self.name}/mlp", self.down(hidden))
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, drop: Drop | None) -> Tensor:
-        """`[lanes, batch, n, embed]`."""
+        """Attention of queries `[lanes, batch, n, embed]` to keys and values `[lanes, batch, tokens, embed]`."""
         lanes_batch = query.shape[:2]
         split = (x.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
         q, k, v = split  # [lanes * batch, heads, tokens, embed / heads]
         if drop is None:
             out = nn.functional.scaled_dot_product_attention(q, k, v, visible)
-        else:  # the fused operator would toss coins of its own
+        else:  # the fused operator would use PyTorch's random numbers, not the lane's
             scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
             weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
             out = drop(f"{self.name}/weights", weights.unflatten(0, lanes_batch)).flatten(0, 1) @ v

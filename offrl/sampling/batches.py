@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +60,4 @@ class BatchLoader:
 
 def _join(parts: list[Batch]) -> Batch:
     """Several batches as one along the batch axis (axis 2 behind updates and lanes)."""
-    first: dict[str, Any] = vars(parts[0])
-    joined: dict[str, Any] = {
-        k: None if v is None else torch.cat([getattr(part, k) for part in parts], 2) for k, v in first.items()
-    }
-    return Batch(**joined)
+    return parts[0].of({name: torch.cat([vars(part)[name] for part in parts], 2) for name in vars(parts[0])})

@@ -1,25 +1,26 @@
 """Engines: turn "draw a batch, update the agent" into many updates per call.
 
-All engines give the numbers of `Eager`, the reference: random draws depend on the update's number alone, so an engine is free
-to draw for many updates at once. `Compiled` and `CudaGraph` may differ from it by rounding.
+All engines give the numbers of `Eager`, the reference: random draws depend on the update's number alone, so an engine may draw
+for many updates at once. `Compiled` and `CudaGraph` may differ from it by rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from offrl.agents.base import Agent
+from offrl.agents.base import Agent, Metrics
 from offrl.data.batch import Batch
 from offrl.nets import apply_no_compile
 from offrl.sampling import BatchLoader
 from offrl.utils.errors import OffrlError
 
-# Gathered batches should stay in the processor's cache until they are used.
+# Size of a chunk of batches that stays in the processor's cache until it is used.
 _CHUNK_BYTES = 1 << 20
 _MAX_CHUNK = 64
 
@@ -28,10 +29,10 @@ class Engine(Protocol):
     """Runs updates."""
 
     def run(self, step: int, updates: int) -> dict[str, Tensor]:
-        """Make updates number `step + 1 ... step + updates`; the last value of each metric, `[lanes]`."""
+        """Make updates number `step + 1 ... step + updates`; the last value of each metric, `[lanes]`, detached."""
 
     def invalidate(self) -> None:
-        """Look at the replay again: a source was replaced."""
+        """Take notice that a source of the loader was replaced."""
 
 
 class Eager:
@@ -40,7 +41,7 @@ class Eager:
     def __init__(self, agent: Agent, loader: BatchLoader, precision: str = "float32") -> None:
         self.agent, self.loader, self.precision = agent, loader, precision
         self.device = torch.device(agent.spec.device)
-        self.update = agent.update
+        self.update: Callable[[Batch, int], Metrics] = self._update
         self.chunk = 0
 
     def run(self, step: int, updates: int) -> dict[str, Tensor]:
@@ -59,7 +60,11 @@ class Eager:
         return metrics
 
     def invalidate(self) -> None:
-        """Nothing to do: every draw asks the replay."""
+        """Nothing to do: every draw reads the loader's sources."""
+
+    def _update(self, batch: Batch, phase: int) -> Metrics:
+        """One update. Its metrics are detached here, so that agents need not and no graph of gradients is kept."""
+        return {name: value.detach() for name, value in self.agent.update(batch, phase).items()}
 
     def _announce(self, first: int, count: int) -> None:
         self.agent.random.look_ahead(first, count)
@@ -68,8 +73,8 @@ class Eager:
         steps = torch.arange(step + 1, step + 1 + count, device=self.device)
         batches = self.agent.prepare(self.loader.draw(self.agent.random, steps))
         if not self.chunk:
-            tensors = [t for t in vars(batches).values() if t is not None]
-            self.chunk = max(1, min(_MAX_CHUNK, _CHUNK_BYTES // sum(t.nbytes for t in tensors)))
+            size = sum(tensor.nbytes for tensor in vars(batches).values())
+            self.chunk = max(1, min(_MAX_CHUNK, _CHUNK_BYTES // size))
         return batches
 
 
@@ -79,10 +84,10 @@ class Compiled(Eager):
     def __init__(self, agent: Agent, loader: BatchLoader, precision: str = "float32") -> None:
         super().__init__(agent, loader, precision)
         apply_no_compile()
-        self.update = torch.compile(agent.update, dynamic=False)
+        self.update = torch.compile(self._update, dynamic=False)
 
     def _announce(self, first: int, count: int) -> None:
-        self.agent.random.look_ahead(first, 0)  # compiled code makes the numbers of one update where they are used
+        self.agent.random.look_ahead(first, 0)  # compiled code makes one update's numbers in place
 
     def run(self, step: int, updates: int) -> dict[str, Tensor]:
         try:
@@ -94,11 +99,11 @@ class Compiled(Eager):
 
 
 class CudaGraph:
-    """Captures whole periods of "draw + update" in one CUDA graph and replays it: no launch cost, no host in the loop.
+    """Captures whole periods of "draw + update" in one CUDA graph and replays it, without launch costs or work of the host.
 
-    Works since an update has no host copy and every random draw reads the update's number from a device tensor, which
-    the graph itself advances. Updates that don't fill a whole graph run eagerly, and so do the first of every phase. Where
-    an agent's phases change for good (a stage of its training is over), another graph is captured.
+    This works because an update has no copy to the host, and every random draw reads the update's number from a device
+    tensor, which the graph itself advances. Updates that don't fill a whole graph run eagerly, and so do the first ones of
+    every phase. When an agent's phases change for good (a training stage is over), another graph is captured.
 
     Args:
         updates_per_launch: updates in one graph, rounded up to whole periods.
@@ -111,8 +116,8 @@ class CudaGraph:
         self.agent = agent
         self.size = -(-updates_per_launch // agent.period) * agent.period
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.phases: list[int] = []  # of the updates that the graph holds
-        self.met: Counter[int] = Counter()  # how often each phase has run eagerly, which fills lazily made buffers
+        self.phases: list[int] = []  # phases of the captured updates
+        self.met: Counter[int] = Counter()  # number of eager updates of each phase, which fill lazily made buffers
         self.metrics: dict[str, Tensor] = {}
 
     def run(self, step: int, updates: int) -> dict[str, Tensor]:
@@ -140,12 +145,12 @@ class CudaGraph:
         return metrics
 
     def _eager_first(self, step: int, phases: list[int]) -> int:
-        """Updates until a period begins, and two periods more where a phase is new."""
+        """Number of updates to make eagerly: to the start of a period, and two periods more if a phase is new."""
         new = 0 if all(self.met[phase] > 1 for phase in phases) else 2 * self.agent.period
         return -step % self.agent.period + new
 
     def invalidate(self) -> None:
-        """Capture again: the graph reads the datasets that it was captured with."""
+        """Capture again: the graph reads the datasets of its capture."""
         self.graph, self.met = None, Counter()
 
     def _capture(self) -> None:
@@ -155,16 +160,16 @@ class CudaGraph:
             self.metrics = self._updates()
 
     def _updates(self) -> dict[str, Tensor]:
-        """`size` updates as the graph holds them, from the update after `agent.random.step` on."""
+        """The captured work: `size` updates that follow update number `agent.random.step`."""
         agent = self.agent
         metrics: dict[str, Tensor] = {}
-        # All batches in one go: launches of small kernels are what an update costs here, and a weighted draw has some twenty.
+        # All batches are drawn at once: the cost here is launches of small kernels, and a weighted draw has some twenty.
         steps = agent.random.step + torch.arange(1, self.size + 1, device=self.eager.device)
         batches = agent.prepare(self.eager.loader.draw(agent.random, steps))
         for i in range(self.size):
             agent.random.step.add_(1)
             with _autocast(self.eager.device, self.eager.precision):
-                metrics |= agent.update(batches[i], self.phases[i])
+                metrics |= self.eager.update(batches[i], self.phases[i])
         return metrics
 
 
@@ -173,7 +178,7 @@ def make_engine(
 ) -> Engine:
     """`eager`, `compile`, `cudagraph`, or `auto`: the graph on a GPU, else eager.
 
-    Eager is the automatic choice on a CPU: there an update is bound by arithmetic, and compiling costs a minute.
+    On a CPU `auto` is eager: there an update is bound by arithmetic, and compiling takes a minute.
     """
     cuda = torch.device(agent.spec.device).type == "cuda"
     if name == "auto":
@@ -190,7 +195,7 @@ def make_engine(
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Matrix products in bfloat16 when asked for; parameters, targets and optimisers stay float32."""
+    """Matrix products in bfloat16 if `precision` says so; parameters, targets and optimisers stay float32."""
     if precision == "float32":
         return contextlib.nullcontext()
     if precision != "bfloat16":

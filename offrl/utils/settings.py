@@ -150,7 +150,8 @@ def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tup
         OffrlError: no such class, an unknown key, a wrong value.
     """
     cls = target_class(settings, base, group)
-    given = {k: v for k, v in settings.items() if k != "_target_"}
+    renamed = getattr(cls, "renamed_settings", {})  # names of earlier versions
+    given = {renamed.get(k, k): v for k, v in settings.items() if k != "_target_"}
     return cls, build(cls.Config, given, f"{group}.", per_lane=True)
 
 

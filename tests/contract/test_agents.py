@@ -37,7 +37,7 @@ compiled_agents = pytest.mark.parametrize(
 SMALL: dict[str, Any] = {"context": 3, "embed": 16, "layers": 1, "warmup": 20, "members": 3, "actions": 2, "suffix": 3}
 SMALL |= {"cluster_updates": 3, "return_updates": 2, "groups": 2, "kinds": 4}  # all of ESPER's stages in a few updates
 # What finds the toy task's optimum, where a default is meant for larger rewards: these terms pull the policy away from it.
-TOY: dict[str, dict[str, Any]] = {"cql": {"cql_alpha": 1.0}, "edac": {"eta": 0.1}, "doc": {"squeeze": 1.0}}
+TOY: dict[str, dict[str, Any]] = {"cql": {"cql_alpha": 1.0}, "edac": {"eta": 0.1}, "doc": {"posterior_kl_weight": 1.0}}
 TOY["esper"] = {"cluster_updates": 150, "return_updates": 250}
 
 
@@ -169,7 +169,7 @@ class _Recorded(CudaGraph):
         this = self
 
         class Graph:
-            def loader(self) -> None:
+            def replay(self) -> None:
                 with _NoHostCopy():
                     this.metrics = this._updates()
 

@@ -141,7 +141,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **VAE_BC,
         "beta": 2.0,
         "beta_warmup": 1000,
-        "squeeze": 0.0,
+        "posterior_kl_weight": 0.0,
         "energy_steps": 1,
         "energy_lr": 3e-4,
         "energy_size": 64,

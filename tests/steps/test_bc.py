@@ -51,9 +51,9 @@ def test_discrete_actions_by_cross_entropy() -> None:
 def test_cloning_remembers_nothing_unless_it_tosses_coins() -> None:
     """So that it can be asked state by state, as fitted Q evaluation does."""
     spec, discrete = Spec(3, 2, (0, 1)), Spec(3, 2, (0, 1), discrete=True)
-    assert BC(spec).memory(4) is None
-    assert BC(discrete).memory(4) is None
+    assert BC(spec).initial_state(4) is None
+    assert BC(discrete).initial_state(4) is None
     drawn = BC(discrete, BCConfig(sample_actions=True))
-    obs, first = torch.randn(2, 64, 3), drawn.memory(64)
-    second = drawn.observe(first, drawn.select_action(obs, first), torch.zeros(2, 64))
+    obs, first = torch.randn(2, 64, 3), drawn.initial_state(64)
+    second = drawn.update_state(first, drawn.select_action(obs, first), torch.zeros(2, 64))
     assert not torch.equal(drawn.select_action(obs, first), drawn.select_action(obs, second))

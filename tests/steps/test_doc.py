@@ -16,13 +16,14 @@ from test_rvs import make_bandit
 from torch import Tensor, nn
 
 from offrl.agents.base import Batch, Spec
-from offrl.agents.doc import DoC, contrast, reversed_gradient
+from offrl.agents.doc import DoC
 from offrl.agents.vae_bc import VAEBC
 from offrl.data.dataset import OfflineDataset
 from offrl.datasets import load
 from offrl.evaluation.evaluator import Evaluator
 from offrl.evaluation.probes import leak, reward_and_state
 from offrl.forge import registry as forge
+from offrl.nets.contrastive import gradient_reversal, info_nce
 from offrl.nets.latents import Categorical, Gaussian
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
@@ -141,10 +142,10 @@ class Plain:
             total = total + base + constraint
             losses |= {"contrastive_loss": constraint, "information": base - constraint}
             self.energy_adam.zero_grad()
-            if self.cfg.squeeze:
+            if self.cfg.posterior_kl_weight:
                 divergences = [self.divergence(y, self.nets["prior"](self.state(r)).detach()) for r, y in zip(rows, q)]
-                losses["squeeze"] = self.cfg.squeeze * torch.stack(divergences).sum() / len(steps)
-                total = total + losses["squeeze"]
+                losses["posterior_kl"] = self.cfg.posterior_kl_weight * torch.stack(divergences).sum() / len(steps)
+                total = total + losses["posterior_kl"]
         self.adam.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(self.learnt, self.cfg.grad_clip)
@@ -203,7 +204,11 @@ def test_updates_equal_a_plain_restatement(
     cls: Any, latent: str, discrete: int | None, box: tuple[float, float]
 ) -> None:
     store = make_store(discrete) if discrete else boxed(make_store(), box)
-    more = {"beta": 1.5, "beta_warmup": 2, "energy_steps": 2, "energy_lr": 1e-2, "squeeze": 0.3} if cls is DoC else {}
+    more = (
+        {"beta": 1.5, "beta_warmup": 2, "energy_steps": 2, "energy_lr": 1e-2, "posterior_kl_weight": 0.3}
+        if cls is DoC
+        else {}
+    )
     agent = make_agent(cls, store, latent=latent, kl_weight=0.7, **more)
     plain = Plain(agent, store)
     assert plain.distance() == 0
@@ -263,7 +268,7 @@ def test_the_posterior_climbs_what_the_energy_descends() -> None:
     batch, beta = windows(agent, store), torch.tensor([0.5, 3.0])
     z = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     energy = list(agent.energy.parameters())
-    with_sign = agent.contrastive_losses(batch, reversed_gradient(z, beta), "step")[1]
+    with_sign = agent.contrastive_losses(batch, gradient_reversal(z, beta), "step")[1]
     without = agent.contrastive_losses(batch, z, "step")[1]
     assert torch.equal(with_sign, without)
     up, *mine = torch.autograd.grad(with_sign.sum(), [z, *energy])
@@ -302,10 +307,10 @@ def test_the_contrastive_bound_equals_the_information_at_the_best_energy() -> No
     )
     ratio = (joint / joint.sum(1, keepdim=True) / joint.sum(0)).log()
     information = (joint * ratio).sum()
-    torch.testing.assert_close(contrast(ratio[x][:, y].unsqueeze(0)), -information.view(1))
-    assert contrast(torch.full((1, 20, 20), 3.0).double()).abs() < 1e-12
+    torch.testing.assert_close(info_nce(ratio[x][:, y].unsqueeze(0)), -information.view(1))
+    assert info_nce(torch.full((1, 20, 20), 3.0).double()).abs() < 1e-12
     torch.testing.assert_close(
-        contrast(1e3 * torch.eye(20).double().unsqueeze(0)), torch.tensor([-math.log(20)]).double()
+        info_nce(1e3 * torch.eye(20).double().unsqueeze(0)), torch.tensor([-math.log(20)]).double()
     )
 
 
@@ -346,14 +351,14 @@ def test_an_unlikely_kind_is_no_candidate() -> None:
         agent.value.weights[1].abs_()
         agent.value.weights[2].abs_()  # so that what lifts the first layer lifts the value
         agent.prior.biases[-1][0] = torch.tensor([0.0, 0.5, -30.0])
-        before, promised = agent.select_action(obs), agent.promise(obs, agent.memory(5))
+        before, promised = agent.select_action(obs), agent.predicted_return(obs, agent.initial_state(5))
         agent.value.weights[0][0, :, -1] += 50.0  # the last input is the last kind
         assert torch.equal(agent.select_action(obs), before)
-        assert torch.equal(agent.promise(obs, agent.memory(5)), promised)
+        assert torch.equal(agent.predicted_return(obs, agent.initial_state(5)), promised)
         agent.prior.biases[-1][0, 2] = 0.0
-        assert (agent.promise(obs, agent.memory(5)) > promised + 1).all()
+        assert (agent.predicted_return(obs, agent.initial_state(5)) > promised + 1).all()
         agent.cfg.least_mass = 1.0  # nothing has so much: the likeliest kinds remain
-        assert agent.promise(obs, agent.memory(5)).isfinite().all()
+        assert agent.predicted_return(obs, agent.initial_state(5)).isfinite().all()
 
 
 @pytest.mark.parametrize("latent", ["categorical", "gaussian"])
@@ -362,10 +367,10 @@ def test_the_latent_in_use_has_the_highest_value(latent: str) -> None:
     store = make_store()
     agent = make_agent(DoC, store, seeds=(0, 1), latent=latent, candidates=50, hold=2)
     obs = store.observations[:4].expand(2, -1, -1)
-    memory = agent.memory(4)
+    memory = agent.initial_state(4)
     agent.select_action(obs, memory)
     state = agent.state(obs, 0)
-    z, _ = agent.latent.candidates(agent.prior(state), 50, 0.0, agent.random, f"{memory.name}/latent/0")
+    z, _ = agent.latent.candidates(agent.prior(state), 50, 0.0, agent.random, f"{memory.stream}/latent/0")
     values = torch.stack([agent.values(state, z[:, :, i]) for i in range(z.shape[2])], -1)
     assert (values.std(-1) > 0).all()
     torch.testing.assert_close(memory.value, values.max(-1).values)
@@ -373,10 +378,10 @@ def test_the_latent_in_use_has_the_highest_value(latent: str) -> None:
         memory.latent, z.gather(2, values.argmax(-1).view(2, 4, 1, 1).expand(-1, -1, 1, 3))[:, :, 0]
     )
     promised = memory.value * agent.return_std + agent.return_mean
-    torch.testing.assert_close(agent.promise(obs, memory), promised)
-    after = agent.observe(memory, store.actions[:4].expand(2, -1, -1), torch.zeros(2, 4))
+    torch.testing.assert_close(agent.predicted_return(obs, memory), promised)
+    after = agent.update_state(memory, store.actions[:4].expand(2, -1, -1), torch.zeros(2, 4))
     assert after.latent is memory.latent
-    assert agent.observe(after, store.actions[:4].expand(2, -1, -1), torch.zeros(2, 4)).latent is None
+    assert agent.update_state(after, store.actions[:4].expand(2, -1, -1), torch.zeros(2, 4)).latent is None
 
 
 @pytest.mark.parametrize("hold", [1, 2, 3, None])
@@ -384,17 +389,17 @@ def test_a_latent_is_chosen_anew_after_every_so_many_steps(hold: int | None) -> 
     """Again and again: by the state and the time of that step, with numbers of its own; in between it stays what it was."""
     store = make_store()
     agent = make_agent(DoC, store, latent="gaussian", candidates=20, hold=hold)
-    memory, held = agent.memory(3), None
+    state, held = agent.initial_state(3), None
     for t in range(8):
         obs = store.observations[3 * t % 19 : 3 * t % 19 + 3].unsqueeze(0)
         if t == 0 or (hold and t % hold == 0):
-            held = agent.choose_latent(agent.state(obs, t), f"{memory.name}/latent/{t}")
-        action = agent.select_action(obs, memory)
+            held = agent.choose_latent(agent.state(obs, t), f"{state.stream}/latent/{t}")
+        action = agent.select_action(obs, state)
         assert held is not None
-        assert torch.equal(memory.latent, held[0])
-        assert torch.equal(memory.value, held[1])
-        memory = agent.observe(memory, action, torch.zeros(1, 3))
-    assert memory.time == 8
+        assert torch.equal(state.latent, held[0])
+        assert torch.equal(state.value, held[1])
+        state = agent.update_state(state, action, torch.zeros(1, 3))
+    assert state.timestep == 8
 
 
 # ---- bandits --------------------------------------------------------------------------------------------------
@@ -405,8 +410,8 @@ BANDIT: dict[str, Any] = {"latent_size": 4, "suffix": 1, "hidden": (32,), "lr": 
 def play(agent: Any, p: float) -> tuple[Tensor, Tensor]:
     """What each lane's policy earns on average, and what it promises; both exact, `[lanes]`."""
     lanes = agent.spec.lanes
-    obs, memory = torch.ones(lanes, 1, 1), agent.memory(1)
-    promise = agent.promise(obs, memory)[:, 0]
+    obs, memory = torch.ones(lanes, 1, 1), agent.initial_state(1)
+    promise = agent.predicted_return(obs, memory)[:, 0]
     with torch.no_grad():
         share = agent.policy(torch.cat([agent.state(obs, 0), memory.latent], -1)).softmax(-1)[:, 0, 1]
     return p + (1 - 2 * p) * share, promise
@@ -493,7 +498,7 @@ def test_a_gamble_is_declined() -> None:
     settings = {"latent_size": 16, "suffix": 2, "hidden": (64, 64), "lr": 1e-3, "energy_lr": 1e-3}
     agent = learn(DoC, store, tuple(range(5)), 2500, **settings)
     start = store.observations[:1].expand(5, 1, -1)
-    assert (agent.select_action(start, agent.memory(1)) == 2).sum() >= 4
+    assert (agent.select_action(start, agent.initial_state(1)) == 2).sum() >= 4
     rvs = make_rvs(store, tuple(range(5)), hidden=(64, 64), average=False, return_scale=0.2)
-    Eager(rvs, BatchLoader([(store, Uniform(store), 1.0)], 128, None, rvs.extra)).run(0, 800)
-    assert (rvs.select_action(start, rvs.memory(1)) == 0).all()
+    Eager(rvs, BatchLoader([(store, Uniform(store), 1.0)], 128, None, rvs.batch_fields)).run(0, 800)
+    assert (rvs.select_action(start, rvs.initial_state(1)) == 0).all()

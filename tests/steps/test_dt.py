@@ -265,28 +265,27 @@ def full_attention(agent: DT, lane: int, env: int, played: list[tuple[Tensor, Te
 @pytest.mark.parametrize("discrete", [None, 3])
 @pytest.mark.parametrize("context", [1, 4])
 def test_acting_equals_full_attention_over_the_last_steps(discrete: int | None, context: int) -> None:
-    """With cached keys at first, with a window that slides later, and beyond the table of timesteps."""
+    """With a window that fills up at first and slides later, and beyond the table of timesteps."""
     store = make_store(discrete) if discrete else boxed(make_store(), (-1, 1) if context == 1 else BOXES[1])
     agent = make_agent(store, seeds=(0, 1), context=context, target_return=[3.0, 5.0])
     agent.target.copy_(torch.tensor([3.0, 5.0]))
     generator = torch.Generator().manual_seed(2)
-    goal, memory = agent.target.unsqueeze(1).expand(2, 3), agent.memory(3)
+    goal, state = agent.target.unsqueeze(1).expand(2, 3), agent.initial_state(3)
     played: list[tuple[Tensor, Tensor, Tensor]] = []
     for _ in range(12):
         obs = torch.randn(2, 3, 3, generator=generator).double()
-        action = agent.select_action(obs, memory)
-        assert torch.equal(action, agent.select_action(obs, memory))  # asking twice does no harm
+        action = agent.select_action(obs, state)
+        assert torch.equal(action, agent.select_action(obs, state))  # asking twice does no harm
         played.append((goal, obs, action))
         for lane, env in ((0, 0), (1, 2)):
             out = full_attention(agent, lane, env, played)
             expected = out.argmax(-1) if discrete else Box(agent.spec).squash(out)
             torch.testing.assert_close(action[lane, env], expected, rtol=0, atol=1e-12)
         reward = torch.randn(2, 3, generator=generator).double()
-        memory = agent.observe(memory, action, reward)
+        state = agent.update_state(state, action, reward)
         goal = goal - reward
-        torch.testing.assert_close(memory.return_to_go, goal)
-        cached = memory.past[0][0].shape[2] if memory.past else 0
-        assert cached == (3 * len(played) - 1 if len(played) < context else 0)
+        torch.testing.assert_close(state.return_to_go, goal)
+        assert state.history.shape[2] == 3 * min(len(played), context - 1)
 
 
 def test_acting_follows_the_data_it_was_trained_on() -> None:
@@ -295,12 +294,12 @@ def test_acting_follows_the_data_it_was_trained_on() -> None:
     agent = make_agent(store, dropout=0.0)
     expected = agent.squash(agent.predictions(windows(agent, store, [0, 4])))
     agent.target.copy_(store.returns[0])
-    memory = agent.memory(1)
+    state = agent.initial_state(1)
     for t in range(4):
-        action = agent.select_action(store.observations[t].view(1, 1, -1), memory)
+        action = agent.select_action(store.observations[t].view(1, 1, -1), state)
         torch.testing.assert_close(action[0, 0], expected[0, 0, t], rtol=0, atol=1e-12)
-        memory = agent.observe(memory, store.actions[t].view(1, 1, -1), store.rewards[t].view(1, 1))
-    assert memory.return_to_go.abs() < 1e-12
+        state = agent.update_state(state, store.actions[t].view(1, 1, -1), store.rewards[t].view(1, 1))
+    assert state.return_to_go.abs() < 1e-12
 
 
 def test_the_default_target_is_the_best_complete_return() -> None:
@@ -323,7 +322,7 @@ def test_lanes_ask_for_their_own_return() -> None:
     agent.target.copy_(torch.tensor([1.0, 30.0]))
     obs = torch.ones(2, 3, 3).double()
     action = agent.select_action(obs)
-    torch.testing.assert_close(action, agent.select_action(obs, agent.memory(3)))
+    torch.testing.assert_close(action, agent.select_action(obs, agent.initial_state(3)))
     torch.testing.assert_close(action[0, 0], action[0, 2])
     assert not torch.allclose(action[0], action[1])
 
@@ -352,7 +351,7 @@ def test_a_higher_target_picks_the_better_action(discrete: bool) -> None:
     obs = store.observations[:50].expand(2, -1, -1)
     for target in (1.0, 0.0):
         agent.target.fill_(target)
-        action = agent.select_action(obs, agent.memory(50))
+        action = agent.select_action(obs, agent.initial_state(50))
         assert (action - (target if discrete else target - 0.5)).abs().max() < 0.15
 
 
@@ -362,10 +361,10 @@ def test_sampled_actions_follow_the_policy() -> None:
     agent = make_agent(store, sample_actions=True)
     obs = store.observations[:1].expand(1, 4000, -1)
     twin = copy.deepcopy(agent)
-    first = agent.select_action(obs, agent.memory(4000))
-    assert torch.equal(first, twin.select_action(obs, twin.memory(4000)))
-    assert not torch.equal(first, agent.select_action(obs, agent.memory(4000)))
+    first = agent.select_action(obs, agent.initial_state(4000))
+    assert torch.equal(first, twin.select_action(obs, twin.initial_state(4000)))
+    assert not torch.equal(first, agent.select_action(obs, agent.initial_state(4000)))
     out = full_attention(agent, 0, 0, [(agent.target.unsqueeze(1), obs, torch.zeros(1, 1, dtype=torch.int64))])
     shares = torch.stack([(first == kind).double().mean() for kind in range(3)])
     torch.testing.assert_close(shares, out.softmax(-1).detach(), rtol=0, atol=0.03)
-    assert agent.select_action(obs).unique().numel() == 1  # without a memory: the likeliest
+    assert agent.select_action(obs).unique().numel() == 1  # without a state: the likeliest

@@ -243,8 +243,8 @@ def test_labels_of_a_gamble_are_the_mean_returns_of_its_actions() -> None:
         # Half of the smallest gap: none can be taken for another. Over eight seeds it was 0.2 to 1.
         assert (means - torch.tensor([-5.0, -2.5, 1.0])).abs().max() < 1.25
     start = store.observations[:1].expand(2, 1, -1)
-    assert agent.select_action(start, agent.memory(1)).tolist() == [[2], [2]]
-    assert (agent.promise(start, agent.memory(1)) - 1).abs().max() < 0.6
+    assert agent.select_action(start, agent.initial_state(1)).tolist() == [[2], [2]]
+    assert (agent.predicted_return(start, agent.initial_state(1)) - 1).abs().max() < 0.6
 
 
 def test_the_adversary_keeps_next_states_out_of_clusters() -> None:

@@ -62,14 +62,14 @@ def test_acting_asks_for_the_same_average_or_for_what_is_left(average: bool, box
     """Of actions, the narrower box cuts some off."""
     store = boxed(make_store(), box)
     agent = make_agent(store, seeds=(0, 1), average=average, target_return=[22.0, 33.0])
-    memory, obs = agent.memory(2), store.observations[:2].expand(2, -1, -1)
-    assert agent.promise(obs, memory).tolist() == [[22, 22], [33, 33]]
+    state, obs = agent.initial_state(2), store.observations[:2].expand(2, -1, -1)
+    assert agent.predicted_return(obs, state).tolist() == [[22, 22], [33, 33]]
     for t in range(3):
         goal = torch.tensor([2.0, 3.0]) if average else torch.tensor([22.0, 33.0]) - 5 * t
         expected = agent.actor(torch.cat([obs, goal.double().view(2, 1, 1).expand(2, 2, 1)], -1))[0].clamp(*box)
         assert (box == (-1, 1)) == (expected.abs() > 0.03).any()
-        torch.testing.assert_close(agent.select_action(obs, memory), expected)
-        memory = agent.observe(memory, expected, torch.full((2, 2), 5.0).double())
+        torch.testing.assert_close(agent.select_action(obs, state), expected)
+        state = agent.update_state(state, expected, torch.full((2, 2), 5.0).double())
 
 
 def test_the_default_target_is_the_best_return() -> None:
