@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 from numpy.typing import ArrayLike
 
 from offrl.results.stats import Array
@@ -147,15 +148,10 @@ def _simulate(
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Rank correlation; ties get their mean rank. NaN for fewer than two values or when one side is constant."""
-    x, y = (_ranks(np.asarray(v, dtype=np.float64).ravel()) for v in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / scale) if scale else math.nan
-
-
-def _ranks(values: Array) -> Array:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if len(x) < 2 or not np.ptp(x) or not np.ptp(y):
+        return math.nan
+    return float(scipy.stats.spearmanr(x, y).statistic)
 
 
 def regret_at(offline: ArrayLike, online: ArrayLike, k: int) -> float:

@@ -197,9 +197,9 @@ def _curve(evaluations: pl.DataFrame) -> Curve:
     )
     # Where most lanes have no evaluation (one of them got further than the rest) a mean would be another curve's.
     steps = steps.filter(2 * pl.col("len") >= pl.col("len").max())
-    half = [stats.t_half_width(std, n) if n > 1 else math.nan for std, n in steps.select("std", "len").iter_rows()]
+    half = stats.t_half_width(steps["std"].cast(pl.Float64).to_numpy(), steps["len"].to_numpy())
     column = {name: steps[name].cast(pl.Float64).to_numpy() for name in ("step", "mean", "low", "high")}
-    return Curve(column["step"], column["mean"], np.asarray(half), column["low"], column["high"])
+    return Curve(column["step"], column["mean"], half, column["low"], column["high"])
 
 
 def _range(column: pl.Series) -> tuple[int, int]:
