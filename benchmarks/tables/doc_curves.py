@@ -28,7 +28,7 @@ from matplotlib.lines import Line2D
 from offrl import results
 from offrl.cli.probe import draw
 from offrl.evaluation import probes
-from offrl.results.figures import STYLE, looks_of
+from offrl.results.style import RC, looks_of
 from offrl.training.runs import dataset_info
 from offrl.utils import checkpoint
 from offrl.utils.paths import replacing
@@ -85,7 +85,7 @@ def draw_returns(found: list[dict[str, Any]]) -> Figure | None:
     decodings = {"sampled": "return, actions sampled", "likeliest": "return, likeliest action"}
     if all(one["sampled"]["obtained"] == one["likeliest"]["obtained"] for _, _, here in sweeps for _, one in here):
         decodings = {"sampled": "return"}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=(max(5.8, 2.9 * len(sweeps)), 0.5 + 2.3 * len(decodings)), layout="constrained")
         panels = figure.subplots(len(decodings), len(sweeps), squeeze=False, sharex="col", sharey="col")
         for column, (title, x_label, here) in zip(panels.T, sweeps):

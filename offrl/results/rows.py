@@ -103,6 +103,15 @@ def read_metrics(paths: Iterable[Path | str]) -> pl.DataFrame:
     return _read_rows(paths, "metrics", METRIC_COLUMNS, _METRIC_KEY)
 
 
+def has_critic(run: Run) -> bool:
+    """Whether the run's agent learns a critic: as its manifest says, or by its metrics where that is older."""
+    if isinstance(stated := run.manifest.get("critic"), bool):
+        return stated
+    with contextlib.suppress(OffrlError):
+        return bool((read_metrics([run.folder])["metric"] == "critic_loss").any())
+    return False
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a run is: updates made and wanted (0: unknown), and updates per second where it has told."""

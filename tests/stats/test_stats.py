@@ -38,7 +38,9 @@ def test_t_interval_in_closed_form():
     cauchy = math.tan(math.pi * 0.475)
     np.testing.assert_allclose(stats.t_interval([1.0, 3.0]), [2 - cauchy, 2 + cauchy], rtol=1e-12)  # std / sqrt(2) = 1
     two = 0.95 * math.sqrt(2 / (1 - 0.95**2))
-    np.testing.assert_allclose(stats.t_interval([-1.0, 0.0, 1.0]), [-two / math.sqrt(3), two / math.sqrt(3)], rtol=1e-12)
+    np.testing.assert_allclose(
+        stats.t_interval([-1.0, 0.0, 1.0]), [-two / math.sqrt(3), two / math.sqrt(3)], rtol=1e-12
+    )
 
 
 def test_half_widths_of_a_curve_are_those_of_its_points():
