@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.functional import one_hot
 from offrl.agents.base import Agent, Spec
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.evaluation.fqe import FQEConfig, fitted_q
+from offrl.nets import Critics
 
 STATES, ACTIONS, GAMMA = 4, 2, 0.8
 # Transition probabilities and rewards of a small random problem; from the last state nothing follows.
@@ -121,6 +123,43 @@ def test_the_behaviours_value_is_its_mean_discounted_return() -> None:
     estimates = fitted_q(store, [Fixed([[0] * 4])], replace(QUICK, updates=1000))
     assert float(estimates.value[0]) == pytest.approx(1 + GAMMA + GAMMA**2, abs=0.02)
     assert float(estimates.soft_opc[0]) == pytest.approx(0, abs=1e-5)  # all episodes are equally good
+
+
+@pytest.mark.parametrize(("updates", "every"), [(10, 5), (11, 5), (10, 3), (10, 1)])
+def test_the_target_is_copied_after_every_so_many_updates(updates: int, every: int) -> None:
+    """A plain restatement of FQE; the last copy may come after the last update, and the TD error is then that of the copy."""
+    store, policy = random_data(400), POLICIES[2]
+    cfg = replace(QUICK, updates=updates, target_every=every, batch_size=32, held_out=0.0, lr=0.05)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    torch.randperm(store.episodes, generator=generator)  # the split of the episodes
+    critic = Critics([cfg.seed], STATES, STATES * ACTIONS, (), members=1)
+    target, optimizer = copy.deepcopy(critic), torch.optim.Adam(critic.parameters(), cfg.lr)
+    mean, std = store.observation_statistics()
+    after = pair(store.next_observations.argmax(-1), torch.tensor(policy)[store.next_observations.argmax(-1)])
+
+    def q(network: Critics, obs: Tensor, action: Tensor) -> Tensor:
+        return network(((obs - mean) / (std + 1e-3))[None], action[None])[0, 0]
+
+    def errors(rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            following = q(target, store.next_observations[rows], after[rows])
+            backup = store.rewards[rows] / store.rewards.std() + GAMMA * (1 - store.terminations[rows]) * following
+        return q(critic, store.observations[rows], store.actions[rows]) - backup
+
+    for update in range(1, updates + 1):
+        loss = errors(torch.randint(len(store), (32,), generator=generator)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if update % every == 0:
+            target.load_state_dict(critic.state_dict())
+    estimates = fitted_q(store, [Fixed([policy])], cfg)
+    start = store.observations.argmax(-1)
+    with torch.no_grad():
+        value = q(critic, store.observations, pair(start, torch.tensor(policy)[start])).mean() * store.rewards.std()
+        error = errors(torch.arange(len(store))).square().mean().sqrt() * store.rewards.std()
+    torch.testing.assert_close(estimates.value[0], value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(estimates.td_error[0], error, atol=1e-5, rtol=1e-5)
 
 
 def test_a_lane_does_not_depend_on_the_others() -> None:
