@@ -243,10 +243,12 @@ def _draw_ranking(panel: Axes, s: Selection) -> None:
 
 
 def _draw_best(panel: Axes, s: Selection) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     panel.plot(s.ks, s.uniform, "o-", markersize=3, color=style.BLUE, label="drawn uniformly")
     style.band(panel, s.ks, s.uniform - s.spread, s.uniform + s.spread, style.BLUE)
     panel.plot(s.ks, s.selected, "s--", markersize=3, color=style.ORANGE, label="chosen by the estimates")
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set(xlabel="configurations evaluated", ylabel=f"best {s.scale}")
     panel.legend(frameon=False, fontsize=6)
 
