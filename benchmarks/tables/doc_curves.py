@@ -1,4 +1,4 @@
-"""Returns over stochasticity, predicted returns and label leakage of the dichotomy-of-control recipes: figures, a Markdown table.
+"""Returns over stochasticity, predicted returns and label leakage of the dichotomy-of-control recipes: figures and a table.
 
     offrl train experiment=dichotomy_of_control/bandit         # and lake, gambling; %BC: agent=bc sampler=top_percent
     python benchmarks/tables/doc_curves.py runs --out docs/img
