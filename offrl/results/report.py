@@ -77,8 +77,10 @@ def show_tables(made: Report) -> None:
     console = Console()
     for table in tables.all_tables(made):
         console.print(tables.layout(table), soft_wrap=True)
-    for line in [*tables.legend(made), *made.notes]:
+    for line in tables.legend(made):
         console.print(line, style="dim", markup=False, highlight=False)
+    for line in made.notes:
+        console.print(line, markup=False, highlight=False)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------

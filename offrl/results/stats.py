@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 Tasks = Sequence[Array]
 
-# Resamples are drawn in blocks so that comparing all pairs of runs stays within tens of megabytes.
+# Resamples per block, so that comparing all pairs of runs needs tens of megabytes only.
 _BLOCK = 256
 
 
@@ -69,7 +69,7 @@ def task_mean(tasks: Tasks) -> Array:
 
 
 def optimality_gap(tasks: Tasks, gamma: float = 100.0) -> Array:
-    """By how much the runs fail to reach `gamma`: gamma - mean(min(score, gamma)), tasks weighing the same."""
+    """Mean shortfall of the runs below `gamma`: gamma - mean(min(score, gamma)); every task weighs the same."""
     return gamma - task_mean([np.minimum(np.asarray(x, dtype=np.float64), gamma) for x in tasks])
 
 

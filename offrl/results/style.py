@@ -42,16 +42,19 @@ def looks_of(methods: Sequence[str]) -> dict[str, tuple[str, Any]]:
 
 
 @contextmanager
-def sheet(down: int, across: int, size: tuple[float, float], **options: Any) -> Iterator[tuple[Figure, Any]]:
+def sheet(
+    down: int, across: int, size: tuple[float, float], rc: dict[Any, Any] = RC, **options: Any
+) -> Iterator[tuple[Figure, Any]]:
     """A new figure of `size` inches and its panels, an array `[down, across]`; draw inside the `with`.
 
     Args:
+        rc: settings of Matplotlib.
         options: options of `Figure.subplots`.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context(rc):
         figure = Figure(figsize=size, layout="constrained")
         yield figure, figure.subplots(down, across, squeeze=False, **options)
 
@@ -72,6 +75,13 @@ def tidy(panel: Axes, grid: str = "y") -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis=grid, color="0.9", linewidth=0.6)  # type: ignore[arg-type]
     panel.set_axisbelow(True)
+
+
+def label(panel: Axes, title: str, x: str, y: str) -> None:
+    """A bold title at the left, and the names of the axes."""
+    panel.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    panel.set(xlabel=x, ylabel=y)
+    tidy(panel, grid="both")
 
 
 def band(panel: Axes, x: Any, low: Any, high: Any, colour: str) -> None:
