@@ -93,8 +93,8 @@ def bandit_curve(
         k: number of policies in a trial, drawn without replacement (at most all).
         trials: number of simulations for the mean.
         pools: number of resampled sets of policies (and of episodes within each) for the interval; 0: no interval.
-        alpha: factor in the bonus sqrt(alpha ln t / n). The released value 2 goes with scores around 100: after every policy was
-            tried once the bandit is nearly greedy. On UCB's scale of scores in [0, 1] the equivalent is 2e4.
+        alpha: factor in the bonus sqrt(alpha ln t / n). The released value 2 goes with scores around 100: after every policy
+            was tried once the bandit is nearly greedy. On UCB's scale of scores in [0, 1] the equivalent is 2e4.
     """
     rng = np.random.default_rng(seed)
     rows = [np.asarray(row, dtype=np.float64).ravel() for row in episodes]
