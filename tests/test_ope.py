@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from offrl.agents.base import Agent, Spec
@@ -125,43 +126,6 @@ def test_the_behaviours_value_is_its_mean_discounted_return() -> None:
     assert float(estimates.soft_opc[0]) == pytest.approx(0, abs=1e-5)  # all episodes are equally good
 
 
-@pytest.mark.parametrize(("updates", "every"), [(10, 5), (11, 5), (10, 3), (10, 1)])
-def test_the_target_is_copied_after_every_so_many_updates(updates: int, every: int) -> None:
-    """A plain restatement of FQE; the last copy may come after the last update, and the TD error is then that of the copy."""
-    store, policy = random_data(400), POLICIES[2]
-    cfg = replace(QUICK, updates=updates, target_every=every, batch_size=32, held_out=0.0, lr=0.05)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    torch.randperm(store.episodes, generator=generator)  # the split of the episodes
-    critic = Critics([cfg.seed], STATES, STATES * ACTIONS, (), members=1)
-    target, optimizer = copy.deepcopy(critic), torch.optim.Adam(critic.parameters(), cfg.lr)
-    mean, std = store.observation_statistics()
-    after = pair(store.next_observations.argmax(-1), torch.tensor(policy)[store.next_observations.argmax(-1)])
-
-    def q(network: Critics, obs: Tensor, action: Tensor) -> Tensor:
-        return network(((obs - mean) / (std + 1e-3))[None], action[None])[0, 0]
-
-    def errors(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            following = q(target, store.next_observations[rows], after[rows])
-            backup = store.rewards[rows] / store.rewards.std() + GAMMA * (1 - store.terminations[rows]) * following
-        return q(critic, store.observations[rows], store.actions[rows]) - backup
-
-    for update in range(1, updates + 1):
-        loss = errors(torch.randint(len(store), (32,), generator=generator)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if update % every == 0:
-            target.load_state_dict(critic.state_dict())
-    estimates = fitted_q(store, [Fixed([policy])], cfg)
-    start = store.observations.argmax(-1)
-    with torch.no_grad():
-        value = q(critic, store.observations, pair(start, torch.tensor(policy)[start])).mean() * store.rewards.std()
-        error = errors(torch.arange(len(store))).square().mean().sqrt() * store.rewards.std()
-    torch.testing.assert_close(estimates.value[0], value, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(estimates.td_error[0], error, atol=1e-5, rtol=1e-5)
-
-
 def test_a_lane_does_not_depend_on_the_others() -> None:
     store, few = random_data(2000), replace(QUICK, updates=50)
     together = fitted_q(store, [Fixed(POLICIES)], few)
@@ -192,6 +156,110 @@ def test_soft_opc_is_larger_where_good_episodes_are_valued() -> None:
     good = store.rewards >= store.rewards.quantile(0.8)
     expected = float(store.rewards[good].mean() - store.rewards.mean())
     assert float(fitted.soft_opc[0]) == pytest.approx(expected, rel=0.15)
+
+
+# ---- what is learnt from, and what is read ------------------------------------------------------------------
+
+
+def episodes(count: int = 20, cut: int = 3) -> OfflineDataset:
+    """Random walks of three steps, as in `random_data`; where one does not end it is cut off."""
+    store = random_data(3 * count)
+    done = store.terminations.clone()
+    done[cut - 1 :: 6] = 1
+    tensors = store.tensors()
+    for name in OfflineDataset.EPISODE_FIELDS:
+        tensors.pop(name)
+    tensors |= {"terminations": done, "offsets": torch.arange(0, 3 * count + 1, 3)}
+    return OfflineDataset(**tensors, info=store.info)
+
+
+def held_out(store: OfflineDataset, cfg: FQEConfig) -> tuple[list[int], torch.Generator]:
+    """Episodes that estimates are read on, a share of them at random; and the generator as batches find it."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    order = torch.randperm(store.episodes, generator=generator).tolist()
+    return sorted(order[: round(cfg.held_out * store.episodes)]), generator
+
+
+def restated(store: OfflineDataset, policy: list[int], cfg: FQEConfig) -> dict[str, float]:
+    """FQE of one policy from ordinary layers, row by row of the dataset's episodes."""
+    held, generator = held_out(store, cfg)
+    learn = [row for row in range(len(store)) if int(store.episode_of_row[row]) not in held]
+    mean, std = store.observations.mean(0), store.observations.std(0, correction=0)
+    weights = Critics([cfg.seed], store.obs_dim, store.action_dim, cfg.hidden, members=1).mlp
+    layers: list[nn.Module] = []
+    for w, b in zip(weights.weights, weights.biases):
+        layer = nn.Linear(w.shape[-1], w.shape[-2])
+        layer.weight.data, layer.bias.data = w[0, 0].detach().clone(), b[0, 0].detach().clone()
+        layers += [layer, nn.ReLU()]
+    q = nn.Sequential(*layers[:-1])
+    slow, adam = copy.deepcopy(q), torch.optim.Adam(q.parameters(), lr=cfg.lr)
+    unit = store.rewards.std()
+
+    def value(net: nn.Module, obs: Tensor, action: Tensor) -> Tensor:
+        return net(torch.cat([(obs - mean) / (std + 1e-3), action], -1))[..., 0]
+
+    def acted(obs: Tensor) -> Tensor:
+        state = obs.argmax(-1)
+        return pair(state, torch.tensor(policy)[state])
+
+    def error(rows: Any) -> Tensor:
+        after = store.next_observations[rows]
+        follows = value(slow, after, acted(after)).detach() * (1 - store.terminations[rows])
+        wanted = store.rewards[rows] / unit + cfg.discount * follows
+        return value(q, store.observations[rows], store.actions[rows]) - wanted
+
+    for update in range(1, cfg.updates + 1):
+        chosen = torch.randint(len(learn), (cfg.batch_size,), generator=generator)
+        adam.zero_grad()
+        error([learn[i] for i in chosen]).square().mean().backward()
+        adam.step()
+        if update % cfg.target_every == 1:  # d3rlpy: after update 1, then after every so many
+            slow.load_state_dict(q.state_dict())
+    starts = store.observations[store.offsets[held]]
+    rows = [row for episode in held for row in range(3 * episode, 3 * episode + 3)]
+    best = torch.quantile(store.returns[held], 0.8)
+    good = [row for episode in held if store.returns[episode] >= best for row in range(3 * episode, 3 * episode + 3)]
+    of_data = [value(q, store.observations[r], store.actions[r]).mean() for r in (good, rows)]
+    found = {
+        "value": value(q, starts, acted(starts)).mean(),
+        "soft_opc": of_data[0] - of_data[1],
+        "td_error": error(rows).square().mean().sqrt(),
+    }
+    return {name: float(x.detach() * unit) for name, x in found.items()}
+
+
+@pytest.mark.parametrize("hidden", [(), (12, 8)], ids=str)
+def test_estimates_equal_a_plain_restatement(hidden: tuple[int, ...]) -> None:
+    """Batches, target copies, held-out episodes and units; in float32, hence the tolerance."""
+    store = episodes()
+    cfg = FQEConfig(updates=19, batch_size=32, lr=3e-2, discount=GAMMA, target_every=4, hidden=hidden, held_out=0.25)
+    estimates = fitted_q(store, [Fixed(POLICIES)], cfg)
+    for lane, policy in enumerate(POLICIES):
+        for name, expected in restated(store, policy, cfg).items():
+            assert float(getattr(estimates, name)[lane]) == pytest.approx(expected, abs=2e-5), name
+
+
+def test_held_out_episodes_teach_nothing() -> None:
+    """Their rewards exchanged, the policies are worth the same; exchanged elsewhere they are not."""
+    store, few = episodes(), replace(QUICK, updates=50, held_out=0.25)
+    held, _ = held_out(store, few)
+    before = fitted_q(store, [Fixed(POLICIES)], few).value
+    for chosen, same in ((held, True), ([e for e in range(20) if e not in held], False)):
+        rows = (torch.tensor(chosen).unsqueeze(1) * 3 + torch.arange(3)).flatten()
+        rewards = store.rewards.clone()
+        rewards[rows] = store.rewards[rows.flip(0)]  # the deviation of all rewards stays
+        other = OfflineDataset(**(store.tensors() | {"rewards": rewards}), info=store.info)
+        torch.testing.assert_close(other.rewards.std(), store.rewards.std(), rtol=1e-6, atol=0)
+        after = fitted_q(other, [Fixed(POLICIES)], few).value
+        assert ((after - before).abs().max() < 1e-6) == same
+
+
+def test_below_ten_episodes_all_are_used_for_both() -> None:
+    cfg = FQEConfig(updates=10, batch_size=32, lr=3e-2, discount=GAMMA, target_every=4, hidden=(), held_out=0.25)
+    small, large = (fitted_q(episodes(count), [Fixed(POLICIES)], cfg).value for count in (9, 10))
+    everything = [fitted_q(episodes(count), [Fixed(POLICIES)], replace(cfg, held_out=0.0)).value for count in (9, 10)]
+    assert torch.equal(small, everything[0])
+    assert not torch.equal(large, everything[1])
 
 
 def test_policies_with_a_memory_are_refused() -> None:

@@ -40,14 +40,14 @@ def test_lines_come_every_15_seconds_with_rate_and_time_left(clock: Clock, capsy
 
 
 def test_bytes_of_an_unknown_total(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with Bar(True, "file", unit="B") as bar:
+    with Bar(True, "file", unit="bytes") as bar:
         clock.now = 120
         bar.update(30_000_000)
         clock.now = 140
         bar.update(60_000_000, total=90_000_000)
     assert capsys.readouterr().err.splitlines() == [
-        "file: 30.0 MB/?, 1.5 MB/s",
-        "file: 60.0 MB/90.0 MB, 1.5 MB/s, 20 s left",
+        "file: 30,000,000/? bytes, 1.5 MB/s",
+        "file: 60,000,000/90,000,000 bytes, 1.5 MB/s, 20 s left",
     ]
 
 

@@ -9,7 +9,7 @@ that estimates differ by the policies only.
 
 Deviations from d3rlpy: rewards are divided by their standard deviation and estimates multiplied by it (one learning rate then
 suits all tasks); a share of the episodes is held out, and the estimates are computed on it; the value of the initial state is
-computed at starts of episodes only; the target is copied after updates 100, 200, ... (d3rlpy's after 1, 101, 201, ...).
+computed at starts of episodes only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FQEConfig:
     batch_size: int = 256  # rows, the same for all policies
     lr: float = 1e-4  # of Adam
     discount: float = 0.99  # gamma
-    target_every: int = 100  # updates between hard copies to the target; the first is after as many
+    target_every: int = 100  # updates between hard copies to the target, of which the first is after update 1
     hidden: tuple[int, ...] = (256, 256)  # widths of the network's hidden layers
     held_out: float = 0.1  # share of held-out episodes, for the estimates; below ten episodes, all are used for both
     seed: int = 0  # seed of the network, the batches and the held-out episodes
@@ -113,10 +113,10 @@ def _fit(store: OfflineDataset, agents: list[Agent], cfg: FQEConfig, track: Call
         action = actions[rows].expand(lanes, -1, -1)
         return critic(normalize(store.observations[rows]), action)[:, 0] - backup
 
-    for update in track(range(1, cfg.updates + 1)):
+    for update in track(range(cfg.updates)):
         rows = train[torch.randint(len(train), (cfg.batch_size,), generator=generator).to(store.device)]
         optimizer.step(td_error(rows).square().mean(-1))
-        if update % cfg.target_every == 0:
+        if update % cfg.target_every == 0:  # as in d3rlpy, whose first copy is that of the first update
             target.load_state_dict(critic.state_dict())
 
     with torch.no_grad():

@@ -176,7 +176,8 @@ def _split(store: OfflineDataset) -> tuple[Tensor, Tensor]:
 def _context(agent: Agent, store: OfflineDataset) -> Tensor:
     """`[N, O + A + 1]`: standardised state, action, and timestep as a share of the longest episode."""
     action = one_hot(store.actions, store.action_dim, store.rewards.dtype) if store.info.discrete else store.actions
-    time = (store.timesteps / store.lengths.max()).to(store.rewards.dtype).unsqueeze(1)
+    steps = store.lengths + store.has_tail
+    time = (store.timesteps / steps.max()).to(store.rewards.dtype).unsqueeze(1)
     return torch.cat([agent.normalize(store.observations), action, time], 1).clamp(-CLIP, CLIP)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-LINE_EVERY = 15.0  # seconds between lines where standard error is no terminal
-REDRAW_EVERY = 0.1  # seconds between updates of the bar
+SECONDS_BETWEEN_LINES = 15.0  # where standard error is no terminal
+SECONDS_BETWEEN_REDRAWS = 0.1
 
 
 class Bar:
@@ -18,7 +18,7 @@ class Bar:
     Args:
         title: name of the work.
         step: number of steps already done; total: number of steps in the end, None while unknown.
-        unit: name of a step; "B" shows bytes as kB, MB, GB.
+        unit: name of a step; "bytes" are shown as megabytes.
 
     Use it as a context manager; `update` is cheap enough to be called at every step.
     """
@@ -54,19 +54,21 @@ class Bar:
         """Show that `step` steps are done, of `total` if that has become known."""
         self.total = total or self.total
         now = time.perf_counter()
-        if not self.wanted or (now - self.shown < self._interval and step != self.total):
+        interval = SECONDS_BETWEEN_REDRAWS if self.progress else SECONDS_BETWEEN_LINES
+        last = self.progress and step == self.total
+        if not self.wanted or (now - self.shown < interval and not last):
             return
-        rate = (step - self.start) / max(1e-9, now - self.began)
-        speed = f"{self._amount(rate)}/s"
-        done = f"{self._amount(step)}/{self._amount(self.total) if self.total else '?'}"
-        done += "" if self.unit == "B" else f" {self.unit}"
+        per_second = max(0, step - self.start) / max(1e-9, now - self.began)
         if self.progress:
-            self.progress.update(self.task, completed=step, total=self.total, done=done, rate=speed)
-        elif now - self.shown >= LINE_EVERY:
-            left = f", {(self.total - step) / max(rate, 1e-9):.0f} s left" if self.total else ""
-            print(f"{self.title}: {done}, {speed}{left}", file=sys.stderr, flush=True)
+            done = f"{self._amount(step)}/{self._amount(self.total) if self.total else '?'}"
+            done += "" if self.unit == "bytes" else f" {self.unit}"
+            shown = {"done": done, "rate": f"{self._amount(per_second)}/s"}
+            self.progress.update(self.task, completed=step, total=self.total, **shown)
         else:
-            return
+            end = f"{self.total:,}" if self.total else "?"
+            left = f", {(self.total - step) / max(per_second, 1e-9):.0f} s left" if self.total else ""
+            line = f"{self.title}: {step:,}/{end} {self.unit}, {self._amount(per_second)}/s{left}"
+            print(line, file=sys.stderr, flush=True)
         self.shown = now
 
     def track(self, steps: Iterable[T]) -> Iterator[T]:
@@ -84,14 +86,5 @@ class Bar:
         if self.progress:
             self.progress.stop()
 
-    @property
-    def _interval(self) -> float:
-        return REDRAW_EVERY if self.progress else LINE_EVERY
-
     def _amount(self, number: float) -> str:
-        if self.unit != "B":
-            return f"{number:,.0f}"
-        for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-            if number >= size:
-                return f"{number / size:.1f} {name}"
-        return f"{number:.0f} B"
+        return f"{number / 1e6:.1f} MB" if self.unit == "bytes" else f"{number:,.0f}"

@@ -67,6 +67,18 @@ def test_the_constraint_removes_noise_from_a_latent_that_has_it() -> None:
     assert metrics["action_loss"][1] < 0.1  # of H(a) = 0.61
 
 
+def test_memorised_labels_leak_nothing() -> None:
+    """Labels and outcomes are independent: networks that memorise the pairs are evaluated on held-out episodes."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(60, generator=generator) for _ in range(3)]
+    obs, offsets = torch.zeros(60, 1), torch.arange(61)
+    store = OfflineDataset(obs, rows[0].unsqueeze(1).tanh(), rows[1], obs, torch.ones(60), offsets)
+    outcome = rows[2].unsqueeze(1)
+    found = label_leakage(make_rvs(store, (0,), hidden=(8,)), store, outcome, 100, hidden=(64,))
+    assert found is not None
+    assert found.label[0] < 0.05  # on the training episodes the estimate is above 0.2
+
+
 def test_whole_numbers_are_kinds_and_others_are_standardised() -> None:
     assert noise_features(torch.tensor([0, 2, 1])).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
     numbers = noise_features(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
