@@ -42,7 +42,7 @@ class Tuning:
     Attributes:
         where: a dataset, or a family: then each configuration was averaged over its datasets first.
         configurations: how many; a score of one is the mean over its seeds.
-        best: k -> expected best of k configurations, and its deviation.
+        best: k -> expected best of k configurations, and its std.
         bandit: single episodes spent on the policies of a dataset by UCB; None for a family.
         published: k -> what somebody published for a D4RL family, over a range of settings of their own.
     """
