@@ -1,4 +1,4 @@
-"""Returns over stochasticity, promises and leaks of the dichotomy-of-control recipes: two figures and a Markdown table.
+"""Returns over stochasticity, predicted returns and label leakage of the dichotomy-of-control recipes: figures and a table.
 
     offrl train experiment=dichotomy_of_control/bandit         # and lake, gambling; %BC: agent=bc sampler=top_percent
     python benchmarks/tables/doc_curves.py runs --out docs/img
@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from offrl import results
-from offrl.cli.probe import draw
-from offrl.evaluation import probes
-from offrl.results.figures import STYLE, looks_of
+from offrl.cli.probe import draw, probe
+from offrl.evaluation.probes import Probe
+from offrl.results.style import RC, looks_of
 from offrl.training.runs import dataset_info
 from offrl.utils import checkpoint
 from offrl.utils.paths import replacing
@@ -51,21 +51,21 @@ SWEEPS = (
     ("noisy hopper", "strength sigma", r"forge/noisy-hopper/medium-replay-s([\d.]+)-v0"),
     ("noisy halfcheetah", "strength sigma", r"forge/noisy-halfcheetah/medium-replay-s([\d.]+)-v0"),
 )
-LEAKS = ("forge/bandit/skewed-v0", "forge/gambling/uniform-v0", "forge/lake/p0.7-eps0.4-n1000-v0")
-PROMISES = (*LEAKS, "forge/noisy-hopper/medium-replay-s0.3-v0", "forge/noisy-halfcheetah/medium-replay-s0.3-v0")
+LEAKAGE = ("forge/bandit/skewed-v0", "forge/gambling/uniform-v0", "forge/lake/p0.7-eps0.4-n1000-v0")
+PREDICTED = (*LEAKAGE, "forge/noisy-hopper/medium-replay-s0.3-v0", "forge/noisy-halfcheetah/medium-replay-s0.3-v0")
 
 
 def probed(folder: Path, episodes: int, updates: int) -> dict[str, Any]:
     """What both decodings' probes of a run found, from the file beside it when that is newer than the checkpoint."""
     info = dataset_info(folder)
-    updates = updates if info.id in LEAKS else 0  # looking for leaks takes longer than all else
+    updates = updates if info.id in LEAKAGE else 0  # leakage takes longer than all else
     path = folder / f"probe-{episodes}-{updates}.json"
     if not path.exists() or path.stat().st_mtime < (folder / checkpoint.NAME).stat().st_mtime:
-        greedy = probes.probe(folder, episodes, updates)
-        sampled = probes.probe(folder, episodes, 0, sampled=True) if info.discrete else greedy
+        greedy = probe(folder, episodes, updates)
+        sampled = probe(folder, episodes, 0, sampled=True) if info.discrete else greedy
         with replacing(path) as temporary:
             temporary.write_text(json.dumps({"likeliest": asdict(greedy), "sampled": asdict(sampled)}))
-    found: dict[str, Any] = json.loads(path.read_text())
+    found = {decoding: asdict(Probe.from_dict(one)) for decoding, one in json.loads(path.read_text()).items()}
     return {**found, "method": found["sampled"]["method"], "dataset": info.id, "exact": info.provenance.get("exact")}
 
 
@@ -83,16 +83,16 @@ def draw_returns(found: list[dict[str, Any]]) -> Figure | None:
     if not sweeps:
         return None
     decodings = {"sampled": "return, actions sampled", "likeliest": "return, likeliest action"}
-    if all(one["sampled"]["obtained"] == one["likeliest"]["obtained"] for _, _, here in sweeps for _, one in here):
+    if all(one["sampled"]["achieved"] == one["likeliest"]["achieved"] for _, _, here in sweeps for _, one in here):
         decodings = {"sampled": "return"}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=(max(5.8, 2.9 * len(sweeps)), 0.5 + 2.3 * len(decodings)), layout="constrained")
         panels = figure.subplots(len(decodings), len(sweeps), squeeze=False, sharex="col", sharey="col")
         for column, (title, x_label, here) in zip(panels.T, sweeps):
             column[0].set_title(title)
             column[-1].set_xlabel(x_label)
             for panel, decoding in zip(column, decodings):
-                draw_panel(panel, [(x, one["method"], one[decoding]["obtained"]) for x, one in here], looks)
+                draw_panel(panel, [(x, one["method"], one[decoding]["achieved"]) for x, one in here], looks)
                 for name, style in (("optimal", "--"), ("behaviour", ":")):
                     exact = sorted({x: one["exact"][name] for x, one in here if one["exact"]}.items())
                     panel.plot(*zip(*exact), color="black", linewidth=0.9, linestyle=style) if exact else None
@@ -121,8 +121,11 @@ def draw_panel(panel: Any, points: list[tuple[float, str, list[float]]], looks: 
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: per dataset and method the returns of both decodings, the promise, and the leak of reward and state."""
-    rows = ["| dataset | method | sampled | likeliest | promised | leak (control), nats |", "|---|---|---|---|---|---|"]
+    """Markdown: per dataset and method the returns of both decodings, the predicted return, the label leakage."""
+    rows = [
+        "| dataset | method | sampled | likeliest | predicted | leakage (shuffled labels), nats |",
+        "|---|---|---|---|---|---|",
+    ]
     for dataset in sorted({one["dataset"] for one in found}):
         here = {one["method"]: one for one in found if one["dataset"] == dataset}
         exact = next(iter(here.values()))["exact"]
@@ -137,9 +140,16 @@ def table(found: list[dict[str, Any]]) -> str:
             if method in here:
                 one = here[method]
                 sampled, greedy = one["sampled"], one["likeliest"]
-                leak = greedy["outcome"]
-                told = "" if leak is None else f"{np.mean(leak['gain']):.3f} ({np.mean(leak['control']):.3f})"
-                cells = (_spread(sampled["obtained"]), _spread(greedy["obtained"]), _spread(sampled["promised"]), told)
+                about = greedy["outcome"]
+                leakage = (
+                    "" if about is None else f"{np.mean(about['label']):.3f} ({np.mean(about['shuffled_label']):.3f})"
+                )
+                cells = (
+                    _spread(sampled["achieved"]),
+                    _spread(greedy["achieved"]),
+                    _spread(sampled["predicted"]),
+                    leakage,
+                )
                 rows.append(f"| | {NAMES[method]} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -157,7 +167,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--episodes", type=int, default=1000)
     parser.add_argument(
-        "--updates", type=int, default=400, help="of the networks that look for leaks, on three datasets"
+        "--updates", type=int, default=400, help="updates of the contrastive networks, on three datasets"
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the figures")
     parser.add_argument("--name", default="dichotomy_of_control", help="what the figures' file names begin with")
@@ -167,11 +177,11 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if figure := draw_returns(found):
         figure.savefig(arguments.out / f"{arguments.name}.png", dpi=170)
-    promising = [
-        probes.Probe(**one["sampled"]) for one in found if one["dataset"] in PROMISES and one["sampled"]["promised"]
+    predicting = [
+        Probe.from_dict(one["sampled"]) for one in found if one["dataset"] in PREDICTED and one["sampled"]["predicted"]
     ]
-    if promising:
-        draw(promising).savefig(arguments.out / f"{arguments.name}_promises.png", dpi=170)
+    if predicting:
+        draw(predicting).savefig(arguments.out / f"{arguments.name}_promises.png", dpi=170)
     print(table(found))
 
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from offrl import results
 from offrl.augment.base import augmentation_config
 from offrl.augment.diffusion import Diffusion
-from offrl.results.figures import STYLE
+from offrl.results.style import RC
 from offrl.training.runs import read_config
 from offrl.utils.paths import replacing
 
@@ -71,7 +71,7 @@ def table(scores: dict[float, list[float]], found: dict[float, dict[str, float]]
 def draw(scores: dict[float, list[float]], found: dict[float, dict[str, float]]) -> Figure:
     """Three panels over the coefficients, which stand at equal distances: score, likelihood, dynamics error."""
     places = {coefficient: i for i, coefficient in enumerate(sorted({*scores, *found}))}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=(8.4, 2.6), layout="constrained")
         first, *others = figure.subplots(1, 3)
         x, mean = [places[c] for c in scores], np.array([np.mean(v) for v in scores.values()])

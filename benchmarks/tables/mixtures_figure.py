@@ -14,7 +14,8 @@ import matplotlib
 import verdicts
 from matplotlib.figure import Figure
 
-from offrl.results.figures import STYLE, looks_of
+from offrl.results.figures import looks_of
+from offrl.results.html import STYLE
 
 SAMPLERS = {"": "uniform", "+RW": "RW", "+AW": "AW", "+Top-10%": "Top-10 %"}
 AGENTS = {"td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL"}

@@ -1,8 +1,8 @@
-"""What augmentations share: their settings, how batches draw from what they make, and keeping it for an exact resume.
+"""Base of augmentations: settings, the synthetic part of batches, and its storage for an exact resume.
 
-An augmentation is given the dataset once and, every so many updates, the policy as it is; it yields trajectories for each lane,
-from that lane's policy and seed. They make up a fixed share of the lane's batches; the real part is drawn as the run's
-sampler says, the synthetic part uniformly. What was made is kept beside the checkpoint that draws from it.
+An augmentation gets the dataset once and the current policy every `refresh_every` updates. It generates trajectories for each
+lane, from that lane's policy and seed. They make up a fixed share of the lane's batches: the real part is sampled by the run's
+sampler, the synthetic part uniformly. The trajectories in use are saved beside the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ FOLDER = "synthetic"  # below a run's folder
 
 @dataclass
 class SyntheticConfig:
-    share: float = 0.5  # of every batch that is synthetic
-    refresh_every: int = (
-        20_000  # updates between new trajectories under the policy as it then is; 0: only the first ones
-    )
-    transitions: int = 32_768  # of each lane and generation; fewer where trajectories terminate
-    length: int = 31  # transitions of a trajectory
-    keep: int = 1  # generations that are mixed, the oldest of which is replaced
+    share: float = 0.5  # synthetic share of every batch
+    refresh_every: int = 20_000  # updates between generations; 0: only the first one
+    transitions: int = 32_768  # transitions per lane and generation; fewer where trajectories terminate
+    length: int = 31  # transitions per trajectory
+    keep: int = 1  # number of generations in use; the oldest is replaced
 
     def __post_init__(self) -> None:
         for name, least in (("refresh_every", 0), ("transitions", 1), ("length", 1), ("keep", 1)):
@@ -46,7 +44,7 @@ class SyntheticConfig:
 
     @property
     def trajectories(self) -> int:
-        """How many trajectories make up the transitions."""
+        """Number of trajectories per lane and generation."""
         return max(1, self.transitions // self.length)
 
 
@@ -56,10 +54,10 @@ class Augmentation:
     Args:
         store: the dataset, rewards as recorded.
         cfg: settings; floats named in `per_lane` may be lists with one value per lane.
-        seeds: the lanes'.
+        seeds: seeds of the lanes.
 
     Attributes:
-        name: what reports put behind the agent's and the sampler's names.
+        name: label in reports, after those of agent and sampler.
     """
 
     Config: ClassVar[type] = SyntheticConfig
@@ -77,29 +75,29 @@ class Augmentation:
             )
 
     def prepare(self, progress: bool = False) -> None:
-        """Train the model, or read the one that was trained before."""
+        """Train the model, or load it from the cache."""
 
     def generate(self, policy: Agent | None, step: int) -> OfflineDataset:
-        """Trajectories under the policy (None: none to be guided by): lane after lane, `trajectories` episodes each.
+        """Trajectories under the policy (None: without guidance): lane after lane, `trajectories` episodes each.
 
-        A function of the policy, the seeds, the update's number `step` and the dataset alone; a lane's do not depend on the
-        lanes beside it.
+        They are a function of the policy, the seeds, the number `step` of the update and the dataset; a lane does not depend on
+        the others.
         """
         raise NotImplementedError
 
     def metadata(self) -> dict[str, Any]:
-        """What is worth keeping with a run."""
+        """Metadata for the run's manifest."""
         return {}
 
     def random(self, step: int) -> LaneRandom:
-        """Random numbers of the generation that is made at update `step`."""
+        """Random numbers of the generation at update `step`."""
         random = LaneRandom(self.seeds, self.store.device)
         random.step.fill_(step)
         return random
 
 
 class LaneSegments(Sampler):
-    """Uniform over a lane's own rows of a dataset that holds all lanes' episodes, equally many each, lane after lane."""
+    """Uniform sampling of a lane's own rows; the dataset holds equally many episodes of each lane, lane after lane."""
 
     def __init__(self, store: OfflineDataset, lanes: int) -> None:
         bounds = store.offsets[:: store.episodes // lanes]
@@ -113,14 +111,14 @@ class LaneSegments(Sampler):
 class Synthetic:
     """The synthetic part of a run's batches: `keep` generations, replaced one after the other.
 
-    The first generation fills all places. A generation is known by the update at which it was made; which ones a run
-    draws from follows from its update's number alone.
+    The first generation fills all places. A generation is identified by the update at which it was generated; those in use
+    are a function of the number of updates.
 
     Args:
-        augmentation: what makes them.
-        real: what the rest of a batch is drawn from.
-        rewards: scale and shift of rewards, as the configuration has them for the dataset.
-        folder: of the run.
+        augmentation: generator of the trajectories.
+        real: dataset and sampler of the rest of a batch.
+        rewards: scale and shift of rewards in the configuration.
+        folder: folder of the run.
     """
 
     def __init__(
@@ -133,50 +131,50 @@ class Synthetic:
         self.augmentation, self.rewards, self.folder = augmentation, rewards, folder / FOLDER
         self.cfg = augmentation.cfg
         self.every: int = self.cfg.refresh_every
-        # Until `begin` puts trajectories there, the dataset stands in the places.
+        # Placeholders until `begin` fills the places.
         stand_in, part = (real[0], Uniform(real[0])), self.cfg.share / self.cfg.keep
         self.sources = [(*real, 1.0), *((*stand_in, part) for _ in range(self.cfg.keep))]
-        self.stores: dict[int, OfflineDataset] = {}  # by the update at which they were made
+        self.stores: dict[int, OfflineDataset] = {}  # by the update at which they were generated
 
     def begin(self, loader: BatchLoader, policy: Agent, step: int, progress: bool = False) -> None:
-        """Put the first generation, or what a run draws from after update `step`, into batches made with `sources`."""
+        """Fill the places of a loader made with `sources`: the first generation, or those in use after update `step`."""
         self.loader = loader
         self.augmentation.prepare(progress)
         if step:
             self.restore(policy, step)
-        else:  # nothing to be guided by yet
+        else:  # no policy to guide yet
             self.stores = {0: self._make(None, 0)}
             self._fill(0)
 
     def due(self, step: int) -> bool:
-        """Whether update `step` is followed by a new generation."""
+        """Whether a new generation follows update `step`."""
         return bool(self.every and step and step % self.every == 0)
 
     def places(self, step: int) -> list[int]:
-        """For each place the update at which the generation was made that a run draws from after update `step`."""
+        """The generation in each place after update `step`, by the update at which it was generated."""
         made = step // self.every if self.every else 0
         latest = [made - (made - 1 - place) % self.cfg.keep for place in range(self.cfg.keep)]
         return [max(0, number) * self.every for number in latest]
 
     def refresh(self, policy: Agent, step: int) -> None:
-        """Replace the oldest generation by one under the policy."""
+        """Replace the oldest generation by a new one under the policy."""
         self.stores[step] = self._make(policy, step)
         self._fill(step)
 
     def restore(self, policy: Agent, step: int) -> None:
-        """Take up what a run draws from after update `step`; `policy` is the agent as it then was."""
+        """Restore the generations in use after update `step`; `policy` is the agent at that update."""
         for made in sorted(set(self.places(step))):
             path = self._path(made)
             if path.exists():
                 self.stores[made] = read_flat(path).to(self.augmentation.store.device)
-            elif made in (0, step):  # it can be made again: without a policy, or with the one at hand
+            elif made in (0, step):  # can be generated again: without a policy, or with the given one
                 self.stores[made] = self._make(policy if made else None, made)
             else:
                 raise OffrlError(f"{path} is missing: the run can't go on exactly; start over with fresh=true.")
         self._fill(step)
 
     def save(self) -> None:
-        """Write what is drawn from and not yet on the disk; before the checkpoint that needs it."""
+        """Write the generations in use that are not on disk yet; call it before the checkpoint that needs them."""
         for made, store in self.stores.items():
             if not self._path(made).exists():
                 try:
@@ -188,14 +186,14 @@ class Synthetic:
                     ) from error
 
     def sweep(self) -> None:
-        """Remove what no checkpoint needs; after one was written."""
+        """Remove the generations that no checkpoint needs; call it after a checkpoint."""
         needed = {self._path(made) for made in self.stores}
         for path in self.folder.glob("*.safetensors"):
             if path not in needed:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget an earlier run in the folder."""
+        """Remove the generations of an earlier run in the folder."""
         for path in (*self.folder.glob("*.safetensors"), *self.folder.glob(".*.part")):
             path.unlink(missing_ok=True)
 
@@ -239,7 +237,7 @@ def make_augmentation(settings: Mapping[str, Any], store: OfflineDataset, seeds:
 
 
 def check_agent(agent: Agent) -> None:
-    """Raise OffrlError for an agent that can't learn from pieces of trajectories."""
+    """Raise OffrlError for an agent that cannot learn from pieces of trajectories."""
     if "return_to_go" in agent.batch_fields:
         raise OffrlError(
             f"{type(agent).__name__} needs the return from each step to an episode's end, which synthetic pieces of episodes "

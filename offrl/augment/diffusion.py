@@ -4,11 +4,11 @@ The trajectory denoiser of Jackson, Matthews, Lu, Ellis, Whiteson & Foerster, "P
 2404.06356; authors' code EmptyJackson/policy-guided-diffusion), in the frame of EDM (`offrl.augment.edm`). Unguided it plays
 the part of SynthER (Lu et al., NeurIPS 2023), for trajectories instead of single transitions.
 
-A denoiser is trained once for a dataset and its settings, kept in the cache, and shared by all runs and lanes.
+A denoiser is trained once per dataset and settings, cached, and shared by all runs and lanes.
 
-Deviations from the authors: time-limited steps are proper transitions here, so no row is dropped; flags are coded -1 and 1, and
-windows run past a termination (`terminal_padding`), since theirs only have a flag in a window's last row, which sampling then
-discards; lengths of training and sampling agree by default (theirs: 32 and 129 rows).
+Deviations from the authors: the last step before a time limit is a transition, so no row is dropped; flags are encoded as -1
+and 1, and windows extend past a termination (`terminal_padding`), because their windows have a flag in the last row only, which
+sampling discards; lengths of training and sampling agree by default (theirs: 32 and 129 rows).
 `conf/experiment/policy_guided_diffusion/gym.yaml` has their settings.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from offrl.agents.base import Agent
 from offrl.augment import edm
 from offrl.augment.base import Augmentation, SyntheticConfig
-from offrl.augment.fitting import Fit, kept, model_path
+from offrl.augment.fitting import FitLoop, fit_or_load, model_path
 from offrl.augment.trajectories import Codec, Windows, split_episodes, synthetic_store
 from offrl.augment.unet import UNet
 from offrl.data.dataset import OfflineDataset
@@ -40,18 +40,18 @@ _CHUNK = 8192  # steps of each lane that go through the network at once
 @dataclass
 class DenoiserConfig:
     features: int = 64  # channels of the U-Net's first level (the authors: 1024)
-    blocks: int = 3  # its levels
-    groups: int = 1  # of channels that are normalised together (the authors: 8, of 128 channels and more)
+    blocks: int = 3  # levels of the U-Net
+    groups: int = 1  # groups of channels in the group normalisation (the authors: 8, of 128 channels and more)
     window: int = 32  # steps of a training trajectory
     updates: int = 20_000
     batch_size: int = 32  # windows
     lr: float = 4e-3  # after a warm-up over the first tenth, then down to 0 along a cosine (the authors: 2e-3)
-    ema_decay: float = 0.995  # of the averaged weights, which are the ones used
-    ema_every: int = 10  # updates between steps of that average
-    stride: int = 8  # every how manieth window start is taken
-    holdout: float = 0.05  # share of the episodes kept for the validation loss
-    terminal_padding: bool = True  # windows run past a termination (the authors: no)
-    terminals: Literal["sign", "zscore"] = "sign"  # flags as -1 and 1, or standardised like all else (the authors)
+    ema_decay: float = 0.995  # decay of the averaged weights, which are used for sampling
+    ema_every: int = 10  # updates between averages
+    stride: int = 8  # take every n-th window start
+    holdout: float = 0.05  # share of held-out episodes, for the validation loss
+    terminal_padding: bool = True  # whether windows extend past a termination (the authors: no)
+    terminals: Literal["sign", "zscore"] = "sign"  # encoding of flags: -1 and 1, or standardised (the authors)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,11 +63,11 @@ class DenoiserConfig:
 
 
 class Denoiser(nn.Module):
-    """The network with its coding of trajectories: all that sampling needs.
+    """The network and the encoding of trajectories.
 
     Attributes:
-        action_variance: `[A]`, how much the behaviour's coded actions vary in a given state (at most 1): what a linear
-            regression on the state leaves.
+        action_variance: `[A]`, variance of the behaviour's encoded actions given the state (at most 1): the residual variance
+            of a linear regression on the state.
     """
 
     action_variance: Tensor
@@ -86,7 +86,7 @@ class Denoiser(nn.Module):
 
 @dataclass
 class Trained:
-    """A denoiser, facts about its training, and its file."""
+    """A denoiser, the metadata of its training, and its file."""
 
     denoiser: Denoiser
     metadata: dict[str, Any]
@@ -96,8 +96,8 @@ class Trained:
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 
-class Training(Fit):
-    """The training of one denoiser."""
+class Training(FitLoop):
+    """Training of one denoiser."""
 
     def __init__(self, store: OfflineDataset, cfg: DenoiserConfig) -> None:
         self.store, self.cfg, self.device, self.updates = store, cfg, store.device, cfg.updates
@@ -133,7 +133,7 @@ class Training(Fit):
         return loss.detach()
 
     def rate(self, step: int) -> float:
-        """From a tenth of `lr` up over the first tenth of the updates, then down to 0 along a cosine."""
+        """Learning rate: linear from a tenth of `lr` over the first tenth of the updates, then a cosine to 0."""
         warm = max(1, self.cfg.updates // 10)
         if step <= warm:
             return self.cfg.lr * (0.1 + 0.9 * step / warm)
@@ -146,7 +146,7 @@ class Training(Fit):
 
     @torch.no_grad()
     def validation_loss(self, most: int = 2048) -> float | None:
-        """The averaged network's loss on (at most so many of) the held-out windows."""
+        """Loss of the averaged network on at most `most` held-out windows; None without any."""
         if self.held is None:
             return None
         self.random.step.zero_()
@@ -175,7 +175,7 @@ class Training(Fit):
 
 
 def _action_variance(windows: Windows) -> Tensor:
-    """`[A]`: variance of the coded actions that a linear function of the coded state doesn't explain, at most 1."""
+    """`[A]`: residual variance of the encoded actions after linear regression on the encoded state, at most 1."""
     x = windows.gather(torch.arange(0, len(windows), max(1, len(windows) // 4096), device=windows.starts.device))
     x = x.flatten(0, 1).double()
     states, actions = x[:, windows.codec.obs], x[:, windows.codec.act]
@@ -186,16 +186,16 @@ def _action_variance(windows: Windows) -> Tensor:
 
 
 def trained_denoiser(store: OfflineDataset, cfg: DenoiserConfig, progress: bool = False) -> Trained:
-    """The denoiser of a dataset, on its device; trained only where it is not in the cache."""
+    """The denoiser of a dataset, on its device; trained only if it is not cached."""
     path = denoiser_path(store, cfg)
-    tensors, metadata = kept(path, lambda: Training(store, cfg), progress, f"denoiser of {store.info.id}")
+    tensors, metadata = fit_or_load(path, lambda: Training(store, cfg), progress, f"denoiser of {store.info.id}")
     denoiser = Denoiser(store, cfg)
     denoiser.load_state_dict(tensors)
     return Trained(denoiser.to(store.device).requires_grad_(False).eval(), metadata, path)
 
 
 def denoiser_path(store: OfflineDataset, cfg: DenoiserConfig) -> Path:
-    """Where the denoiser of a dataset is kept."""
+    """Cache file of the denoiser of a dataset."""
     return model_path("denoiser", _VERSION, store, cfg)
 
 
@@ -209,7 +209,7 @@ class DiffusionConfig(SyntheticConfig):
 
 
 class Diffusion(Augmentation):
-    """Trajectories as the dataset has them: samples of the denoiser, no guidance."""
+    """Unguided samples of the denoiser."""
 
     Config: ClassVar[type] = DiffusionConfig
     name = "diffusion"
@@ -219,7 +219,7 @@ class Diffusion(Augmentation):
         self.denoiser = self.trained.denoiser
 
     def guide(self, policy: Agent | None) -> edm.Guide | None:
-        """What guides samples by the policy; None: nothing."""
+        """Guidance of samples by the policy; None: none."""
         return None
 
     @torch.no_grad()
@@ -229,10 +229,10 @@ class Diffusion(Augmentation):
 
     @torch.no_grad()
     def sample(self, policy: Agent | None, step: int) -> Tensor:
-        """`[lanes, trajectories, T + 1, D]`, coded as the denoiser has them."""
+        """Encoded trajectories `[lanes, trajectories, T + 1, D]`."""
         cfg, random, guide = self.cfg, self.random(step), self.guide(policy)
         lanes, rows = len(self.seeds), cfg.length + 1
-        at_once = max(1, _CHUNK // rows)  # whatever the number of lanes: it names the random numbers
+        at_once = max(1, _CHUNK // rows)  # independent of the number of lanes, because it is part of the RNG key
 
         def denoise(noised: Tensor, sigma: float) -> Tensor:
             return self.denoiser(noised.flatten(0, 1), sigma).unflatten(0, noised.shape[:2])

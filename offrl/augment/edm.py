@@ -3,9 +3,9 @@
 Karras, Aittala, Aila & Laine, "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM), NeurIPS 2022 (arXiv
 2206.00364). Clean data x, noise level sigma, noised y = x + sigma n. Data are standardised, so sigma_data is 1.
 
-`sampler=reference` is what the authors of policy-guided diffusion run (EmptyJackson/policy-guided-diffusion): its Euler point
-starts from the point before noise was added, with the slope found after. For data N(0, 1) and the exact denoiser that leaves a
-variance of 1.06 with 256 steps and 1.79 with 32, where EDM's has 1.01 and 1.10; it is here to reproduce, not to use.
+`sampler=reference` is the sampler of the authors of policy-guided diffusion (EmptyJackson/policy-guided-diffusion): Euler's
+step starts from the point before noise was added, with the slope computed after. For data N(0, 1) and the exact denoiser it
+leaves a variance of 1.06 with 256 steps and 1.79 with 32, EDM's 1.01 and 1.10. It exists for reproduction only.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch import Tensor
 from offrl.utils.errors import OffrlError
 
 SIGMA_DATA = 1.0
-LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # of the noise levels in training (EDM, table 1)
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # noise levels of training (EDM, table 1)
 
 Denoise = Callable[[Tensor, float], Tensor]
 
 
 @dataclass
 class SamplerConfig:
-    steps: int = 32  # N, noise levels; a run costs 2 N - 1 calls of the network (the authors: 256)
+    steps: int = 32  # N, number of noise levels; a run costs 2 N - 1 calls of the network (the authors: 256)
     churn: float = 0.0  # S_churn, fresh noise per run; 0: the deterministic ODE (the authors: 80; only with many steps)
     sampler: Literal["edm", "reference"] = "edm"  # reference: the authors' variant, see the module
     order: Literal[1, 2] = 2  # 2: Heun; 1: Euler, half the calls and far less accurate
     sigma_min: float = 0.002
     sigma_max: float = 80.0
-    rho: float = 7.0  # how much denser levels lie near sigma_min
-    churn_min: float = 0.05  # S_tmin, levels that get fresh noise
-    churn_max: float = 50.0  # S_tmax
+    rho: float = 7.0  # exponent that makes levels denser near sigma_min
+    churn_min: float = 0.05  # S_tmin, smallest level that gets fresh noise
+    churn_max: float = 50.0  # S_tmax, largest one
     churn_noise: float = 1.003  # S_noise, inflation of it
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class SamplerConfig:
         return [(high + i / (self.steps - 1) * (low - high)) ** self.rho for i in range(self.steps)] + [0.0]
 
     def gamma(self, sigma: float) -> float:
-        """By how much a level is raised with fresh noise, relatively."""
+        """Relative increase of a level by fresh noise."""
         if not self.churn_min <= sigma <= self.churn_max:
             return 0.0
         return min(self.churn / self.steps, math.sqrt(2) - 1)
@@ -89,14 +89,14 @@ def loss(network: Callable[[Tensor, Tensor], Tensor], clean: Tensor, sigma: Tens
 
 
 class Guide:
-    """What a guided sampler changes; this one changes nothing."""
+    """Guidance of a sampler; this one changes nothing."""
 
     def move(self, x: Tensor, step: int, sigma: float, denoise: Denoise) -> Tensor:
-        """The sample at the start of a step."""
+        """The sample with which a step starts."""
         return x
 
     def denoised(self, clean: Tensor, noised: Tensor, sigma: float) -> Tensor:
-        """What a denoised sample is replaced by, wherever a slope is computed."""
+        """The replacement of a denoised sample, wherever a slope is computed."""
         return clean
 
 
@@ -106,8 +106,8 @@ def sample(denoise: Denoise, noise: Callable[[str], Tensor], cfg: SamplerConfig,
 
     Args:
         denoise: D(y, sigma).
-        noise: standard normals of the samples' shape, by a name that is asked for once.
-        guide: what to be guided by; None: nothing.
+        noise: function of a unique name that returns standard normals of the samples' shape.
+        guide: guidance; None: none.
     """
     levels = cfg.levels()
 

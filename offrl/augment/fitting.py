@@ -1,4 +1,4 @@
-"""Models that are fitted to a dataset once and kept in the cache; a fit that was cut short goes on where it stopped."""
+"""Models that are fitted to a dataset once and cached; an interrupted fit is resumed."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from offrl.utils.progress import Bar
 SAVE_EVERY = 500  # updates between checkpoints of a fit
 
 
-class Fit:
-    """A fit under way.
+class FitLoop:
+    """The loop of updates that fits a model.
 
     Attributes:
-        step, updates: how many updates are made, and how many there will be.
+        step, updates: number of updates made, and in total.
     """
 
     step: int = 0
     updates: int
 
     def update(self) -> Tensor:
-        """The next update; its loss."""
+        """Make one update; returns its loss."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        """All that updates change besides `step`."""
+        """Everything that updates change, except `step`."""
         raise NotImplementedError
 
     def result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What is kept in the end: the model's tensors, and facts about it."""
+        """The fitted model's tensors and metadata."""
         raise NotImplementedError
 
     def run(self, path: Path, progress: bool, title: str) -> None:
-        """All updates that are left; the state goes to `path` now and then."""
+        """Make the remaining updates; the state is saved to `path` every `SAVE_EVERY` updates."""
         self._restore(path)
         with Bar(progress, title, self.step, self.updates) as bar:
             while self.step < self.updates:
@@ -68,26 +68,28 @@ class Fit:
         self.step = metadata["step"]
 
 
-def kept(path: Path, start: Callable[[], Fit], progress: bool, title: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The result of a fit: from the cache, else fitted (or fitted on) and left there.
+def fit_or_load(
+    path: Path, start: Callable[[], FitLoop], progress: bool, title: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The result of a fit from the cache; if it is not there it is fitted (or the interrupted fit resumed) and cached.
 
-    Another process that makes the same one is waited for.
+    If another process fits the same model, wait for that.
     """
     with one_at_a_time(path.with_suffix(".lock")):
         try:
             return checkpoint.load(path)
         except OffrlError:
             pass  # none, or a damaged one
-        fit = start()
+        loop = start()
         unfinished = path.with_suffix(".training.safetensors")
-        fit.run(unfinished, progress, title)
-        write(path, *fit.result())
+        loop.run(unfinished, progress, title)
+        write(path, *loop.result())
         unfinished.unlink(missing_ok=True)
         return checkpoint.load(path)
 
 
 def model_path(kind: str, version: int, store: OfflineDataset, cfg: Any) -> Path:
-    """One file for a kind of model, a dataset's numbers and the settings."""
+    """The cache file of a kind of model with these settings for this dataset."""
     key = json.dumps([version, store.fingerprint, asdict(cfg)], sort_keys=True)
     digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     stem = re.sub(r"[^\w.-]+", "_", store.info.id)[-60:]
@@ -95,7 +97,7 @@ def model_path(kind: str, version: int, store: OfflineDataset, cfg: Any) -> Path
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Tensors and facts into the cache, as checkpoints hold them."""
+    """Write tensors and metadata in the format of checkpoints."""
     try:
         checkpoint.write(path, tensors, metadata)
     except (OSError, SafetensorError) as error:

@@ -1,12 +1,12 @@
-"""What synthetic trajectories are worth: are they possible, are they the policy's, and what of the data do they cover?
+"""Quality of synthetic trajectories: dynamics error, likelihood under the policy, coverage of the dataset.
 
 The measures of Jackson et al. 2024 as this project defines them (their code for them is not published):
 
-- dynamics error: the simulator is set to a synthetic state and takes the synthetic action; squared difference between where it
-  arrives and the synthetic next state, each dimension in units of the dataset's variance, averaged over dimensions. The same
-  on real transitions is the floor: what is left there comes from rounding and from differences between simulators.
-- likelihood: mean log-density of the synthetic actions under the policy, of a fixed deviation where it is deterministic.
-- coverage: with balls around real states that reach to their fifth-nearest real neighbour, the share of balls that hold a
+- dynamics error: the simulator is set to a synthetic state and takes the synthetic action. The error is the squared difference
+  of its next state and the synthetic one, each dimension in units of the dataset's variance, averaged over dimensions. The
+  error of real transitions is the floor, due to rounding and to differences between simulators.
+- likelihood: mean log-density of the synthetic actions under the policy, with a fixed std where it is deterministic.
+- coverage: with balls around real states up to their fifth-nearest real neighbour, the share of balls that contain a
   synthetic state, and the share of synthetic states in no ball (novelty).
 """
 
@@ -23,23 +23,22 @@ from torch import Tensor, nn
 from offrl.agents.base import Agent
 from offrl.augment.policy_guided import policy_gaussian
 from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.envs.adapters import make_env
 from offrl.utils.errors import OffrlError
 
 
 class Simulator:
-    """A MuJoCo robot, or a maze's point mass, that can be put into the state that an observation tells.
+    """A MuJoCo robot, or a maze's point mass, that can be set to the state of an observation.
 
-    Its observations are all positions (but for the first ones, on which nothing depends) and velocities; Hopper's and
-    Walker2d's velocities are cut off at 10, and states beyond can't be told. A maze's goal is that of one reset
-    (Gymnasium's moves by up to a quarter of a cell with every one, so its rewards have a floor above rounding).
+    Observations hold all positions (except the first ones, on which nothing depends) and velocities. Hopper's and Walker2d's
+    velocities are clipped at 10, so states beyond are not determined. A maze's goal is that of one reset (Gymnasium's moves by
+    up to a quarter of a cell with every reset, so its rewards have a floor above rounding).
 
     Raises:
         OffrlError: the dataset's environment is no such robot.
     """
 
     def __init__(self, info: DatasetInfo) -> None:
-        from offrl.envs.adapters import make_env
-
         self.env = make_env(info)
         task: Any = self.env.unwrapped
         self.robot: Any = getattr(task, "point_env", task)  # Gymnasium-Robotics' mazes hold their point mass
@@ -48,21 +47,21 @@ class Simulator:
         self.hidden = model.nq + model.nv - len(self.observation) if model is not None else -1
         if not 0 <= self.hidden <= 2 or not hasattr(self.robot, "set_state"):
             raise OffrlError(
-                f"{info.id}: the state of {info.env_id} can't be read off its observation; dynamics errors exist for Hopper, "
+                f"{info.id}: the state of {info.env_id} can't be read from its observation; dynamics errors exist for Hopper, "
                 "HalfCheetah, Walker2d and their like, and for point mazes."
             )
         self.positions = model.nq - self.hidden
         self.limit = 10.0 if (info.env_id or "").startswith(("Hopper", "Walker2d")) else np.inf
 
-    def tells(self, obs: np.ndarray) -> np.ndarray:
-        """`[n]` bool: whether observations `[n, O]` tell the whole state."""
+    def determines(self, obs: np.ndarray) -> np.ndarray:
+        """`[n]` bool: whether observations `[n, O]` determine the whole state."""
         return (np.abs(obs[:, self.positions :]) < self.limit).all(-1)
 
     def step(self, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
-        """Next observation, reward and termination of one step from the state that `obs` tells."""
+        """Next observation, reward and termination of one step from the state of `obs`."""
         qpos = np.concatenate([np.zeros(self.hidden), obs[: self.positions]])
         self.robot.set_state(qpos, obs[self.positions :])
-        self.robot.data.qacc_warmstart[:] = 0.0  # the solver's memory of whatever came before
+        self.robot.data.qacc_warmstart[:] = 0.0  # the solver's initial guess from earlier steps
         following, reward, terminated, _, _ = self.env.step(action)
         return following, float(reward), bool(terminated)
 
@@ -72,10 +71,14 @@ class Simulator:
 
 @dataclass
 class DynamicsError:
-    """Per row of a dataset that could be simulated: `rows` its numbers, and squared errors of state and reward.
+    """Squared errors of the rows that could be simulated.
 
-    `states` is the mean over dimensions in units of the dataset's variance, `rewards` in units of the variance of rewards;
-    `flags` whether the termination agrees. `left_out` counts rows whose state can't be told.
+    Attributes:
+        rows: `[n]` numbers of these rows.
+        states: `[n]` mean over dimensions, in units of the dataset's variance.
+        rewards: `[n]` in units of the variance of the dataset's rewards.
+        flags: `[n]` whether the termination agrees.
+        left_out: number of rows whose observation does not determine the state.
     """
 
     rows: Tensor
@@ -100,7 +103,7 @@ def dynamics_error(simulator: Simulator, synthetic: OfflineDataset, real: Offlin
     _, std = real.observation_statistics()
     unit = np.where(std.cpu().numpy() > 1e-6, std.cpu().numpy(), 1.0)
     reward_unit = max(float(real.rewards.double().std(correction=0)), 1e-6)
-    rows = np.flatnonzero(simulator.tells(obs))
+    rows = np.flatnonzero(simulator.determines(obs))
     states, rewards, flags = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
     for i, row in enumerate(rows):
         following, got, done = simulator.step(obs[row], action[row])
@@ -114,7 +117,7 @@ def dynamics_error(simulator: Simulator, synthetic: OfflineDataset, real: Offlin
 
 
 class OneLane(Agent):
-    """The policy of one of an agent's lanes, as an agent of one lane that can only act."""
+    """The policy of one lane of an agent, as an agent of one lane that can only act."""
 
     def __init__(self, agent: Agent, lane: int) -> None:
         nn.Module.__init__(self)
@@ -144,7 +147,7 @@ def log_likelihood(policy: Agent, synthetic: OfflineDataset, std: float) -> Tens
     """`[N]`: log-density of each action under a policy of one lane, summed over dimensions.
 
     Args:
-        std: the deviation of a policy that is no Gaussian, in units of the actions.
+        std: std for a policy that is no Gaussian, in units of the actions.
     """
     found = []
     for obs, action in zip(synthetic.observations.split(8192), synthetic.actions.split(8192)):
@@ -156,7 +159,7 @@ def log_likelihood(policy: Agent, synthetic: OfflineDataset, std: float) -> Tens
 def coverage(
     synthetic: OfflineDataset, real: OfflineDataset, k: int = 5, most: int = 10_000, seed: int = 0
 ) -> dict[str, float]:
-    """Coverage and novelty of states, and the ratio of deviations synthetic / real (smallest and largest over dimensions)."""
+    """Coverage and novelty of states, and the ratio of stds synthetic / real (smallest and largest over dimensions)."""
     mean, std = real.observation_statistics()
     scale = torch.where(std > 1e-6, std, torch.ones_like(std))
     generator = torch.Generator().manual_seed(seed)
@@ -183,7 +186,7 @@ def coverage(
 
 
 def displacement(store: OfflineDataset) -> Tensor:
-    """`[N]`: distance of each state from its trajectory's first, in units of the dataset's own deviations."""
+    """`[N]`: distance of each state from its trajectory's first, in units of the dataset's own stds."""
     _, std = store.observation_statistics()
     scale = torch.where(std > 1e-6, std, torch.ones_like(std))
     first = store.observations[store.offsets[:-1]][store.episode_of_row]
@@ -191,7 +194,7 @@ def displacement(store: OfflineDataset) -> Tensor:
 
 
 def along_horizon(store: OfflineDataset, rows: Tensor, values: Tensor) -> list[float | None]:
-    """Mean of `values` (of these rows) at each position in the trajectories; None where there is no row."""
+    """Mean of the rows' `values` at each timestep of the trajectories; None where there is no row."""
     at = store.timesteps.cpu()[rows.cpu()]
     count = torch.zeros(int(store.lengths.max()), dtype=torch.float64).index_add_(0, at, torch.ones(len(at)).double())
     total = torch.zeros_like(count).index_add_(0, at, values.cpu().double())
@@ -199,7 +202,7 @@ def along_horizon(store: OfflineDataset, rows: Tensor, values: Tensor) -> list[f
 
 
 def real_pieces(store: OfflineDataset, count: int, length: int, seed: int = 0) -> OfflineDataset:
-    """Pieces of a dataset's episodes as synthetic trajectories are: from random rows on, at most `length` transitions."""
+    """Pieces of a dataset's episodes, comparable with synthetic ones: from random rows, at most `length` transitions."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(len(store), (count,), generator=generator).to(store.device)
     lengths = (store.offsets[1:][store.episode_of_row[start]] - start).clamp(max=length)
@@ -217,11 +220,11 @@ def evaluate(
     simulator: Simulator | None,
     policies: Mapping[str, tuple[Agent, float]],
 ) -> dict[str, Any]:
-    """All measures of one dataset of trajectories, as plain numbers; curves run along the horizon.
+    """All measures of a dataset of trajectories, as plain numbers; curves are over timesteps.
 
     Args:
         simulator: None leaves the dynamics error out.
-        policies: of one lane each, by name, with the deviation they are given where they are deterministic.
+        policies: policies of one lane by name, with the std for deterministic ones.
     """
     everything = torch.arange(len(synthetic))
     found: dict[str, Any] = {

@@ -1,22 +1,20 @@
-"""Policy-guided diffusion: trajectories that a diffusion model of the dataset makes, nudged towards the policy's actions.
+"""Policy-guided diffusion: trajectories of a diffusion model of the dataset, guided towards the policy's actions.
 
 Jackson, Matthews, Lu, Ellis, Whiteson & Foerster, "Policy-Guided Diffusion", RLC 2024 (arXiv 2404.06356); authors' code
-EmptyJackson/policy-guided-diffusion. Samples are to follow p_data(tau) prod_t pi(a_t | s_t)^lambda: near the policy in their
-actions, and near the data in everything else. No gradient goes through states, the policy or the denoiser, and only actions
-are moved.
+EmptyJackson/policy-guided-diffusion. Samples approximate p_data(tau) prod_t pi(a_t | s_t)^lambda: actions near the policy,
+everything else near the data. No gradient flows through states, the policy or the denoiser, and only actions are moved.
 
-Three ways to guide:
+Two kinds of guidance:
 
-- `per_step` (the authors'): at the start of step i the coded actions u move by w ((1 - i/N) + c sin(pi (i+1)/N)) g, with g the
-  gradient of sum log pi(a) in u, normalised per trajectory. Neither the level nor the step's length enters, so more steps guide
-  more (`rescale_with_steps` keeps w N constant) and the samples have no limit as N grows.
-- `score` (the paper's equation): lambda g is added to the score, sigma^2 lambda g to the denoised actions, below `sigma_max`.
-- `product` (ours): the clean action given the noised sample is taken for N(D_a, V), V = sigma^2 v / (sigma^2 + v) with v the
-  behaviour's variance, and multiplied with the policy's density to the power lambda. Exact for Gaussians, bounded, independent
-  of N.
+- `per_step` (the authors'): at the start of step i the encoded actions u move by w ((1 - i/N) + c sin(pi (i+1)/N)) g, where g
+  is the gradient of sum log pi(a) in u, normalised per trajectory. Neither the noise level nor the length of the step enters,
+  so more steps guide more, and the samples have no limit as N grows.
+- `product` (ours): the clean action given the noised sample is taken to be N(D_a, V), V = sigma^2 v / (sigma^2 + v) with v the
+  behaviour's variance, and multiplied by the policy's density to the power lambda. It is exact for Gaussians, bounded, and
+  independent of N.
 
 Deviations: the norm is g / (|g| + 1e-8), where the authors' code divides first and adds after (0 / 0 when all actions are
-saturated); the gradient is written down instead of derived automatically; what `offrl.augment.diffusion` says.
+saturated); the gradient is written in closed form; those of `offrl.augment.diffusion`.
 """
 
 from __future__ import annotations
@@ -33,19 +31,15 @@ from offrl.augment import edm
 from offrl.augment.diffusion import Denoiser, Diffusion, DiffusionConfig
 from offrl.nets import per_lane
 
-_REFERENCE_STEPS = 256  # of the authors' sampler
-
 
 @dataclass
 class PolicyGuidedConfig(DiffusionConfig):
-    coefficient: float = 1.0  # w of per_step, lambda of the others; 0: unguided
-    guidance: Literal["per_step", "score", "product"] = "per_step"
+    coefficient: float = 1.0  # w of per_step, lambda of product; 0: unguided
+    guidance: Literal["per_step", "product"] = "per_step"
     cosine: float = 0.3  # c, extra guidance in the middle of the steps (per_step)
-    normalize: bool = True  # per trajectory a gradient of length 1 (per_step, score)
-    at_denoised: bool = False  # take the gradient at D(x) instead of x (per_step: one more call of the network a step)
-    sigma_max: float = 2.0  # the level above which nothing is guided (score)
-    rescale_with_steps: bool = False  # w <- w 256 / N (per_step)
-    policy_std: float = 1.0  # of a policy that is no Gaussian, around its action, in units of the actions
+    normalize: bool = True  # whether the gradient of a trajectory has length 1 (per_step)
+    at_denoised: bool = False  # gradient at D(x) instead of x, for one more call of the network per step (per_step)
+    policy_std: float = 1.0  # std for a policy that is no Gaussian, around its action, in units of the actions
 
 
 class PolicyGuidedDiffusion(Diffusion):
@@ -58,16 +52,16 @@ class PolicyGuidedDiffusion(Diffusion):
     def guide(self, policy: Agent | None) -> edm.Guide | None:
         if policy is None or not torch.as_tensor(self.cfg.coefficient).any():
             return None
-        kinds = {"per_step": PerStep, "score": Score, "product": Product}
-        return kinds[self.cfg.guidance](policy, self.denoiser, self.cfg)
+        kind = PerStep if self.cfg.guidance == "per_step" else Product
+        return kind(policy, self.denoiser, self.cfg)
 
 
 class PolicyGuide(edm.Guide):
-    """What the three have in common: the policy's density as a function of coded samples `[lanes, n, L, D]`."""
+    """The policy's density as a function of encoded samples `[lanes, n, L, D]`."""
 
     def __init__(self, policy: Agent, denoiser: Denoiser, cfg: Any) -> None:
         self.policy, self.codec, self.cfg, self.denoiser = policy, denoiser.codec, cfg, denoiser
-        self.std = self.codec.std[self.codec.act]  # of the coded actions
+        self.std = self.codec.std[self.codec.act]  # std of the encoding of actions
 
     def gaussian(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the policy `[lanes, n, L, A]` at the states in `x`, in units of the action box."""
@@ -76,14 +70,14 @@ class PolicyGuide(edm.Guide):
         return (mean - self.codec.centre) / self.codec.scale, (std / self.codec.scale).square()
 
     def gradient(self, x: Tensor) -> Tensor:
-        """`[lanes, n, L, A]`: of sum log pi(a) in the coded actions, (m - a) / v (1 - a^2) std; of length 1 if wanted."""
+        """`[lanes, n, L, A]`: gradient of sum log pi(a) in the encoded actions, (m - a) / v (1 - a^2) std."""
         mean, variance = self.gaussian(x)
         action = self.codec.unit_actions(x)
         g = (mean - action) / variance * (1 - action.square()) * self.std
         return g / (torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) + 1e-8) if self.cfg.normalize else g
 
     def with_actions(self, x: Tensor, actions: Tensor) -> Tensor:
-        """`x` with other coded actions."""
+        """`x` with these encoded actions."""
         return torch.cat([x[..., self.codec.obs], actions, x[..., self.codec.act.stop :]], -1)
 
 
@@ -91,8 +85,7 @@ class PerStep(PolicyGuide):
     def strength(self, step: int) -> Any:
         """lambda_i = w ((1 - i/N) + c sin(pi (i+1)/N)), a number or one per lane."""
         cfg, n = self.cfg, self.cfg.sampling.steps
-        weight = cfg.coefficient * (_REFERENCE_STEPS / n if cfg.rescale_with_steps else 1)
-        return weight * ((1 - step / n) + cfg.cosine * math.sin(math.pi * (step + 1) / n))
+        return cfg.coefficient * ((1 - step / n) + cfg.cosine * math.sin(math.pi * (step + 1) / n))
 
     def move(self, x: Tensor, step: int, sigma: float, denoise: edm.Denoise) -> Tensor:
         if step == self.cfg.sampling.steps - 1:  # the last one is left alone
@@ -101,20 +94,12 @@ class PerStep(PolicyGuide):
         return self.with_actions(x, x[..., self.codec.act] + per_lane(self.strength(step), 3) * g)
 
 
-class Score(PolicyGuide):
-    def denoised(self, clean: Tensor, noised: Tensor, sigma: float) -> Tensor:
-        if sigma > self.cfg.sigma_max:
-            return clean
-        g = self.gradient(clean if self.cfg.at_denoised else noised)
-        return self.with_actions(clean, clean[..., self.codec.act] + per_lane(self.cfg.coefficient, 3) * sigma**2 * g)
-
-
 class Product(PolicyGuide):
     def denoised(self, clean: Tensor, noised: Tensor, sigma: float) -> Tensor:
         mean, variance = self.gaussian(clean)
         mean = mean.clamp(-0.999, 0.999)
         target = (mean.atanh() - self.codec.mean[self.codec.act]) / self.std
-        spread = variance / ((1 - mean.square()) * self.std).square()  # of the policy, in coded actions
+        spread = variance / ((1 - mean.square()) * self.std).square()  # the policy's variance, in encoded actions
         behaviour = self.denoiser.action_variance
         own = sigma**2 * behaviour / (sigma**2 + behaviour)
         weight = per_lane(self.cfg.coefficient, 3) * own
@@ -123,10 +108,10 @@ class Product(PolicyGuide):
 
 
 def policy_gaussian(policy: Agent, obs: Tensor, std: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation `[lanes, n, A]` of a policy at raw observations `[lanes, n, O]`.
+    """Mean and std `[lanes, n, A]` of a policy at raw observations `[lanes, n, O]`.
 
     Args:
-        std: of a policy that is no Gaussian, around its action.
+        std: std for a policy that is no Gaussian, around its action.
     """
     normalized = policy.normalize(obs)
     gaussian = policy.policy_gaussian(normalized)

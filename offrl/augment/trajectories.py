@@ -1,6 +1,6 @@
-"""Trajectories as matrices: which windows of a dataset a denoiser learns from, and how their numbers are coded.
+"""Trajectories as matrices: windows of a dataset, and their encoding for a denoiser.
 
-A trajectory is `[L, D]`, D = O + A + 2: row t holds the state s_t, the coded action u_t, the reward r_t and the flag d_t (1
+A trajectory is `[L, D]`, D = O + A + 2: row t holds the state s_t, the encoded action u_t, the reward r_t and the flag d_t (1
 where the episode terminates with this step; never at a time limit). Next states are not modelled: they are the states of
 the next row.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offrl.data.dataset import OfflineDataset
 from offrl.utils.errors import OffrlError
 
-_LARGEST = 0.999  # actions are cut to this part of their box before atanh
+_LARGEST = 0.999  # share of the action box to which actions are clipped before atanh
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Rows:
 
 
 class Codec(nn.Module):
-    """Between steps as a dataset has them and rows as the denoiser sees them: about zero, with deviation one.
+    """The encoding of a dataset's steps as rows of the denoiser, with mean zero and std one, and its inverse.
 
-    Actions go through u = atanh(a), so that whatever is generated lies inside the box; states, u and rewards are
-    standardised. Flags become -1 and 1 and stay so (`terminals="zscore"` standardises them like the authors; a rare
-    terminal is then some twenty deviations away from the rest).
+    Actions are encoded as u = atanh(a), so that generated ones lie inside the box; states, u and rewards are standardised.
+    Flags are -1 and 1 (`terminals="zscore"` standardises them, as the authors do; a rare terminal is then some twenty standard
+    deviations away from the rest).
 
     Args:
         low, high: bounds of the actions.
@@ -80,17 +80,17 @@ class Codec(nn.Module):
         return (self.raw(observations, actions, rewards, terminations) - self.mean) / self.std
 
     def decode(self, x: Tensor) -> Rows:
-        """What rows say; whatever they hold, actions are inside their box and flags are 0 or 1."""
+        """Steps of encoded rows; actions are always inside their box and flags 0 or 1."""
         raw = x * self.std + self.mean
         flag = raw[..., -1] > (0.5 if self.terminals == "zscore" else 0.0)
         return Rows(raw[..., self.obs], raw[..., self.act].tanh() * self.scale + self.centre, raw[..., -2], flag)
 
     def observations(self, x: Tensor) -> Tensor:
-        """`[..., O]`: the states alone."""
+        """`[..., O]`: only the states."""
         return x[..., self.obs] * self.std[self.obs] + self.mean[self.obs]
 
     def unit_actions(self, x: Tensor) -> Tensor:
-        """`[..., A]`: the actions alone, in units of their box (-1 to 1)."""
+        """`[..., A]`: only the actions, in units of their box (-1 to 1)."""
         return (x[..., self.act] * self.std[self.act] + self.mean[self.act]).tanh()
 
 
@@ -98,19 +98,18 @@ class Windows:
     """Windows of L steps, none of which crosses an episode's end.
 
     As in the authors' code: every `stride`-th start, those at an episode's first step, and those that end exactly on a
-    termination; none that ends on an episode's last step without a termination. There a termination can only stand in a
-    window's last row. `padding` lets windows run past a termination, into rows with the state that was reached, the
-    middle action, no reward and the flag set: so the model learns what follows a termination, and short
-    episodes count.
+    termination; none that ends on an episode's last step without a termination. Without `padding` a termination occurs in a
+    window's last row only. With it windows extend past a termination, into rows with the final state, the middle action, reward
+    0 and the flag set: the model learns what follows a termination, and short episodes are used.
 
     Args:
         store: the dataset.
-        codec: `fit` standardises it by the rows of the windows, as often as they occur.
-        episodes: `[n]` int64, those to take windows from.
+        codec: encoding; `fit` standardises it by the rows of the windows, weighted by their frequency.
+        episodes: `[n]` int64, the episodes to use.
 
     Attributes:
         starts: `[W]` int64, first rows of the windows in `raw`.
-        raw: `[N', D]` rows before standardisation, all episodes one after the other.
+        raw: `[N', D]` rows of all episodes before standardisation.
 
     Raises:
         OffrlError: no episode is long enough.
@@ -125,10 +124,8 @@ class Windows:
         raw = codec.raw(chosen.observations, chosen.actions, chosen.rewards, chosen.terminations)
         padded = terminated if padding else torch.zeros_like(terminated)
         raw, offsets = _with_absorbing_rows(raw, chosen, padded, codec)
-        self.length, self.last = (
-            length,
-            offsets[1:] - 1,
-        )  # the last row of each episode, an absorbing one where there is one
+        self.length = length
+        self.last = offsets[1:] - 1  # last row of each episode: the absorbing one where there is one
         self.starts = self._starts(chosen.lengths, offsets[:-1], terminated, padding, stride)
         if not len(self.starts):
             raise OffrlError(
@@ -140,10 +137,8 @@ class Windows:
     def _starts(self, lengths: Tensor, first: Tensor, terminated: Tensor, padding: bool, stride: int) -> Tensor:
         """Rows of the table at which a window starts, in order."""
         last = lengths - self.length  # the last start inside an episode
-        usable = torch.where(
-            terminated, lengths - 1 if padding else last, last - 1
-        )  # its last row isn't a window's end
-        usable = usable.clamp(min=-1)
+        # Without a termination no window ends on the last row.
+        usable = torch.where(terminated, lengths - 1 if padding else last, last - 1).clamp(min=-1)
         counts = usable + 1
         episode = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), counts)
         place = torch.arange(len(episode), device=lengths.device) - (counts.cumsum(0) - counts)[episode]
@@ -170,7 +165,7 @@ class Windows:
 
 
 def _with_absorbing_rows(raw: Tensor, store: OfflineDataset, padded: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    """The rows with one more behind each padded episode, and where the episodes now begin."""
+    """The rows with an absorbing one after each padded episode, and the new offsets of the episodes."""
     lengths = store.lengths + padded
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     table = raw.new_zeros(int(offsets[-1]), raw.shape[1])
@@ -184,7 +179,7 @@ def _with_absorbing_rows(raw: Tensor, store: OfflineDataset, padded: Tensor, cod
 
 
 def split_episodes(store: OfflineDataset, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Episodes to learn from, and those held out (a share of them, at least one where there are several)."""
+    """Episodes for training, and held-out ones (the share `holdout`, at least one if there are several)."""
     if store.episodes < 2 or holdout <= 0:
         everything = torch.arange(store.episodes)
         return everything, everything[:0]
@@ -196,10 +191,10 @@ def split_episodes(store: OfflineDataset, holdout: float, seed: int) -> tuple[Te
 def synthetic_store(rows: Rows, like: OfflineDataset, label: str) -> OfflineDataset:
     """A dataset of generated trajectories `[n, T + 1]`: T transitions each, fewer where one terminates before.
 
-    The last row only gives a state. What follows a trajectory's first termination is left out.
+    Only the state of the last row is used. Rows after a trajectory's first termination are left out.
 
     Raises:
-        OffrlError: something generated isn't finite.
+        OffrlError: a generated number is not finite.
     """
     steps = rows.rewards.shape[1] - 1
     done = rows.terminations[:, :-1]

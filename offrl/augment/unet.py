@@ -1,9 +1,9 @@
 """The denoiser's network: a 1-D U-Net over the steps of a trajectory.
 
-The architecture of the authors of policy-guided diffusion (EmptyJackson/policy-guided-diffusion), but for speed: activations
-stay `[batch, time, channels]`, and a convolution runs as a 2-D one of height 1, for which that is PyTorch's channels-last
-layout. Group normalisation acts on each time step alone, as theirs does (their networks see one trajectory at a time, and their
-library takes its time axis for the batch): so no statistic depends on how long a trajectory is.
+The architecture of the authors of policy-guided diffusion (EmptyJackson/policy-guided-diffusion). For speed activations stay
+`[batch, time, channels]`, and a convolution runs as a 2-D one of height 1, for which that is PyTorch's channels-last layout.
+Group normalisation acts on each time step separately, as theirs does (their networks see one trajectory at a time, and their
+library takes its time axis for the batch), so no statistic depends on the length of a trajectory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Conv(nn.Module):
     """Convolution over time of `[B, L, C]`, LeCun-normal weights (flax's truncated normal) and no initial bias.
 
     Args:
-        size: of the kernel; `padding` steps of zeros stand before and behind.
+        size: size of the kernel; padding: zeros before and after the sequence.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Linear(nn.Module):
 
 
 class StepNorm(nn.Module):
-    """Group normalisation of each time step alone, then ReLU; `[B, L, C]`."""
+    """Group normalisation of each time step separately, then ReLU; `[B, L, C]`."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class StepNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Normalised as layers of their own: twice the speed of `group_norm` here.
+        # As layer normalisation of each group: twice the speed of `group_norm` here.
         groups = x.unflatten(-1, (self.groups, -1))
         normed = F.layer_norm(groups, groups.shape[-1:], eps=1e-6).flatten(-2)
         return torch.addcmul(self.bias, normed, self.weight).relu()
@@ -82,7 +82,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """One level of the decoder: to the skip connection's length, then joined with it."""
+    """One level of the decoder: upsampling to the length of the skip connection, then concatenation with it."""
 
     def __init__(self, inputs: int, outputs: int, time: int, groups: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -102,11 +102,11 @@ class UNet(nn.Module):
 
     Args:
         width: D, numbers per step.
-        features: F, channels of the first level; each further one has twice as many. A multiple of 8, at least 16.
-        blocks: levels.
-        groups: of channels that are normalised together, on every level; `features` must be a multiple. A group of few
-            channels keeps little of what they say: of four channels, whose mean and scale are taken away, two numbers.
-        seed: of the initial weights.
+        features: F, channels of the first level; each further level has twice as many. A multiple of 8, at least 16.
+        blocks: number of levels.
+        groups: number of groups in the normalisation, on every level; must divide `features`. Groups of few channels lose
+            information: of four channels, without mean and scale, two numbers are left.
+        seed: seed of the initial weights.
     """
 
     def __init__(self, width: int, features: int = 1024, blocks: int = 3, groups: int = 8, seed: int = 0) -> None:
@@ -129,7 +129,7 @@ class UNet(nn.Module):
         self.out = Conv(features, width, 1, (0, 0), generator)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """`level`: c_noise, `[B]`, or `[1]` when all samples share it."""
+        """`level`: c_noise, `[B]`, or `[1]` for all samples."""
         if x.shape[1] < 2 ** (self.blocks - 1):
             raise OffrlError(
                 f"trajectories of {x.shape[1]} steps are too short for {self.blocks} blocks; lengthen them."
@@ -152,22 +152,22 @@ class UNet(nn.Module):
 
 
 def halve(x: Tensor) -> Tensor:
-    """Maximum over pairs of steps; an odd last step is left out."""
+    """Maximum over pairs of steps; an odd last step is dropped."""
     even = x[:, : x.shape[1] // 2 * 2]
     return torch.maximum(even[:, 0::2], even[:, 1::2])
 
 
 def stretch(x: Tensor, length: int) -> Tensor:
-    """To `length` steps, each the nearest of the old ones (by the middles of the steps)."""
+    """Nearest-neighbour resampling to `length` steps (by the midpoints of the steps)."""
     old = x.shape[1]
     nearest = ((torch.arange(length, device=x.device) + 0.5) * old / length).long()
     return x.index_select(1, nearest)
 
 
 def lecun_normal(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:
-    """Normal of variance 1 / fan_in, cut off at two deviations (and widened to have that variance all the same)."""
-    std = 1 / math.sqrt(fan_in) / 0.87962566103423978  # what the cut leaves of a standard normal's deviation
+    """Normal truncated at two standard deviations, scaled to variance 1 / fan_in."""
+    std = 1 / math.sqrt(fan_in) / 0.87962566103423978  # std of the truncated standard normal
     weight = torch.empty(shape)
-    if weight.is_meta:  # counted, not filled
+    if weight.is_meta:  # only counted
         return weight
     return nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)

@@ -1,13 +1,13 @@
-"""An ensemble of one-step models, rolled out by the policy: what policy-guided diffusion is compared with.
+"""An ensemble of one-step models, rolled out by the policy: the baseline of policy-guided diffusion.
 
 Chua, Calandra, McAllister & Levine, "Deep Reinforcement Learning in a Handful of Trials using Probabilistic Dynamics Models"
 (PETS), NeurIPS 2018, used as in MOPO (Yu et al., NeurIPS 2020), without its penalty. The authors of policy-guided diffusion
 did not publish theirs; the settings are those of EmptyJackson/unifloral: seven Gaussian members, the best five by
 validation error, a random one of these at every step.
 
-Deviations: inputs and targets are standardised, and states stay within the range that the dataset's have (a model that
-leaves its data would run off to infinity within a long rollout). Where a trajectory terminates is written down for the
-robots that terminate; elsewhere nothing does.
+Deviations: inputs and targets are standardised, and states are clipped to the range of the dataset's states (off the data
+the model would diverge within a long rollout). Hopper, Walker2d and Ant terminate by Gymnasium's rules; other tasks never
+terminate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, SyntheticConfig
-from offrl.augment.fitting import Fit, kept, model_path
+from offrl.augment.fitting import FitLoop, fit_or_load, model_path
 from offrl.augment.trajectories import Rows, synthetic_store
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.nets import MLP, Adam
@@ -35,14 +35,14 @@ _VERSION = 1  # raise it when the same settings give other weights
 @dataclass
 class EnsembleConfig:
     members: int = 7
-    elites: int = 5  # members that are used: the best on held-out transitions
+    elites: int = 5  # number of members in use: the best on held-out transitions
     hidden: tuple[int, ...] = (200, 200, 200, 200)
     updates: int = 20_000  # (unifloral: 400 passes over the dataset)
     batch_size: int = 256
     lr: float = 1e-3
     weight_decay: float = 2.5e-5
-    bound_weight: float = 0.01  # of the width between the learnt bounds of the variance
-    holdout: float = 0.2  # share of the transitions
+    bound_weight: float = 0.01  # weight of the width between the learnt bounds of the variance
+    holdout: float = 0.2  # share of held-out transitions
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,8 +58,8 @@ class Ensemble(nn.Module):
     """p(s' - s, r | s, a): for each member a normal distribution, in standardised units.
 
     Attributes:
-        low, high: `[O]`, the range of the dataset's states.
-        elites: `[E]` int64, the members that are used.
+        low, high: `[O]`, range of the dataset's states.
+        elites: `[E]` int64, indices of the members in use.
     """
 
     low: Tensor
@@ -74,7 +74,7 @@ class Ensemble(nn.Module):
         super().__init__()
         inputs, outputs = obs_dim + action_dim, obs_dim + 1
         self.mlp = MLP((cfg.seed,), [inputs, *cfg.hidden, 2 * outputs], cfg.members, name="world_model")
-        self.most = nn.Parameter(torch.full((1, cfg.members, 1, outputs), 0.5))  # of the logarithm of the variance
+        self.most = nn.Parameter(torch.full((1, cfg.members, 1, outputs), 0.5))  # bounds of the log-variance
         self.least = nn.Parameter(torch.full((1, cfg.members, 1, outputs), -10.0))
         for name, width in (("in", inputs), ("out", outputs)):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
@@ -84,7 +84,7 @@ class Ensemble(nn.Module):
         self.register_buffer("elites", torch.zeros(cfg.elites, dtype=torch.int64))
 
     def fit_scales(self, store: OfflineDataset) -> None:
-        """Standardise by a dataset."""
+        """Set the standardisation and the range of states by a dataset."""
         for name, rows in (("in", torch.cat([store.observations, store.actions], -1)), ("out", targets(store))):
             mean, std = rows.double().mean(0), rows.double().std(0, correction=0)
             getattr(self, f"{name}_mean").copy_(mean)
@@ -104,7 +104,7 @@ class Ensemble(nn.Module):
         """Next states `[n, O]` and rewards `[n]`.
 
         Args:
-            member: `[n]` int64, which elite predicts; noise: `[n, O + 1]` standard normals.
+            member: `[n]` int64, the elite that predicts; noise: `[n, O + 1]` standard normals.
         """
         mean, log_variance = self(obs, action)
         chosen = self.elites[member].view(1, -1, 1).expand(1, -1, mean.shape[-1])
@@ -119,8 +119,8 @@ def targets(store: OfflineDataset) -> Tensor:
     return torch.cat([store.next_observations - store.observations, store.rewards.unsqueeze(-1)], -1)
 
 
-class EnsembleFit(Fit):
-    """The training of an ensemble by maximum likelihood."""
+class EnsembleFit(FitLoop):
+    """Fitting an ensemble by maximum likelihood."""
 
     def __init__(self, store: OfflineDataset, cfg: EnsembleConfig) -> None:
         self.store, self.cfg, self.updates = store, cfg, cfg.updates
@@ -140,7 +140,7 @@ class EnsembleFit(Fit):
         return loss.detach()
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Negative log-likelihood (without constants) of the mean member, plus what keeps the bounds together."""
+        """Negative log-likelihood without constants, summed over members, plus the penalty on the width of the bounds."""
         mean, log_variance = self.model(self.store.observations[rows], self.store.actions[rows])
         error = (mean - self._wanted(rows)).square()
         likelihood = (error * (-log_variance).exp() + log_variance).mean((-2, -1)).sum()
@@ -177,7 +177,7 @@ class EnsembleFit(Fit):
         return self.model.state_dict(), metadata
 
 
-# ---- where trajectories terminate ----------------------------------------------------------------------------------------
+# ---- termination -------------------------------------------------------------------------------------------------------
 
 
 def _hopper(obs: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def _never(obs: Tensor) -> Tensor:
 
 
 def termination(info: DatasetInfo) -> Callable[[Tensor], Tensor]:
-    """Whether an episode of a dataset's environment ends in states `[n, O]`, as Gymnasium has it."""
+    """The function that says whether states `[n, O]` are terminal in a dataset's environment, as in Gymnasium."""
     name = re.match(r"(Hopper|Walker2d|Ant)-", info.env_id or "")
     return {"Hopper": _hopper, "Walker2d": _walker2d, "Ant": _ant}[name[1]] if name else _never
 
@@ -212,7 +212,7 @@ class WorldModelConfig(SyntheticConfig):
 
 
 class WorldModel(Augmentation):
-    """Rollouts of the policy from states of the dataset; without a policy, of the actions recorded there."""
+    """Rollouts of the policy from states of the dataset; without a policy, of the recorded actions."""
 
     Config: ClassVar[type] = WorldModelConfig
     name = "WM"
@@ -220,7 +220,7 @@ class WorldModel(Augmentation):
     def prepare(self, progress: bool = False) -> None:
         self.path = model_path("world_model", _VERSION, self.store, self.cfg.model)
         title = f"world model of {self.store.info.id}"
-        tensors, self.about = kept(self.path, lambda: EnsembleFit(self.store, self.cfg.model), progress, title)
+        tensors, self.about = fit_or_load(self.path, lambda: EnsembleFit(self.store, self.cfg.model), progress, title)
         self.model = Ensemble(self.store.obs_dim, self.store.actions.shape[-1], self.cfg.model)
         self.model.load_state_dict(tensors)
         self.model.to(self.store.device).requires_grad_(False)
@@ -251,7 +251,7 @@ class WorldModel(Augmentation):
         return synthetic_store(Rows(*(torch.stack(parts, 1) for parts in zip(*kept_rows))), store, self.name)
 
     def act(self, policy: Agent, obs: Tensor, random: LaneRandom, t: int) -> Tensor:
-        """`[lanes, n, A]`: drawn from a Gaussian policy, else the policy's own; inside the box."""
+        """`[lanes, n, A]`: actions inside the box; sampled where the policy is Gaussian."""
         normalized = policy.normalize(obs)
         gaussian = policy.policy_gaussian(normalized)
         if gaussian is None:

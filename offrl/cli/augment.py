@@ -1,4 +1,4 @@
-"""`offrl augment train|sample|metrics`: each command takes its parsed arguments and returns an exit status."""
+"""`offrl augment train|sample|metrics`: fit a model of trajectories, write samples, measure them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from offrl.agents.base import Agent
+from offrl.augment import metrics
+from offrl.augment.base import make_augmentation
+from offrl.data.dataset import OfflineDataset
+from offrl.data.writers import writer
+from offrl.results import style
+from offrl.results.tables import Table
+from offrl.training.compose import compose_words
+from offrl.training.run_config import RunConfig, resolve_config
+from offrl.training.runs import load_agent, read_config, read_data
 from offrl.utils.errors import OffrlError
-from offrl.utils.paths import replacing
+from offrl.utils.paths import replacing, write_json
+from offrl.utils.process import pick_device, tune_process
 
 if TYPE_CHECKING:
-    from offrl.agents.base import Agent
-    from offrl.data.dataset import OfflineDataset
-    from offrl.training.run_config import RunConfig
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WORDS = "options as for `offrl train`: dataset=ID, augment=NAME, augment.KEY=VALUE, data.KEY=VALUE"
-COLUMNS = {  # of the table, with their headings
+COLUMNS = {  # measure: heading in the table
     "dynamics_error": "dynamics error",
     "dynamics_error_median": "median",
     "reward_error": "reward error",
@@ -33,7 +45,7 @@ COLUMNS = {  # of the table, with their headings
 
 def add_parser(subparsers: Any) -> None:
     """Add `offrl augment`; the parsed arguments carry `run`, which returns the exit status."""
-    parser = subparsers.add_parser("augment", help="synthetic trajectories: their model, a file of them, their worth")
+    parser = subparsers.add_parser("augment", help="synthetic trajectories: fit a model, write samples, measure them")
 
     def usage(_: argparse.Namespace) -> int:
         parser.print_usage()
@@ -42,40 +54,44 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=usage)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train the model of a dataset, or see that it is there")
+    train = commands.add_parser("train", help="train the model of a dataset, unless it is cached")
     train.set_defaults(run=run_train)
 
     sample = commands.add_parser("sample", help="write synthetic trajectories as a dataset")
     sample.add_argument("dest", type=Path, metavar="DEST", help="file, as for `offrl data convert`")
-    sample.add_argument("--policy", type=Path, metavar="RUN", help="run whose policy guides (default: none)")
-    sample.add_argument("--seed", type=int, default=0, help="of the samples")
+    sample.add_argument(
+        "--policy", type=Path, metavar="RUN", help="run whose policy guides the samples (default: none)"
+    )
+    sample.add_argument("--seed", type=int, default=0, help="seed of the samples")
     sample.set_defaults(run=run_sample)
 
-    metrics = commands.add_parser(
+    measure = commands.add_parser(
         "metrics", help="dynamics error, likelihood and coverage of synthetic trajectories, beside real ones"
     )
-    metrics.add_argument("policy", type=Path, metavar="RUN", help="run whose policy guides and is asked")
-    metrics.add_argument("--coefficients", default="0,1", help="of guidance, separated by commas (default %(default)s)")
-    metrics.add_argument("--transitions", type=int, default=16_384, help="of each kind (default %(default)s)")
-    metrics.add_argument(
-        "--behaviour", type=Path, metavar="RUN", help="run whose policy is asked too, such as one of bc"
+    measure.add_argument("policy", type=Path, metavar="RUN", help="run whose policy guides and is evaluated")
+    measure.add_argument(
+        "--coefficients", default="0,1", help="guidance coefficients, separated by commas (default %(default)s)"
     )
-    metrics.add_argument("--behaviour-std", type=float, default=0.3, help="its deviation (default %(default)s)")
-    metrics.add_argument("--no-world-model", action="store_true", help="leave the autoregressive model out")
-    metrics.add_argument("--seed", type=int, default=0, help="of the samples")
-    metrics.add_argument("--out", type=Path, help="folder to write to (default: `augment` in the run's)")
-    metrics.set_defaults(run=run_metrics)
+    measure.add_argument(
+        "--transitions", type=int, default=16_384, help="transitions of each kind (default %(default)s)"
+    )
+    measure.add_argument(
+        "--behaviour", type=Path, metavar="RUN", help="run of a second policy for the likelihood, such as one of bc"
+    )
+    measure.add_argument("--behaviour-std", type=float, default=0.3, help="std of that policy (default %(default)s)")
+    measure.add_argument("--no-world-model", action="store_true", help="leave the world model out")
+    measure.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    measure.add_argument("--out", type=Path, help="folder to write to (default: `augment` in the run's)")
+    measure.set_defaults(run=run_metrics)
 
-    for command in (sample, metrics):
-        command.add_argument("--lane", type=int, default=0, help="which of the run's policies (default 0)")
-    for command, more in ((train, ""), (sample, ""), (metrics, "; world_model.KEY=VALUE sets the world model")):
+    for command in (sample, measure):
+        command.add_argument("--lane", type=int, default=0, help="lane of the run (default 0)")
+    for command, more in ((train, ""), (sample, ""), (measure, "; world_model.KEY=VALUE sets the world model")):
         command.add_argument("words", nargs="*", metavar="KEY=VALUE", help=WORDS + more)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Train the model that the options name, unless it is in the cache."""
-    from offrl.augment.base import make_augmentation
-
+    """Train the model of the options, unless it is cached."""
     job = _job(arguments.words)
     augmentation = make_augmentation(job.augment, _recorded(job), (0,))
     augmentation.prepare(progress=True)
@@ -85,9 +101,6 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def run_sample(arguments: argparse.Namespace) -> int:
     """Write trajectories, guided by a run's policy or unguided, as a dataset."""
-    from offrl.augment.base import make_augmentation
-    from offrl.data.writers import writer
-
     write = writer(arguments.dest)
     job = _job(arguments.words, arguments.policy)
     policy = _policy(arguments.policy, arguments.lane) if arguments.policy else None
@@ -101,11 +114,6 @@ def run_sample(arguments: argparse.Namespace) -> int:
 
 def run_metrics(arguments: argparse.Namespace) -> int:
     """Measure real pieces, guided samples at each coefficient, and the world model's rollouts; write table and figure."""
-    from offrl.augment import metrics
-    from offrl.augment.base import make_augmentation
-    from offrl.utils.paths import write_json
-    from offrl.utils.process import tune_process
-
     try:
         coefficients = [float(word) for word in arguments.coefficients.split(",")]
     except ValueError as error:
@@ -151,21 +159,16 @@ def run_metrics(arguments: argparse.Namespace) -> int:
         "augment": job.augment,
     }
     write_json(out / "metrics.json", {**metadata, "kinds": found})
-    table = markdown(found)
+    text = table(found).markdown()
     with replacing(out / "metrics.md") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
-    with replacing(out / "metrics.png") as temporary:
-        draw(found).savefig(temporary, dpi=160, format="png")
-    print(f"{table}\n\n{out / 'metrics.md'}, metrics.json and metrics.png")
+        temporary.write_text(text, encoding="utf-8")
+    style.save(draw(found), out / "metrics.png", dpi=160)
+    print(f"{text}\n{out / 'metrics.md'}, metrics.json and metrics.png")
     return 0
 
 
 def _job(words: Sequence[str], run: Path | None = None) -> RunConfig:
-    """The checked configuration behind some words; dataset and `data` are a run's where they are not given."""
-    from offrl.training.compose import compose_words
-    from offrl.training.run_config import resolve_config
-    from offrl.training.runs import read_config
-
+    """The checked configuration of `key=value` words; a run gives `dataset` and `data` where the words do not."""
     if odd := [word for word in words if "=" not in word or word.startswith("-")]:
         raise OffrlError(f"{odd[0]} is no option; {WORDS}.")
     kept = read_config(run) if run else {}
@@ -183,31 +186,22 @@ def _job(words: Sequence[str], run: Path | None = None) -> RunConfig:
 
 
 def _recorded(job: RunConfig) -> OfflineDataset:
-    from offrl.training.runs import read_data
-    from offrl.utils.process import pick_device
-
+    """The dataset with rewards as recorded."""
     return read_data(job.train, pick_device(job.train.device))
 
 
 def _policy(run: Path, lane: int) -> Agent:
-    from offrl.augment.metrics import OneLane
-    from offrl.training.runs import load_agent
-    from offrl.utils.process import pick_device
-
-    return OneLane(load_agent(run, str(pick_device("auto"))), lane)
+    return metrics.OneLane(load_agent(run, str(pick_device("auto"))), lane)
 
 
 # ---- table and figure ----------------------------------------------------------------------------------------------------
 
 
-def markdown(found: dict[str, dict[str, Any]]) -> str:
-    """One row a kind of trajectories."""
+def table(found: dict[str, dict[str, Any]]) -> Table:
+    """One row per kind of trajectories."""
     columns = [name for name in COLUMNS if any(name in kind for kind in found.values())]
-    lines = ["| trajectories | " + " | ".join(COLUMNS[name] for name in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for kind, values in found.items():
-        lines.append(f"| {kind} | " + " | ".join(_number(values.get(name)) for name in columns) + " |")
-    return "\n".join(lines)
+    rows = [[kind, *(_number(values.get(name)) for name in columns)] for kind, values in found.items()]
+    return Table("Trajectories", ["trajectories", *(COLUMNS[name] for name in columns)], rows)
 
 
 def _number(value: float | None) -> str:
@@ -216,8 +210,33 @@ def _number(value: float | None) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
 
 
-def _cut_rounding_off(errors: Any, both: Any, found: dict[str, dict[str, Any]], colour: str) -> None:
-    """End the axes of errors below the synthetic curves; a real error below (rounding) is told in words and by an arrow."""
+def draw(found: dict[str, dict[str, Any]]) -> Figure:
+    """Dynamics error and likelihood over timesteps, and one against the other."""
+    looks = style.looks_of(list(found))
+    with style.sheet(1, 3, (9.3, 2.9)) as (figure, panels):
+        errors, likelihoods, both = panels[0]
+        handles = []
+        for kind, values in found.items():
+            colour, line = looks[kind]
+            for panel, name in ((errors, "dynamics_error"), (likelihoods, "log_likelihood_policy")):
+                curve = np.array(values["curves"][name], dtype=float)
+                (handle,) = panel.plot(np.arange(1, len(curve) + 1), curve, color=colour, linestyle=line, linewidth=1.4)
+            handles.append(handle)
+            point = values["log_likelihood_policy"], values["dynamics_error"]
+            both.plot(*point, style.MARKS[line], color=colour, markersize=5)
+        error, likelihood = "dynamics error (dataset's variance)", "log-likelihood under the policy"
+        errors.set(yscale="log", xlabel="step of the trajectory", ylabel=error)
+        likelihoods.set(xlabel="step of the trajectory", ylabel=likelihood)
+        both.set(yscale="log", xlabel=likelihood, ylabel=error)
+        _clip_rounding(errors, both, found, looks["real"][0])
+        for panel in panels[0]:
+            style.tidy(panel)
+        style.legend_above(figure, handles, list(found), 2)
+    return figure
+
+
+def _clip_rounding(errors: Axes, both: Axes, found: dict[str, dict[str, Any]], colour: str) -> None:
+    """End the axes below the synthetic errors; a real error below them (rounding) is a text and an arrow."""
     curves = [values["curves"]["dynamics_error"] for kind, values in found.items() if kind != "real"]
     synthetic = [error for curve in curves for error in curve if error]
     real, bottom = found["real"]["dynamics_error"], min(synthetic, default=0.0) / 3
@@ -227,39 +246,3 @@ def _cut_rounding_off(errors: Any, both: Any, found: dict[str, dict[str, Any]], 
         panel.set_ylim(bottom=bottom)
     errors.annotate(f"real: {real:.0e}", (0.02, 0.03), xycoords="axes fraction", color=colour)
     both.plot(found["real"]["log_likelihood_policy"], bottom, "v", color=colour, markersize=6, clip_on=False)
-
-
-def draw(found: dict[str, dict[str, Any]]) -> Any:
-    """Dynamics error and likelihood along the horizon, and one against the other."""
-    import matplotlib
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    from offrl.results.figures import MARKS, STYLE, legend_above, looks_of, tidy
-
-    looks = looks_of(list(found))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.3, 2.9), layout="constrained")
-        errors, likelihoods, both = figure.subplots(1, 3)
-        handles = []
-        for kind, values in found.items():
-            colour, style = looks[kind]
-            for panel, name in ((errors, "dynamics_error"), (likelihoods, "log_likelihood_policy")):
-                curve = np.array(values["curves"][name], dtype=float)
-                steps = np.arange(1, len(curve) + 1)
-                (line,) = panel.plot(steps, curve, color=colour, linestyle=style, linewidth=1.4)
-            handles.append(line)
-            point = values["log_likelihood_policy"], values["dynamics_error"]
-            both.plot(*point, MARKS[style], color=colour, markersize=5)
-        for panel in (errors, both):
-            panel.set_yscale("log")
-            panel.set_ylabel("dynamics error (dataset's variance)")
-        _cut_rounding_off(errors, both, found, looks["real"][0])
-        for panel in (errors, likelihoods):
-            panel.set_xlabel("step of the trajectory")
-        for panel in (both, likelihoods):
-            (panel.set_xlabel if panel is both else panel.set_ylabel)("log-likelihood under the policy")
-        for panel in (errors, likelihoods, both):
-            tidy(panel)
-        legend_above(figure, handles, list(found), 2)
-    return figure

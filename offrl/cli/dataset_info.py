@@ -1,4 +1,4 @@
-"""What is in a dataset: numbers (`describe`), tables for the terminal (`print_info`) and one picture (`plot`)."""
+"""Contents of a dataset: numbers (`describe`), tables for the terminal (`print_info`) and a figure (`plot`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from offrl.cli.sampler_stats import describe_draws, draws_table, fallbacks, plot_bands, plot_concentration
 from offrl.data.dataset import OfflineDataset
 from offrl.data.statistics import return_spread
-from offrl.utils.paths import replacing
+from offrl.results import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 QUANTILES = {"min": 0.0, "q10": 0.1, "q25": 0.25, "median": 0.5, "q75": 0.75, "q90": 0.9, "max": 1.0}
 ENDS = ("terminated", "truncated", "unfinished")
@@ -24,14 +25,13 @@ SHOWN_DIMENSIONS = 40
 
 
 def describe(store: OfflineDataset) -> dict[str, Any]:
-    """Counts, lengths, returns, scores and ranges as plain numbers (JSON can hold them all).
+    """Counts, lengths, returns, scores and ranges as plain numbers, fit for JSON.
 
-    Lengths are steps of the environment, so a tail (a step whose successor is unknown) counts. `score` is the
-    behaviour's normalised score over episodes, None without references (D4RL's AntMaze files count every step at the
-    goal, so that theirs is no success rate). `positive_sided_variance` is
-    mean(max(G - mean(G), 0)^2) over episodes (Hong et al. 2023): how much a few good episodes stand out; returns are
-    normalised by the references (score / 100), without them to [0, 1]; `normalisation` says which. `samplers`: what each
-    would draw, see `offrl.cli.sampler_stats`.
+    Lengths are steps of the environment and include a tail (a step whose successor is unknown). `score` is the behaviour's
+    normalised score over episodes, None without references (D4RL's AntMaze files count every step at the goal, so theirs is
+    no success rate). `positive_sided_variance` is mean(max(G - mean(G), 0)^2) over episodes (Hong et al. 2023), which measures
+    how much a few good episodes stand out; G is normalised by the references (score / 100), without them to [0, 1], as
+    `normalisation` says. `samplers`: see `offrl.cli.sampler_stats`.
     """
     info, returns = store.info, store.returns.cpu()
     steps = store.steps.double().cpu()
@@ -71,9 +71,9 @@ def describe(store: OfflineDataset) -> dict[str, Any]:
 
 
 def episode_ends(store: OfflineDataset) -> Tensor:
-    """`[E]` int64 index into `ENDS`: how each episode ended.
+    """`[E]` int64 index into `ENDS`: the kind of end of each episode.
 
-    A termination counts where it is the last known step (not where AntMaze's flags mark the goal on the way).
+    A termination counts at the last known step only (AntMaze's flags also mark the goal within an episode).
     """
     terminated = (store.terminations[store.offsets[1:] - 1] > 0) & ~store.has_tail
     ends = torch.where(store.complete, 1, 2)
@@ -87,7 +87,7 @@ def _summary(values: Tensor) -> dict[str, float]:
 
 
 def _columns(values: Tensor) -> list[dict[str, Any]]:
-    """Range, mean, deviation of every column, and whether it never changes (float64 sums in blocks)."""
+    """Range, mean and std of every column, and whether it is constant (float64 sums in blocks)."""
     low, high = values.amin(0).double(), values.amax(0).double()
     mean = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
     square = torch.zeros_like(mean)
@@ -164,17 +164,17 @@ def print_info(description: dict[str, Any]) -> None:
 
 
 def _exact_rows(exact: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """What is exactly known of the dataset of a finite task."""
+    """Exact values for the dataset of a tabular task."""
     if exact is None:
         return
     singles = ("optimal", "behaviour", "one_step_improvement", "uniform")
     words = ("the best policy", "the behaviour", "one step of improvement", "uniform actions")
     yield "exact returns", ", ".join(f"{exact[key]:.4g} of {text}" for key, text in zip(singles, words))
-    for told in exact["rcsl"]:
+    for rcsl in exact["rcsl"]:
         yield (
-            f"exact RCSL on {told['target']}",
-            f"{told['sampled']:.4g} sampled, {told['likeliest']:.4g} likeliest action "
-            f"(the behaviour returns {told['target']} with probability {told['probability']:.3g})",
+            f"exact RCSL on {rcsl['target']}",
+            f"{rcsl['sampled']:.4g} sampled, {rcsl['likeliest']:.4g} likeliest action "
+            f"(the behaviour returns {rcsl['target']} with probability {rcsl['probability']:.3g})",
         )
 
 
@@ -182,23 +182,23 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-# ---- picture -----------------------------------------------------------------------------------------------------
+# ---- figure ------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, apart for the colour-blind: how episodes end. Marks (means, limits) are dark.
-END_COLOURS = ("#0072B2", "#E69F00", "#8C8C8C")
-MARK = "#222222"
-DENSITY_ROWS = 200_000  # more do not change a heat map
+END_COLOURS = (style.BLUE, style.YELLOW, style.GREY)  # of `ENDS`
+MARK = "#222222"  # means and limits
+RC = {"font.size": 10}  # the panels are larger than a report's
+DENSITY_ROWS = 200_000  # rows of a heat map; more do not change it
 
 
 def plot(store: OfflineDataset, path: Path) -> None:
-    """Write a PNG of eight panels: returns, lengths, returns in the file's order, rewards, actions, observations, and
-    how much the best trajectories count under each sampler."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Write a PNG of eight panels: returns, lengths, returns in the file's order, rewards, actions, observations, and two of
+    the sampling distributions."""
+    with style.sheet(2, 4, (20, 8.6), RC) as (figure, axes):
+        _draw(store, figure, axes)
+    style.save(figure, path, dpi=110)
 
-    figure = Figure(figsize=(20, 8.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 4)
+
+def _draw(store: OfflineDataset, figure: Figure, axes: Any) -> None:
     _plot_returns(axes[0, 0], store)
     _plot_lengths(axes[0, 1], store)
     _plot_order(axes[0, 2], store)
@@ -206,9 +206,9 @@ def plot(store: OfflineDataset, path: Path) -> None:
     _plot_actions(axes[1, 1], store)
     _plot_observations(axes[1, 2], store)
     plot_concentration(axes[0, 3], store)
-    _style(axes[0, 3], "What the best trajectories get", "best trajectories (log)", "share of draws")
+    style.label(axes[0, 3], "Sampling of the best trajectories", "best trajectories (log)", "share of draws")
     plot_bands(axes[1, 3], describe_draws(store))
-    _style(axes[1, 3], "Where draws come from", "share of draws", "")
+    style.label(axes[1, 3], "Samples by return", "share of draws", "")
     for panel, pad in ((axes[0, 3], 36), (axes[1, 3], 22)):  # legends stand above
         panel.set_title(panel.get_title(loc="left"), loc="left", fontsize=11, fontweight="bold", pad=pad)
     axes[1, 3].grid(False)
@@ -223,17 +223,6 @@ def plot(store: OfflineDataset, path: Path) -> None:
     parts += [] if score is None else [f"behaviour's normalised score {float(score.mean()):.1f}"]
     figure.suptitle(f"{store.info.id}\n", fontsize=15, fontweight="bold", x=0.01, ha="left")
     figure.text(0.0105, 0.945, "   |   ".join(parts), fontsize=11, color="#444444")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def _style(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def _bins(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -244,7 +233,7 @@ def _bins(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _stacked(axes: Axes, values: np.ndarray, ends: np.ndarray, edges: np.ndarray) -> None:
-    """Histogram with how episodes ended stacked in colours."""
+    """Histogram, stacked by the kind of end of the episodes."""
     present = [index for index in range(len(ENDS)) if (ends == index).any()]
     axes.hist(
         [values[ends == index] for index in present],
@@ -259,7 +248,7 @@ def _plot_returns(axes: Axes, store: OfflineDataset) -> None:
     info, returns, ends = store.info, store.returns.cpu().numpy(), episode_ends(store).numpy()
     _stacked(axes, returns, ends, _bins(returns, returns.min(), returns.max()))
     axes.axvline(returns.mean(), color=MARK, linewidth=1.6, label=f"mean {_short(returns.mean())}")
-    _style(axes, "Returns", "return of an episode", "episodes")
+    style.label(axes, "Returns", "return of an episode", "episodes")
     axes.legend(facecolor="white", framealpha=0.85, edgecolor="none", fontsize=9)
     if info.ref_min is not None and info.ref_max is not None:
         low, span = info.ref_min, (info.ref_max - info.ref_min) / 100
@@ -273,17 +262,17 @@ def _plot_returns(axes: Axes, store: OfflineDataset) -> None:
 def _plot_lengths(axes: Axes, store: OfflineDataset) -> None:
     steps = store.steps.cpu().numpy()
     limit = store.info.max_episode_steps
-    # A limit far behind the longest episode (some environments have none to speak of) would squeeze everything.
+    # A limit far beyond the longest episode would squeeze the histogram.
     shown = limit if limit and limit <= 3 * steps.max() else None
     _stacked(axes, steps, episode_ends(store).numpy(), _bins(steps, 0, max(steps.max(), shown or 0) * 1.02))
     if shown:
         axes.axvline(shown, color=MARK, linewidth=1.2, linestyle=":", label=f"time limit {shown:,}")
-    _style(axes, "Lengths", "steps of an episode", "episodes")
+    style.label(axes, "Lengths", "steps of an episode", "episodes")
     axes.legend(facecolor="white", framealpha=0.85, edgecolor="none", fontsize=9)
 
 
 def _plot_order(axes: Axes, store: OfflineDataset) -> None:
-    """Return over the position in the file: a replay buffer climbs, a policy's rollouts stay level."""
+    """Return against the position in the file: it rises in a replay buffer and is level in a policy's rollouts."""
     returns, ends = store.returns.cpu().numpy(), episode_ends(store).numpy()
     first = store.offsets[:-1].cpu().numpy()
     size = float(np.clip(6000 / store.episodes, 3, 20))
@@ -296,7 +285,7 @@ def _plot_order(axes: Axes, store: OfflineDataset) -> None:
         places, means = [first[group].mean() for group in groups], [returns[group].mean() for group in groups]
         axes.plot(places, means, color=MARK, linewidth=1.8, label=f"mean of about {len(groups[0]):,} episodes")
         axes.legend(facecolor="white", framealpha=0.85, edgecolor="none", fontsize=9, loc="upper left")
-    _style(axes, "Returns in the file's order", "first transition of the episode", "return")
+    style.label(axes, "Returns in the file's order", "first transition of the episode", "return")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:.0f}")
 
 
@@ -306,7 +295,7 @@ def _plot_rewards(axes: Axes, store: OfflineDataset) -> None:
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.8)
     axes.axvline(float(rewards.mean()), color=MARK, linewidth=1.6, label=f"mean {_short(float(rewards.mean()))}")
-    _style(axes, "Rewards", "reward of a step", "transitions (log)")
+    style.label(axes, "Rewards", "reward of a step", "transitions (log)")
     axes.legend(facecolor="white", framealpha=0.85, edgecolor="none", fontsize=9)
 
 
@@ -314,19 +303,19 @@ def _plot_actions(axes: Axes, store: OfflineDataset) -> None:
     if store.info.discrete:
         shares = torch.bincount(store.actions, minlength=store.action_dim).cpu().numpy() / len(store)
         axes.bar(np.arange(store.action_dim), shares, color=END_COLOURS[0])
-        _style(axes, "Actions", "action", "share of transitions")
+        style.label(axes, "Actions", "action", "share of transitions")
         return
     _density(axes, _thinned(store.actions), store.info.action_low, store.info.action_high)
-    _style(axes, "Actions (darker: more transitions)", "value", "dimension")
+    style.label(axes, "Actions (darker: more transitions)", "value", "dimension")
     axes.grid(False)
 
 
 def _plot_observations(axes: Axes, store: OfflineDataset) -> None:
-    """Density of every dimension in units of its own deviation, and its range in numbers at the right."""
+    """Density of every dimension in units of its own std, with its range at the right."""
     mean, std = (tensor.cpu() for tensor in store.observation_statistics())
     scaled = (torch.from_numpy(_thinned(store.observations)) - mean) / torch.where(std > 0, std, 1.0)
     _density(axes, scaled.numpy(), -4.0, 4.0)
-    _style(axes, "Observations (darker: more transitions)", "deviations from the dimension's mean", "dimension")
+    style.label(axes, "Observations (darker: more transitions)", "stds from the dimension's mean", "dimension")
     axes.grid(False)
     low, high = store.observations.amin(0).tolist(), store.observations.amax(0).tolist()
     if store.obs_dim <= SHOWN_DIMENSIONS:

@@ -1,8 +1,9 @@
-"""`offrl probe`: predicted against achieved return, and what a policy's label leaks of the environment's noise."""
+"""`offrl probe`: predicted against achieved return, and label leakage."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,16 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from offrl.datasets import exogenous_noise
 from offrl.evaluation.evaluator import Evaluator
-from offrl.evaluation.probes import Probe, draws, leak, reward_and_state
-from offrl.results.figures import STYLE, looks_of
+from offrl.evaluation.probes import Probe, label_leakage, noise_features, reward_and_state
+from offrl.results import style, tables
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import load_agent, load_data, read_config
 from offrl.utils.errors import OffrlError
-from offrl.utils.paths import replacing
 from offrl.utils.process import tune_process
 
 if TYPE_CHECKING:
@@ -30,11 +29,13 @@ def add_parser(subparsers: Any) -> None:
     """Add `offrl probe`; the parsed arguments carry `run`, which returns the exit status."""
     parser = subparsers.add_parser("probe", help="predicted against achieved return, and label leakage")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
-    parser.add_argument("--episodes", type=int, default=100, help="per lane (default 100; 0: play none)")
+    parser.add_argument("--episodes", type=int, default=100, help="episodes per lane (default 100; 0: none)")
     parser.add_argument(
-        "--updates", type=int, default=1000, help="of the probing networks (default 1000; 0: no leakage)"
+        "--updates", type=int, default=1000, help="updates of the contrastive networks (default 1000; 0: no leakage)"
     )
-    parser.add_argument("--sampled", action="store_true", help="draw discrete actions instead of taking the likeliest")
+    parser.add_argument(
+        "--sampled", action="store_true", help="sample discrete actions instead of taking the likeliest"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="achieved against predicted returns as PNG")
     parser.add_argument("--json", action="store_true", help="print JSON with every lane")
     parser.set_defaults(run=_command)
@@ -46,42 +47,36 @@ def probe(
     """Probe the policy of a run.
 
     Args:
-        episodes: per lane, from environment seed `seed` on; 0: none are played, and no promise is checked.
-        updates: of the networks that look for luck in the labels; 0: they are not trained.
-        sampled: draw discrete actions from the policy instead of taking the likeliest.
+        episodes: episodes per lane, from environment seed `seed` on; 0: no returns.
+        updates: updates of the contrastive networks; 0: no leakage.
+        sampled: whether to sample discrete actions instead of taking the likeliest.
     """
     tune_process(1)
     agent, job = load_agent(folder), resolve_config(read_config(Path(folder)), trusted=False)
     if sampled:
         if not (agent.spec.discrete and hasattr(agent.cfg, "sample_actions")):
-            raise OffrlError(f"{folder}: its policy draws no discrete actions; leave --sampled away.")
+            raise OffrlError(f"{folder}: its policy does not sample discrete actions; leave --sampled out.")
         agent.cfg.sample_actions = True
     store = load_data(job.train, agent.spec.device)
-    promised = obtained = outcome = noise = None
+    predicted = achieved = outcome = noise = None
     if episodes:
         with Evaluator(store.info, agent.spec.lanes) as evaluator:
             played = evaluator.run(agent, episodes, seed)
-        obtained = played.returns.mean(1).tolist()
-        promised = None if played.promised is None else played.promised.mean(1).tolist()
+        achieved = played.returns.mean(1).tolist()
+        predicted = None if played.predicted is None else played.predicted.mean(1).tolist()
     if updates:
-        outcome = leak(agent, store, reward_and_state(agent, store), updates)
-        try:
-            recorded = exogenous_noise(store)
-        except OffrlError:
-            recorded = None
-        noise = None if recorded is None else leak(agent, store, draws(recorded), updates)
+        outcome = label_leakage(agent, store, reward_and_state(agent, store), updates)
+        with contextlib.suppress(OffrlError):  # most datasets record no noise
+            noise = label_leakage(agent, store, noise_features(exogenous_noise(store)), updates)
     method = job.train.label or job.method
-    return Probe(str(folder), method, store.info.id, bool(sampled), promised, obtained, outcome, noise)
+    return Probe(str(folder), method, store.info.id, bool(sampled), predicted, achieved, outcome, noise)
 
 
 def show(found: Sequence[Probe]) -> None:
-    """Print a table, one line a run."""
-    table = Table(title="Means over lanes; leaks in nats, in brackets a dealt label's")
-    for heading in ("dataset", "method", "promised", "obtained", "gap", "leak of reward, state", "leak of noise"):
-        table.add_column(heading, justify="left" if heading in ("dataset", "method") else "right")
-    for one in found:
-        table.add_row(*_row(one))
-    Console().print(table)
+    """Print a table, one line per run."""
+    columns = ["dataset", "method", "predicted", "achieved", "gap", "leakage: reward, state", "leakage: noise"]
+    title = "Returns, and leakage in nats (in brackets that of shuffled labels); means over lanes"
+    Console(soft_wrap=True).print(tables.layout(tables.Table(title, columns, [_row(one) for one in found])))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -90,37 +85,35 @@ def _mean(values: Sequence[float]) -> float:
 
 def _row(one: Probe) -> list[str]:
     gap = None
-    if one.promised and one.obtained:
-        gap = [abs(a - b) for a, b in zip(one.promised, one.obtained)]
-    returns = ["-" if x is None else f"{_mean(x):.3f}" for x in (one.promised, one.obtained, gap)]
-    leaks = ["-" if x is None else f"{_mean(x.gain):.3f} ({_mean(x.control):.3f})" for x in (one.outcome, one.noise)]
-    return [one.dataset, one.method + (" sampled" if one.sampled else ""), *returns, *leaks]
+    if one.predicted and one.achieved:
+        gap = [abs(a - b) for a, b in zip(one.predicted, one.achieved)]
+    returns = ["–" if x is None else f"{_mean(x):.3f}" for x in (one.predicted, one.achieved, gap)]
+    leakage = [
+        "–" if x is None else f"{_mean(x.label):.3f} ({_mean(x.shuffled_label):.3f})" for x in (one.outcome, one.noise)
+    ]
+    return [one.dataset, one.method + (" sampled" if one.sampled else ""), *returns, *leakage]
 
 
 def draw(found: Sequence[Probe]) -> Figure:
-    """A panel per dataset: every lane's obtained against its promised return, and the line of kept promises."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    kept = [one for one in found if one.promised and one.obtained]
-    if not kept:
-        raise OffrlError("none of these runs promises a return; there is nothing to plot.")
-    datasets = list(dict.fromkeys(one.dataset for one in kept))
-    looks = looks_of(sorted({one.method for one in kept}))
-    with matplotlib.rc_context(STYLE):
-        wide = max(2.9, 0.09 * max(map(len, datasets)))  # so that titles don't run into each other
-        figure = Figure(figsize=(wide * len(datasets), 2.7), layout="constrained")
-        for panel, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets):
-            here = [one for one in kept if one.dataset == dataset]
+    """A panel per dataset: achieved against predicted return of every lane, with the line where they are equal."""
+    shown = [one for one in found if one.predicted and one.achieved]
+    if not shown:
+        raise OffrlError("none of these runs predicts a return; there is nothing to plot.")
+    datasets = list(dict.fromkeys(one.dataset for one in shown))
+    looks = style.looks_of(sorted({one.method for one in shown}))
+    width = max(2.9, 0.09 * max(map(len, datasets)))  # wide enough for the titles
+    with style.sheet(1, len(datasets), (width * len(datasets), 2.7)) as (figure, panels):
+        for panel, dataset in zip(panels[0], datasets):
+            here = [one for one in shown if one.dataset == dataset]
             for one in here:
-                panel.scatter(one.promised, one.obtained, s=14, color=looks[one.method][0], label=one.method, alpha=0.8)
-            ends = [x for one in here for x in (*(one.promised or []), *(one.obtained or []))]
-            panel.plot([min(ends), max(ends)], [min(ends), max(ends)], color="#999999", linewidth=0.7, zorder=0)
-            panel.set_title(dataset)
-            panel.set_xlabel("promised return")
-            panel.spines[["top", "right"]].set_visible(False)
-        figure.axes[0].set_ylabel("obtained return")
-        figure.axes[0].legend(frameon=False)
+                colour, _ = looks[one.method]
+                panel.scatter(one.predicted, one.achieved, s=14, color=colour, label=one.method, alpha=0.8)
+            ends = [x for one in here for x in (*(one.predicted or []), *(one.achieved or []))]
+            panel.plot([min(ends), max(ends)], [min(ends), max(ends)], color=style.GREY, linewidth=0.7, zorder=0)
+            panel.set(title=dataset, xlabel="predicted return")
+            style.tidy(panel)
+        panels[0, 0].set_ylabel("achieved return")
+        panels[0, 0].legend(frameon=False)
     return figure
 
 
@@ -130,8 +123,7 @@ def _command(arguments: argparse.Namespace) -> int:
     found = [probe(run, arguments.episodes, arguments.updates, arguments.sampled) for run in arguments.runs]
     if arguments.plot:
         try:
-            with replacing(arguments.plot) as path:
-                draw(found).savefig(path, format="png", dpi=200, bbox_inches="tight")
+            style.save(draw(found), arguments.plot)
         except OSError as error:
             raise OffrlError(f"{arguments.plot} could not be written ({error.strerror or error}).") from error
     if arguments.json:

@@ -1,4 +1,4 @@
-"""`offrl report`."""
+"""`offrl report`: tables, statistics and figures of runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
         "--out", type=Path, help="where to write (default: `report` in the folder, or here for several)"
     )
     parser.add_argument(
-        "--last-k", type=int, default=10, metavar="K", help="evaluations that the second score averages"
+        "--last-k", type=int, default=10, metavar="K", help="number of evaluations that the second score averages"
     )
     parser.add_argument("--metric", choices=METRICS, default="score", help="what to report (default: %(default)s)")
     parser.set_defaults(run=_command)

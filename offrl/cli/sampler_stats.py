@@ -1,4 +1,4 @@
-"""What each sampler would draw from a dataset: numbers, a table and two panels for `offrl data info`."""
+"""Sampling distributions on a dataset: numbers, a table and two panels for `offrl data info`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from offrl import sampling
 from offrl.data.dataset import OfflineDataset
+from offrl.results import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-# Trajectories from the best return to the worst: upper ends of the bands, as shares of their number.
+# Bands of trajectories from the best return to the worst: upper ends, as shares of the number of trajectories.
 BANDS = {"best 1%": 0.01, "1-10%": 0.1, "10-25%": 0.25, "25-50%": 0.5, "worst half": 1.0}
-# Okabe and Ito's colours, apart for the colour-blind.
-LINE_COLOURS = ("#8C8C8C", "#0072B2", "#E69F00", "#009E73")
+LINE_COLOURS = (style.GREY, style.BLUE, style.YELLOW, style.GREEN)
 BAND_COLOURS = ("#08306B", "#2B6CB0", "#6BAED6", "#BDD7EE", "#E4E4E4")
 
 
-def laws(store: OfflineDataset) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-    """`[E]` float64 share of the draws that each trajectory gets, and the sampler's facts, by name; default settings."""
-    from offrl import sampling  # samplers are made of datasets; only this report looks back at them
-
+def sampling_distributions(store: OfflineDataset) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """By sampler with default settings: probability of each trajectory, `[E]` float64, and the sampler's metadata."""
     made: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     uniform = sampling.EpisodeWeighted(store, torch.ones(store.episodes))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fallback stands in the facts
+        warnings.simplefilter("ignore")  # the metadata has the fallback
         samplers = [sampling.ReturnWeighted(store), sampling.AdvantageWeighted(store), sampling.TopPercent(store)]
     for sampler in (uniform, *samplers):
         mass = sampler.weights * store.lengths
@@ -38,12 +37,12 @@ def laws(store: OfflineDataset) -> dict[str, tuple[Tensor, dict[str, Any]]]:
 
 
 def describe_draws(store: OfflineDataset) -> dict[str, Any]:
-    """By sampler: effective transitions, their share, the draws that go to each band of trajectories, and fallbacks."""
+    """By sampler: effective sample size, its share of the dataset, probability of each band, and fallbacks."""
     order = store.returns.cpu().argsort(descending=True, stable=True)
     place = (torch.arange(store.episodes) + 0.5) / store.episodes
     band = torch.bucketize(place, torch.tensor(list(BANDS.values())[:-1]), right=True)
     samplers = {}
-    for name, (share, metadata) in laws(store).items():
+    for name, (share, metadata) in sampling_distributions(store).items():
         mass = torch.zeros(len(BANDS), dtype=torch.float64).index_add_(0, band, share[order])
         samplers[name] = {
             "effective_rows": metadata["effective_rows"],
@@ -55,7 +54,7 @@ def describe_draws(store: OfflineDataset) -> dict[str, Any]:
 
 
 def draws_table(samplers: dict[str, Any]) -> Table:
-    """Share of the draws by band of trajectories, and the effective sample size (1 / sum of p^2)."""
+    """Probability of each band of trajectories, and the effective sample size (1 / sum of p^2)."""
     from rich.table import Table
 
     table = Table("draws", *BANDS, "ESS", "ESS / N")
@@ -66,15 +65,15 @@ def draws_table(samplers: dict[str, Any]) -> Table:
 
 
 def fallbacks(samplers: dict[str, Any]) -> list[str]:
-    """A line for every sampler that could not do as it is named."""
+    """A line for every sampler that uses a fallback."""
     return [f"{name}: {metadata['fallback']}" for name, metadata in samplers.items() if metadata["fallback"]]
 
 
 def plot_concentration(axes: Axes, store: OfflineDataset) -> None:
-    """Share of the draws that the best trajectories get, against how many these are."""
+    """Probability of the best trajectories, against their share of all trajectories."""
     order = store.returns.cpu().argsort(descending=True, stable=True)
     best = (torch.arange(store.episodes) + 1) / store.episodes * 100
-    for (name, (share, metadata)), colour in zip(laws(store).items(), LINE_COLOURS):
+    for (name, (share, metadata)), colour in zip(sampling_distributions(store).items(), LINE_COLOURS):
         label = f"{name} (ESS / N {metadata['effective_share']:.1%})"
         style, width = {"uniform": ("--", 2.0), "RW": ("-", 4.5)}.get(name, ("-", 2.0))  # AW is often on top of RW
         axes.plot(best, share[order].cumsum(0) * 100, color=colour, linewidth=width, linestyle=style, label=label)
@@ -83,12 +82,12 @@ def plot_concentration(axes: Axes, store: OfflineDataset) -> None:
     axes.set_ylim(0, 103)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-    # Above the panel: lines go through every corner of it on one dataset or another.
+    # Above the panel, because lines may cross any corner of it.
     axes.legend(ncols=2, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 0.99), columnspacing=1.0)
 
 
 def plot_bands(axes: Axes, samplers: dict[str, Any]) -> None:
-    """One bar a sampler, cut by the bands of trajectories that its draws come from."""
+    """A bar per sampler, divided into the probabilities of the bands."""
     left = [0.0] * len(samplers)
     for band, colour in zip(BANDS, BAND_COLOURS):
         widths = [100 * metadata["mass"][band] for metadata in samplers.values()]

@@ -1,40 +1,41 @@
-"""`offrl select`: rank trained policies without the environment, and compare with true scores where there are some."""
+"""`offrl select`: rank trained policies without the environment, and compare the ranking with true scores."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from rich.console import Console
-from rich.progress import track
 
 from offrl import results
 from offrl.agents.base import Agent
 from offrl.data.dataset import OfflineDataset
 from offrl.evaluation.fqe import FQEConfig, fitted_q
 from offrl.evaluation.selection import Policy, Selection, judge
-from offrl.results import budget, figures, tables
-from offrl.results.labels import label_lanes, scale_of
+from offrl.results import budget, style, tables
+from offrl.results.cells import scored
+from offrl.results.labels import scale_of
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import load_agent, read_data
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
 from offrl.utils.process import tune_process
+from offrl.utils.progress import Bar
 
 if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FQE_OPTIONS: dict[str, type] = {"updates": int, "batch-size": int, "lr": float, "discount": float}
 FQE_OPTIONS |= {"target-every": int, "seed": int}
-
-
 FILES = ("select.md", "select.csv", "select.png")
 
 
@@ -50,7 +51,8 @@ def select(
 
     Args:
         out: folder for select.md, select.csv and select.png.
-        all_checkpoints: also those that `keep_checkpoints=true` has kept.
+        all_checkpoints: whether to rank the checkpoints kept by `keep_checkpoints=true` too.
+        show: whether to print tables and progress.
 
     Raises:
         OffrlError: no checkpoint, a damaged one, a dataset that is gone or has changed, or `out` can't be written.
@@ -66,7 +68,7 @@ def select(
     rows = results.read(paths)
     made, notes = [], []
     for dataset, runs in sorted(by_dataset.items()):
-        selection, left_out = _rank(dataset, runs, rows, cfg, all_checkpoints, device)
+        selection, left_out = _rank(dataset, runs, rows, cfg, all_checkpoints, device, show)
         notes += left_out
         if selection:
             made.append(selection)
@@ -85,8 +87,7 @@ def select(
             columns = ("dataset", "method", "seed", "step", "value", "soft_opc", "td_error", "score", "episodes", "run")
             writer.writerow(columns)
             writer.writerows(_record(s.dataset, p) for s in made for p in s.policies)
-        with replacing(folder / "select.png") as path:
-            draw(made).savefig(path, format="png", dpi=200, bbox_inches="tight")
+        style.save(draw(made), folder / "select.png")
     except OSError as error:
         raise OffrlError(f"{out} could not be written ({error.strerror or error}): choose another --out.") from error
     if show:
@@ -102,10 +103,15 @@ def select(
 
 
 def _rank(
-    dataset: str, runs: list[results.Run], rows: Any, cfg: FQEConfig, all_checkpoints: bool, device: str
+    dataset: str,
+    runs: list[results.Run],
+    rows: pl.DataFrame,
+    cfg: FQEConfig,
+    all_checkpoints: bool,
+    device: str,
+    progress: bool,
 ) -> tuple[Selection | None, list[str]]:
-    import polars as pl
-
+    """The ranking of a dataset's policies (None: there is none to rank), and notes on runs that were left out."""
     store: OfflineDataset | None = None
     agents: list[tuple[results.Run, int, Agent]] = []
     notes = []
@@ -113,108 +119,80 @@ def _rank(
         for path in _checkpoints(run.folder, all_checkpoints):
             metadata, agent = checkpoint.metadata(path), load_agent(path, device)
             if agent.initial_state(1) is not None:
-                notes.append(f"Left out, it acts by its history: {run.folder.name}.")
+                notes.append(f"Left out, its policy depends on the history: {run.folder.name}.")
                 break
-            store = store or _data(metadata, device)
+            # Rewards as recorded: methods transform them differently.
+            store = store or read_data(resolve_config(metadata["config"], trusted=False).train, device)
             if metadata["fingerprint"] != store.fingerprint:
                 notes.append(f"Left out, trained on other data than {dataset} holds: {run.folder.name}.")
                 break
             agents.append((run, int(metadata["step"]), agent))
     if store is None or not agents:
         return None, notes
-    estimates = fitted_q(store, [agent for *_, agent in agents], cfg, _tracker(dataset, cfg.updates))
-    here = rows.filter(pl.col("folder").is_in([str(run.folder) for run in runs]))
-    labels = {(f, lane): label for f, lane, _, label in label_lanes(here, runs).iter_rows()} if len(here) else {}
-    unscored = here.filter(pl.col("normalized").is_null() & pl.col("return_raw").is_not_nan())
-    column = "return_raw" if len(unscored) else "normalized"
-    scores = {
-        (folder, lane, step): group[column].drop_nulls().to_numpy()
-        for (folder, lane, step), group in here.partition_by(["folder", "lane", "step"], as_dict=True).items()
-    }
-    policies, at = [], 0
+    with Bar(progress, f"fitted Q evaluation, {dataset}", total=cfg.updates) as bar:
+        estimates = fitted_q(store, [agent for *_, agent in agents], cfg, bar.track)
+    labels, scores, scale = _scores(rows, runs, dataset)
+    policies: list[Policy] = []
     for run, step, agent in agents:
         for lane, seed in enumerate(agent.spec.seeds):
-            key = (str(run.folder), lane)
-            numbers = {name: float(getattr(estimates, name)[at]) for name in ("value", "soft_opc", "td_error")}
+            key, at = (str(run.folder), lane), len(policies)
             label = labels.get(key, str(run.config.get("label") or run.config.get("method")))
-            policies.append(
-                Policy(label, seed, step, run.folder, **numbers, episodes=scores.get((*key, step), np.empty(0)))
-            )
-            at += 1
-    scale = "return" if len(unscored) else scale_of(dataset)
+            numbers = {name: float(getattr(estimates, name)[at]) for name in ("value", "soft_opc", "td_error")}
+            episodes = scores.get((*key, step), np.empty(0))
+            policies.append(Policy(label, seed, step, run.folder, **numbers, episodes=episodes))
     return judge(dataset, scale, policies, cfg.seed), notes
 
 
 def _checkpoints(folder: Path, every: bool) -> list[Path]:
-    """Files of a run's checkpoints; the last one stands among those that were kept."""
+    """Files of a run's checkpoints; the kept ones include the last."""
     kept = sorted((folder / "checkpoints").glob("*.safetensors")) if every else []
     return kept or [folder / checkpoint.NAME]
 
 
-def _data(metadata: dict[str, Any], device: str) -> OfflineDataset:
-    """The dataset that a checkpoint was trained on, with its rewards as recorded: methods transform them differently."""
-    return read_data(resolve_config(metadata["config"], trusted=False).train, device)
+def _scores(
+    rows: pl.DataFrame, runs: list[results.Run], dataset: str
+) -> tuple[dict[Any, str], dict[Any, np.ndarray], str]:
+    """Labels by (folder, lane), scores of episodes by (folder, lane, step), and their scale."""
+    import polars as pl
 
-
-def _tracker(dataset: str, updates: int) -> Any:
-    def tracker(steps: Iterable[int]) -> Iterable[int]:
-        quiet = not sys.stderr.isatty()
-        return track(steps, f"fitted Q evaluation, {dataset}", updates, console=Console(stderr=True), disable=quiet)
-
-    return tracker
+    here = rows.filter(pl.col("folder").is_in([str(run.folder) for run in runs]))
+    if not len(here):
+        return {}, {}, scale_of(dataset)
+    here = scored(here, runs)
+    labels = {(folder, lane): label for folder, lane, label in here.select("folder", "lane", "label").iter_rows()}
+    episodes = here.filter(pl.col("value").is_not_nan()).partition_by(["folder", "lane", "step"], as_dict=True)
+    return labels, {key: group["value"].to_numpy() for key, group in episodes.items()}, here["scale"][0]
 
 
 # ---- what is shown -------------------------------------------------------------------------------------------
 
 
 def _tables(s: Selection) -> list[tables.Table]:
-    def text(value: float, digits: int = 1) -> str:
-        return "–" if math.isnan(value) else f"{value:.{digits}f}"
-
-    rows = [
-        [
-            p.method,
-            str(p.seed),
-            f"{p.step:,}",
-            text(p.value, 2),
-            text(p.soft_opc, 2),
-            text(p.td_error, 2),
-            text(p.score),
-        ]
-        for p in s.policies
-    ]
+    number = tables.number
     columns = ["", "method", "seed", "update", "FQE value", "soft OPC", "TD error", s.scale]
-    ranked = [[str(i), *row] for i, row in enumerate(rows, start=1)]
-    made = [
-        tables.Table(
-            f"Policies of {s.dataset}, best estimate first", columns, ranked, [set() for _ in ranked], flat=True
-        )
-    ]
+    ranked = []
+    for place, p in enumerate(s.policies, start=1):
+        estimates = [number(value, 2) for value in (p.value, p.soft_opc, p.td_error)]
+        ranked.append([str(place), p.method, str(p.seed), f"{p.step:,}", *estimates, number(p.score)])
+    made = [tables.Table(f"Policies of {s.dataset}, best estimate first", columns, ranked, flat=True)]
     if not s.known[1:]:
         return made
-    metadata = [["policies with a true score", str(len(s.known))], ["Spearman rank correlation", text(s.spearman, 2)]]
-    metadata += [[f"regret@{k}", text(value, 2)] for k, value in s.regret.items()]
-    metadata = [[s.dataset, *row] for row in metadata]
-    made.append(
-        tables.Table("The ranking against true scores", ["dataset", "", "value"], metadata, [set() for _ in metadata])
-    )
-    ks = [k for k in budget.KS if k <= len(s.ks)]
+    quality = [["policies with a true score", str(len(s.known))], ["Spearman rank correlation", number(s.spearman, 2)]]
+    quality += [[f"regret@{k}", number(value, 2)] for k, value in s.regret.items()]
+    title = "The ranking against true scores"
+    made.append(tables.Table(title, ["dataset", "", "value"], [[s.dataset, *row] for row in quality]))
     spent = [
-        [
-            s.dataset,
-            f"best of {k} configurations",
-            f"{s.uniform[k - 1]:.1f} ± {s.spread[k - 1]:.1f}",
-            text(s.selected[k - 1]),
-        ]
-        for k in ks
+        [f"best of {k} configurations", f"{s.uniform[k - 1]:.1f} ± {s.spread[k - 1]:.1f}", number(s.selected[k - 1])]
+        for k in budget.KS
+        if k <= len(s.ks)
     ]
     if s.bandit:
         for pulls in budget.PULLS:
             at = s.bandit.mean[pulls - 1], s.bandit.low[pulls - 1], s.bandit.high[pulls - 1]
-            spent.append([s.dataset, f"{pulls} episodes by UCB", "{:.1f} ({:.1f} to {:.1f})".format(*at), ""])
-        spent.append([s.dataset, f"best of {s.bandit.k} policies, known exactly", text(s.bandit.limit), ""])
-    columns = ["dataset", "online budget", "expected, chosen blindly", "chosen by the estimates"]
-    made.append(tables.Table("What online evaluations buy", columns, spent, [set() for _ in spent]))
+            spent.append([f"{pulls} episodes by UCB", "{:.1f} ({:.1f} to {:.1f})".format(*at), ""])
+        spent.append([f"best of {s.bandit.k} policies, known exactly", number(s.bandit.limit), ""])
+    columns = ["dataset", "online budget", "expected, drawn uniformly", "chosen by the estimates"]
+    made.append(tables.Table("What online evaluations buy", columns, [[s.dataset, *row] for row in spent]))
     return made
 
 
@@ -223,11 +201,11 @@ def _legend(cfg: FQEConfig) -> list[str]:
     short = f"Not converged: {copies} copies to the target for a horizon of {needed / 3:.0f} steps; raise --updates."
     return [
         *([short] if copies < needed else []),
-        f"FQE value: discounted (gamma {cfg.discount:g}) value of the policy at the starts of held-out episodes, from the data "
-        f"alone ({cfg.updates:,} updates). Compare ranks, not amounts.",
-        "regret@k: what is lost when only the k policies with the best estimates are evaluated; 0 nothing, 1 everything.",
-        "Best of k: mean ± deviation of one practitioner's best of k configurations (their seeds averaged), drawn with "
-        "replacement. UCB: at most 8 policies a trial, scores as they are; the interval is over redrawn policies.",
+        f"FQE value: discounted (gamma {cfg.discount:g}) value of the policy at the starts of held-out episodes, estimated "
+        f"from the dataset alone ({cfg.updates:,} updates). Compare ranks, not amounts.",
+        "regret@k: the loss when only the k policies with the best estimates are evaluated; 0 none, 1 all.",
+        "Best of k: mean ± std of one practitioner's best of k configurations (averaged over seeds), drawn with replacement. "
+        "UCB: at most 8 policies per trial, scores not rescaled; the interval is over resampled policies.",
     ]
 
 
@@ -237,39 +215,42 @@ def _record(dataset: str, p: Policy) -> list[Any]:
 
 
 def draw(made: Sequence[Selection]) -> Figure:
-    """A row per dataset: true score against estimate, best-of-k curves, and the bandit's."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(9.3, 2.6 * len(made)), layout="constrained")
-        for s, row in zip(made, figure.subplots(len(made), 3, squeeze=False)):
-            methods = sorted({p.method for p in s.known})
-            for i, method in enumerate(methods):
-                mine = [p for p in s.known if p.method == method]
-                style = {"color": figures.COLOURS[i % 8], "markersize": 3.5, "alpha": 0.8}
-                row[0].plot([p.value for p in mine], [p.score for p in mine], "o", label=method, **style)
-            row[0].set(xlabel="FQE value", ylabel=s.scale, title=s.dataset)
-            if 1 < len(methods) <= 8:
-                row[0].legend(frameon=False, fontsize=6)
+    """A row per dataset: true score against estimate, best-of-k curves, and the bandit's curve."""
+    with style.sheet(len(made), 3, (9.3, 2.6 * len(made))) as (figure, panels):
+        for s, (scatter, best, bandit) in zip(made, panels):
+            _draw_ranking(scatter, s)
             if s.ks:
-                row[1].plot(s.ks, s.uniform, "o-", markersize=3, color=figures.COLOURS[0], label="chosen blindly")
-                low, high = s.uniform - s.spread, s.uniform + s.spread
-                row[1].fill_between(s.ks, low, high, color=figures.COLOURS[0], alpha=0.15, linewidth=0)
-                colour = figures.COLOURS[1]
-                row[1].plot(s.ks, s.selected, "s--", markersize=3, color=colour, label="chosen by the estimates")
-                row[1].xaxis.get_major_locator().set_params(integer=True)
-                row[1].set(xlabel="configurations evaluated", ylabel=f"best {s.scale}")
-                row[1].legend(frameon=False, fontsize=6)
+                _draw_best(best, s)
             if s.bandit:
-                b = s.bandit
-                row[2].semilogx(b.pulls, b.mean, color=figures.COLOURS[2])
-                row[2].fill_between(b.pulls, b.low, b.high, color=figures.COLOURS[2], alpha=0.15, linewidth=0)
-                row[2].axhline(b.limit, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-                row[2].set(xlabel="episodes spent by UCB", ylabel=f"recommended {s.scale}")
-            for panel in row:
-                figures.tidy(panel)
+                bandit.semilogx(s.bandit.pulls, s.bandit.mean, color=style.GREEN)
+                style.band(bandit, s.bandit.pulls, s.bandit.low, s.bandit.high, style.GREEN)
+                bandit.axhline(s.bandit.limit, color="0.4", linewidth=0.8, linestyle=style.DOTTED)
+                bandit.set(xlabel="episodes spent by UCB", ylabel=f"recommended {s.scale}")
+            for panel in (scatter, best, bandit):
+                style.tidy(panel)
     return figure
+
+
+def _draw_ranking(panel: Axes, s: Selection) -> None:
+    looks = style.looks_of(sorted({p.method for p in s.known}))
+    for method, (colour, _) in looks.items():
+        mine = [p for p in s.known if p.method == method]
+        values, scores = [p.value for p in mine], [p.score for p in mine]
+        panel.plot(values, scores, "o", label=method, color=colour, markersize=3.5, alpha=0.8)
+    panel.set(xlabel="FQE value", ylabel=s.scale, title=s.dataset)
+    if 1 < len(looks) <= 8:
+        panel.legend(frameon=False, fontsize=6)
+
+
+def _draw_best(panel: Axes, s: Selection) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    panel.plot(s.ks, s.uniform, "o-", markersize=3, color=style.BLUE, label="drawn uniformly")
+    style.band(panel, s.ks, s.uniform - s.spread, s.uniform + s.spread, style.BLUE)
+    panel.plot(s.ks, s.selected, "s--", markersize=3, color=style.ORANGE, label="chosen by the estimates")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set(xlabel="configurations evaluated", ylabel=f"best {s.scale}")
+    panel.legend(frameon=False, fontsize=6)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -283,17 +264,17 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--out", type=Path, help="where to write (default: `select` in the folder, or here for several)"
     )
-    parser.add_argument("--all-checkpoints", action="store_true", help="those of keep_checkpoints=true as well")
+    parser.add_argument("--all-checkpoints", action="store_true", help="rank those of keep_checkpoints=true too")
     parser.add_argument("--device", help="of fitted Q evaluation (default: a GPU where there is one)")
-    for option, kind in FQE_OPTIONS.items():  # their defaults stand in offrl/ope.py
-        parser.add_argument(f"--{option}", type=kind, default=argparse.SUPPRESS, help="see FQEConfig in offrl/ope.py")
+    for option, kind in FQE_OPTIONS.items():  # FQEConfig has their defaults
+        parser.add_argument(
+            f"--{option}", type=kind, default=argparse.SUPPRESS, help="see FQEConfig in offrl/evaluation/fqe.py"
+        )
     parser.add_argument("--hidden", type=int, nargs="+", default=argparse.SUPPRESS, help="widths of its network")
     parser.set_defaults(run=_command)
 
 
 def _command(arguments: argparse.Namespace) -> int:
-    import torch
-
     tune_process(1)
     names = [*(option.replace("-", "_") for option in FQE_OPTIONS), "hidden"]
     cfg = FQEConfig(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})

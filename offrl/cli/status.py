@@ -1,4 +1,4 @@
-"""`offrl status`: how far the runs of a folder are, and what failed, from their own files."""
+"""`offrl status`: progress and failures of the runs of a folder, from their files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from offrl.results.rows import FAILURE
 
 @dataclass(frozen=True)
 class State:
-    """A run: `finished`, `running` (somebody holds its lock), `failed` (the last try, in a sweep) or `stopped`."""
+    """A run: `finished`, `running` (a process holds its lock), `failed` (the last try in a sweep) or `stopped`."""
 
     folder: Path
     method: str
@@ -60,7 +60,7 @@ def _state(run: results.Run) -> State:
 
 
 def _held(lock: Path) -> bool:
-    """Whether a process trains the run; a shared lock is tried and let go at once."""
+    """Whether a process trains the run; a shared lock is tried and released at once."""
     try:
         with open(lock) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -82,11 +82,11 @@ def add_parser(subparsers: Any) -> None:
     """Add `offrl status`; the parsed arguments carry `run`, which returns the exit status."""
     parser = subparsers.add_parser(
         "status",
-        help="how far runs are, and what failed",
+        help="progress and failures of runs",
         description="Show the state of all runs in or below the given folders.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of runs, or folders above them")
-    parser.add_argument("--json", action="store_true", help="one JSON object a run")
+    parser.add_argument("--json", action="store_true", help="one JSON object per run")
     parser.set_defaults(run=_command)
 
 

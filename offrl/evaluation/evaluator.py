@@ -1,11 +1,11 @@
-"""Evaluation: all lanes step together in many environments; every episode is counted exactly once.
+"""Evaluation: rollouts of all lanes together in many environments; every episode counts exactly once.
 
-Each environment plays one episode at a time and is left alone when it is done, so short episodes are not favoured (an
-autoresetting vector of environments that stops after N finished episodes would favour them). Episode k starts from
-environment seed `seed + k` for every lane and every method: common random numbers, apart from training's.
+Episodes are run in batches, one per environment, and a finished environment waits for the rest of its batch. So short episodes
+are not favoured (a vector of environments with autoreset that stops after N finished episodes favours them). Episode k starts
+from environment seed `seed + k` for every lane and every method: common random numbers, independent of those of training.
 
-Actions are computed in float64 by default: then an episode does not depend on how many others are stepped beside it
-(float32 matrix products round differently for different batch sizes, and the simulators are chaotic).
+Actions are computed in float64 by default. An episode then does not depend on how many others run beside it (float32 matrix
+products round differently for different batch sizes, and the simulators are chaotic).
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from torch import Tensor
 
 from offrl.agents.base import Agent
 from offrl.data.dataset import DatasetInfo
+from offrl.envs import make_env as make_env_of
+from offrl.envs import make_vector_env
+from offrl.envs.tabular_env import features
 from offrl.utils.errors import OffrlError
 
 MakeEnv = Callable[[], Any]
@@ -43,28 +46,26 @@ class Episodes:
         returns: `[lanes, episodes]` undiscounted returns; lengths: `[lanes, episodes]` steps.
         normalized: `[lanes, episodes]` scores by the dataset's references; None when it has none.
         seeds: `[episodes]` environment seeds.
-        promised: `[lanes, episodes]` returns that the policy promised at the episodes' beginnings; None: it doesn't.
+        predicted: `[lanes, episodes]` returns that the policy predicts at the episodes' starts; None: it predicts none.
     """
 
     returns: Array
     lengths: Array
     normalized: Array | None
     seeds: list[int]
-    promised: Array | None = None
+    predicted: Array | None = None
 
 
-class VectorSlots:
-    """All environments of a wave as one vector, which makes a step of all of them in a few array operations.
+class VectorEnvs:
+    """All environments of a batch as one Gymnasium vector, stepped by a few array operations; the interface of `Envs`.
 
-    Its rows are as those of `Slots`. Finished ones go on unseen.
+    Finished environments go on; their steps are ignored.
 
     Args:
-        env: Gymnasium's vector of a finite task.
+        env: the vector of a tabular task.
     """
 
     def __init__(self, env: Any, arrays: dict[str, Array]) -> None:
-        from offrl.envs.tabular_env import features
-
         self.env, self.arrays, self.features = env, arrays, features(env.task)
 
     def reset(self, seeds: list[int | None]) -> None:
@@ -83,12 +84,13 @@ class VectorSlots:
         self.env.close()
 
 
-class Slots:
-    """Environments `first ... last - 1` of a wave, stepped one after another into shared arrays.
+class Envs:
+    """Some environments of a batch, stepped one after another.
 
     Args:
-        make_env: makes one environment with flat observations.
-        observation, action, reward, done: arrays over all slots; this object writes its own rows.
+        make_env: constructor of one environment with flat observations.
+        rows: rows of the arrays that belong to these environments.
+        arrays: `observation`, `action`, `reward` and `done` of all environments; an object writes its own rows only.
     """
 
     def __init__(self, make_env: MakeEnv, rows: range, arrays: dict[str, Array]) -> None:
@@ -96,14 +98,14 @@ class Slots:
         self.rows, self.arrays = rows, arrays
 
     def reset(self, seeds: Sequence[int | None]) -> None:
-        """Start an episode in each slot; a slot with seed None stays out of this wave."""
+        """Start an episode in each environment; one with seed None is not used in this batch."""
         for env, row, seed in zip(self.envs, self.rows, seeds):
             self.arrays["done"][row] = seed is None
             if seed is not None:
                 self.arrays["observation"][row] = env.reset(seed=seed)[0]
 
     def step(self) -> None:
-        """One step of every slot that is not done."""
+        """Step every environment that is not done."""
         arrays = self.arrays
         for env, row in zip(self.envs, self.rows):
             if arrays["done"][row]:
@@ -120,23 +122,23 @@ class Slots:
 
 
 def _worker(ours: Connection, theirs: Connection, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
-    """Process that owns some slots: obeys (command, argument) messages, answers each with an error's text or nothing.
+    """Main function of a process with some environments: runs (command, argument) messages, answers each with "" or an error.
 
-    It ends with whoever started it, even if that one was killed: its own copy of their end of the pipe is closed, so
-    the pipe breaks.
+    The process ends with its parent, even a killed one: it closes its own copy of the parent's end of the pipe, so that the
+    pipe breaks.
     """
     theirs.close()
-    # A signal to the whole group is for the training process, which stops when the evaluation is over.
+    # A signal to the whole group is for the training process, which stops after the evaluation.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    slots: Slots | None = None
+    envs: Envs | None = None
     try:
-        slots = Slots(make_env, rows, {name: _as_array(*value) for name, value in shared.items()})
+        envs = Envs(make_env, rows, {name: _as_array(*value) for name, value in shared.items()})
         while True:
             command, argument = ours.recv()
             if command == "close":
                 break
-            slots.step() if command == "step" else slots.reset(argument)
+            envs.step() if command == "step" else envs.reset(argument)
             ours.send("")
     except EOFError:
         pass
@@ -144,12 +146,12 @@ def _worker(ours: Connection, theirs: Connection, make_env: MakeEnv, rows: range
         with contextlib.suppress(OSError):
             ours.send(f"{type(error).__name__}: {error}")
     finally:
-        if slots:
-            slots.close()
+        if envs:
+            envs.close()
 
 
 class _Process:
-    """Slots in another process, with the interface of `Slots` split into request and wait."""
+    """`Envs` in another process; each call is split into request and wait."""
 
     def __init__(self, context: Any, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
         self.connection, theirs = context.Pipe()
@@ -160,7 +162,7 @@ class _Process:
         self.rows = rows
 
     def request(self, command: str, argument: Any = None) -> None:
-        with contextlib.suppress(OSError):  # it has ended: `wait` says why
+        with contextlib.suppress(OSError):  # the process has ended: `wait` says why
             self.connection.send((command, argument))
 
     def wait(self) -> None:
@@ -179,16 +181,16 @@ class _Process:
 
 
 class Evaluator:
-    """Plays episodes of a dataset's environment with every lane of an agent.
+    """Rollouts of every lane of an agent in a dataset's environment.
 
     The environments, and the processes that hold them, live until `close`; use it as a context manager.
 
     Args:
-        info: the dataset's; names the environment and the reference scores.
-        lanes: of the agents to come.
-        workers: processes that step environments; 1 steps them here. None: one per usable core.
-        slots: environments at once, over all lanes; None: 100, or 1000 where one call steps them all.
-        make_env: makes one environment; the default follows `info`.
+        info: the dataset's info, with environment and reference scores.
+        lanes: number of lanes of the agents.
+        workers: number of processes that step environments; 1: this process. None: one per usable core.
+        slots: number of environments, over all lanes; None: 100, or 1000 for vectorised tabular tasks.
+        make_env: constructor of one environment; the default follows `info`.
 
     Raises:
         OffrlError: the dataset has no environment, or its simulator is not installed.
@@ -202,13 +204,10 @@ class Evaluator:
         slots: int | None = None,
         make_env: MakeEnv | None = None,
     ) -> None:
-        from offrl.envs import make_env as make_env_of
-        from offrl.envs import make_vector_env
-
         self.info, self.lanes = info, lanes
         self.vector = make_env is None and make_vector_env(info, 1) is not None
-        self.width = max(1, (slots or (1000 if self.vector else 100)) // lanes)  # slots of each lane
-        self.make_env: MakeEnv = make_env or partial(make_env_of, info)  # a fresh interpreter can be sent this
+        self.width = max(1, (slots or (1000 if self.vector else 100)) // lanes)  # environments of each lane
+        self.make_env: MakeEnv = make_env or partial(make_env_of, info)  # picklable, for a fresh interpreter
         probe = self.make_env()
         self.obs_shape = tuple(probe.observation_space.shape or ())
         self.action_shape = tuple(probe.action_space.shape or ())
@@ -216,7 +215,7 @@ class Evaluator:
         self.workers = workers or min(8, usable_cores())
         self.arrays: dict[str, Array] = {}
         self.processes: list[_Process] = []
-        self.local: Slots | VectorSlots | None = None
+        self.local: Envs | VectorEnvs | None = None
 
     def __enter__(self) -> Evaluator:
         return self
@@ -235,36 +234,35 @@ class Evaluator:
         self.processes, self.local, self.arrays = [], None, {}
 
     def run(self, agent: Agent, episodes: int, seed: int = 1_000_000, dtype: torch.dtype = torch.float64) -> Episodes:
-        """Play `episodes` episodes in every lane.
+        """Run `episodes` episodes in every lane.
 
         Args:
             agent: has `lanes` lanes.
             seed: environment seed of the first episode; the k-th has `seed + k`.
-            dtype: of the policy's arithmetic.
+            dtype: precision of the policy.
         """
         policy = copy.deepcopy(agent).to(dtype)
-        returns, lengths = np.zeros((self.lanes, episodes)), np.zeros((self.lanes, episodes), dtype=np.int64)
-        promised: list[Array] = []
+        parts: list[tuple[Array, Array, Array | None]] = []
         try:
             self._open(min(self.width, episodes))
             for start in range(0, episodes, self.width):
-                wave = slice(start, min(start + self.width, episodes))
-                returns[:, wave], lengths[:, wave], promise = self._wave(policy, seed + start, wave.stop - start, dtype)
-                promised += [] if promise is None else [promise]
+                parts.append(self._rollout(policy, seed + start, min(self.width, episodes - start), dtype))
         except BaseException:
-            self.close()  # the processes may be in the middle of a step: the next run needs others
+            self.close()  # the processes may be in the middle of a step: the next run needs new ones
             raise
+        returns, lengths, predicted = zip(*parts)
+        total = np.concatenate(returns, 1)
+        together = None if predicted[0] is None else np.concatenate(predicted, 1)
         seeds = [seed + k for k in range(episodes)]
-        together = np.concatenate(promised, 1) if promised else None
-        return Episodes(returns, lengths, self.info.normalized(returns), seeds, together)
+        return Episodes(total, np.concatenate(lengths, 1), self.info.normalized(total), seeds, together)
 
-    # ---- one wave: one episode in each slot -------------------------------------------------------------------
+    # ---- one batch of episodes, one in each environment -------------------------------------------------------
 
     @torch.no_grad()
-    def _wave(self, policy: Agent, seed: int, used: int, dtype: torch.dtype) -> tuple[Array, Array, Array | None]:
+    def _rollout(self, policy: Agent, seed: int, count: int, dtype: torch.dtype) -> tuple[Array, Array, Array | None]:
+        """Returns, lengths and predicted returns `[lanes, count]` of a batch of episodes."""
         width = len(self.arrays["done"]) // self.lanes
-        seeds = [seed + k if k < used else None for k in range(width)] * self.lanes
-        self._all("reset", seeds)
+        self._all("reset", [seed + k if k < count else None for k in range(width)] * self.lanes)
         observation, action, reward, done = (self.arrays[k] for k in ("observation", "action", "reward", "done"))
         returns, lengths = np.zeros(len(done)), np.zeros(len(done), dtype=np.int64)
         state = policy.initial_state(width)
@@ -273,18 +271,17 @@ class Evaluator:
         def by_lane(array: Array) -> Tensor:
             return torch.from_numpy(array).to(device, dtype).unflatten(0, shape)
 
-        promise = policy.predicted_return(by_lane(observation), state)
-        promised = None if promise is None else promise.cpu().numpy()[:, :used]
+        prediction = policy.predicted_return(by_lane(observation), state)
+        predicted = None if prediction is None else prediction.cpu().numpy()[:, :count]
         while not done.all():
             running = ~done
-            obs = by_lane(observation)
-            chosen = policy.select_action(obs, state)
+            chosen = policy.select_action(by_lane(observation), state)
             action[...] = chosen.flatten(0, 1).cpu().numpy()
             self._all("step")
             returns[running] += reward[running]
             lengths[running] += 1
             state = policy.update_state(state, chosen, by_lane(reward))
-        return returns.reshape(shape)[:, :used], lengths.reshape(shape)[:, :used], promised
+        return returns.reshape(shape)[:, :count], lengths.reshape(shape)[:, :count], predicted
 
     def _all(self, command: str, argument: list[int | None] | None = None) -> None:
         if self.local:
@@ -299,8 +296,6 @@ class Evaluator:
 
     def _open(self, width: int) -> None:
         """Make the environments, unless enough of them are there."""
-        from offrl.envs import make_vector_env
-
         if self.arrays and len(self.arrays["done"]) >= width * self.lanes:
             return
         self.close()
@@ -316,11 +311,11 @@ class Evaluator:
         if workers == 1 or self.vector:
             self.arrays = {k: np.zeros(shape, dtype=np.dtype(code)) for k, (shape, code) in shapes.items()}
             if self.vector:
-                self.local = VectorSlots(make_vector_env(self.info, total), self.arrays)
+                self.local = VectorEnvs(make_vector_env(self.info, total), self.arrays)
             else:
-                self.local = Slots(self.make_env, range(total), self.arrays)
+                self.local = Envs(self.make_env, range(total), self.arrays)
             return
-        # Forking is instant and the children touch neither torch nor CUDA; elsewhere a fresh interpreter is the safe way.
+        # Forking is instant, and the children use neither torch nor CUDA; elsewhere a fresh interpreter is safe.
         can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
         context = multiprocessing.get_context("fork" if can_fork else "spawn")
         shared = {
@@ -328,7 +323,7 @@ class Evaluator:
             for k, (shape, code) in shapes.items()
         }
         self.arrays = {k: _as_array(*value) for k, value in shared.items()}
-        # Every process gets episodes of every lane, so that a lane with long ones is not one process's burden.
+        # Every process gets episodes of every lane, so that a lane of long episodes is shared.
         self.processes = [
             _Process(context, self.make_env, range(first, total, workers), shared) for first in range(workers)
         ]

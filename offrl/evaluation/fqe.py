@@ -1,15 +1,15 @@
-"""Fitted Q evaluation (FQE): what policies are worth, from the dataset alone, all of them at once.
+"""Fitted Q evaluation (FQE): values of policies, estimated from the dataset alone, all policies at once.
 
 Le, Voloshin and Yue, "Batch Policy Learning under Constraints", ICML 2019; as a criterion to choose among trained policies:
 Paine et al., "Hyperparameter Selection for Offline Reinforcement Learning", 2020. Learning rate, discount and target copies are
 d3rlpy's defaults.
 
-Each policy is a lane: one batched network evaluates them all, on the same batches and from the same initial weights, so that
-estimates differ by the policies and not by luck.
+Each policy is a lane: one batched network evaluates all of them, on the same batches and from the same initial weights, so
+that estimates differ by the policies only.
 
-Deviations from d3rlpy: rewards are divided by their deviation and estimates multiplied back (one learning rate then suits all
-tasks); a share of the episodes is held out and the estimates are read there; the value of the start is read where
-episodes start and nowhere else.
+Deviations from d3rlpy: rewards are divided by their standard deviation and estimates multiplied by it (one learning rate then
+suits all tasks); a share of the episodes is held out, and the estimates are computed on it; the value of the initial state is
+computed at starts of episodes only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from offrl.agents.base import Agent
 from offrl.data.dataset import OfflineDataset
 from offrl.nets import Adam, Critics, make_target
 
-# What the policies' actions at all next states may take: above it, lanes are evaluated in groups.
+# Memory for the policies' actions at all next states; lanes that need more are evaluated in groups.
 _ACTION_BYTES = 1 << 30
 
 
@@ -35,10 +35,10 @@ class FQEConfig:
     batch_size: int = 256  # rows, the same for all policies
     lr: float = 1e-4  # of Adam
     discount: float = 0.99  # gamma
-    target_every: int = 100  # updates between hard copies to the target
+    target_every: int = 100  # updates between hard copies to the target, of which the first is after update 1
     hidden: tuple[int, ...] = (256, 256)  # widths of the network's hidden layers
-    held_out: float = 0.1  # share of the episodes that estimates are read on; below ten episodes, all are used for both
-    seed: int = 0  # of the network, the batches and the held-out episodes
+    held_out: float = 0.1  # share of held-out episodes, for the estimates; below ten episodes, all are used for both
+    seed: int = 0  # seed of the network, the batches and the held-out episodes
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def fitted_q(
     """Evaluate the deterministic policies of all agents' lanes on a dataset.
 
     Args:
-        store: the dataset, with the rewards that are to be valued.
-        agents: memoryless ones, on the dataset's device; their lanes in order make the estimates' lanes.
-        track: wraps the iteration over updates, to show its progress.
+        store: the dataset, with the rewards to evaluate.
+        agents: agents without memory on the dataset's device; the estimates have their lanes in order.
+        track: wrapper of the iteration over updates that shows progress.
 
     Raises:
-        ValueError: an agent acts by its history.
+        ValueError: the policy of an agent depends on the history.
     """
     cfg = cfg or FQEConfig()
     if any(agent.initial_state(1) is not None for agent in agents):
@@ -92,10 +92,10 @@ def _fit(store: OfflineDataset, agents: list[Agent], cfg: FQEConfig, track: Call
     lanes = sum(agent.spec.lanes for agent in agents)
     train, held = _split(store, cfg.held_out, generator)
     mean, std = store.observation_statistics()
-    scale = float(store.rewards.std())  # networks see rewards of deviation 1
+    scale = float(store.rewards.std())  # networks see rewards of standard deviation 1
     scale = scale if scale > 0 else 1.0
 
-    def see(obs: Tensor) -> Tensor:
+    def normalize(obs: Tensor) -> Tensor:
         """`[n, O]` to the networks' `[lanes, n, O]`."""
         return ((obs - mean) / (std + 1e-3)).expand(lanes, *obs.shape)
 
@@ -108,10 +108,10 @@ def _fit(store: OfflineDataset, agents: list[Agent], cfg: FQEConfig, track: Call
     def td_error(rows: Tensor) -> Tensor:
         """`[lanes, n]`: Q(s, a) - r - gamma (1 - d) Q'(s', pi(s'))."""
         with torch.no_grad():
-            after = target(see(store.next_observations[rows]), next_actions[:, rows])[:, 0]
-            wanted = rewards[rows] + mask[rows] * after
+            after = target(normalize(store.next_observations[rows]), next_actions[:, rows])[:, 0]
+            backup = rewards[rows] + mask[rows] * after
         action = actions[rows].expand(lanes, -1, -1)
-        return critic(see(store.observations[rows]), action)[:, 0] - wanted
+        return critic(normalize(store.observations[rows]), action)[:, 0] - backup
 
     for update in track(range(cfg.updates)):
         rows = train[torch.randint(len(train), (cfg.batch_size,), generator=generator).to(store.device)]
@@ -121,17 +121,19 @@ def _fit(store: OfflineDataset, agents: list[Agent], cfg: FQEConfig, track: Call
 
     with torch.no_grad():
         starts = store.initial_observations[held]
-        value = critic(see(starts), _act(store, agents, starts))[:, 0].mean(-1)
+        value = critic(normalize(starts), _act(store, agents, starts))[:, 0].mean(-1)
         rows = _rows_of(store, held)
         blocks = rows.split(4096)
         error = torch.cat([td_error(block) for block in blocks], 1).square().mean(-1).sqrt()
-        q = torch.cat([critic(see(store.observations[b]), actions[b].expand(lanes, -1, -1))[:, 0] for b in blocks], 1)
+        q = torch.cat(
+            [critic(normalize(store.observations[b]), actions[b].expand(lanes, -1, -1))[:, 0] for b in blocks], 1
+        )
         good = (store.returns >= store.returns[held].quantile(0.8))[store.episode_of_row[rows]]
     return Estimates(value * scale, (q[:, good].mean(-1) - q.mean(-1)) * scale, error * scale)
 
 
 def _split(store: OfflineDataset, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows to train on and episodes to read the estimates on."""
+    """Rows to train on, and episodes for the estimates."""
     order = torch.randperm(store.episodes, generator=generator).to(store.device)
     if store.episodes < 10 or share <= 0:
         return torch.arange(len(store), device=store.device), order
@@ -148,7 +150,7 @@ def _rows_of(store: OfflineDataset, episodes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _act(store: OfflineDataset, agents: Sequence[Agent], obs: Tensor) -> Tensor:
-    """`[lanes, n, A]`: what every policy does at raw observations `[n, O]`."""
+    """`[lanes, n, A]`: every policy's actions at raw observations `[n, O]`."""
     made = []
     for agent in agents:
         blocks = [agent.select_action(block.expand(agent.spec.lanes, *block.shape)) for block in obs.split(65_536)]
@@ -157,5 +159,5 @@ def _act(store: OfflineDataset, agents: Sequence[Agent], obs: Tensor) -> Tensor:
 
 
 def _features(store: OfflineDataset, actions: Tensor) -> Tensor:
-    """Actions as a network takes them: discrete ones as unit vectors."""
+    """Actions as inputs of a network; discrete ones are one-hot."""
     return actions if store.info.discrete is None else one_hot(actions, store.info.discrete).to(store.rewards.dtype)

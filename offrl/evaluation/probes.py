@@ -1,19 +1,20 @@
-"""`offrl probe`: is a policy's promise kept, and how much of the environment's luck is in what the policy is told?
+"""Probes of a trained policy: predicted against achieved return, and label leakage.
 
-Consistency. A policy that is asked for a return, or that values what it is about to do, promises a return; obtained is what it
-gets. Where luck passes for skill the first is above the second (Yang et al., "Dichotomy of Control", ICLR 2023).
+*Predicted return.* A policy that is asked for a return, or that values what it is about to do, predicts a return; achieved is
+the mean return of its episodes. Where noise of the environment passes for skill the prediction is above it (Yang et al.,
+"Dichotomy of Control", ICLR 2023).
 
-Leak. What training tells the policy of the future (a return, a cluster's label, a latent) may say what the environment was
-going to do. How much, beyond what state and action say, is measured by networks that tell which outcomes belong to which
-samples, on episodes that they have not seen: the contrastive bound on the conditional information, in nats, at most
-log(batch). Two outcomes: the next reward and state, and the environment's own draw where the dataset recorded it. A label
-dealt out again among the samples is the control: what it appears to say is the error of the method.
+*Label leakage.* The label of a sample in training (a return, a cluster, a latent) may contain the noise of the environment.
+Leakage is I(label; outcome | s, a) in nats. Contrastive networks estimate it on held-out episodes by InfoNCE, a lower bound of
+at most log(batch). There are two outcomes: the next reward and state, and the environment's own draw where the dataset
+recorded it. Shuffled labels are the control: their leakage is zero, so what is estimated for them is the error of the estimate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,44 +26,71 @@ from offrl.nets.contrastive import PairCritic, info_nce
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
-BATCH, HELD_OUT, SHOWN = 256, 0.25, 50  # rows of a batch, share of episodes kept for the measurement, batches of it
-WIDEST = 10.0  # standard deviations that a standardised input may lie from the mean
+BATCH, BATCHES = 256, 50  # rows of a batch, batches of an estimate
+HELD_OUT = 0.25  # share of held-out episodes
+CLIP = 10.0  # largest absolute value of a standardised input
+
+# Names of fields in JSON that earlier versions wrote: they are still read.
+_FORMER = {
+    "promised": "predicted",
+    "obtained": "achieved",
+    "known": "without_label",
+    "gain": "label",
+    "control": "shuffled_label",
+}
 
 
 @dataclass
-class Leak:
-    """Nats about an outcome, one number a lane: in state and action, what the label adds, and a dealt label seems to add."""
+class Leakage:
+    """Information about an outcome in nats, one number per lane.
 
-    known: list[float]
-    gain: list[float]
-    control: list[float]
+    Attributes:
+        without_label: I(s, a; outcome).
+        label: I(label; outcome | s, a), the leakage.
+        shuffled_label: the same estimate for shuffled labels, whose true value is zero.
+    """
+
+    without_label: list[float]
+    label: list[float]
+    shuffled_label: list[float]
 
 
 @dataclass
 class Probe:
-    """What was found of a run, one number a lane; None where it promises, or tells, nothing.
+    """Results for a run, one number per lane; None where the policy predicts no return, or training has no label.
 
     Attributes:
-        promised, obtained: mean returns over the episodes. sampled: whether discrete actions were drawn.
-        outcome: leak of the next reward and state. noise: leak of the environment's own draw, where it was recorded.
+        sampled: whether discrete actions were sampled.
+        predicted, achieved: mean returns over the episodes.
+        outcome: leakage about the next reward and state.
+        noise: leakage about the environment's own draw, where the dataset recorded it.
     """
 
     run: str
     method: str
     dataset: str
     sampled: bool
-    promised: list[float] | None
-    obtained: list[float] | None
-    outcome: Leak | None
-    noise: Leak | None
+    predicted: list[float] | None
+    achieved: list[float] | None
+    outcome: Leakage | None
+    noise: Leakage | None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Probe:
+        """A probe from what `dataclasses.asdict` made of it, with the present or the former names of its fields."""
+        fields = {_FORMER.get(name, name): value for name, value in values.items()}
+        for name in ("outcome", "noise"):
+            if fields[name] is not None:
+                fields[name] = Leakage(**{_FORMER.get(key, key): value for key, value in fields[name].items()})
+        return cls(**fields)
 
 
-# ---- leak ------------------------------------------------------------------------------------------------------
+# ---- label leakage ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def labels(agent: Agent, store: OfflineDataset, rows: Tensor) -> Tensor | None:
-    """What training would tell the policy of the given rows `[lanes, n]`, `[lanes, n, width]`."""
+    """Labels `[lanes, n, width]` that training attaches to the rows `[lanes, n]`; None: the method has none."""
     if agent.window is None:
         batch = store.transitions(rows, agent.batch_fields)
     else:
@@ -71,78 +99,101 @@ def labels(agent: Agent, store: OfflineDataset, rows: Tensor) -> Tensor | None:
 
 
 def reward_and_state(agent: Agent, store: OfflineDataset) -> Tensor:
-    """`[N, O + 1]`: the outcome of every row, standardised."""
+    """`[N, O + 1]`: reward and next state of every row, standardised."""
     reward = store.rewards / (store.rewards.std(correction=0) + 1e-6)
     return torch.cat([reward.unsqueeze(1), agent.normalize(store.next_observations)], 1)
 
 
-def draws(noise: Tensor) -> Tensor:
-    """`[N, n]`: what the environment drew; whole numbers as one-hot vectors, others standardised."""
+def noise_features(noise: Tensor) -> Tensor:
+    """`[N, n]`: the environment's draws; integers one-hot, others standardised."""
     if not noise.is_floating_point():
         return one_hot(noise.long(), int(noise.max()) + 1, torch.float32).flatten(1)
     noise = noise.view(len(noise), -1).float()
     return (noise - noise.mean(0)) / (noise.std(0, correction=0) + 1e-6)
 
 
-def leak(
+def label_leakage(
     agent: Agent, store: OfflineDataset, outcome: Tensor, updates: int = 1000, hidden: Sequence[int] = (64, 64)
-) -> Leak | None:
-    """How much the agent's labels say of `outcome` `[N, n]` beyond states and actions; None: it has no labels.
+) -> Leakage | None:
+    """Leakage of the agent's labels about `outcome` `[N, n]`; None: the method has no labels.
 
     Args:
-        updates: of the networks that tell outcomes apart.
-        hidden: their widths.
+        updates: number of updates of the contrastive networks.
+        hidden: widths of their hidden layers.
 
     Raises:
-        OffrlError: too few episodes to keep some for the measurement.
+        OffrlError: the dataset has too few episodes to hold some out.
     """
     seeds, device = agent.spec.seeds, store.device
     random = LaneRandom(seeds, device)
     if labels(agent, store, torch.zeros(len(seeds), 1, dtype=torch.int64, device=device)) is None:
         return None
-    if store.episodes < 4:
-        raise OffrlError(f"{store.info.id} has {store.episodes} episodes; a probe needs at least four.")
-    mixed = torch.randperm(store.episodes, generator=torch.Generator().manual_seed(0)).to(device)
-    kept = torch.zeros(store.episodes, dtype=torch.bool, device=device)
-    kept[mixed[: max(1, int(store.episodes * HELD_OUT))]] = True
-    seen, unseen = ((kept[store.episode_of_row] == flag).nonzero().squeeze(1) for flag in (False, True))
-    action = one_hot(store.actions, store.action_dim, store.rewards.dtype) if store.info.discrete else store.actions
-    time = (store.timesteps / store.steps.max()).to(store.rewards.dtype).unsqueeze(1)
-    context = torch.cat([agent.normalize(store.observations), action, time], 1).clamp(-WIDEST, WIDEST)
-    outcome = outcome.to(context).clamp(-WIDEST, WIDEST)
-    agent.random.step.fill_(0)
-    some = labels(agent, store, _draw(random, seen, 0, 4096))
-    assert some is not None
-    centre, spread = some.mean(1, keepdim=True), some.std(1, keepdim=True) + 1e-6
-    sizes = context.shape[1], context.shape[1] + some.shape[2]
+    train, held = _split(store)
+    context = _context(agent, store)
+    outcome = outcome.to(context).clamp(-CLIP, CLIP)
+    standardised = _standardised_labels(agent, store, _draw(random, train, 0, 4096))
+    width = standardised(_draw(random, train, 0, 1), 0).shape[-1]
+    extra = {"without_label": 0, "label": width, "shuffled_label": width}
     nets = [
-        PairCritic(seeds, size, outcome.shape[1], hidden, 32, name=f"doc/probe/{name}").to(context)
-        for name, size in zip(("base", "told", "dealt"), (sizes[0], sizes[1], sizes[1]))
+        PairCritic(seeds, context.shape[1] + more, outcome.shape[1], hidden, 32, name=f"doc/probe/{name}").to(context)
+        for name, more in extra.items()
     ]
     optimizer = Adam([p for net in nets for p in net.parameters()], 1e-3, weight_decay=1e-2)
 
     def losses(rows: Tensor, step: int) -> Tensor:
-        """`[3, lanes]`: contrastive losses without the label, with it, and with one dealt out again."""
-        agent.random.step.fill_(step)
-        told = labels(agent, store, rows)
-        assert told is not None
-        told = ((told - centre) / spread).clamp(-WIDEST, WIDEST)
+        """`[3, lanes]`: contrastive losses without label, with label, with shuffled label.
+
+        The networks with a label correct the one without, so that they only have to learn what a label adds.
+        """
+        label = standardised(rows, step)
         here, there = context[rows], outcome[rows]
         base = nets[0](here, there)
-        more = [
-            base.detach() + net(torch.cat([here, x], -1), there) for net, x in zip(nets[1:], (told, told.roll(1, 1)))
-        ]
-        return torch.stack([info_nce(base), *(info_nce(x) for x in more)])
+        with_label, with_shuffled = (
+            base.detach() + net(torch.cat([here, x], -1), there) for net, x in zip(nets[1:], (label, label.roll(1, 1)))
+        )
+        return torch.stack([info_nce(base), info_nce(with_label), info_nce(with_shuffled)])
 
     for step in range(1, updates + 1):
-        optimizer.step(losses(_draw(random, seen, step, BATCH), step).sum(0))
+        optimizer.step(losses(_draw(random, train, step, BATCH), step).sum(0))
     with torch.no_grad():
-        last = updates + 1
-        measured = torch.stack([losses(_draw(random, unseen, last + i, BATCH), last + i) for i in range(SHOWN)]).mean(0)
-    base, with_label, with_dealt = measured
-    return Leak((-base).tolist(), (base - with_label).tolist(), (base - with_dealt).tolist())
+        steps = range(updates + 1, updates + 1 + BATCHES)
+        measured = torch.stack([losses(_draw(random, held, step, BATCH), step) for step in steps]).mean(0)
+    base, with_label, with_shuffled = measured
+    return Leakage((-base).tolist(), (base - with_label).tolist(), (base - with_shuffled).tolist())
+
+
+def _split(store: OfflineDataset) -> tuple[Tensor, Tensor]:
+    """Rows of the episodes to train on, and of the held-out ones."""
+    if store.episodes < 4:
+        raise OffrlError(f"{store.info.id} has {store.episodes} episodes; a probe needs at least four.")
+    order = torch.randperm(store.episodes, generator=torch.Generator().manual_seed(0)).to(store.device)
+    held = torch.zeros(store.episodes, dtype=torch.bool, device=store.device)
+    held[order[: max(1, int(store.episodes * HELD_OUT))]] = True
+    of_row = held[store.episode_of_row]
+    return (~of_row).nonzero().squeeze(1), of_row.nonzero().squeeze(1)
+
+
+def _context(agent: Agent, store: OfflineDataset) -> Tensor:
+    """`[N, O + A + 1]`: standardised state, action, and timestep as a share of the longest episode."""
+    action = one_hot(store.actions, store.action_dim, store.rewards.dtype) if store.info.discrete else store.actions
+    time = (store.timesteps / store.steps.max()).to(store.rewards.dtype).unsqueeze(1)
+    return torch.cat([agent.normalize(store.observations), action, time], 1).clamp(-CLIP, CLIP)
+
+
+def _standardised_labels(agent: Agent, store: OfflineDataset, some: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """The function (rows, step) -> labels `[lanes, n, width]`, standardised by those of the rows `some`."""
+
+    def raw(rows: Tensor, step: int) -> Tensor:
+        agent.random.step.fill_(step)  # a label may be sampled, such as a latent
+        found = labels(agent, store, rows)
+        assert found is not None
+        return found
+
+    sample = raw(some, 0)
+    mean, std = sample.mean(1, keepdim=True), sample.std(1, keepdim=True) + 1e-6
+    return lambda rows, step: ((raw(rows, step) - mean) / std).clamp(-CLIP, CLIP)
 
 
 def _draw(random: LaneRandom, rows: Tensor, step: int, count: int) -> Tensor:
-    """`[lanes, count]` of the given rows, with replacement."""
+    """`[lanes, count]`: random ones of the given rows, with replacement."""
     return rows[random.integers("probe", len(rows), (count,), torch.tensor(step, device=rows.device))]

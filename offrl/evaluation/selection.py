@@ -1,7 +1,7 @@
-"""`offrl select`: rank trained policies without the environment, and say how good the ranking is where true scores are known.
+"""Rankings of trained policies by fitted Q evaluation, and their quality where true scores are known.
 
-Policies are ranked by fitted Q evaluation (`offrl/ope.py`). Where runs have been evaluated, the ranking is compared with their
-scores, and with what the same number of online evaluations would have bought (`offrl/budget.py`).
+A ranking is compared with true scores, and with what the same number of online evaluations would have bought
+(`offrl.results.budget`).
 """
 
 from __future__ import annotations
@@ -10,15 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from offrl.results import budget
 from offrl.results.stats import Array
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -26,7 +22,7 @@ class Policy:
     """A lane of a checkpoint.
 
     Attributes:
-        value, soft_opc, td_error: fitted Q evaluation's, discounted and in units of rewards.
+        value, soft_opc, td_error: estimates of fitted Q evaluation, discounted, in units of rewards.
         episodes: scores of the evaluation at this checkpoint's update; empty when there was none.
     """
 
@@ -46,14 +42,15 @@ class Policy:
 
 @dataclass
 class Selection:
-    """The policies of a dataset, best estimate first, and what is known of the ranking.
+    """The policies of a dataset, best estimate first, and the quality of their ranking.
 
     Attributes:
         known: policies with a true score, in the same order.
         spearman: rank correlation of estimates and true scores. regret: k -> regret@k (0 perfect, 1 worst).
-        uniform, spread: `[len(ks)]` expected best of k configurations, chosen blindly, and its deviation; `ks` <= their number.
-        selected: `[len(ks)]` best of the k configurations that the estimates put first.
-        bandit: a budget of single episodes, spent on these policies.
+        ks: 1 ... number of configurations.
+        uniform, spread: `[len(ks)]` expected best of k configurations that are drawn uniformly, and its std.
+        selected: `[len(ks)]` best of the k configurations with the highest estimates.
+        bandit: result of a UCB bandit that spends single episodes on these policies.
     """
 
     dataset: str
@@ -72,8 +69,8 @@ class Selection:
 def judge(dataset: str, scale: str, policies: Sequence[Policy], seed: int = 0) -> Selection:
     """Order policies by their estimates, and compare with true scores where there are some.
 
-    A configuration, for the best-of-k curves, is a method with its settings at a checkpoint, averaged over seeds: the estimate
-    as well as the score.
+    A configuration of the best-of-k curves is a method with its settings at a checkpoint. Its estimate and its score are
+    averages over seeds.
     """
     ranked = sorted(policies, key=lambda p: -p.value)
     known = [p for p in ranked if not math.isnan(p.score)]

@@ -1,6 +1,16 @@
 """Rows of results: written by a run, read by everything else."""
 
-from offrl.results.rows import EPISODE_COLUMNS, METRIC_COLUMNS, Progress, Run, progress, read, read_metrics, runs
+from offrl.results.rows import (
+    EPISODE_COLUMNS,
+    METRIC_COLUMNS,
+    Progress,
+    Run,
+    has_critic,
+    progress,
+    read,
+    read_metrics,
+    runs,
+)
 from offrl.results.writer import RunWriter
 
 __all__ = [
@@ -9,6 +19,7 @@ __all__ = [
     "Progress",
     "Run",
     "RunWriter",
+    "has_critic",
     "progress",
     "read",
     "read_metrics",

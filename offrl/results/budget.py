@@ -1,4 +1,4 @@
-"""What online evaluations buy, and how good a ranking is that was made without any. Functions of scores alone.
+"""The value of online evaluations, and the quality of a ranking made without any; functions of scores.
 
 - Expected online performance: the best of k policies, each evaluated accurately (Kurenkov & Kolesnikov, "Showing Your Offline
   Reinforcement Learning Work: Online Evaluation Budget Matters", ICML 2022, arXiv 2110.04156).
@@ -6,8 +6,8 @@
   Reinforcement Learning", 2025, arXiv 2504.11453).
 
 Deviations from the released code of the second: an arm that was not pulled is never recommended (there it counts as 0, which
-wins when scores are negative), and the interval is over redrawn pools of policies, not over repeated simulations of one
-pool, which only measures how long one simulated.
+wins when scores are negative), and the interval is over resampled pools of policies, not over repeated simulations of one
+pool, whose width depends only on the number of simulations.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 from numpy.typing import ArrayLike
 
 from offrl.results.stats import Array
 
-# Policies evaluated exactly, and episodes spent by a bandit, at which tables read the curves.
+# Numbers of policies evaluated exactly, and of episodes spent by a bandit, in tables.
 KS, PULLS = (1, 2, 3, 5, 10), (1, 8, 16, 64, 200)
 
 
@@ -37,7 +38,7 @@ def expected_best(scores: ArrayLike, ks: Sequence[int], replace: bool = True) ->
         replace: draw with replacement, as published; without, EOP(N) is the largest score.
 
     With the scores sorted, P(best = v_(i)) is (i/N)^k - ((i-1)/N)^k, or C(i-1, k-1) / C(N, k) without replacement. SD is the
-    spread of what one practitioner gets, not an interval of the mean.
+    standard deviation of one practitioner's outcome, not an interval of the mean.
     """
     v = np.sort(np.asarray(scores, dtype=np.float64).ravel())
     n = len(v)
@@ -63,9 +64,9 @@ class BanditCurve:
     Attributes:
         pulls: `[T]` 1 ... T.
         mean: `[T]` over trials.
-        low, high: `[T]` 95 % percentile interval over redrawn pools; NaN when it was not asked for.
-        limit: what the curve goes to: the expected largest true mean of K policies.
-        k: policies in a trial.
+        low, high: `[T]` 95 % percentile interval over resampled pools; NaN with `pools=0`.
+        limit: limit of the curve, the expected largest true mean of K policies.
+        k: number of policies in a trial.
     """
 
     pulls: Array
@@ -88,12 +89,12 @@ def bandit_curve(
     """Simulated tuning: K of the policies, one episode at a time by UCB, the best mean so far recommended.
 
     Args:
-        episodes: per trained policy its normalised scores, one per evaluation episode.
-        k: policies of a trial, drawn without replacement (at most all).
-        trials: simulations behind the mean.
-        pools: redraws of the policies (and within each of its episodes) behind the interval; 0: no interval.
-        alpha: of the bonus sqrt(alpha ln t / n). As released, 2, with scores around 100: after every policy was tried once the
-            bandit is nearly greedy. UCB's own scale, of scores in [0, 1], would be 2e4.
+        episodes: for each trained policy its normalised scores, one per evaluation episode.
+        k: number of policies in a trial, drawn without replacement (at most all).
+        trials: number of simulations for the mean.
+        pools: number of resampled sets of policies (and of episodes within each) for the interval; 0: no interval.
+        alpha: factor in the bonus sqrt(alpha ln t / n). The released value 2 goes with scores around 100: after every policy
+            was tried once the bandit is nearly greedy. On UCB's scale of scores in [0, 1] the equivalent is 2e4.
     """
     rng = np.random.default_rng(seed)
     rows = [np.asarray(row, dtype=np.float64).ravel() for row in episodes]
@@ -120,7 +121,7 @@ def _simulate(
     """`[pools, T]`: mean curves of `trials` simulations on each pool of policies.
 
     Args:
-        table: `[pools, P, R]` scores; `lengths` `[pools, P]` says how many of a row are some.
+        table: `[pools, P, R]` scores; lengths: `[pools, P]` number of valid scores in each row.
     """
     pools, policies, _ = table.shape
     valid = np.arange(table.shape[-1]) < lengths[..., None]
@@ -147,19 +148,14 @@ def _simulate(
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Rank correlation; ties get their mean rank. NaN for fewer than two values or when one side is constant."""
-    x, y = (_ranks(np.asarray(v, dtype=np.float64).ravel()) for v in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / scale) if scale else math.nan
-
-
-def _ranks(values: Array) -> Array:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if len(x) < 2 or not np.ptp(x) or not np.ptp(y):
+        return math.nan
+    return float(scipy.stats.spearmanr(x, y).statistic)
 
 
 def regret_at(offline: ArrayLike, online: ArrayLike, k: int) -> float:
-    """What is lost by evaluating only the k policies that the offline scores put first.
+    """The loss from evaluating only the k policies with the highest offline scores.
 
     (max v - max of the top k's v) / (max v - min v), with v the online scores: 0 is perfect, 1 the worst.
     """

@@ -1,33 +1,29 @@
-"""What a report holds: cells (a method on a dataset), curves, aggregates, comparisons."""
+"""Cells: a method on a dataset, built from the rows that runs leave behind.
+
+A cell holds the scores of its lanes (training seeds) at the last evaluation, each a mean over episodes. The last checkpoint is
+known without online information; the best one is not, so it is never the reported one.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from offrl.results import budget, stats
-from offrl.results.published import Published
+from offrl import results
+from offrl.results import stats
+from offrl.results.labels import _method, label_lanes, scale_of
+from offrl.results.published import Published, lookup
 from offrl.results.stats import Array
 
+if TYPE_CHECKING:
+    import polars as pl
+
 METRICS = ("score", "return", "length")
-
-
-FIGURES = ("curves", "scores", "profiles")
-
-
-FILES = (
-    "report.html",
-    "report.md",
-    "report.tex",
-    "report.csv",
-    "episodes.parquet",
-    *(f"{name}.png" for name in FIGURES),
-)
-
-
-# Seeds below which a difference between methods is not called one.
-ENOUGH_SEEDS = 10
+BOLD_SEEDS = 5  # seeds below which an interval is too wide to mark a cell by
 
 
 @dataclass(frozen=True)
@@ -46,13 +42,16 @@ class Cell:
     """A method on a dataset.
 
     Attributes:
-        method: the label; `base` is the same without the settings that tell variants apart.
+        method: label with the settings that tell variants of a method apart; `base`: label without them.
+        family: family of the dataset. scale: unit of all scores.
         last, average: `[S]` score at the last evaluation and mean over the last `k` evaluations, one per lane.
-        best: `[S]` the best evaluation of each lane: chosen by online scores, so no final number.
-        online: episodes of a lane over all its evaluations, which that choice costs.
-        episodes, steps: fewest and most over lanes, at the last evaluation.
-        budget: updates the runs were meant to do, 0 when unknown. `short`: lanes that have not got there.
-        settled: the last k evaluations are at most half of all, so that they say something of the end of training.
+        best: `[S]` best evaluation of each lane. It is selected by online scores, so it is no final number.
+        online: episodes of a lane over all its evaluations, the price of that selection.
+        episodes, steps: smallest and largest number over lanes, at the last evaluation.
+        budget: configured updates, 0 when unknown. short: number of lanes that have made fewer.
+        critic: whether the agent learns a critic.
+        enough_evaluations: whether the last k evaluations are at most half of all, so that they describe the end of training.
+        bold: whether the interval overlaps that of the dataset's best mean.
     """
 
     method: str
@@ -70,6 +69,7 @@ class Cell:
     steps: tuple[int, int]
     budget: int
     short: int
+    critic: bool
     enough_evaluations: bool
     curve: Curve
     published: list[Published]
@@ -93,9 +93,9 @@ class Cell:
 
     @property
     def difference(self) -> tuple[float, float]:
-        """Ours minus the published mean, in points and in standard errors of the difference (NaN where unknown).
+        """Our mean minus the published one, in points and in standard errors of the difference (NaN where unknown).
 
-        The error is ours and theirs together where they gave deviation and seeds, else ours alone.
+        The standard error combines ours and theirs where they give std and seeds; otherwise it is ours alone.
         """
         if not self.published:
             return math.nan, math.nan
@@ -106,80 +106,12 @@ class Cell:
 
     @property
     def unstable(self) -> bool:
-        """The last evaluation is no typical one: more than two standard deviations from the mean of the last k."""
+        """Whether the last evaluation is untypical: more than two standard deviations from the mean of the last k."""
         return self.enough_evaluations and abs(self.mean - stats.mean_std(self.average)[0]) > 2 * self.std
 
     @property
     def marks(self) -> str:
         return ("†" if self.short else "") + ("‡" if self.unstable else "")
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """A method over the datasets of a family; `interval` is NaN when a dataset has a single seed."""
-
-    family: str
-    method: str
-    datasets: list[str]
-    seeds: int
-    mean: float
-    iqm: float
-    interval: tuple[float, float]
-    gap: float  # optimality gap: by how much runs fall short of 100
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A method that was run with several settings: what choosing among them by online evaluations is worth.
-
-    Attributes:
-        where: a dataset, or a family: then each configuration was averaged over its datasets first.
-        configurations: how many; a score of one is the mean over its seeds.
-        best: k -> expected best of k configurations, and its deviation.
-        bandit: single episodes spent on the policies of a dataset by UCB; None for a family.
-        published: k -> what somebody published for a D4RL family, over a range of settings of their own.
-    """
-
-    where: str
-    method: str
-    configurations: int
-    best: dict[int, tuple[float, float]]
-    bandit: budget.BanditCurve | None
-    published: dict[int, Published]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Method `better` (the higher IQM) against `other`, on the datasets that all methods of the family have."""
-
-    family: str
-    better: str
-    other: str
-    datasets: int
-    seeds: int
-    probability: float
-    probability_interval: tuple[float, float]
-    difference: float
-    difference_interval: tuple[float, float]
-
-    @property
-    def verdict(self) -> str:
-        low, _ = self.difference_interval
-        if not low > 0:
-            return "no difference detected"
-        return "higher" if self.seeds >= ENOUGH_SEEDS else f"higher, but fewer than {ENOUGH_SEEDS} seeds"
-
-
-@dataclass
-class Report:
-    """What `report` found; `folder` holds the files named by `FILES`."""
-
-    folder: Path
-    cells: list[Cell]
-    aggregates: list[Aggregate]
-    comparisons: list[Comparison]
-    tunings: list[Tuning]
-    notes: list[str]
 
 
 def count(number: float) -> str:
@@ -188,3 +120,161 @@ def count(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.4g}{name}"
     return f"{number:.0f}"
+
+
+# ---- from rows to cells ----------------------------------------------------------------------------------------
+
+
+def build(
+    rows: pl.DataFrame, runs: list[results.Run], last_k: int = 10, metric: str = "score"
+) -> tuple[list[Cell], pl.DataFrame, list[str]]:
+    """All cells of the given rows and runs, the rows behind them, and notes on what was left out.
+
+    Args:
+        last_k: number of evaluations that the second score averages.
+        metric: one of `METRICS`.
+
+    Runs of a method that differ in a setting are different methods, labelled by that setting. The same seed of the same
+    settings counts once.
+    """
+    notes = []
+    seen = set(rows["folder"].unique())
+    if empty := [run.folder.name for run in runs if str(run.folder) not in seen]:
+        notes.append(f"Left out, no evaluation yet: {_enumerate(empty)}.")
+    rows, repeated = _without_repeated_seeds(scored(rows, runs, metric))
+    if repeated:
+        notes.append(
+            f"Left out, same settings and seed as another run that got at least as far: {_enumerate(repeated)}."
+        )
+    cells = _cells(rows, runs, last_k)
+    _mark_best(cells)
+    return cells, rows, notes
+
+
+def scored(rows: pl.DataFrame, runs: list[results.Run], metric: str = "score") -> pl.DataFrame:
+    """The rows with their `label`, `base`, `value` and `scale`.
+
+    A dataset has normalised scores only if all of its rows have them; otherwise its values are returns.
+    """
+    import polars as pl
+
+    rows = rows.join(label_lanes(rows, runs), on=["folder", "lane"], how="left")
+    if metric != "score":
+        column = "return_raw" if metric == "return" else "length"
+        return rows.with_columns(value=pl.col(column).cast(pl.Float64), scale=pl.lit(metric))
+    unscored = rows.filter(pl.col("normalized").is_null() & pl.col("return_raw").is_not_nan())["dataset"].unique()
+    scales = {name: "return" if name in unscored else scale_of(name) for name in rows["dataset"].unique()}
+    score = pl.col("normalized").fill_null(math.nan)
+    return rows.with_columns(scale=pl.col("dataset").replace_strict(scales, return_dtype=pl.String)).with_columns(
+        value=pl.when(pl.col("scale") == "return").then("return_raw").otherwise(score)
+    )
+
+
+def _without_repeated_seeds(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """Rows without repeated seeds, which are no second samples: the run that got further stays (else the later folder)."""
+    import polars as pl
+
+    lane = ["folder", "lane"]
+    cell = ["label", "dataset", "seed"]
+    lanes = rows.group_by(*lane, *cell).agg(pl.col("step").max(), pl.len())
+    lanes = lanes.sort("step", "len", "folder", "lane", descending=True)
+    kept = lanes.unique(cell, keep="first", maintain_order=True)
+    if len(kept) == len(lanes):
+        return rows, []
+    dropped = lanes.join(kept, on=[*lane, *cell], how="anti").group_by("folder").agg(pl.col("seed").sort())
+    names = [f"{Path(folder).name} (seeds {', '.join(map(str, seeds))})" for folder, seeds in dropped.iter_rows()]
+    return rows.join(kept, on=[*lane, *cell], how="semi"), sorted(names)
+
+
+def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cell]:
+    import polars as pl
+
+    by_folder = {str(run.folder): run for run in runs}
+    learns_critic = {folder: results.has_critic(by_folder[folder]) for folder in rows["folder"].unique()}
+    evaluations = (
+        rows.group_by("label", "dataset", "folder", "lane", "seed", "step")
+        .agg(pl.col("value").mean(), pl.col("scale", "base").first(), episodes=pl.len())
+        .sort("seed", "folder", "lane", "step")
+    )
+    cells = []
+    for (label, dataset), group in sorted(evaluations.partition_by(["label", "dataset"], as_dict=True).items()):
+        lanes = group.group_by("folder", "lane", "seed", maintain_order=True).agg(
+            pl.col("scale", "value", "step", "episodes").last(),
+            average=pl.col("value").tail(last_k).mean(),
+            best=pl.col("value").max(),
+            online=pl.col("episodes").sum(),
+            k=pl.col("value").tail(last_k).len(),
+            evaluations=pl.len(),
+        )
+        here = [by_folder[folder] for folder in lanes["folder"]]
+        budgets = [int(run.config.get("updates") or 0) for run in here]
+        k, average = int(lanes["k"].to_numpy().min()), lanes["average"].to_numpy()
+        normalized = lanes["scale"][0].endswith("score")
+        cells.append(
+            Cell(
+                method=label,
+                dataset=dataset,
+                family=str(dict(here[0].manifest.get("dataset_info") or {}).get("family", "other")),
+                base=group["base"][0],
+                scale=lanes["scale"][0],
+                best=lanes["best"].to_numpy(),
+                online=int(lanes["online"].to_numpy().max()),
+                last=lanes["value"].to_numpy(),
+                average=average,
+                k=k,
+                seeds=lanes["seed"].to_list(),
+                episodes=_range(lanes["episodes"]),
+                steps=_range(lanes["step"]),
+                budget=max(budgets),
+                short=sum(step < budget for step, budget in zip(lanes["step"], budgets)),
+                critic=any(learns_critic[str(run.folder)] for run in here),
+                enough_evaluations=int(lanes["evaluations"].to_numpy().min()) >= 2 * k,
+                curve=_curve(group),
+                published=lookup(_method(here[0]) or label, dataset) if normalized else [],
+            )
+        )
+    # Without the version, so that hopper-medium stands before hopper-medium-replay.
+    return sorted(cells, key=lambda cell: (cell.family, re.sub(r"-v\d+$", "", cell.dataset), cell.dataset, cell.method))
+
+
+def _curve(evaluations: pl.DataFrame) -> Curve:
+    import polars as pl
+
+    steps = (
+        evaluations.group_by("step")
+        .agg(
+            pl.len(),
+            mean=pl.col("value").mean(),
+            std=pl.col("value").std(ddof=1),
+            low=pl.col("value").min(),
+            high=pl.col("value").max(),
+        )
+        .sort("step")
+    )
+    # Where most lanes have no evaluation (one of them got further than the rest) a mean would be another curve's.
+    steps = steps.filter(2 * pl.col("len") >= pl.col("len").max())
+    half = stats.t_half_width(steps["std"].cast(pl.Float64).to_numpy(), steps["len"].to_numpy())
+    column = {name: steps[name].cast(pl.Float64).to_numpy() for name in ("step", "mean", "low", "high")}
+    return Curve(column["step"], column["mean"], half, column["low"], column["high"])
+
+
+def _range(column: pl.Series) -> tuple[int, int]:
+    values = column.to_numpy()
+    return int(values.min()), int(values.max())
+
+
+def _mark_best(cells: list[Cell]) -> None:
+    """Set `bold` where the interval overlaps that of the dataset's best mean, both of at least `BOLD_SEEDS` seeds."""
+    for dataset in {cell.dataset for cell in cells}:
+        rivals = [cell for cell in cells if cell.dataset == dataset and not math.isnan(cell.mean)]
+        if len(rivals) < 2 or rivals[0].scale == "length":
+            continue
+        best = max(rivals, key=lambda cell: cell.mean)
+        if len(best.last) < BOLD_SEEDS:
+            continue
+        for cell in rivals:
+            cell.bold = len(cell.last) >= BOLD_SEEDS and cell.interval[1] >= best.interval[0]
+
+
+def _enumerate(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

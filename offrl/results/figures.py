@@ -1,4 +1,4 @@
-"""The figures of a report: learning curves and last scores."""
+"""The figures of a report: learning curves, last scores, performance profiles."""
 
 from __future__ import annotations
 
@@ -9,57 +9,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offrl.results import stats
-from offrl.results.cells import count
+from offrl.results.cells import Cell, Curve, count
+from offrl.results.style import DOTTED, MARKS, band, grid, legend_above, looks_of, sheet, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from offrl.results.cells import Cell, Curve
-
-# Okabe and Ito's colours, told apart by colour-blind readers too; a second round changes the line style and the mark.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
-MARKS = {"-": "o", "--": "s", ":": "^", "-.": "v"}  # of means, by line style
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-}
-
 
 def _looks(cells: list[Cell]) -> dict[str, tuple[str, Any]]:
-    """Colour and line style of each method, the same in all panels."""
     return looks_of(sorted({cell.method for cell in cells}))
 
 
-def looks_of(methods: Sequence[str]) -> dict[str, tuple[str, Any]]:
-    return {m: (COLOURS[i % 8], tuple(MARKS)[i // 8 % 4]) for i, m in enumerate(methods)}
+def _legend_lines(looks: Mapping[str, tuple[str, Any]]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], color=colour, linestyle=style, linewidth=1.5) for colour, style in looks.values()]
 
 
 def draw_curves(cells: list[Cell]) -> Figure:
     """A panel per dataset: mean over seeds against updates, with the 95 % t interval as a band."""
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     datasets = list(dict.fromkeys(cell.dataset for cell in cells))
-    across = min(len(datasets), 3 if len(datasets) < 10 else 4)
-    down = math.ceil(len(datasets) / across)
     looks, scales = _looks(cells), {cell.scale for cell in cells}
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(3.1 * across, 4.2), 2.35 * down), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False).ravel()
-        for panel in panels[len(datasets) :]:
-            panel.set_visible(False)
+    with grid(len(datasets), 3 if len(datasets) < 10 else 4) as (figure, panels, across):
         for dataset, panel in zip(datasets, panels):
             here = [cell for cell in cells if cell.dataset == dataset]
             for cell in here:
                 _draw_curve(panel, cell.curve, *looks[cell.method])
             published = [(c.published[0].mean, looks[c.method][0]) for c in here if c.published]
             for mean, colour in published:
-                panel.axhline(mean, color=colour, linewidth=0.8, linestyle=(0, (1, 2)))
+                panel.axhline(mean, color=colour, linewidth=0.8, linestyle=DOTTED)
             _fit(panel, here, [mean for mean, _ in published])
             panel.set_title(dataset)
             tidy(panel)
@@ -69,10 +50,9 @@ def draw_curves(cells: list[Cell]) -> Figure:
         figure.supxlabel("updates", fontsize=8)
         if len(scales) == 1:
             figure.supylabel(scales.pop(), fontsize=8)
-        lines = [Line2D([], [], color=colour, linestyle=style, linewidth=1.5) for colour, style in looks.values()]
-        names = list(looks)
+        lines, names = _legend_lines(looks), list(looks)
         if any(cell.published for cell in cells):
-            lines.append(Line2D([], [], color="0.4", linewidth=0.8, linestyle=(0, (1, 2))))
+            lines.append(Line2D([], [], color="0.4", linewidth=0.8, linestyle=DOTTED))
             names.append("published")
         legend_above(figure, lines, names, across)
     return figure
@@ -81,12 +61,11 @@ def draw_curves(cells: list[Cell]) -> Figure:
 def _draw_curve(panel: Axes, curve: Curve, colour: str, style: str) -> None:
     alone = MARKS[style] if len(curve.steps) == 1 else None
     panel.plot(curve.steps, curve.mean, color=colour, linestyle=style, linewidth=1.4, marker=alone, markersize=3)
-    low, high = curve.mean - curve.half_width, curve.mean + curve.half_width
-    panel.fill_between(curve.steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    band(panel, curve.steps, curve.mean - curve.half_width, curve.mean + curve.half_width, colour)
 
 
 def _fit(panel: Axes, cells: list[Cell], lines: Sequence[float]) -> None:
-    """Limits by the seeds' own scores: the interval of two or three seeds would squeeze everything else."""
+    """Set the limits by the seeds' own scores: the interval of two or three seeds would squeeze everything else."""
     values = np.concatenate([*(np.concatenate([c.curve.low, c.curve.high]) for c in cells), np.asarray(lines)])
     values = values[np.isfinite(values)]
     if values.size and values.min() < values.max():
@@ -95,9 +74,7 @@ def _fit(panel: Axes, cells: list[Cell], lines: Sequence[float]) -> None:
 
 
 def draw_scores(cells: list[Cell]) -> Figure:
-    """Last scores: mean with its 95 % t interval, the seeds as faint dots below, published numbers as hollow diamonds."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    """Last scores: mean with its 95 % t interval, seeds as faint dots below, published numbers as hollow diamonds."""
     from matplotlib.lines import Line2D
 
     looks = _looks(cells)
@@ -106,18 +83,15 @@ def draw_scores(cells: list[Cell]) -> Figure:
     for cell in cells:
         axes.setdefault((cell.scale, "" if cell.normalized else cell.dataset), []).append(cell)
     heights = [0.35 + 0.17 * len(group) + 0.12 * len({c.dataset for c in group}) for group in axes.values()]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, sum(heights) + 0.35 * len(heights) + 0.3), layout="constrained")
-        panels = figure.subplots(len(axes), 1, squeeze=False, gridspec_kw={"height_ratios": heights}).ravel()
-        for ((scale, _), group), panel in zip(axes.items(), panels):
+    size = 5.6, sum(heights) + 0.35 * len(heights) + 0.3
+    with sheet(len(axes), 1, size, gridspec_kw={"height_ratios": heights}) as (figure, panels):
+        for ((scale, _), group), panel in zip(axes.items(), panels.ravel()):
             _draw_points(panel, group, looks)
             panel.set_xlabel(scale)
             tidy(panel, grid="x")
-        marks = [
-            Line2D([], [], color=colour, marker=MARKS[style], markersize=4, linewidth=1.5)
-            for colour, style in looks.values()
-        ]
-        names = list(looks)
+        marks, names = _legend_lines(looks), list(looks)
+        for mark, (_, style) in zip(marks, looks.values()):
+            mark.set(linestyle="-", marker=MARKS[style], markersize=4)
         if any(cell.published for cell in cells):
             marks.append(Line2D([], [], color="0.4", marker="D", markersize=4, markerfacecolor="white", linestyle=""))
             names.append("published")
@@ -133,9 +107,8 @@ def _draw_points(panel: Axes, cells: list[Cell], looks: Mapping[str, tuple[str, 
         names.append(dataset)
         for cell in here:
             colour, line = looks[cell.method]
-            panel.plot(
-                cell.last, np.full(len(cell.last), position + 0.3), "o", color=colour, markersize=2.5, alpha=0.35, mew=0
-            )
+            below = np.full(len(cell.last), position + 0.3)
+            panel.plot(cell.last, below, "o", color=colour, markersize=2.5, alpha=0.35, mew=0)
             if not math.isnan(cell.interval[0]):
                 panel.plot(cell.interval, [position, position], color=colour, linewidth=1.5, solid_capstyle="butt")
             panel.plot(cell.mean, position, MARKS[line], color=colour, markersize=4.5)
@@ -155,19 +128,9 @@ def draw_profiles(groups: Mapping[str, Mapping[str, Sequence[Any]]]) -> Figure:
     Args:
         groups: family -> method -> scores `[S]` per dataset.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     methods = sorted({method for group in groups.values() for method in group})
     looks = looks_of(methods)
-    across = min(max(len(groups), 1), 3)
-    down = max(1, math.ceil(len(groups) / across))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(3.1 * across, 4.2), 2.35 * down), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False).ravel()
-        for panel in panels[len(groups) :]:
-            panel.set_visible(False)
+    with grid(len(groups)) as (figure, panels, across):
         for (family, group), panel in zip(groups.items(), panels):
             pooled = np.concatenate([scores for tasks in group.values() for scores in tasks])
             margin = 0.05 * (pooled.max() - pooled.min()) + 1e-9
@@ -176,27 +139,8 @@ def draw_profiles(groups: Mapping[str, Mapping[str, Sequence[Any]]]) -> Figure:
                 colour, style = looks[method]
                 panel.plot(tau, stats.performance_profile(tasks, tau), color=colour, linestyle=style, linewidth=1.4)
                 if min(map(len, tasks)) > 1:
-                    low, high = stats.profile_band(tasks, tau)
-                    panel.fill_between(tau, low, high, color=colour, alpha=0.18, linewidth=0)
+                    band(panel, tau, *stats.profile_band(tasks, tau), colour)
             panel.set(title=family, xlabel="score tau", ylabel="share of runs above tau", ylim=(-0.02, 1.02))
             tidy(panel)
-        if methods:
-            lines = [Line2D([], [], color=colour, linestyle=style, linewidth=1.5) for colour, style in looks.values()]
-            legend_above(figure, lines, methods, across)
+        legend_above(figure, _legend_lines(looks), methods, across)
     return figure
-
-
-def tidy(panel: Axes, grid: str = "y") -> None:
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis=grid, color="0.9", linewidth=0.6)  # type: ignore[arg-type]
-    panel.set_axisbelow(True)
-
-
-def legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str], across: int) -> None:
-    """A legend over a figure that is `across` panels wide; the figure grows by the legend's further rows."""
-    longest = max(map(len, names))
-    columns = max(1, min(len(names), int(across * 42 / (longest + 8))))
-    width, height = figure.get_size_inches()
-    rows = math.ceil(len(names) / columns)
-    figure.set_size_inches(width, height + 0.17 * max(0, rows - 1))  # the panels keep their height
-    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: tables that sort, figures inside, no network."""
+"""A report as one self-contained HTML page: sortable tables, embedded figures, no network."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ tbody tr:hover { background: #f9f9f2 }
 img { max-width: 100%; height: auto } li { margin: .2em 0 } .note { color: #555; font-size: .92em }
 """
 
-# A click sorts by a column, the next one the other way round; numbers by value, the rest by letters, empty cells last.
+# A click sorts by a column, the next click reverses; numbers by value, other cells alphabetically, empty cells last.
 SCRIPT = """
 const valueOf = cell => {
   const text = cell.textContent.trim(), number = parseFloat(text.replace(/,/g, '').replace('\\u2212', '-'));
@@ -53,8 +53,8 @@ def page(title: str, made: Sequence[Table], drawn: Sequence[tuple[str, Figure]],
     """The page's text.
 
     Args:
-        drawn: headings and figures, put in as SVG.
-        notes: what marks and columns mean, and sources.
+        drawn: headings and figures, embedded as SVG.
+        notes: meaning of marks and columns, and sources.
     """
     parts = [_table(table) for table in made]
     parts += [f'<h2>{html.escape(name)}</h2>\n<img alt="{html.escape(name)}" src="{_svg(f)}">' for name, f in drawn]
@@ -88,7 +88,7 @@ def _table(table: Table) -> str:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as a data address: inside an image its identifiers meet no other figure's."""
+    """The figure as a data URL: inside an image its identifiers do not clash with another figure's."""
     import matplotlib
 
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Published scores: what others report, shown beside our numbers and never averaged with them."""
+"""Published scores of others, shown beside our numbers and never averaged with them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from functools import lru_cache
 
 from offrl.utils.paths import PACKAGE
 
-# Scores that were chosen by online evaluation, or that are no score of one trained policy.
+# Protocols that select by online evaluation, or whose score is not that of one trained policy.
 _NOT_COMPARABLE = re.compile(r"\bbest\b|maximum|EOP|offline-to-online|online", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Published:
-    """A number somebody published, and where."""
+    """A published number and its source."""
 
     method: str
     dataset: str
@@ -29,7 +29,7 @@ class Published:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean over seeds, 0 where deviation or seeds are unknown; a deviation with ddof 0 is made one with ddof 1."""
+        """Standard error of the mean over seeds, 0 where std or seeds are unknown; a std with ddof 0 is corrected to ddof 1."""
         if math.isnan(self.std) or not self.seeds or self.seeds < 2:
             return 0.0
         return self.std / math.sqrt(self.seeds if "ddof 1" in self.protocol else self.seeds - 1)
@@ -38,18 +38,18 @@ class Published:
         return f"{self.mean:.1f}" if math.isnan(self.std) else f"{self.mean:.1f} ± {self.std:.1f}"
 
     def cite(self) -> str:
-        """Where the number stands, and its protocol."""
+        """Source and protocol of the number."""
         seeds = f"{self.seeds} seeds; " if self.seeds else ""
         return f"{self.source} ({seeds}{self.protocol})"
 
 
 def lookup(method: str, dataset: str) -> list[Published]:
-    """Published scores of a last checkpoint, the one that states so first; empty when there is none."""
+    """Published scores of a last checkpoint; one whose protocol says so comes first. Empty: there is none."""
     return _table().get((_same_name(method), dataset), [])
 
 
 def lookup_tuned(method: str, family: str) -> dict[int, Published]:
-    """Published expected best-of-k scores of a D4RL family, k -> score; empty when there are none (ReBRAC's table 9)."""
+    """Published expected best-of-k scores of a D4RL family, k -> score (ReBRAC's table 9). Empty: there is none."""
     return _tuned().get((_same_name(method), f"d4rl-{family}"), {})
 
 

@@ -8,7 +8,7 @@ A run is a folder that holds
     metrics.jsonl     one line per logged metric, lane and step
     episodes.parquet, metrics.parquet    the same rows, written when the run is closed; a copy for fast reading
 
-The JSON lines are the truth: they are only ever appended to, and every line stands for itself.
+The JSON lines are authoritative: they are only appended to, and every line is complete in itself.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from offrl.utils.errors import OffrlError
 if TYPE_CHECKING:
     import polars as pl
 
-# Columns and their polars types. `wall_clock` is Unix time in seconds; `seed` is the seed of the lane. Lanes that differ
-# in a coefficient may share a seed, so `lane` tells them apart.
+# Columns and their polars types. `wall_clock` is Unix time in seconds; `seed` is the lane's. Lanes that differ in a
+# coefficient may share a seed; `lane` distinguishes them.
 EPISODE_COLUMNS = {
     "run_id": "String",
     "method": "String",
@@ -56,14 +56,11 @@ METRIC_COLUMNS = {
     "value": "Float64",
     "wall_clock": "Float64",
 }
-# What a sweep leaves in a run's folder: everything the run printed, and why its last try failed.
+# Files of a sweep in a run's folder: the run's output, and the reason why its last try failed.
 LOG, FAILURE = "log.txt", "failed.json"
-# What makes a row: written twice (a repeated evaluation of one checkpoint), the later one counts.
+# Keys of rows: of two rows with one key (a repeated evaluation of a checkpoint) the later counts.
 _EPISODE_KEY = ["folder", "lane", "step", "episode", "eval_seed", "policy_mode"]
 _METRIC_KEY = ["folder", "lane", "step", "metric"]
-
-
-# ---- writing -------------------------------------------------------------------------------------------------
 
 
 def _damaged(path: Path, number: int) -> OffrlError:
@@ -88,9 +85,9 @@ def runs(paths: Iterable[Path | str]) -> list[Run]:
 
 
 def read(paths: Iterable[Path | str]) -> pl.DataFrame:
-    """Episode rows of all runs in or below the given folders: `EPISODE_COLUMNS` and `folder`, the run they are from.
+    """Episode rows of all runs in or below the given folders: `EPISODE_COLUMNS` and `folder`, the folder of the run.
 
-    An evaluation that stands twice in a run (same step, episode and evaluation seed) counts once.
+    An evaluation that occurs twice in a run (same step, episode and evaluation seed) counts once.
 
     Raises:
         OffrlError: a path is no folder, or a file in it is damaged.
@@ -103,9 +100,18 @@ def read_metrics(paths: Iterable[Path | str]) -> pl.DataFrame:
     return _read_rows(paths, "metrics", METRIC_COLUMNS, _METRIC_KEY)
 
 
+def has_critic(run: Run) -> bool:
+    """Whether the run's agent learns a critic: as its manifest says, or by its metrics where that is older."""
+    if isinstance(stated := run.manifest.get("critic"), bool):
+        return stated
+    with contextlib.suppress(OffrlError):
+        return bool((read_metrics([run.folder])["metric"] == "critic_loss").any())
+    return False
+
+
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: updates made and wanted (0: unknown), and updates per second where it has told."""
+    """Progress of a run: updates made and configured (0: unknown), and updates per second (None: not logged yet)."""
 
     step: int
     updates: int
@@ -124,7 +130,7 @@ class Progress:
 
 
 def progress(folder: Path) -> Progress:
-    """What a run's files say of its progress; cheap, and never an error: the run may be writing them."""
+    """Progress of a run from its files; cheap, and never an error, because the run may be writing them."""
     step, rate, config = 0, None, {}
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((folder / "config.json").read_bytes())
@@ -185,7 +191,7 @@ def _is_newer(parquet: Path, lines: Path) -> bool:
 
 
 def _read_parquet(files: list[Path], columns: dict[str, str]) -> pl.DataFrame:
-    """Rows of all files at once; a copy that is damaged or has other columns gives way to its JSON lines."""
+    """Rows of all files at once; the JSON lines replace a copy that is damaged or has other columns."""
     import polars as pl
 
     try:
@@ -204,7 +210,7 @@ def _read_parquet(files: list[Path], columns: dict[str, str]) -> pl.DataFrame:
 
 
 def _read_lines(path: Path, columns: dict[str, str]) -> pl.DataFrame:
-    """Rows of a JSON-lines file; what a running or killed process left behind the last newline is ignored."""
+    """Rows of a JSON-lines file; text after the last newline, of a running or killed process, is ignored."""
     import polars as pl
 
     data = path.read_bytes()
@@ -221,7 +227,7 @@ def _read_lines(path: Path, columns: dict[str, str]) -> pl.DataFrame:
 
 
 def _first_damaged(data: bytes) -> int:
-    """Number of the first line that is no JSON, counted from 1 (the last line when all are)."""
+    """Number of the first line that is not JSON, from 1 (of the last line if all are)."""
     lines = data.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -235,6 +241,3 @@ def _empty(columns: dict[str, str]) -> pl.DataFrame:
     import polars as pl
 
     return pl.DataFrame(schema={name: getattr(pl, kind) for name, kind in columns.items()})
-
-
-# ---- where a run ran -----------------------------------------------------------------------------------------

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
+import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 Tasks = Sequence[Array]
 
-# Resamples are drawn in blocks so that comparing all pairs of runs stays within tens of megabytes.
+# Resamples per block, so that comparing all pairs of runs needs tens of megabytes only.
 _BLOCK = 256
 
 
@@ -35,73 +35,18 @@ def t_interval(scores: ArrayLike, confidence: float = 0.95) -> tuple[float, floa
     """Student's t interval of the mean of independent scores; (NaN, NaN) for fewer than two."""
     x = np.asarray(scores, dtype=np.float64).ravel()
     mean, std = mean_std(x)
-    half = t_half_width(std, x.size, confidence)
+    half = float(t_half_width(std, x.size, confidence))
     return mean - half, mean + half
 
 
-def t_half_width(std: float, count: int, confidence: float = 0.95) -> float:
-    """Half the width of the t interval of a mean of `count` scores with sample standard deviation `std`."""
-    if count < 2:
-        return math.nan
-    return t_quantile(0.5 + confidence / 2, count - 1) * std / math.sqrt(count)
+def t_half_width(std: ArrayLike, count: ArrayLike, confidence: float = 0.95) -> Array:
+    """Half the width of the t interval of a mean of `count` scores with sample standard deviation `std`.
 
-
-@lru_cache(maxsize=4096)
-def t_quantile(probability: float, df: float) -> float:
-    """Inverse of the cumulative distribution of Student's t with `df` degrees of freedom; 0 < probability < 1."""
-    if not 0.0 < probability < 1.0 or df <= 0:
-        raise ValueError(f"t_quantile needs 0 < probability < 1 and df > 0, got {probability} and {df}")
-    if probability < 0.5:
-        return -t_quantile(1.0 - probability, df)
-    low, high = 0.0, 1.0
-    while t_cdf(high, df) < probability:
-        low, high = high, 2.0 * high
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if t_cdf(middle, df) < probability else (low, middle)
-    return 0.5 * (low + high)
-
-
-def t_cdf(t: float, df: float) -> float:
-    """P(T <= t) = 1 - I_x(df/2, 1/2) / 2 for t >= 0, with x = df / (df + t^2)."""
-    # The side of the incomplete beta function that is small is computed, so that neither tail nor centre cancels.
-    square = t * t
-    if square < df:
-        inside = 0.5 * incomplete_beta(0.5, 0.5 * df, square / (df + square))
-    else:
-        inside = 0.5 - 0.5 * incomplete_beta(0.5 * df, 0.5, df / (df + square))
-    return 0.5 + math.copysign(inside, t)
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function I_x(a, b) by its continued fraction (DLMF 8.17.22, modified Lentz)."""
-    if x <= 0.0 or x >= 1.0:
-        return 0.0 if x <= 0.0 else 1.0
-    if x > (a + 1.0) / (a + b + 2.0):  # the fraction converges fast on the other side only
-        return 1.0 - incomplete_beta(b, a, 1.0 - x)
-    log_front = a * math.log(x) + b * math.log1p(-x) - math.log(a)
-    log_front += math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    tiny = 1e-300
-    fraction, c, d = 1.0, 1.0, 0.0
-    for step in range(1, 1000):
-        m = step // 2
-        if step == 1:
-            numerator = 1.0
-        elif step % 2:
-            numerator = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        else:
-            n = m - 1
-            numerator = -(a + n) * (a + b + n) * x / ((a + 2 * n) * (a + 2 * n + 1))
-        d = 1.0 + numerator * d
-        d = 1.0 / (d if abs(d) > tiny else tiny)
-        c = 1.0 + numerator / c
-        c = c if abs(c) > tiny else tiny
-        fraction *= c * d
-        if abs(c * d - 1.0) < 1e-16:
-            break
-    return math.exp(log_front) * (fraction - 1.0)
+    Both `[...]`; NaN where `count` is below two.
+    """
+    n = np.asarray(count, dtype=np.float64)
+    quantile = scipy.stats.t.ppf(0.5 + confidence / 2, np.maximum(n - 1, 1))
+    return np.where(n > 1, quantile * np.asarray(std, dtype=np.float64) / np.sqrt(n), np.nan)
 
 
 # ---- aggregates over tasks -----------------------------------------------------------------------------------
@@ -124,7 +69,7 @@ def task_mean(tasks: Tasks) -> Array:
 
 
 def optimality_gap(tasks: Tasks, gamma: float = 100.0) -> Array:
-    """By how much the runs fail to reach `gamma`: gamma - mean(min(score, gamma)), tasks weighing the same."""
+    """Mean shortfall of the runs below `gamma`: gamma - mean(min(score, gamma)); every task weighs the same."""
     return gamma - task_mean([np.minimum(np.asarray(x, dtype=np.float64), gamma) for x in tasks])
 
 

@@ -1,28 +1,27 @@
-"""The text of a report: tables for a terminal and for Markdown."""
+"""The text of a report: tables for a terminal, Markdown and LaTeX."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from offrl.results import budget, stats
-from offrl.results.cells import count
+from offrl.results.aggregates import Report
+from offrl.results.cells import BOLD_SEEDS, Cell, count
 from offrl.results.published import Published
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from offrl.results.cells import Cell, Report
 
-
-def _number(value: float, digits: int = 1) -> str:
+def number(value: float, digits: int = 1) -> str:
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _plus_minus(mean: float, std: float, digits: int = 1) -> str:
-    return _number(mean, digits) + ("" if math.isnan(std) else f" ± {std:.{digits}f}")
+    return number(mean, digits) + ("" if math.isnan(std) else f" ± {std:.{digits}f}")
 
 
 def _interval(interval: tuple[float, float], digits: int = 1) -> str:
@@ -37,16 +36,24 @@ def _between(bounds: tuple[int, int]) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column groups the rows (unless `flat`), the second names them."""
+    """Cells as text; the first column groups the rows (unless `flat`), the second names them.
+
+    Attributes:
+        bold: for each row the columns in bold; empty: none in any row.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[str]]
-    bold: list[set[int]]  # per row: the columns in bold
+    bold: list[set[int]] = field(default_factory=list)
     flat: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.bold:
+            object.__setattr__(self, "bold", [set() for _ in self.rows])
+
     def filled(self) -> Table:
-        """Without the columns in which nothing stands."""
+        """The table without its empty columns."""
         kept = [i for i in range(len(self.columns)) if any(row[i] for row in self.rows)]
         bold = [{kept.index(i) for i in row} for row in self.bold]
         rows = [[row[i] for i in kept] for row in self.rows]
@@ -60,7 +67,7 @@ class Table:
         return f"## {self.title}\n\n" + "\n".join(lines) + "\n"
 
     def latex(self) -> str:
-        """A `table`, or a `longtable` where a page would not hold it; needs the packages booktabs and longtable."""
+        """A `table`, or a `longtable` if it is longer than a page; needs the packages booktabs and longtable."""
         lines = []
         for row, bold in zip(self.rows, self.bold):
             cells = [f"\\textbf{{{_tex(text)}}}" if i in bold else _tex(text) for i, text in enumerate(row)]
@@ -77,7 +84,7 @@ class Table:
         return "\n".join([*begin, *lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"]) + "\n"
 
 
-_PAGE = 40  # rows of a LaTeX table that a page holds
+_PAGE = 40  # most rows of a LaTeX table on a page
 
 _TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "×": r"$\times$", "†": r"$\dagger$", "‡": r"$\ddagger$"}
 _TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"}}
@@ -133,7 +140,7 @@ def _with_note(number: Published, footnotes: Sequence[str]) -> str:
 
 
 def _summary_table(report: Report) -> Table | None:
-    """Datasets down, methods across: what a paper prints. Only where there is more than one of both."""
+    """Datasets down, methods across, as papers print it; only where there is more than one of both."""
     methods = sorted({cell.method for cell in report.cells})
     datasets = list(dict.fromkeys(cell.dataset for cell in report.cells))
     if len(methods) < 2 or len(datasets) < 2:
@@ -148,7 +155,7 @@ def _summary_table(report: Report) -> Table | None:
         means = {a.method: a for a in report.aggregates if a.family == family}
         most = max(len(a.datasets) for a in means.values())
         # A mean over fewer datasets is no rival of one over all of them.
-        cells = [_number(means[m].mean) if m in means and len(means[m].datasets) == most else "" for m in methods]
+        cells = [number(means[m].mean) if m in means and len(means[m].datasets) == most else "" for m in methods]
         rows.append([f"mean of {most}, {family}", *cells])
         bold.append(set())
     return Table("Summary", ["dataset", *methods], rows, bold)
@@ -158,12 +165,12 @@ def _aggregate_table(report: Report) -> Table:
     rows = [
         [
             *(a.family, a.method, str(len(a.datasets)), str(a.seeds)),
-            *(_number(a.mean), _number(a.iqm), _interval(a.interval), _number(a.gap)),
+            *(number(a.mean), number(a.iqm), _interval(a.interval), number(a.gap)),
         ]
         for a in report.aggregates
     ]
     columns = ["family", "method", "datasets", "seeds", "mean", "IQM", "95 % interval of the IQM", "gap to 100"]
-    return Table("Aggregates", columns, rows, [set() for _ in rows])
+    return Table("Aggregates", columns, rows)
 
 
 def _comparison_table(report: Report) -> Table:
@@ -174,13 +181,13 @@ def _comparison_table(report: Report) -> Table:
             str(c.datasets),
             str(c.seeds),
             f"{c.probability:.2f} ({c.probability_interval[0]:.2f} to {c.probability_interval[1]:.2f})",
-            f"{_number(c.difference)} ({_interval(c.difference_interval)})",
+            f"{number(c.difference)} ({_interval(c.difference_interval)})",
             c.verdict,
         ]
         for c in report.comparisons
     ]
     columns = ["family", "methods", "datasets", "seeds", "probability of improvement", "difference of IQM", "verdict"]
-    return Table("Comparisons", columns, rows, [set() for _ in rows])
+    return Table("Comparisons", columns, rows)
 
 
 def _tuning_table(report: Report) -> Table:
@@ -189,9 +196,9 @@ def _tuning_table(report: Report) -> Table:
     rows = []
     for t in report.tunings:
         best = [_plus_minus(*t.best[k]) if k in t.best else "" for k in ks]
-        curve = [_number(float(t.bandit.mean[n - 1])) if t.bandit else "" for n in budget.PULLS]
+        curve = [number(float(t.bandit.mean[n - 1])) if t.bandit else "" for n in budget.PULLS]
         rows.append(
-            [t.where, t.method, str(t.configurations), *best, *curve, _number(t.bandit.limit) if t.bandit else ""]
+            [t.where, t.method, str(t.configurations), *best, *curve, number(t.bandit.limit) if t.bandit else ""]
         )
         if t.published:
             cells = [str(t.published[k]) if k in t.published else "" for k in ks]
@@ -205,11 +212,11 @@ def _tuning_table(report: Report) -> Table:
         *(f"{n} episodes" for n in budget.PULLS),
         "limit",
     ]
-    return Table("Budget of online evaluations", columns, rows, [set() for _ in rows])
+    return Table("Budget of online evaluations", columns, rows)
 
 
 def _online_table(report: Report) -> Table:
-    """What choosing the checkpoint by its online score would print: here to be seen, never to be reported."""
+    """The scores of checkpoints selected by their online scores: for comparison, never to be reported."""
     rows = [
         [
             *(cell.dataset, cell.method, _plus_minus(cell.mean, cell.std, _digits(cell))),
@@ -226,34 +233,34 @@ def _online_table(report: Report) -> Table:
         "best (online_selected: true)",
         "episodes that it costs a seed",
     ]
-    return Table("What the best checkpoint would say", columns, rows, [set() for _ in rows])
+    return Table("What the best checkpoint would say", columns, rows)
 
 
 def all_tables(report: Report) -> list[Table]:
-    """The tables of a report that have rows, as a terminal shows them."""
+    """The tables that a terminal shows; those without rows are left out."""
     made = [_score_table(report, _footnotes(report)), _aggregate_table(report), _comparison_table(report)]
     return [table for table in [*made, _tuning_table(report)] if table.rows]
 
 
 def full_tables(report: Report) -> list[Table]:
-    """These, after the summary and before what is there for the careful."""
+    """All tables: the summary, those of the terminal, and the best checkpoints."""
     summary = _summary_table(report)
     made = ([summary] if summary else []) + all_tables(report) + [_online_table(report)]
     return [table.filled() for table in made]
 
 
 def latex(report: Report) -> str:
-    """The whole of report.tex: tables to be put into a paper."""
+    """The text of report.tex: tables for a paper."""
     return "% needs \\usepackage{booktabs,longtable}\n" + "\n".join(table.latex() for table in full_tables(report))
 
 
 def sources(report: Report) -> list[str]:
-    """Where the published numbers stand, by their marks."""
+    """Sources of the published numbers, by their marks."""
     return [f"[{i}] {note}" for i, note in enumerate(_footnotes(report), start=1)]
 
 
 def _footnotes(report: Report) -> list[str]:
-    """Sources of the published numbers, those that the score table shows first."""
+    """Sources of the published numbers; those that the score table shows come first."""
     first = [cell.published[0].cite() for cell in report.cells if cell.published]
     others = [number.cite() for cell in report.cells for number in cell.published[1:]]
     tuned = [t.published[min(t.published)].cite() for t in report.tunings if t.published]
@@ -261,7 +268,7 @@ def _footnotes(report: Report) -> list[str]:
 
 
 def legend(report: Report) -> list[str]:
-    """What the columns and marks mean, a sentence or two each; only of what is there."""
+    """Meaning of the columns and marks that occur, a sentence or two each."""
     most = max(cell.k for cell in report.cells)
     lines = [
         "last: mean ± standard deviation (ddof 1) over S seeds of the last evaluation, where a seed's score is its mean over "
@@ -270,9 +277,11 @@ def legend(report: Report) -> list[str]:
         + (" (fewer: their number behind it)." if any(cell.k < most for cell in report.cells) else "."),
     ]
     if any(cell.bold for cell in report.cells):
-        lines.append("Bold: the interval overlaps that of the dataset's best mean.")
+        lines.append(
+            f"Bold: the interval overlaps that of the dataset's best mean; only where both have at least {BOLD_SEEDS} seeds."
+        )
     if any(cell.short for cell in report.cells):
-        lines.append("† the runs have not reached their budget of updates.")
+        lines.append("† runs that have not reached their budget of updates.")
     if any(cell.unstable for cell in report.cells):
         lines.append(f"‡ unstable: the last score is more than 2 standard deviations from that of the last {most}.")
     if report.aggregates:
@@ -283,19 +292,19 @@ def legend(report: Report) -> list[str]:
     if any(cell.published for cell in report.cells):
         lines.append(
             "published: others' numbers under their protocols, sources in report.md; never averaged with ours. difference: "
-            "ours minus theirs, and in standard errors (ours alone where they give no deviation or seeds)."
+            "ours minus theirs, and in standard errors (ours alone where they give no std or seeds)."
         )
     if report.tunings:
         lines.append(
-            "Budget: best of k settings drawn blindly (EOP, mean ± deviation of one practitioner's outcome); episodes: what a "
-            "UCB bandit on at most 8 policies recommends after so many; limit: the best of them known exactly. Tuned per "
-            "dataset, except in rows of a family."
+            "Budget: best of k settings drawn uniformly (EOP, mean ± std of one practitioner's outcome); episodes: score of "
+            "the policy that a UCB bandit on at most 8 policies recommends after that many; limit: score of the best of them. "
+            "Settings are tuned per dataset, except in rows of a family."
         )
     return lines
 
 
 def layout(table: Table) -> Text:
-    """The table for a terminal; the first column's groups have lines of their own, so that most fit into 80 columns."""
+    """The table for a terminal; groups of the first column have lines of their own, so that most tables fit into 80 columns."""
     from rich.cells import cell_len
     from rich.text import Text
 
@@ -322,13 +331,15 @@ def layout(table: Table) -> Text:
     return text
 
 
-def markdown(report: Report) -> str:
-    """The whole of report.md."""
+def markdown(report: Report, figures: Mapping[str, str]) -> str:
+    """The text of report.md.
+
+    Args:
+        figures: titles of the figures that lie beside it, by file name without .png.
+    """
     parts = ["# Report\n", *(table.markdown() for table in full_tables(report))]
     parts += ["\n".join(f"- {line}" for line in [*legend(report), *report.notes]) + "\n"]
-    parts += [
-        "## Curves\n\n![learning curves](curves.png)\n\n![scores](scores.png)\n\n![performance profiles](profiles.png)\n"
-    ]
+    parts += ["## Figures\n", *(f"![{title}]({name}.png)\n" for name, title in figures.items())]
     footnotes = _footnotes(report)
     if footnotes:
         parts += [

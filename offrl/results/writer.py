@@ -1,4 +1,4 @@
-"""Writing the rows of a run, so that they survive a kill."""
+"""Writer of a run's rows; they survive a kill."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class RunWriter:
     """Appends the rows of one run.
 
     Args:
-        folder: the run's folder, made if need be.
-        run: what all rows share. Needs `method` (or `agent`) and `dataset`; also read: `run_id` (else the folder's
-            name), `env_id`, `policy_mode` (else "deterministic") and `updates`, the budget: rows at that step carry
-            the checkpoint "last", others their step.
-        resume_step: the update from which training goes on. Rows past it, and a line torn by a kill, are dropped, so
-            that nothing is counted twice; -1 drops all rows. None is a new run: rows that a killed run left behind are
-            dropped, but a folder whose run was closed is refused.
+        folder: folder of the run, created if necessary.
+        run: values that all rows share. Required: `method` (or `agent`) and `dataset`; optional: `run_id` (default: the
+            folder's name), `env_id`, `policy_mode` (default "deterministic") and `updates`, the budget: rows at that step
+            have the checkpoint "last", others their step.
+        resume_step: update from which training continues. Rows after it, and a line torn by a kill, are dropped, so that
+            nothing counts twice; -1 drops all rows. None is a new run: rows of a killed run are dropped, but a folder whose
+            run was closed is refused.
 
-    Every call writes at once; `flush` also brings the rows to the disk and belongs before a checkpoint is saved.
+    Every call writes at once. `flush` also syncs the rows to disk; call it before a checkpoint is saved.
 
     Raises:
-        OffrlError: the folder can't be written, the disk is full (the rows written before stay intact), a row in the
+        OffrlError: the folder cannot be written, the disk is full (rows written before stay intact), a row in the
             middle of a file is damaged, or a closed run would be overwritten.
     """
 
@@ -110,7 +110,7 @@ class RunWriter:
         values: Mapping[str, Sequence[float] | np.ndarray],
         updates_per_second: float | None = None,
     ) -> None:
-        """Add the metrics of one step, each `[lanes]`; the rate belongs to all lanes: its row has no lane."""
+        """Add the metrics of one step, each `[lanes]`; the row of the rate has no lane, because all lanes share it."""
         shared = {"run_id": self._shared["run_id"], "step": int(step), "wall_clock": round(time.time(), 3)}
         rows = [
             {**shared, "lane": lane, "seed": int(seed), "metric": name, "value": _finite(value)}
@@ -123,12 +123,12 @@ class RunWriter:
         self._metrics.append(rows)
 
     def flush(self) -> None:
-        """Bring all rows to the disk."""
+        """Sync all rows to disk."""
         self._episodes.flush()
         self._metrics.flush()
 
     def close(self) -> None:
-        """Flush, close, and write the Parquet copies. Closing twice does no harm."""
+        """Flush, close, and write the Parquet copies. A second call does nothing."""
         if self._episodes.closed:
             return
         self._episodes.close()
@@ -143,7 +143,7 @@ class RunWriter:
 
 
 class _Log:
-    """An append-only file of JSON lines that holds whole lines only, whatever happens."""
+    """An append-only file of JSON lines that never holds a partial line after an error."""
 
     def __init__(self, path: Path, keep_until: int) -> None:
         self.path = path
@@ -154,7 +154,7 @@ class _Log:
                 if kept != data:
                     with replacing(path) as temporary:
                         temporary.write_bytes(kept)
-            self._file = io.FileIO(path, "ab")  # unbuffered: what was appended outlives the process
+            self._file = io.FileIO(path, "ab")  # unbuffered: appended rows outlive the process
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -189,21 +189,21 @@ class _Log:
 
 def _rows_until(data: bytes, step: int, path: Path) -> bytes:
     """The whole lines of `data` whose step is at most `step`."""
-    lines = data.split(b"\n")[:-1]  # behind the last newline stands nothing, or a torn line
+    lines = data.split(b"\n")[:-1]  # after the last newline there is nothing, or a torn line
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError) as error:
-            # A power failure may leave a last line of zeros; damage further up is somebody else's.
+            # A power failure may leave a last line of zeros; damage before it has another cause.
             if number < len(lines) and step >= 0:
                 raise _damaged(path, number) from error
     return b"".join(kept)
 
 
 def _finite(value: Any) -> float | None:
-    """JSON knows no NaN and no infinity: they become null, and NaN when read back."""
+    """JSON has no NaN and no infinity: they are written as null and read as NaN."""
     number = float(value)
     return number if math.isfinite(number) else None
 
@@ -216,7 +216,7 @@ def _unwritable(path: Path, error: OSError) -> OffrlError:
 
 
 def _compact(folder: Path) -> None:
-    """Write the Parquet copies; without them nothing is lost, so a failure is only a warning."""
+    """Write the Parquet copies; a failure is only a warning, because nothing is lost without them."""
     import polars as pl
 
     for kind, columns in (("episodes", EPISODE_COLUMNS), ("metrics", METRIC_COLUMNS)):

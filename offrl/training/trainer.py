@@ -16,6 +16,7 @@ from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import OfflineDataset, concatenate
 from offrl.data.statistics import return_spread
 from offrl.evaluation.evaluator import Episodes, Evaluator
+from offrl.nets import Critics
 from offrl.sampling import BatchLoader, further_datasets, make_sampler
 from offrl.training.engine import make_engine
 from offrl.training.run_config import RunConfig, resolve_config
@@ -294,6 +295,7 @@ class Trainer:
             "episodes": self.store.episodes,
             "environment": environment(),
             "device": str(self.device),
+            "critic": any(isinstance(module, Critics) for module in self.agent.modules()),
             "parameters_per_lane": sum(p.numel() for p in self.agent.parameters() if p.requires_grad)
             // len(self.seeds),
         }

@@ -113,9 +113,9 @@ def test_states_that_cannot_be_told_are_counted(hopper: OfflineDataset) -> None:
 
 
 def test_robots_that_cannot_be_set_are_refused() -> None:
-    with pytest.raises(OffrlError, match=r"can't be read off its observation"):
+    with pytest.raises(OffrlError, match=r"can't be read from its observation"):
         Simulator(DatasetInfo(id="x", env_id="Humanoid-v5"))
-    with pytest.raises(OffrlError, match=r"can't be read off its observation"):
+    with pytest.raises(OffrlError, match=r"can't be read from its observation"):
         Simulator(DatasetInfo(id="x", env_id="Pendulum-v1"))
 
 
@@ -212,7 +212,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     curve = np.array(kinds["unguided"]["curves"]["dynamics_error"], dtype=float)
     assert len(curve) <= 7
     table = (out / "metrics.md").read_text().splitlines()
-    assert len(table) == 6
+    assert len([line for line in table if line.startswith("|")]) == 2 + len(kinds)
     assert (out / "metrics.png").stat().st_size > 10_000
     capsys.readouterr()
 

@@ -224,9 +224,6 @@ def test_strengths_of_the_steps() -> None:
     strength = PerStep.strength.__get__(_Holder(PolicyGuidedConfig(coefficient=0.5, sampling=SamplerConfig(steps=256))))
     assert strength(0) == pytest.approx(0.5 * (1 + 0.3 * math.sin(math.pi / 256)))
     assert sum(strength(i) for i in range(255)) / 0.5 == pytest.approx(177.39, abs=0.01)
-    few = PolicyGuidedConfig(coefficient=0.5, sampling=SamplerConfig(steps=32), rescale_with_steps=True)
-    rescaled = PerStep.strength.__get__(_Holder(few))
-    assert rescaled(0) == pytest.approx(8 * 0.5 * (1 + 0.3 * math.sin(math.pi / 32)))
 
 
 @pytest.mark.parametrize(("churn", "mean", "variance"), [(80.0, 0.443, 0.660), (0.0, 0.813, 0.0284)])

@@ -13,7 +13,7 @@ from offrl.agents.base import Agent
 from offrl.augment import edm
 from offrl.augment.diffusion import Denoiser, DenoiserConfig
 from offrl.augment.edm import SamplerConfig
-from offrl.augment.policy_guided import PerStep, PolicyGuidedConfig, Product, Score, policy_gaussian
+from offrl.augment.policy_guided import PerStep, PolicyGuidedConfig, Product, policy_gaussian
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 
 
@@ -112,7 +112,7 @@ def test_saturated_actions_have_no_gradient() -> None:
     assert not g[0, 0, 1:].any()
 
 
-@pytest.mark.parametrize("kind", [PerStep, Score, Product])
+@pytest.mark.parametrize("kind", [PerStep, Product])
 def test_only_actions_are_touched(kind: Any) -> None:
     guide = kind(Policy(WEIGHTS), denoiser(), config())
     x = samples()
@@ -123,8 +123,6 @@ def test_only_actions_are_touched(kind: Any) -> None:
     assert bool((moved[..., 2:4] != x[..., 2:4]).all())
     if kind is PerStep:
         assert torch.equal(guide.move(x, 15, 1.0, lambda y, _: y), x)  # the last step is left alone
-    if kind is Score:
-        assert torch.equal(guide.denoised(x, x, 2.1), x)  # above sigma_max
 
 
 def test_where_the_gradient_is_taken() -> None:
@@ -134,9 +132,6 @@ def test_where_the_gradient_is_taken() -> None:
     g = PerStep(policy, model, config()).gradient(elsewhere)
     moved = at_denoised.move(x, 0, 1.0, lambda y, _: 0.5 * y)
     torch.testing.assert_close(moved[..., 2:4], x[..., 2:4] + at_denoised.strength(0) * g)
-    score = Score(policy, model, config(coefficient=0.3))
-    shifted = score.denoised(elsewhere, x, 1.5)
-    torch.testing.assert_close(shifted[..., 2:4] - elsewhere[..., 2:4], 0.3 * 1.5**2 * score.gradient(x))
 
 
 def test_lanes_are_guided_by_their_own_policy_and_coefficient() -> None:
@@ -230,9 +225,8 @@ def test_no_guidance_is_bitwise_unguided() -> None:
 
     plain = run(None)
     assert torch.equal(run(edm.Guide()), plain)
-    for kind in (Score, Product):
-        nothing = kind(Policy(WEIGHTS), model, config(coefficient=0.0, sampling=sampling))
-        assert torch.equal(run(nothing), plain)
+    nothing = Product(Policy(WEIGHTS), model, config(coefficient=0.0, sampling=sampling))
+    assert torch.equal(run(nothing), plain)
     some = torch.tensor([0.0, 1.0], dtype=torch.float64)  # a lane without guidance beside one with
     mixed = run(PerStep(Policy(WEIGHTS), model, config(coefficient=some, sampling=sampling)))
     assert torch.equal(mixed[0], plain[0])

@@ -201,7 +201,7 @@ class _Recorded(CudaGraph):
         this = self
 
         class Graph:
-            def loader(self) -> None:
+            def replay(self) -> None:
                 now, this.eager.loader.sources = this.eager.loader.sources, sources
                 this.metrics = this._updates()
                 this.eager.loader.sources = now
@@ -324,7 +324,7 @@ def test_neighbours_of_synthetic_states() -> None:
     nothing = torch.zeros(2, 10)
     batch = Batch(obs, torch.zeros(2, 10, 2), nothing, obs, nothing, index)
     action = torch.rand(2, 10, 2, generator=generator) * 2 - 1
-    loss, _ = agent.pull(batch, action)
+    loss, _ = agent.policy_regularizer(batch, action)
     for lane in range(2):
         states = agent.normalize(store.observations)
         rows, _ = brute_force(states, store.actions, obs[lane], action[lane], 2.0)
@@ -346,7 +346,7 @@ def test_neighbours_of_synthetic_states() -> None:
         ({"_target_": PGD, "share": [0.5, 0.6]}, "augment.share=[0.5, 0.6]: lanes share this setting"),
         ({"_target_": PGD, "coefficient": [1.0]}, "augment.coefficient has 1 values for 2 lanes"),
         ({"_target_": PGD, "keep": 0}, "augment.keep=0 should be at least 1."),
-        ({"_target_": PGD, "guidance": "none"}, "augment.guidance=none should be one of per_step, score, product."),
+        ({"_target_": PGD, "guidance": "none"}, "augment.guidance=none should be one of per_step, product."),
         (
             {"_target_": PGD, "denoiser": {"featrues": 3}},
             "augment.denoiser.featrues is no option; did you mean augment.",

@@ -11,10 +11,10 @@ import pytest
 from test_cli import main
 from test_train import options, world  # noqa: F401 - a fixture
 
-from offrl.cli.select import FILES
-from offrl.evaluation import selection as select
+from offrl.cli.select import FILES, select
 from offrl.evaluation.fqe import FQEConfig
-from offrl.results import read
+from offrl.evaluation.selection import Policy, judge
+from offrl.results import has_critic, read, runs
 from offrl.results.budget import expected_best
 from offrl.training.trainer import train
 from offrl.utils.errors import OffrlError
@@ -22,14 +22,14 @@ from offrl.utils.errors import OffrlError
 QUICK = FQEConfig(updates=60, batch_size=64, lr=1e-2, hidden=(16,))
 
 
-def policy(method: str, seed: int, value: float, score: float = math.nan, step: int = 10) -> select.Policy:
+def policy(method: str, seed: int, value: float, score: float = math.nan, step: int = 10) -> Policy:
     episodes = np.empty(0) if math.isnan(score) else np.array([score - 1, score + 1])
-    return select.Policy(method, seed, step, Path("runs") / method, value, 0.0, 0.1, episodes)
+    return Policy(method, seed, step, Path("runs") / method, value, 0.0, 0.1, episodes)
 
 
 def test_a_ranking_is_judged_by_policies_and_by_configurations() -> None:
     found = [policy("a", 0, 5, 10), policy("a", 1, 1, 30), policy("b", 0, 4, 50), policy("b", 1, 4.5, 70)]
-    made = select.judge("d", "score", [*found, policy("c", 0, 99)])
+    made = judge("d", "score", [*found, policy("c", 0, 99)])
     assert [p.value for p in made.policies] == [99, 5, 4.5, 4, 1]
     assert [p.score for p in made.known] == [10, 70, 50, 30]
     assert made.spearman == pytest.approx(1 - 6 * (9 + 1 + 1 + 1) / 60)  # ranks 4 3 2 1 against 1 4 3 2
@@ -39,7 +39,7 @@ def test_a_ranking_is_judged_by_policies_and_by_configurations() -> None:
     assert made.selected.tolist() == [60, 60]
     np.testing.assert_allclose(made.uniform, expected_best([20, 60], [1, 2])[0])
     assert made.bandit.limit == pytest.approx(70)
-    assert select.judge("d", "score", [policy("a", 0, 1), policy("b", 0, 2, 3)]).bandit is None
+    assert judge("d", "score", [policy("a", 0, 1), policy("b", 0, 2, 3)]).bandit is None
 
 
 def test_runs_are_ranked_on_their_data(world: Path) -> None:  # noqa: F811
@@ -50,10 +50,11 @@ def test_runs_are_ranked_on_their_data(world: Path) -> None:  # noqa: F811
             "toy.npz", 300, agent={"alpha": alpha, "actor_lr": 3e-3, "critic_lr": 3e-3}, keep_checkpoints=True
         )
         train({**values, "eval": evaluation, "checkpoint_every": 100})
-    (made,) = select.select(["runs"], "out", QUICK, show=False)
+    (made,) = select(["runs"], "out", QUICK, show=False)
     assert {(p.method, p.seed) for p in made.policies} == {
         (f"td3_bc (alpha={a})", s) for a in (0.0, 2.5) for s in (0, 1)
     }
+    assert all(has_critic(run) and "critic" in run.manifest for run in runs(["runs"]))
     rows = read(["runs"])
     for p in made.policies:
         mine = rows.filter(rows["folder"] == str(p.folder), rows["seed"] == p.seed)
@@ -67,7 +68,7 @@ def test_runs_are_ranked_on_their_data(world: Path) -> None:  # noqa: F811
     text = Path("out/select.md").read_text()
     assert "Spearman rank correlation" in text
     assert "1 episodes by UCB" in text
-    everything = select.select(["runs"], "out", QUICK, all_checkpoints=True, show=False)[0]
+    everything = select(["runs"], "out", QUICK, all_checkpoints=True, show=False)[0]
     assert {p.step for p in everything.policies} == {100, 200, 300}
     assert sum(math.isnan(p.score) for p in everything.policies) == 8  # not evaluated there
 
@@ -92,4 +93,4 @@ def test_the_command(
     assert main(*given) == 2
     assert "nothing to rank: Left out, trained on other data than" in capsys.readouterr().err
     with pytest.raises(OffrlError, match="no checkpoint in"):
-        select.select([], "out")
+        select([], "out")

@@ -17,9 +17,8 @@ import scipy.stats
 
 from offrl import results
 from offrl.cli.report import add_parser
-from offrl.results import figures
+from offrl.results import figures, tables
 from offrl.results import report as reporting
-from offrl.results.cells import FILES
 from offrl.results.published import lookup
 from offrl.utils.errors import OffrlError
 
@@ -70,7 +69,17 @@ def make_run(
 
 
 def make(tmp_path, **options):
+    """All that a report computes, without its files."""
+    return reporting.summary([tmp_path / "runs"], tmp_path / "out", **options)[0]
+
+
+def write(tmp_path, **options):
+    """A report with its files, in the folder `out`."""
     return reporting.report([tmp_path / "runs"], tmp_path / "out", show=False, **options)
+
+
+def markdown(made):
+    return tables.markdown(made, {})
 
 
 def cell(made, method, dataset=D4RL):
@@ -89,7 +98,7 @@ def test_every_cell_is_made_again_from_the_rows(tmp_path):
     for i, (agent, dataset) in enumerate([("bc", D4RL), ("td3_bc", D4RL), ("td3_bc", "walker2d-medium-v2")]):
         make_run(tmp_path / "runs" / f"{i}", agent, dataset, level=40 + 10 * i)
     make_run(tmp_path / "runs" / "more", "td3_bc", D4RL, seeds=(7, 8), level=55)
-    make(tmp_path, last_k=3)
+    write(tmp_path, last_k=3)
     rows = pl.read_parquet(tmp_path / "out" / "episodes.parquet")
     assert not any(str(tmp_path) in folder for folder in rows["folder"])
     with open(tmp_path / "out" / "report.csv") as file:
@@ -224,7 +233,7 @@ def test_unfinished_runs_are_marked_and_empty_ones_noted(tmp_path):
     made = make(tmp_path)
     assert cell(made, "bc").short == 2
     assert made.notes == ["Left out, no evaluation yet: nothing-yet."]
-    text = (tmp_path / "out" / "report.md").read_text()
+    text = markdown(made)
     assert "†" in text
     assert "20 of 40" in text
     make_run(tmp_path / "runs" / "b", "bc", seeds=(2,))
@@ -235,12 +244,25 @@ def test_unfinished_runs_are_marked_and_empty_ones_noted(tmp_path):
 
 
 def test_bold_are_those_whose_interval_reaches_the_best(tmp_path):
-    for name, level in (("a", 90), ("b", 83), ("c", 79)):
-        make_run(tmp_path / "runs" / name, name, level=np.array([-2, 0, 2]) + level, spread=0.01)
-    made = make(tmp_path)  # each interval is the level +- t(2) * 2 / sqrt(3) = 4.97
+    """Intervals of five seeds: the level +- t(4) * std / sqrt(5), std = sqrt(5), so 2.776; the best one begins at 87.2."""
+    around = np.array([-2, -2, 0, 2, 2]) * math.sqrt(5) / 2  # sample standard deviation sqrt(5)
+    for name, level in (("a", 90), ("b", 85), ("c", 84)):
+        make_run(tmp_path / "runs" / name, name, level=around + level, seeds=range(5), spread=1e-6)
+    made = make(tmp_path)
     assert {c.method: c.bold for c in made.cells} == {"a": True, "b": True, "c": False}
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert len(re.findall(r"\| \*\*\d", text)) == 2
+    assert len(re.findall(r"\| \*\*\d", markdown(made))) == 2
+
+
+def test_nothing_is_bold_below_five_seeds(tmp_path):
+    """Neither a method of few seeds, whose interval reaches everywhere, nor anything beside a best mean of few seeds."""
+    for dataset, best in (("hopper-medium-v2", 5), ("walker2d-medium-v2", 4)):
+        for method, level, seeds in (("a", 90, best), ("b", 89, 4), ("c", 89, 5)):
+            levels = level + np.linspace(-3, 3, seeds)  # intervals of at least +- 2.9 overlap
+            make_run(
+                tmp_path / "runs" / dataset / method, method, dataset, level=levels, seeds=range(seeds), spread=1e-6
+            )
+    bold = {(c.dataset, c.method) for c in make(tmp_path).cells if c.bold}
+    assert bold == {("hopper-medium-v2", "a"), ("hopper-medium-v2", "c")}
 
 
 def test_a_method_alone_is_not_bold(tmp_path):
@@ -296,7 +318,42 @@ def test_jump_at_the_end_is_flagged(tmp_path):
         writer.episodes(200, [0, 1, 2], np.full((3, 4), 1.0), np.ones((3, 4)), np.full((3, 4), 1.0), range(4))
     assert cell(make(tmp_path, last_k=5), "bc").unstable
     assert not cell(make(tmp_path, last_k=20), "bc").unstable  # that average reaches back to the start
-    assert "‡" in reporting.tables.markdown(make(tmp_path, last_k=5))
+    assert "‡" in markdown(make(tmp_path, last_k=5))
+
+
+# ---- how provisional an order is ---------------------------------------------------------------------------------
+
+
+def comparison(folder, critic, steps=(10, 60_000), count=5, methods=("a", "b"), manifest=True):
+    """Notes of a report on methods of `count` seeds after the last of `steps` updates."""
+    for method in methods:
+        run = folder / "runs" / method
+        make_run(run, method, seeds=range(count), steps=steps, updates=steps[-1])
+        stated = json.loads((run / "manifest.json").read_text()) | ({"critic": critic} if manifest else {})
+        (run / "manifest.json").write_text(json.dumps(stated))
+        if critic and not manifest:
+            with results.RunWriter(run, {"method": method, "dataset": D4RL}, resume_step=steps[-1]) as writer:
+                writer.metrics(steps[-1], range(count), {"critic_loss": [1.0] * count})
+    return make(folder).notes
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_orders_after_few_updates_of_a_critic_are_called_provisional(tmp_path, manifest):
+    """Fewer than 50,000 updates: whether an agent has a critic its manifest says, or its metrics where that is older."""
+    (note,) = comparison(tmp_path / "early", True, (10, 49_999), manifest=manifest)
+    assert note.startswith(
+        "Orders of methods are provisional: of 2 compared cells 2 have fewer than 50,000 updates of a critic ("
+    )
+    assert "43 % at 10,000, 20 % at 50,000, 9 % at 200,000 updates" in note
+    assert comparison(tmp_path / "late", True, (10, 50_000), manifest=manifest) == []
+    assert comparison(tmp_path / "cloning", False, (10, 20), manifest=manifest) == []
+
+
+def test_orders_of_few_seeds_are_called_provisional(tmp_path):
+    (note,) = comparison(tmp_path / "few", False, count=4)
+    assert note.startswith("Orders of methods are provisional: of 2 compared cells 2 have fewer than 5 seeds (")
+    assert comparison(tmp_path / "enough", False, count=5) == []
+    assert comparison(tmp_path / "alone", True, (10,), count=1, methods=("a",)) == []  # there is no order
 
 
 # ---- published numbers ---------------------------------------------------------------------------------------
@@ -308,7 +365,7 @@ def test_published_number_stands_beside_ours_with_its_source(tmp_path):
     found = cell(made, "td3_bc", "halfcheetah-medium-v2")
     assert (found.published[0].mean, found.published[0].std, found.published[0].seeds) == (48.1, 0.18, 4)
     assert found.mean == pytest.approx(10, abs=3)  # untouched by it
-    text = (tmp_path / "out" / "report.md").read_text()
+    text = markdown(made)
     assert "48.1 ± 0.2 [1]" in text
     assert re.search(r"1\. corl-team/CORL:README\.md \(Offline/Last Scores\) .*final checkpoint", text)
 
@@ -353,14 +410,31 @@ def test_curve_stops_where_most_seeds_stop(tmp_path):
 
 
 def test_all_files_are_written_and_pictures_are_pictures(tmp_path):
-    for i in range(9):  # more methods than colours, more datasets than columns
-        make_run(tmp_path / "runs" / f"{i}", f"m{i}", f"set{i % 5}-v0", seeds=(0,) if i == 3 else (0, 1, 2))
-    make(tmp_path)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
-    for name in ("curves.png", "scores.png"):
-        data = (tmp_path / "out" / name).read_bytes()
+    for i in range(9):  # more methods than colours
+        for dataset in range(5 if i < 2 else 1):  # more datasets than columns
+            make_run(
+                tmp_path / "runs" / f"{i}.{dataset}", f"m{i}", f"set{dataset}-v0", seeds=(0,) if i == 3 else (0, 1, 2)
+            )
+    made = write(tmp_path)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(reporting.FILES)
+    for name in reporting.FIGURES:
+        data = (tmp_path / "out" / f"{name}.png").read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         assert int.from_bytes(data[16:20]) > 800
+    assert (tmp_path / "out" / "report.md").read_text() == tables.markdown(made, reporting.FIGURES)
+    assert (tmp_path / "out" / "report.tex").read_text() == tables.latex(made)
+
+
+def test_one_dataset_has_no_performance_profile(tmp_path):
+    """It would be the distribution of a few seeds; the figure of an earlier report in the folder goes."""
+    for method in ("a", "b"):
+        make_run(tmp_path / "runs" / method, method)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "profiles.png").write_text("old")
+    write(tmp_path)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(reporting.FILES) - {"profiles.png"}
+    assert "rofile" not in (tmp_path / "out" / "report.md").read_text()
+    assert "rofile" not in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_report_inside_the_sweep_does_not_count_itself(tmp_path):

@@ -20,6 +20,7 @@ import offrl
 from offrl import results
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import PACKAGE
+from offrl.utils.provenance import environment
 
 RUN = {"run_id": "r1", "method": "bc", "dataset": "hopper-medium-v2", "env_id": "Hopper-v4", "updates": 30}
 
@@ -95,8 +96,8 @@ for step in range(1, 10**9):
 
 
 def test_killed_run_resumes_without_losing_or_repeating_a_row(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    child = subprocess.Popen([sys.executable, "-c", ENDLESS, str(tmp_path)], env=environment)
+    variables = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    child = subprocess.Popen([sys.executable, "-c", ENDLESS, str(tmp_path)], env=variables)
     rows, deadline = tmp_path / "episodes.jsonl", time.monotonic() + 60
     while not (rows.exists() and rows.stat().st_size > 200_000) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -308,7 +309,7 @@ def test_config_and_manifest_are_read_with_the_run(tmp_path):
 def test_environment_states_what_is_installed():
     import torch
 
-    found = json.loads(json.dumps(results.environment()))
+    found = json.loads(json.dumps(environment()))
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["numpy"] == np.__version__
     assert found["versions"]["offrl"] == offrl.__version__
@@ -326,11 +327,11 @@ def test_git_state_follows_the_checkout(tmp_path, monkeypatch):
     package = tmp_path / "offrl"
     package.mkdir()
     (package / "__init__.py").write_text("a = 1\n")
-    monkeypatch.setattr("offrl.results.rows.PACKAGE", Path(package))
+    monkeypatch.setattr("offrl.utils.provenance.PACKAGE", Path(package))
     git("init")
-    assert results.environment()["git"] is None  # inside a repository that does not track the package
+    assert environment()["git"] is None  # inside a repository that does not track the package
     git("add", ".")
     git("commit", "-m", "first")
-    assert results.environment()["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert environment()["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (package / "__init__.py").write_text("a = 2\n")
-    assert results.environment()["git"]["dirty"] is True
+    assert environment()["git"]["dirty"] is True

@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.special
 import scipy.stats
 
 from offrl.data.dataset import DatasetInfo
@@ -34,29 +33,21 @@ def test_normalisation_maps_the_references_to_0_and_100_and_commutes_with_averag
 # ---- one cell ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("df", [1, 2, 3, 4, 9, 29, 500, 2.5])
-@pytest.mark.parametrize("probability", [0.001, 0.025, 0.3, 0.5, 0.51, 0.8, 0.975, 0.9995])
-def test_t_quantile_equals_scipy(df, probability):
-    assert stats.t_quantile(probability, df) == pytest.approx(scipy.stats.t.ppf(probability, df), rel=1e-8, abs=1e-12)
+def test_t_interval_in_closed_form():
+    """Student's t with 1 degree of freedom is Cauchy's distribution; with 2 its quantile is (2p-1) sqrt(2 / (1 - (2p-1)^2))."""
+    cauchy = math.tan(math.pi * 0.475)
+    np.testing.assert_allclose(stats.t_interval([1.0, 3.0]), [2 - cauchy, 2 + cauchy], rtol=1e-12)  # std / sqrt(2) = 1
+    two = 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    np.testing.assert_allclose(
+        stats.t_interval([-1.0, 0.0, 1.0]), [-two / math.sqrt(3), two / math.sqrt(3)], rtol=1e-12
+    )
 
 
-def test_t_quantile_in_closed_form():
-    assert stats.t_quantile(0.975, 1) == pytest.approx(math.tan(math.pi * 0.475), rel=1e-12)  # Cauchy
-    assert stats.t_quantile(0.975, 2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-12)
-    assert stats.t_quantile(0.025, 5) == -stats.t_quantile(0.975, 5)
-
-
-def test_incomplete_beta_equals_scipy_over_its_range():
-    for a, b in itertools.product([0.5, 1.0, 7.0, 300.0], repeat=2):
-        for x in [0.0, 1e-6, 0.1, 0.5, 0.9, 1 - 1e-6, 1.0]:
-            expected = scipy.special.betainc(a, b, x)
-            assert stats.incomplete_beta(a, b, x) == pytest.approx(expected, rel=1e-9, abs=1e-14)
-
-
-@pytest.mark.parametrize("bad", [(0.0, 3), (1.0, 3), (0.5, 0)])
-def test_t_quantile_refuses_what_has_no_answer(bad):
-    with pytest.raises(ValueError, match="t_quantile"):
-        stats.t_quantile(*bad)
+def test_half_widths_of_a_curve_are_those_of_its_points():
+    half = stats.t_half_width([2.0, math.nan, 3.0], [2, 1, 5])
+    assert half[0] == stats.t_half_width(2.0, 2)
+    assert half[2] == stats.t_half_width(3.0, 5)
+    assert math.isnan(half[1])
 
 
 def test_mean_std_and_interval_equal_numpy_and_scipy():
@@ -76,7 +67,7 @@ def test_a_single_score_has_no_spread():
 
 def test_t_interval_covers_at_its_nominal_rate():
     x = np.random.default_rng(1).normal(size=(4000, 4))
-    half = stats.t_quantile(0.975, 3) * x.std(1, ddof=1) / 2
+    half = stats.t_half_width(x.std(1, ddof=1), 4)
     covered = (np.abs(x.mean(1)) < half).mean()
     assert covered == pytest.approx(0.95, abs=0.012)  # 3.5 standard errors of 4000 draws
 

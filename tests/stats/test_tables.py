@@ -11,9 +11,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from test_report import D4RL, cell, make, make_run
+from test_report import D4RL, cell, make, make_run, markdown, write
 
-from offrl.results import figures, stats, tables
+from offrl.results import figures, stats, style, tables
 from offrl.results import html as page
 from offrl.results.budget import expected_best
 from offrl.results.published import lookup
@@ -31,7 +31,7 @@ def test_difference_is_counted_in_standard_errors_of_both(tmp_path):
     points, errors = found.difference  # CORL: 48.1, deviation 0.18 with ddof 0 over 4 seeds
     assert points == pytest.approx(found.last.mean() - 48.1)
     assert errors == pytest.approx(points / math.sqrt(found.last.var(ddof=1) / 3 + 0.18**2 / 3))
-    assert f"{points:+.1f} ({errors:+.1f} s.e.)" in (tmp_path / "out" / "report.md").read_text()
+    assert f"{points:+.1f} ({errors:+.1f} s.e.)" in markdown(made)
     made.cells[0].published = [n for n in lookup("prdc", D4RL) if n.seeds is None][
         :1
     ]  # nothing to add to our own error
@@ -50,7 +50,8 @@ def test_ten_percent_cloning_is_found_under_its_own_name():
 
 def test_best_checkpoint_is_told_with_its_flag_and_price(tmp_path):
     make_run(tmp_path / "runs" / "a", "bc", spread=15)
-    found = cell(make(tmp_path, last_k=3), "bc")
+    made = write(tmp_path, last_k=3)
+    found = cell(made, "bc")
     assert (found.best >= found.last).all()
     assert (found.best >= found.average).all()
     assert found.best.mean() > found.last.mean()
@@ -58,7 +59,7 @@ def test_best_checkpoint_is_told_with_its_flag_and_price(tmp_path):
         (line,) = csv.DictReader(file)
     assert float(line["best_mean"]) == pytest.approx(found.best.mean())
     assert (line["best_online_selected"], line["best_online_episodes"], line["checkpoint"]) == ("True", "16", "last")
-    assert "online_selected: true" in (tmp_path / "out" / "report.md").read_text()
+    assert "online_selected: true" in markdown(made)
 
 
 def test_several_settings_of_a_method_are_a_tuning(tmp_path):
@@ -81,7 +82,7 @@ def test_several_settings_of_a_method_are_a_tuning(tmp_path):
     assert bandit.mean[0] == pytest.approx(lanes.mean(), abs=4)  # of 1,000 trials
     assert bandit.limit == pytest.approx(expected_best(lanes, [8], replace=False)[0][0])
     assert found["gym-mujoco"].bandit is None
-    assert "Budget of online evaluations" in (tmp_path / "out" / "report.md").read_text()
+    assert "Budget of online evaluations" in markdown(made)
 
 
 def test_profile_band():
@@ -112,8 +113,8 @@ def test_many_methods_with_long_names_leave_the_panels_their_height():
         figure.draw_without_rendering()  # applies the layout
         (panel,) = figure.axes
         heights.append(panel.get_window_extent().height / figure.dpi)
-        looks = figures.looks_of(methods)
-        assert len({(colour, figures.MARKS[style]) for colour, style in looks.values()}) == len(methods)
+        looks = style.looks_of(methods)
+        assert len({(colour, style.MARKS[line]) for colour, line in looks.values()}) == len(methods)
     assert heights[1] == pytest.approx(heights[0], rel=0.25)  # in inches; the legend has sixteen lines
 
 
@@ -124,12 +125,11 @@ def make_several(tmp_path):
     make_run(tmp_path / "runs" / "a", "bc", "hopper-medium-v2", level=9)
     make_run(tmp_path / "runs" / "b", "td3_bc", "hopper-medium-v2", level=100, config={"label": "<i>&_100%"})
     make_run(tmp_path / "runs" / "c", "bc", "walker2d-medium-v2", level=-20)
-    return make(tmp_path)
 
 
 def test_latex_is_escaped_and_balanced(tmp_path):
     make_several(tmp_path)
-    text = (tmp_path / "out" / "report.tex").read_text()
+    text = tables.latex(make(tmp_path))
     assert r"<i>\&\_100\%" in text
     assert re.search(r"bc & [\d.]+ \$\\pm\$ \d", text)
     assert len(re.findall(r"\\begin\{", text)) == len(re.findall(r"\\end\{", text)) > 2
@@ -141,9 +141,7 @@ def test_latex_is_escaped_and_balanced(tmp_path):
 
 def test_a_latex_table_beyond_a_page_breaks_over_pages():
     def made(rows):
-        return tables.Table(
-            "Scores", ["dataset", "score"], [[f"d{i}", str(i)] for i in range(rows)], [set()] * rows
-        ).latex()
+        return tables.Table("Scores", ["dataset", "score"], [[f"d{i}", str(i)] for i in range(rows)]).latex()
 
     assert "longtable" not in made(40)
     text = made(41)
@@ -180,11 +178,12 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_page_holds_the_tables_and_needs_nothing_else(tmp_path):
-    made = make_several(tmp_path)
+    make_several(tmp_path)
+    made = write(tmp_path)
     text = (tmp_path / "out" / "report.html").read_text()
     found = Reader(text)
     assert found.tables == [[t.columns, *t.rows] for t in tables.full_tables(made)]
-    assert len(found.addresses) == 3
+    assert len(found.addresses) == 3  # cloning has two datasets, so there is a profile
     assert all(address.startswith("data:image/svg+xml;base64,") for address in found.addresses)
     assert not re.search(r"https?:|@import|url\(|fetch\(", re.sub(r"base64,[\w+/=]+", "", text))
 

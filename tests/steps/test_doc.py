@@ -21,7 +21,7 @@ from offrl.agents.vae_bc import VAEBC
 from offrl.data.dataset import OfflineDataset
 from offrl.datasets import load
 from offrl.evaluation.evaluator import Evaluator
-from offrl.evaluation.probes import leak, reward_and_state
+from offrl.evaluation.probes import label_leakage, reward_and_state
 from offrl.forge import registry as forge
 from offrl.nets.contrastive import gradient_reversal, info_nce
 from offrl.nets.latents import Categorical, Gaussian
@@ -458,8 +458,8 @@ def evaluated(agent: Any, store: OfflineDataset, sampled: bool) -> tuple[Tensor,
     agent.cfg.sample_actions = sampled
     with Evaluator(store.info, agent.spec.lanes, workers=1, slots=1000 * agent.spec.lanes) as evaluator:
         played = evaluator.run(agent, 1000)
-    assert played.promised is not None
-    return torch.from_numpy(played.returns).mean(1), torch.from_numpy(played.promised).mean(1)
+    assert played.predicted is not None
+    return torch.from_numpy(played.returns).mean(1), torch.from_numpy(played.predicted).mean(1)
 
 
 def forge_store(name: str) -> OfflineDataset:
@@ -486,7 +486,7 @@ def test_without_luck_the_constraint_costs_nothing() -> None:
     settings = {"latent_size": 16, "suffix": 8, "hidden": (64, 64), "lr": 1e-3, "energy_lr": 1e-3}
     agent = learn(DoC, store, (0, 1, 0, 1), 1200, beta=[2.0, 2.0, 0.0, 0.0], **settings)
     assert evaluated(agent, store, False)[0].min() > 0.97
-    assert max(map(abs, leak(agent, store, reward_and_state(agent, store), 200).gain)) < 0.03
+    assert max(map(abs, label_leakage(agent, store, reward_and_state(agent, store), 200).label)) < 0.03
     constrained, free = evaluated(agent, store, True)[0].view(2, 2).mean(1)
     assert (constrained - free).abs() < 0.15
 

@@ -1,8 +1,9 @@
-"""Luck in labels, against closed forms in a bandit; promises and returns of runs."""
+"""Label leakage against closed forms in a bandit; predicted and achieved returns of runs."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from offrl.agents.vae_bc import VAEBC
 from offrl.cli.main import main
 from offrl.cli.probe import probe
 from offrl.data.dataset import OfflineDataset
-from offrl.evaluation.probes import Leak, draws, leak, reward_and_state
+from offrl.evaluation.probes import Leakage, Probe, label_leakage, noise_features, reward_and_state
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
 from offrl.training.trainer import train
@@ -29,29 +30,29 @@ def entropy(p: float) -> float:
     return float(-(x * x.log()).sum())
 
 
-def in_bandit(agent: Any, store: OfflineDataset, updates: int = 250) -> Leak:
-    found = leak(agent, store, reward_and_state(agent, store), updates, hidden=(32,))
+def in_bandit(agent: Any, store: OfflineDataset, updates: int = 250) -> Leakage:
+    found = label_leakage(agent, store, reward_and_state(agent, store), updates, hidden=(32,))
     assert found is not None
     return found
 
 
-def test_a_return_tells_all_of_a_bandits_luck() -> None:
-    """I(r; R | a) = H(r | a) where R = r; I(r; a) is what the arm says. Held-out pulls: 250 of each kind at random."""
+def test_a_return_leaks_all_noise_of_a_bandit() -> None:
+    """I(r; R | a) = H(r | a) as R = r; I(r; a) is the arm's information."""
     store = make_bandit(0.3, 0.7, 4000)
     found = in_bandit(make_rvs(store, (0, 1), hidden=(8,)), store)
     information = entropy(0.42) - entropy(0.3)
-    assert all(abs(x - information) < 0.02 for x in found.known)
-    assert all(abs(x - entropy(0.3)) < 0.03 for x in found.gain)
-    assert all(abs(x) < 0.005 for x in found.control)
+    assert all(abs(x - information) < 0.02 for x in found.without_label)
+    assert all(abs(x - entropy(0.3)) < 0.03 for x in found.label)
+    assert all(abs(x) < 0.005 for x in found.shuffled_label)
 
 
-def test_the_constraint_takes_luck_out_of_a_latent_that_has_it() -> None:
-    """VAE-BC's latent tells the coin. Going on from its networks under the constraint it forgets that, and keeps the arm."""
+def test_the_constraint_removes_noise_from_a_latent_that_has_it() -> None:
+    """VAE-BC's latent encodes the noise. Trained on under the constraint it loses that, and keeps the arm."""
     store, seeds = make_bandit(0.3, 0.7, 1000), (0, 0)
     vae = learn(VAEBC, store, seeds, updates=600, kl_weight=0.1)
     before = in_bandit(vae, store)
-    assert min(before.gain) > 0.1
-    assert max(map(abs, before.control)) < 0.01
+    assert min(before.label) > 0.1
+    assert max(map(abs, before.shuffled_label)) < 0.01
     agent = make_agent(DoC, store, seeds, **{**BANDIT, "energy_lr": 3e-3, "beta": [0.0, 2.0]})
     missing, unexpected = agent.load_state_dict(vae.state_dict(), strict=False)
     assert all(name.startswith("energy") for name in missing)
@@ -60,27 +61,27 @@ def test_the_constraint_takes_luck_out_of_a_latent_that_has_it() -> None:
     metrics = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 64, agent.window, agent.batch_fields)).run(
         0, 1200
     )
-    unconstrained, constrained = in_bandit(agent, store).gain
+    unconstrained, constrained = in_bandit(agent, store).label
     assert unconstrained > 0.1  # nothing else takes it out
     assert constrained < 0.02
     assert metrics["action_loss"][1] < 0.1  # of H(a) = 0.61
 
 
-def test_labels_that_know_episodes_by_heart_tell_nothing() -> None:
-    """Returns and outcomes without a law: networks that memorise who had which are measured on episodes they never saw."""
+def test_memorised_labels_leak_nothing() -> None:
+    """Labels and outcomes are independent: networks that memorise the pairs are evaluated on held-out episodes."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(60, generator=generator) for _ in range(3)]
     obs, offsets = torch.zeros(60, 1), torch.arange(61)
     store = OfflineDataset(obs, rows[0].unsqueeze(1).tanh(), rows[1], obs, torch.ones(60), offsets)
     outcome = rows[2].unsqueeze(1)
-    found = leak(make_rvs(store, (0,), hidden=(8,)), store, outcome, 100, hidden=(64,))
+    found = label_leakage(make_rvs(store, (0,), hidden=(8,)), store, outcome, 100, hidden=(64,))
     assert found is not None
-    assert found.gain[0] < 0.05  # on the episodes that it learnt from it would find more than 0.2
+    assert found.label[0] < 0.05  # on the training episodes the estimate is above 0.2
 
 
 def test_whole_numbers_are_kinds_and_others_are_standardised() -> None:
-    assert draws(torch.tensor([0, 2, 1])).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
-    numbers = draws(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    assert noise_features(torch.tensor([0, 2, 1])).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    numbers = noise_features(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     torch.testing.assert_close(numbers, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
 
 
@@ -91,7 +92,7 @@ def test_too_few_episodes_are_refused() -> None:
 
 
 def test_probe_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """RvS asks a bandit for 1 and gets what its arm pays; its label tells the coin, arm and outcome being known or not."""
+    """RvS predicts 1 in a bandit and achieves what its arm pays; its label leaks the noise."""
     folders = []
     for agent, lanes in (("rvs.RvS", 2), ("bc.BC", 1)):
         settings = {"_target_": f"offrl.agents.{agent}", "hidden": [16], "lr": 1e-2}
@@ -107,22 +108,33 @@ def test_probe_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         values |= {"out": str(tmp_path), "progress": False, "eval": {"every": 0, "final_episodes": 0}}
         folders.append(train(values).folder)
     found = probe(folders[0], episodes=2000, updates=150, sampled=True)
-    assert found.promised == [1, 1]
-    assert found.obtained is not None
-    assert all(abs(x - 0.344) < 0.1 for x in found.obtained)  # the exact value of sampled return conditioning
+    assert found.predicted == [1, 1]
+    assert found.achieved is not None
+    assert all(abs(x - 0.344) < 0.1 for x in found.achieved)  # the exact value of sampled return conditioning
     assert found.outcome is not None
     assert found.noise is not None
-    assert min(found.outcome.gain) > 0.5
-    assert min(found.noise.gain) > 0.5  # the coin is known from arm and reward
-    assert max(map(abs, (*found.noise.known, *found.noise.control))) < 0.02  # the arm alone says nothing of it
+    assert min(found.outcome.label) > 0.5
+    assert min(found.noise.label) > 0.5  # the coin is known from arm and reward
+    assert (
+        max(map(abs, (*found.noise.without_label, *found.noise.shuffled_label))) < 0.02
+    )  # the arm alone says nothing of it
     assert probe(folders[1], episodes=0, updates=1).outcome is None
     plot = tmp_path / "p.png"
     words = ["probe", *map(str, folders), "--episodes", "10", "--updates", "0", "--plot", str(plot), "--json"]
     assert main(words) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [one["promised"] for one in told] == [[1, 1], None]
+    printed = json.loads(capsys.readouterr().out)
+    assert [one["predicted"] for one in printed] == [[1, 1], None]
     assert plot.stat().st_size > 1000
     assert main(words[:-1]) == 0
     assert "rvs" in capsys.readouterr().out
     assert main(["probe", str(folders[1]), "--plot", str(plot), "--updates", "0"]) == 2
     assert "nothing to plot" in capsys.readouterr().err
+
+
+def test_json_of_earlier_versions_is_still_read() -> None:
+    named = {"run": "r", "method": "rvs", "dataset": "d", "sampled": True}
+    former = {**named, "promised": [1.0], "obtained": [0.3], "noise": None}
+    former["outcome"] = {"known": [0.1], "gain": [0.6], "control": [0.0]}
+    present = Probe("r", "rvs", "d", True, [1.0], [0.3], Leakage([0.1], [0.6], [0.0]), None)
+    assert Probe.from_dict(former) == present
+    assert Probe.from_dict(asdict(present)) == present
