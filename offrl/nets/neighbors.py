@@ -2,9 +2,9 @@
 
 PRDC (Ran et al. 2023) searches, for a row i and the policy's action pi there, the row j that minimises
 `beta^2 |s_i - s_j|^2 + |pi - a_j|^2`. The search is exact: the distance equals that of `brute_force` in float64; only the
-choice among equally near rows may differ. The CPU searches a tree of boxes (`offrl.nets.neighbors_cpu`). A GPU finds a few candidates
-by blocked matrix products and computes their distances again in float64; a bound on the rounding error certifies the result
-(`Blocks`).
+choice among equally near rows may differ. The CPU searches a tree of boxes (`offrl.nets.neighbors_cpu`). A GPU finds a few
+candidates by blocked matrix products and computes their distances again in float64; a bound on the rounding error certifies
+the result (`Blocks`).
 
 The index depends on the states alone, so one index serves every beta, k, policy, seed and lane. It is cached beside the
 datasets, under a hash of the states.
