@@ -1,13 +1,13 @@
-"""The exact nearest state-action pair of a dataset, for queries whose state is a row of it.
+"""The exact nearest state-action pair of a dataset, for queries whose state is one of its rows.
 
-PRDC (Ran et al. 2023) asks, for a row i and the policy's action pi there, for the row j with the least
-`beta^2 |s_i - s_j|^2 + |pi - a_j|^2`. Every answer here is exact: the distance equals that of `brute_force` in float64, and
-only which of several equally near rows is named may differ. On the processor a tree of boxes answers
-(`offrl.nets.neighbors_cpu`); on a GPU blocked matrix products name a few candidates, whose distances are computed again in
-float64, with a bound on rounding that certifies the answer (`Blocks`).
+PRDC (Ran et al. 2023) searches, for a row i and the policy's action pi there, the row j that minimises
+`beta^2 |s_i - s_j|^2 + |pi - a_j|^2`. The search is exact: the distance equals that of `brute_force` in float64; only the
+choice among equally near rows may differ. The CPU searches a tree of boxes (`offrl.nets.neighbors_cpu`). A GPU finds a few
+candidates by blocked matrix products and computes their distances again in float64; a bound on the rounding error certifies
+the result (`Blocks`).
 
-The index depends on the states alone: one serves every beta, k, policy, seed and lane. It is kept beside the cached datasets,
-named by a hash of the states.
+The index depends on the states alone, so one index serves every beta, k, policy, seed and lane. It is cached beside the
+datasets, under a hash of the states.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from offrl.nets import no_compile
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, replacing
 
-LIST_LENGTH = 8  # nearest states kept for each row
-_VERSION = "1"  # of the file's layout and of what stands in it
-_KEPT_FROM = 20_000  # rows; a smaller index is built faster than a reader could wonder where the file came from
-_CHUNK = 256  # rows whose lists are made together
-_SHARE = 48  # fewest searches worth a thread of their own: waking one, beside PyTorch's, costs what a few searches do
+LIST_LENGTH = 8  # number of nearest states kept for each row
+_VERSION = "1"  # version of the cached file's layout and content
+_KEPT_FROM = 20_000  # smallest number of rows whose index is cached; below it, rebuilding is fast enough
+_CHUNK = 256  # number of rows whose lists are made in one call
+_SHARE = 48  # smallest number of searches per thread: waking a thread costs as much as a few searches
 
 
 class NeighborResult(NamedTuple):
-    """`rows` int64, `distance` float64 (not squared), `settled` bool (see `Neighbors.query`), all shaped as the queries."""
+    """`rows` int64, `distance` float64 (not squared), `from_list` bool (see `Neighbors.query`), all shaped as the queries."""
 
     rows: Tensor
     distance: Tensor
@@ -46,7 +46,7 @@ class NeighborResult(NamedTuple):
 def brute_force(
     states: Tensor, actions: Tensor, query_states: Tensor, query_actions: Tensor, beta: float, k: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """What the index computes, said simply: `[Q]` rows and distances of the k-th nearest pairs, all in float64.
+    """Reference for the index: rows and distances `[Q]` of the k-th nearest pairs, computed in float64.
 
     Args:
         states, actions: `[N, S]`, `[N, A]`, the dataset; query_states, query_actions: `[Q, S]`, `[Q, A]`.
@@ -64,9 +64,9 @@ class Neighbors:
     """The index of a dataset's state-action pairs.
 
     Args:
-        states: `[N, S]`, standardised as the method wants them; float64 is rounded to float32.
+        states: `[N, S]`, standardised as the method needs them; float64 is rounded to float32.
         actions: `[N, A]`, on the same device.
-        keep: whether to look for the index in the cache, and to leave it there.
+        keep: whether to read the index from the cache and to write it there.
 
     Memory: 1.4 to 2 times the dataset's own on the processor; a float32 copy of states and actions on a GPU.
     """
@@ -90,15 +90,15 @@ class Neighbors:
         """The k-th nearest pair to each (beta s, a).
 
         Args:
-            rows: `[lanes, batch]` int64, rows of the dataset whose states are asked about.
-            actions: `[lanes, batch, A]`, the policy's.
-            beta: weight of states, at least 0; one, or one per lane.
-            k: 1 for the nearest pair (the row's own pair counts); the k-th alone is returned, as in PRDC's code.
-            states: `[lanes, batch, S]`, read instead of a row's state where `rows` is -1.
+            rows: `[lanes, batch]` int64, rows of the dataset whose states are the queries' states.
+            actions: `[lanes, batch, A]`, the policy's actions.
+            beta: weight of states, at least 0; one number, or one per lane.
+            k: rank of the neighbour, 1 for the nearest (the row's own pair counts); only the k-th is returned.
+            states: `[lanes, batch, S]`, the queries' states where `rows` is -1.
 
         Returns:
-            rows, distances, and `settled`. On the processor: whether the row's list of near states gave the answer, the
-            cheapest case. On a GPU: whether the answer is certified (see `Blocks` for when it may not be).
+            rows, distances, and `from_list`. On the CPU: whether the row's list of near states gave the result, the
+            cheapest case. On a GPU: whether the result is certified (see `Blocks` for when it may not be).
         """
         if not 1 <= k <= len(self):
             raise OffrlError(f"k={k} asks for more neighbours than the dataset's {len(self)} rows; lower agent.k.")
@@ -251,7 +251,7 @@ def _write(path: Path, parts: dict[str, np.ndarray]) -> None:
 
 
 class Blocks:
-    """Exact search by blocked matrix products, with shapes that don't depend on data and no word to the host.
+    """Exact search by blocked matrix products, with shapes that don't depend on data and no copy to the host.
 
     |q - x|^2 = |q|^2 - 2 q x + |x|^2 costs one product for all pairs, but in float32 the terms cancel: the value may be off
     by `c u (|q| + |x|)^2` with u = 2^-24 and c a little above the number of dimensions. So each query keeps its m smallest
@@ -264,7 +264,7 @@ class Blocks:
         candidates: m, beyond k.
         doubtful: queries that float64 looks at again in each call. Outside a captured graph on the processor further
             rounds follow until no doubt is left; on a GPU, where nobody may wait for an answer, what exceeds them shows
-            as `settled` = False. It takes more than m rows within rounding of the nearest to get there.
+            as `from_list` = False. It takes more than m rows within rounding of the nearest to get there.
     """
 
     def __init__(

@@ -339,7 +339,7 @@ def test_no_loss_moves_another_networks_weights() -> None:
     store = make_toy(512, dtype=torch.float64)
     whole, skipping = make(store), make(store)
     advance(whole, store, 2)
-    skipping.actor_turn = -1  # no update of the actor
+    skipping.actor_turn = 2  # no update of the actor: the phases are 0 and 1
     advance(skipping, store, 2)
     for name in ("critics", "value", "vae"):
         pairs = zip(getattr(whole, name).parameters(), getattr(skipping, name).parameters())
