@@ -317,7 +317,7 @@ def test_peak_memory_is_at_most_1_3_times_the_tensors(tmp_path: Path) -> None:
     code = f"""
 import re, torch
 from pathlib import Path
-from offrl.data import load
+from offrl.datasets import load
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 torch.aminmax(torch.ones(9))
