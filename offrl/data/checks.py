@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,16 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.data.dataset import DatasetInfo
+from offrl.data.dataset import Bound, DatasetInfo
 from offrl.utils.errors import OffrlError
 
 Semantics = Literal["exact", "d4rl"]
-
-# A tanh policy's action may leave the box by rounding; more than this share of the bound is another action space.
-ACTION_TOLERANCE = 1e-3
-# Human demonstrations whose simulator clips the recorded action, so that clipping gives what was executed
-# (D4RL: kitchen_multitask_v0.py).
-CLIPPED_BY_SIMULATOR = ("kitchen",)
 
 
 @dataclass(frozen=True)
@@ -33,6 +28,9 @@ class ReadOptions:
         action_bound: b when actions live in [-b, b] instead of the bounds that the source or its family tells.
         unfinished: read data without any episode end as one unfinished episode instead of refusing it.
         goals: keep the goals of goal-conditioned mazes in the observation.
+        action_low, action_high: any other box, one number or one a dimension.
+        family: family by whose rules a file is read whose name is no id of the catalogue, e.g. `antmaze` (only
+            timeouts end an episode) or `kitchen`.
     """
 
     semantics: Semantics = "exact"
@@ -40,12 +38,30 @@ class ReadOptions:
     action_bound: float | None = None
     unfinished: bool = False
     goals: bool = False
+    action_low: Bound | None = None
+    action_high: Bound | None = None
+    family: str | None = None
 
     def __post_init__(self) -> None:
         if self.semantics not in ("exact", "d4rl"):
             raise OffrlError(f"semantics={self.semantics!r} is unknown; use 'exact' or 'd4rl'.")
         if self.action_bound is not None and not self.action_bound > 0:
             raise OffrlError(f"action_bound={self.action_bound} must be positive; leave it out to use [-1, 1].")
+        if self.action_bound is not None and (self.action_low is not None or self.action_high is not None):
+            raise OffrlError("action_bound is short for action_low and action_high; give one or the other.")
+
+
+def with_notices(info: DatasetInfo, notices: list[str]) -> DatasetInfo:
+    """`info` with sentences that a user of the data should read, under `provenance["notices"]`."""
+    if not notices:
+        return info
+    return replace(info, provenance=info.provenance | {"notices": [*info.provenance.get("notices", []), *notices]})
+
+
+def warn_of(info: DatasetInfo, stacklevel: int = 3) -> None:
+    """Show a dataset's notices as warnings."""
+    for notice in info.provenance.get("notices", []):
+        warnings.warn(f"{info.source}: {notice}.", stacklevel=stacklevel)
 
 
 def empty(*shape: int) -> Tensor:
@@ -99,39 +115,6 @@ def flags(key: str, array: np.ndarray, where: str) -> np.ndarray:
     if len(odd):
         raise OffrlError(f"{where}: {key} holds {array[odd[0]]} in row {odd[0]}; it must hold only 0 and 1.")
     return ones
-
-
-def check_actions(actions: Tensor, info: DatasetInfo, options: ReadOptions, where: str) -> DatasetInfo:
-    """Check actions against their bounds, clipping in place what may be clipped; returns `info` with the bounds used.
-
-    What leaves the box by rounding (`ACTION_TOLERANCE`) is clipped: the simulator did so, and a squashed Gaussian has
-    no density outside. The count of clipped numbers stays in `info.provenance`.
-    """
-    if info.discrete is not None:
-        first, last = int(actions.min()), int(actions.max())
-        if first < 0 or last >= info.discrete:
-            worst = first if first < 0 else last
-            raise OffrlError(f"{where}: actions holds {worst}; it must lie between 0 and {info.discrete - 1}.")
-        return info
-    if options.action_bound is not None:
-        info = replace(info, action_low=-options.action_bound, action_high=options.action_bound)
-    low, high = info.action_low, info.action_high
-    lowest, highest = (float(x) for x in torch.aminmax(actions))
-    if lowest >= low and highest <= high:
-        return info
-    tolerance = ACTION_TOLERANCE * max(abs(low), abs(high))
-    excess = max(low - lowest, highest - high)
-    outside = (actions < low) | (actions > high)
-    if excess > tolerance and not options.clip_actions and info.family not in CLIPPED_BY_SIMULATOR:
-        far = ((actions < low - tolerance) | (actions > high + tolerance)).nonzero()
-        row, column = far[0].tolist()
-        raise OffrlError(
-            f"{where}: actions holds {float(actions[row, column]):.6g} in row {row}, column {column}, outside "
-            f"[{low:g}, {high:g}]; give the true bound (action_bound=B, --action-bound B) or clip "
-            "(clip_actions=True, --clip-actions)."
-        )
-    actions.clamp_(low, high)
-    return replace(info, provenance=info.provenance | {"clipped_actions": int(outside.sum())})
 
 
 def file_kind(path: Path) -> str:

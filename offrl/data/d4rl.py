@@ -1,7 +1,8 @@
 """Reader of D4RL's HDF5 files: flat columns, one row a step (Fu et al. 2020, arXiv 2004.07219).
 
     observations [N, O], actions [N, A], rewards [N], terminals [N], and where the family has them timeouts [N] and
-    next_observations [N, O]; further keys (metadata/, infos/, a plain `infos` array) are ignored.
+    next_observations [N, O]; `offrl.data.columns` has further keys; others (metadata/, infos/, a plain `infos` array) are
+    ignored.
 
 Rewards and terminals may be `(N, 1)` and flags may be floats. No simulator and no `d4rl` package is needed. A file
 that was written here carries what is known of it in the root attribute `offrl_info` (JSON of DatasetInfo's fields).
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor
 
 from offrl.data.arrays import from_arrays
-from offrl.data.checks import ReadOptions, check_dtype, check_length, empty, file_kind, flags, own_info
+from offrl.data.checks import ReadOptions, empty, file_kind, own_info
+from offrl.data.columns import read_rows
 from offrl.data.dataset import DatasetInfo, OfflineDataset
-from offrl.data.episodes import Rows, to_store
-from offrl.data.hdf5 import attribute, column, keys, open_hdf5, read_into, reading, row_blocks
-from offrl.utils.errors import OffrlError, one_line
+from offrl.data.episodes import to_store
+from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 
+# What every file of D4RL itself has.
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 
 
@@ -48,9 +50,14 @@ def read_d4rl(path: Path, info: DatasetInfo | None = None, options: ReadOptions 
     if file_kind(path) == "gzip":
         return _read_compressed(path, info, options)
     with open_hdf5(path) as file:
-        if (written := attribute(file, "offrl_info", path)) is not None:
-            info = own_info(written, info, str(path))
-        rows = _read_rows(file, options, path)
+        written = "offrl_info" in file.attrs
+        if written:
+            info = own_info(file.attrs["offrl_info"], info, str(path))
+        info = replace(info, family=options.family or info.family)
+        source = Hdf5File(file, path)
+        _check_format(source)
+        rows, info = read_rows(source, info, options.semantics == "exact")
+        rows.checked = written
     return to_store(rows, info, options, str(path))
 
 
@@ -73,63 +80,84 @@ def _read_compressed(path: Path, info: DatasetInfo, options: ReadOptions) -> Off
     return store
 
 
-def _floats(dataset: h5py.Dataset, columns: bool, path: Path) -> Tensor:
-    """`[N, C]` (images and the like flattened) or, without `columns`, `[N]` from (N,) or (N, 1)."""
-    n, key = dataset.shape[0], str(dataset.name).lstrip("/")
-    width = int(np.prod(dataset.shape[1:], dtype=np.int64))
-    if not columns and width != 1:
-        raise OffrlError(f"{path}: {key} has shape {dataset.shape}; it must be one number a row.")
-    with reading(path, key):
-        tensor = empty(n, width) if columns else empty(n)
-        if tensor.numel():
-            read_into(dataset, tensor.numpy().reshape(dataset.shape), path)
-    return tensor
+def open_hdf5(path: Path) -> h5py.File:
+    """Open for reading; a file that is cut off, damaged or no HDF5 gets its own sentence."""
+    try:
+        # Without a chunk cache, since every chunk is read once: it would cost 8 MB an array.
+        return h5py.File(path, "r", rdcc_nbytes=0)
+    except OSError as error:
+        text = str(error)
+        if "truncated file" in text:
+            have, want = re.search(r"eof = (\d+)", text), re.search(r"stored_eof = (\d+)", text)
+            sizes = f" after {have[1]} of {want[1]} bytes" if have and want else ""
+            raise OffrlError(f"{path}: the file is cut off{sizes}; fetch or copy it again.") from error
+        if "signature not found" in text:
+            raise OffrlError(f"{path}: this is no HDF5 file; fetch or write it again.") from error
+        raise OffrlError(f"{path}: HDF5 cannot open it ({text.splitlines()[0]}); fetch or write it again.") from error
 
 
-def _flags(dataset: h5py.Dataset, path: Path) -> np.ndarray:
-    key = str(dataset.name).lstrip("/")
-    with reading(path, key):
+def row_blocks(dataset: h5py.Dataset) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of blocks of some 16k rows that cut no chunk, so that each chunk is unpacked once."""
+    chunk = dataset.chunks[0] if dataset.chunks else 1
+    step = chunk * -(-16_384 // chunk)
+    for start in range(0, dataset.shape[0], step):
+        yield start, min(step, dataset.shape[0] - start)
+
+
+def _read(dataset: h5py.Dataset, out: np.ndarray, where: str) -> None:
+    """Read a whole dataset into `out` in blocks, converting the type on the way: no float64 copy is ever held.
+
+    The low-level calls skip a selection that costs `read_direct` a third more time.
+    """
+    space, rest = dataset.id.get_space(), dataset.shape[1:]
+    try:
+        for start, rows in row_blocks(dataset):
+            space.select_hyperslab((start, *[0] * len(rest)), (rows, *rest))
+            dataset.id.read(h5py.h5s.create_simple((rows, *rest)), space, out[start : start + rows])
+    except OSError as error:
+        key = str(dataset.name).lstrip("/")
+        raise OffrlError(f"{where}: {key} cannot be read, the file is damaged ({error}); fetch it again.") from error
+
+
+class Hdf5File:
+    """Arrays of an HDF5 file as a source of columns."""
+
+    def __init__(self, file: h5py.File, path: Path) -> None:
+        self.file, self.where = file, str(path)
+
+    def keys(self) -> list[str]:
+        return sorted(self.file)
+
+    def described(self, key: str) -> tuple[tuple[int, ...], np.dtype]:
+        dataset = self.file[key]
+        if not isinstance(dataset, h5py.Dataset):
+            raise OffrlError(f"{self.where}: {key} is a group, not an array; this is no D4RL file.")
+        return dataset.shape, dataset.dtype
+
+    def floats(self, key: str) -> Tensor:
+        dataset = self.file[key]
+        tensor = empty(*dataset.shape)
+        # HDF5 has no conversion from its enumerations (which bool is) to numbers.
+        if dataset.dtype.kind == "b":
+            tensor.copy_(torch.from_numpy(self.array(key)))
+        elif tensor.numel():
+            _read(dataset, tensor.numpy(), self.where)
+        return tensor
+
+    def array(self, key: str) -> np.ndarray:
+        dataset = self.file[key]
         array = np.empty(dataset.shape, dataset.dtype)
+        if array.ndim == 0:
+            return dataset[()]
         if array.size:
-            read_into(dataset, array, path)
-    return flags(key, array, str(path))
+            _read(dataset, array, self.where)
+        return array
 
 
-def _read_rows(file: h5py.File, options: ReadOptions, path: Path) -> Rows:
-    where, present = str(path), keys(file, path)
-    missing = [key for key in REQUIRED if key not in present]
-    if missing and "episode_0" in present:
-        raise OffrlError(f"{where}: this is the data file of a Minari dataset; give its folder instead.")
-    if missing:
-        there = one_line(", ".join(present) or "none")
-        raise OffrlError(f"{where}: missing {' and '.join(missing)} (its keys: {there}); this is no D4RL file.")
-    wanted = [*REQUIRED, "timeouts"] + (["next_observations"] if options.semantics == "exact" else [])
-    columns = {key: column(file, key, path) for key in wanted if key in present}
-    for key, dataset in columns.items():
-        check_dtype(key, dataset.dtype, where)
-        check_length(key, dataset.shape[0], columns["observations"].shape[0], where)
-    if "next_observations" in columns and columns["next_observations"].shape != columns["observations"].shape:
-        shapes = f"{columns['next_observations'].shape} and {columns['observations'].shape}"
-        raise OffrlError(f"{where}: next_observations and observations have shapes {shapes}; they must agree.")
-    return Rows(
-        observations=_floats(columns["observations"], True, path),
-        actions=_actions(columns["actions"], path),
-        rewards=_floats(columns["rewards"], False, path),
-        terminals=_flags(columns["terminals"], path),
-        timeouts=_flags(columns["timeouts"], path) if "timeouts" in columns else None,
-        next_observations=_floats(columns["next_observations"], True, path) if "next_observations" in columns else None,
-    )
-
-
-def _actions(dataset: h5py.Dataset, path: Path) -> Tensor:
-    """Integers, one a row, are discrete actions; everything else is a box."""
-    if dataset.dtype.kind not in "iu" or np.prod(dataset.shape[1:]) != 1:
-        return _floats(dataset, True, path)
-    with reading(path, "actions"):
-        array = np.empty(dataset.shape, np.int64)
-        if array.size:
-            read_into(dataset, array, path)
-    return torch.from_numpy(array.reshape(-1))
+def _check_format(source: Hdf5File) -> None:
+    """Name a file that is another format's."""
+    if "episode_0" in source.keys() and "observations" not in source.keys():  # noqa: SIM118
+        raise OffrlError(f"{source.where}: this is the data file of a Minari dataset; give its folder instead.")
 
 
 def check_complete(path: Path) -> None:

@@ -26,9 +26,11 @@ import torch
 from h5py import h5d, h5g, h5s, h5t
 from torch import Tensor
 
+from offrl.data.actions import check_actions
 from offrl.data.catalogue import environment_references, family_of, flat_keys
 from offrl.data.catalogue import minari as minari_catalogue
-from offrl.data.checks import ReadOptions, check_actions, check_dtype, check_finite, empty, own_info
+from offrl.data.checks import ReadOptions, check_dtype, check_finite, empty, own_info
+from offrl.data.d4rl import open_hdf5
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.hdf5 import DENSEST, check_file, check_inside, keys, open_hdf5, reading, unreadable
 from offrl.utils.errors import OffrlError

@@ -29,7 +29,10 @@ def arrays(n: int = 60, with_next: bool = False, seed: int = 0) -> dict[str, np.
         "timeouts": ends[1] & ~ends[0],
     }
     if with_next:
-        data["next_observations"] = rng.standard_normal((n, 3))
+        data["next_observations"] = np.roll(data["observations"], -1, axis=0)
+        ends = data["terminals"] | data["timeouts"]
+        ends[-1] = True
+        data["next_observations"][ends] = rng.standard_normal((int(ends.sum()), 3))
     return data
 
 
@@ -84,7 +87,7 @@ def test_discrete_actions() -> None:
     data = arrays() | {"actions": np.tile([0, 1, 2], 20)}
     store = from_arrays(data, DatasetInfo(discrete=4))
     assert (store.action_dim, store.actions.dtype) == (4, torch.int64)
-    with pytest.raises(OffrlError, match="actions holds 2; it must lie between 0 and 1"):
+    with pytest.raises(OffrlError, match="actions holds 2 in row 2; it must lie between 0 and 1"):
         from_arrays(data, DatasetInfo(discrete=2))
 
 

@@ -19,7 +19,7 @@ import torch
 from offrl.data import OfflineDataset, ReadOptions
 from offrl.data.d4rl import read_d4rl
 from offrl.data.dataset import DatasetInfo
-from offrl.data.episodes import horizon_timeouts
+from offrl.data.ends import horizon_timeouts
 from offrl.datasets import load
 from offrl.utils.errors import OffrlError
 
@@ -52,6 +52,15 @@ def write(path: Path, data: Columns) -> Path:
         for key, value in data.items():
             file.create_dataset(key, data=value, compression="gzip" if np.ndim(value) else None)
     return path
+
+
+def successors(data: Columns) -> np.ndarray:
+    """The next row within an episode, a state of its own at an episode's end."""
+    after = np.roll(data["observations"], -1, axis=0)
+    ends = data["terminals"] | data["timeouts"]
+    ends[-1] = True
+    after[ends] = np.random.default_rng(1).standard_normal((int(ends.sum()), 3))
+    return after
 
 
 def restated_qlearning_dataset(data: Columns, horizon: int | None) -> dict[str, list[Any]]:
@@ -143,7 +152,7 @@ def test_exact_without_next_observations(tmp_path: Path, seed: int) -> None:
 def test_exact_uses_stored_successors_and_keeps_every_row(tmp_path: Path) -> None:
     data = columns()
     data["terminals"][-1] = data["timeouts"][-1] = False
-    data["next_observations"] = np.random.default_rng(1).standard_normal((200, 3)).astype("f4")
+    data["next_observations"] = successors(data)
     store = read_d4rl(write(tmp_path / "a.hdf5", data))
     for key in ("observations", "next_observations", "actions", "rewards"):
         np.testing.assert_array_equal(getattr(store, key), data[key])
@@ -160,7 +169,7 @@ def test_a_terminal_at_the_time_limit_stays_a_termination(tmp_path: Path, with_n
     data = columns(30, p_terminal=0, p_timeout=0)
     data["terminals"][9] = data["timeouts"][9] = data["timeouts"][29] = True
     if with_next:
-        data["next_observations"] = data["observations"] + 1
+        data["next_observations"] = successors(data)
     store = read_d4rl(write(tmp_path / "a.hdf5", data))
     assert store.terminations.nonzero().flatten().tolist() == [9]
     assert store.lengths.tolist() == ([10, 20] if with_next else [10, 19])

@@ -14,6 +14,7 @@ import torch
 
 from offrl.data.minari import observation_leaves, read_minari
 from offrl.datasets import load
+from offrl.forge import registry
 from offrl.utils.errors import OffrlError
 
 INFINITY = float("inf")
@@ -245,7 +246,7 @@ def test_forge_ids_are_built_where_they_are_missing(tmp_path: Path, monkeypatch:
         data = episodes(box(4), box(2, bound=1.0))
         return write(tmp_path / "home" / name, box(4), box(2, bound=1.0), data, offrl_info=own)
 
-    monkeypatch.setattr("offrl.forge.registry.ensure", ensure)
+    monkeypatch.setattr(registry, "ensure", ensure)
     first = load("forge/hopper/medium-v0")
     assert load("forge/hopper/medium-v0").fingerprint == first.fingerprint
     assert asked == ["forge/hopper/medium-v0"]
