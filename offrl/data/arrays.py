@@ -139,7 +139,8 @@ def to_arrays(store: OfflineDataset) -> dict[str, np.ndarray]:
 
     Tails need the layout without `next_observations` (each tail is one more row, a timeout). That layout cannot hold
     an episode that is cut without a tail, nor a stored successor other than the next row; where a dataset has both kinds
-    of episodes tails are left out. An unfinished episode that is not the last is marked by a timeout.
+    of episodes tails are left out. An unfinished episode that is not the last is marked by a timeout. Where episodes go on
+    behind terminations, `dones` mark their ends.
     """
     numbers = {name: tensor.cpu().numpy() for name, tensor in store.tensors().items()}
     ends = numbers["offsets"][1:] - 1
@@ -151,18 +152,27 @@ def to_arrays(store: OfflineDataset) -> dict[str, np.ndarray]:
         # AntMaze's terminals end no episode, so that every end needs a timeout.
         timeouts[ends] = cut if store.info.family == "antmaze" else cut & ~terminated
         columns = {key: numbers[key] for key in ("observations", "actions", "rewards", "next_observations")}
-        return columns | {"terminals": numbers["terminations"] > 0, "timeouts": timeouts}
+        columns |= {"terminals": numbers["terminations"] > 0, "timeouts": timeouts}
+        if store.info.family != "antmaze" and terminated.sum() < columns["terminals"].sum():
+            columns["dones"] = np.zeros(len(store), dtype=bool)
+            columns["dones"][ends] = cut | terminated
+        return columns
     tails = np.flatnonzero(numbers["has_tail"])
     after = ends[tails] + 1
     timeouts = np.zeros(len(store), dtype=bool)
     timeouts[ends] = (store.info.family == "antmaze") & cut & ~numbers["has_tail"]
-    return {
+    columns = {
         "observations": np.insert(numbers["observations"], after, numbers["next_observations"][ends[tails]], axis=0),
         "actions": np.insert(numbers["actions"], after, numbers["tail_actions"][tails], axis=0),
         "rewards": np.insert(numbers["rewards"], after, numbers["tail_rewards"][tails]),
         "terminals": np.insert(numbers["terminations"] > 0, after, False),
         "timeouts": np.insert(timeouts, after, cut[tails]),
     }
+    if store.info.family != "antmaze" and terminated.sum() < columns["terminals"].sum():
+        dones = np.zeros(len(store), dtype=bool)
+        dones[ends] = terminated
+        columns["dones"] = np.insert(dones, after, cut[tails])
+    return columns
 
 
 def info_json(info: DatasetInfo) -> str:

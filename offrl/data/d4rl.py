@@ -24,7 +24,8 @@ from torch import Tensor
 
 from offrl.data.arrays import from_arrays
 from offrl.data.checks import ReadOptions, empty, file_kind, own_info
-from offrl.data.columns import read_rows
+from offrl.data.columns import Source, read_rows
+from offrl.data.d3rlpy import D3rlpyFile, is_d3rlpy
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.episodes import to_store
 from offrl.utils.errors import OffrlError
@@ -54,9 +55,7 @@ def read_d4rl(path: Path, info: DatasetInfo | None = None, options: ReadOptions 
         if written:
             info = own_info(file.attrs["offrl_info"], info, str(path))
         info = replace(info, family=options.family or info.family)
-        source = Hdf5File(file, path)
-        _check_format(source)
-        rows, info = read_rows(source, info, options.semantics == "exact")
+        rows, info = read_rows(_source(file, path), info, options.semantics == "exact")
         rows.checked = written
     return to_store(rows, info, options, str(path))
 
@@ -154,10 +153,14 @@ class Hdf5File:
         return array
 
 
-def _check_format(source: Hdf5File) -> None:
-    """Name a file that is another format's."""
-    if "episode_0" in source.keys() and "observations" not in source.keys():  # noqa: SIM118
-        raise OffrlError(f"{source.where}: this is the data file of a Minari dataset; give its folder instead.")
+def _source(file: h5py.File, path: Path) -> Source:
+    """What reads the file, by the names of its arrays."""
+    names = sorted(file)
+    if is_d3rlpy(names):
+        return D3rlpyFile(file, names, path)
+    if "episode_0" in names and "observations" not in names:
+        raise OffrlError(f"{path}: this is the data file of a Minari dataset; give its folder instead.")
+    return Hdf5File(file, path)
 
 
 def check_complete(path: Path) -> None:

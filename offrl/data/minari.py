@@ -49,21 +49,41 @@ def local_folder(name: str) -> Path:
 
 
 def data_folder(path: Path) -> Path | None:
-    """The folder that holds `metadata.json`: `path/data` or `path` itself; None when it is no Minari dataset."""
-    return next((folder for folder in (path / "data", path) if (folder / "metadata.json").is_file()), None)
+    """The folder of a Minari dataset that holds its files: `path/data` or `path` itself; None when there are none.
+
+    Since Minari 0.5 there is a `metadata.json`; before, `main_data.hdf5` told everything.
+    """
+    folders = [(folder, name) for name in ("metadata.json", "main_data.hdf5") for folder in (path / "data", path)]
+    return next((folder for folder, name in folders if (folder / name).is_file()), None)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """`metadata.json` of a Minari dataset folder."""
+    """What a Minari dataset folder tells of itself: `metadata.json`, or the data file's attributes (Minari 0.4)."""
     folder = data_folder(path)
     if folder is None:
         raise OffrlError(
             f"{path}: this folder is no dataset (no data/metadata.json in it); give a file or a Minari folder."
         )
+    if not (folder / "metadata.json").is_file():
+        return _attributes(folder / "main_data.hdf5")
     try:
         return json.loads((folder / "metadata.json").read_text())
     except ValueError as error:
         raise OffrlError(f"{folder / 'metadata.json'}: not valid JSON ({error}); fetch the dataset again.") from error
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    """The metadata of Minari up to 0.4: the attributes of its data file."""
+    with open_hdf5(path) as file:
+        attributes = {key: file.attrs[key] for key in file.attrs}
+    values = {key: value.item() if isinstance(value, np.generic) else value for key, value in attributes.items()}
+    metadata = {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
+    if missing := [key for key in ("total_steps", "observation_space", "action_space") if key not in metadata]:
+        raise OffrlError(
+            f"{path}: no metadata.json lies beside it and, as a file of Minari 0.4, it lacks {', '.join(missing)}; fetch "
+            "the dataset again with a newer Minari."
+        )
+    return metadata | {"data_format": "hdf5", "jpeg_encoding": False}
 
 
 # ---- spaces ------------------------------------------------------------------------------------------------------
@@ -441,5 +461,6 @@ def _read_with_minari(folder: Path, leaves: list[Leaf], memory: _Memory, where: 
 def local_datasets(root: Path | None = None) -> list[str]:
     """Ids of the Minari datasets under `root` (default: `minari_root()`)."""
     root = root or minari_root()
-    found = root.glob("**/data/metadata.json") if root.is_dir() else ()
-    return sorted(file.parent.parent.relative_to(root).as_posix() for file in found)
+    names = ("metadata.json", "main_data.hdf5") if root.is_dir() else ()
+    found = {file.parent.parent for name in names for file in root.glob(f"**/data/{name}")}
+    return sorted(folder.relative_to(root).as_posix() for folder in found)

@@ -178,9 +178,9 @@ def test_a_terminal_at_the_time_limit_stays_a_termination(tmp_path: Path, with_n
 def test_true_layout_of_gym_mujoco_v2(tmp_path: Path) -> None:
     """(N, 1) rewards and terminals as replay buffers have them, float64, groups infos/ and metadata/, scalar entries."""
     data = columns(60)
-    data["next_observations"] = (data["observations"] * 2).astype("f8")
-    data["observations"] = data["observations"].astype("f8")
     data["terminals"][-1] = True
+    data["next_observations"] = successors(data).astype("f8")
+    data["observations"] = data["observations"].astype("f8")
     changed = {"rewards": data["rewards"][:, None], "terminals": data["terminals"][:, None].astype("f4")}
     path = write(tmp_path / "hopper-medium-replay-v2.hdf5", data | changed)
     with h5py.File(path, "a") as file:
@@ -480,7 +480,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, name: str) -> None:
 
 def test_what_a_user_may_allow(tmp_path: Path) -> None:
     data = with_value("actions", 42, 1.5)
-    path = write(tmp_path / "a.hdf5", data | {"next_observations": data["observations"]})
+    path = write(tmp_path / "a.hdf5", data | {"next_observations": successors(data)})
     assert float(load(path, clip_actions=True).actions.max()) == 1.0
     wide = load(path, action_bound=2.0)
     assert (float(wide.actions.max()), wide.info.action_low, wide.info.action_high) == (1.5, -2.0, 2.0)

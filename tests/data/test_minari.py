@@ -334,3 +334,22 @@ def test_leaves_of_tuples_keep_their_order() -> None:
     space = {"type": "Tuple", "subspaces": [box(2), {"type": "MultiBinary", "n": 3}]}
     leaves = observation_leaves(space, "", False, "here")
     assert [(leaf.path, leaf.size) for leaf in leaves] == [(("_index_0",), 2), (("_index_1",), 3)]
+
+
+def test_folders_of_minari_0_4_have_their_metadata_in_the_data_file(root: Path) -> None:
+    observation, action = box(4), box(2, bound=1.0)
+    new = write(root / "new-v0", observation, action, episodes(observation, action), env_spec=spec("Hopper-v5", 7))
+    old = write(root / "old-v0", observation, action, episodes(observation, action))
+    (old / "data/metadata.json").unlink()
+    with h5py.File(old / "data/main_data.hdf5", "a") as file:
+        file.attrs["total_steps"] = 15
+    with pytest.raises(OffrlError, match=r"as a file of Minari 0.4, it lacks observation_space, action_space"):
+        load(old)
+    with h5py.File(old / "data/main_data.hdf5", "a") as file:
+        file.attrs["dataset_id"], file.attrs["env_spec"] = "old-v0", spec("Hopper-v5", 7)
+        file.attrs["observation_space"], file.attrs["action_space"] = json.dumps(observation), json.dumps(action)
+    store = load("old-v0")
+    assert store.fingerprint == load(new).fingerprint
+    assert (store.info.env_id, store.info.max_episode_steps) == ("Hopper-v5", 7)
+    with pytest.raises(OffrlError, match="give its folder instead"):
+        load(old / "data/main_data.hdf5")
