@@ -336,7 +336,10 @@ class OfflineDataset:
 
 
 def concatenate(datasets: list[OfflineDataset], info: DatasetInfo | None = None) -> OfflineDataset:
-    """One dataset of several with the same shapes, in order; episodes stay apart."""
+    """One dataset of several with the same shapes, in order; episodes stay apart.
+
+    Its action bounds are the least box that holds those of all.
+    """
     for dataset in datasets[1:]:
         same = all(
             getattr(dataset, name).shape[1:] == getattr(datasets[0], name).shape[1:]
@@ -351,4 +354,9 @@ def concatenate(datasets: list[OfflineDataset], info: DatasetInfo | None = None)
         tensors[name] = torch.cat([getattr(dataset, name) for dataset in datasets])
     lengths = torch.cat([dataset.lengths for dataset in datasets])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return OfflineDataset(**tensors, offsets=offsets, info=info or datasets[0].info)
+    info = info or datasets[0].info
+    if any((d.info.action_low, d.info.action_high) != (info.action_low, info.action_high) for d in datasets):
+        low = np.minimum.reduce(np.broadcast_arrays(*(d.info.action_low for d in datasets)))
+        high = np.maximum.reduce(np.broadcast_arrays(*(d.info.action_high for d in datasets)))
+        info = replace(info, action_low=_bound(low), action_high=_bound(high))
+    return OfflineDataset(**tensors, offsets=offsets, info=info)

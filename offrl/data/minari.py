@@ -26,7 +26,7 @@ import torch
 from h5py import h5d, h5g, h5s, h5t
 from torch import Tensor
 
-from offrl.data.actions import check_actions
+from offrl.data.actions import bounds, check_actions
 from offrl.data.catalogue import environment_references, family_of, flat_keys
 from offrl.data.catalogue import minari as minari_catalogue
 from offrl.data.checks import ReadOptions, check_dtype, check_finite, empty, own_info
@@ -147,9 +147,11 @@ def _action_info(space: dict[str, Any], info: DatasetInfo, where: str) -> tuple[
         raise OffrlError(f"{where}: actions of type {space['type']} are not supported; only Box and Discrete are.")
     low, high = np.array(space["low"], dtype=np.float64), np.array(space["high"], dtype=np.float64)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise OffrlError(f"{where}: its action space has no bounds; give them (action_bound=B, --action-bound B).")
-    bounds = replace(info, action_low=float(low.min()), action_high=float(high.max()))
-    return bounds, int(np.prod(space["shape"], dtype=np.int64)), 0
+        raise OffrlError(
+            f"{where}: its action space has no bounds; give them (action_bound=B, --action-bound B, or action_low and "
+            "action_high)."
+        )
+    return replace(info, **bounds(low, high, where)), int(np.prod(space["shape"], dtype=np.int64)), 0
 
 
 # ---- what is known besides the numbers -----------------------------------------------------------------------------
@@ -289,6 +291,8 @@ def _described(
     space = json.loads(metadata["action_space"])
     if space["type"] == "Box" and options.action_bound is not None:
         space["low"], space["high"] = -options.action_bound, options.action_bound
+    elif space["type"] == "Box" and options.action_low is not None:
+        space["low"], space["high"] = options.action_low, options.action_high
     info, width, first = _action_info(space, info, str(path))
     observation_space = json.loads(metadata["observation_space"])
     leaves = observation_leaves(observation_space, info.env_id or "", options.goals, str(path))
