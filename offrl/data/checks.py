@@ -131,19 +131,19 @@ def file_kind(path: Path) -> str:
     if not head:
         raise OffrlError(f"{path}: the file is empty; fetch or write it again.")
     suffix = path.suffix.lower()
-    if head[0] == 0x80 or suffix in (".pkl", ".pickle", ".p"):
-        raise OffrlError(
-            f"{path}: this is a pickle, which can run any code when opened, so it is never read; "
-            "save its arrays with numpy.savez or as HDF5."
-        )
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "hdf5"
     if head.startswith(b"\x1f\x8b"):
         return "gzip"
     if head.startswith(b"PK"):
         return "npz"
-    if suffix == ".safetensors":
+    if head[8:9] == b"{":
         return "safetensors"
+    if head[0] == 0x80 or suffix in (".pkl", ".pickle", ".p"):
+        raise OffrlError(
+            f"{path}: this is a pickle, which can run any code when opened, so it is never read; "
+            "save its arrays with numpy.savez or as HDF5."
+        )
     if suffix in (".hdf5", ".h5"):
         raise OffrlError(f"{path}: this is no HDF5 file (it begins with {head[:12]!r}); fetch or write it again.")
     if suffix == ".npz":

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from offrl.data.checks import check_dtype, empty
+from offrl.data.hdf5 import column, reading
 from offrl.utils.errors import OffrlError
 
 
@@ -20,16 +21,12 @@ class D3rlpyFile:
     """The episodes of a file, one behind the other, as a source of columns."""
 
     def __init__(self, file: h5py.File, names: list[str], path: Path) -> None:
-        self.file, self.where = file, str(path)
-        known = set(names)
-        if "observations_0_0" in known:
+        self.file, self.known, self.path, self.where = file, set(names), path, str(path)
+        if "observations_0_0" in self.known:
             raise OffrlError(
                 f"{path}: this d3rlpy file has observations of several parts; store them as one array each episode."
             )
         self.episodes = sum(name.startswith("rewards_") for name in names)
-        for key in ("observations", "actions", "rewards", "terminated"):
-            if f"{key}_{self.episodes - 1}" not in known:
-                raise OffrlError(f"{path}: this d3rlpy file lacks {key}_{self.episodes - 1}; dump it again.")
         self.lengths = [len(self._part("rewards", number)) for number in range(self.episodes)]
 
     def keys(self) -> list[str]:
@@ -53,17 +50,22 @@ class D3rlpyFile:
         if key == "dones":
             array[ends] = True
         elif key == "terminals":
-            array[ends] = [bool(np.ravel(self.file[f"terminated_{n}"][()]).any()) for n in range(self.episodes)]
+            array[ends] = [self._terminated(number) for number in range(self.episodes)]
         else:
             self._fill(key, array)
         return array
 
     def _part(self, key: str, number: int) -> h5py.Dataset:
-        part = self.file.get(f"{key}_{number}")
-        if not isinstance(part, h5py.Dataset) or not part.shape:
-            raise OffrlError(f"{self.where}: this d3rlpy file lacks the array {key}_{number}; dump it again.")
-        check_dtype(f"{key}_{number}", part.dtype, self.where)
+        name = f"{key}_{number}"
+        if name not in self.known:
+            raise OffrlError(f"{self.path}: this d3rlpy file lacks {name}; dump it again.")
+        part = column(self.file, name, self.path)
+        check_dtype(name, part.dtype, self.where)
         return part
+
+    def _terminated(self, number: int) -> bool:
+        with reading(self.path, f"terminated_{number}"):
+            return bool(np.any(self.file[f"terminated_{number}"][()]))
 
     def _fill(self, key: str, out: np.ndarray) -> None:
         start = 0
@@ -73,12 +75,8 @@ class D3rlpyFile:
                 raise OffrlError(
                     f"{self.where}: {key}_{number} has shape {part.shape}, where {(length, *out.shape[1:])} belongs."
                 )
-            try:
+            with reading(self.path, f"{key}_{number}"):
                 out[start : start + length] = part[()]
-            except OSError as error:
-                raise OffrlError(
-                    f"{self.where}: {key}_{number} cannot be read, the file is damaged ({error}); dump it again."
-                ) from error
             start += length
 
 

@@ -30,9 +30,9 @@ from offrl.data.actions import bounds, check_actions
 from offrl.data.catalogue import environment_references, family_of, flat_keys
 from offrl.data.catalogue import minari as minari_catalogue
 from offrl.data.checks import ReadOptions, check_dtype, check_finite, empty, own_info
-from offrl.data.d4rl import open_hdf5
 from offrl.data.dataset import DatasetInfo, OfflineDataset
-from offrl.data.hdf5 import DENSEST, check_file, check_inside, keys, open_hdf5, reading, unreadable
+from offrl.data.hdf5 import DENSEST, check_inside, keys, open_hdf5, reading, unreadable
+from offrl.data.memory import check_memory
 from offrl.utils.errors import OffrlError
 
 SCALAR_KEYS = ("rewards", "terminations", "truncations")
@@ -242,6 +242,7 @@ def read_minari(path: Path, name: str | None = None, options: ReadOptions | None
     in_hdf5 = metadata.get("data_format", "hdf5") == "hdf5" and not jpeg
     if in_hdf5:
         _check_steps(n, folder / "main_data.hdf5")
+    check_memory(4 * n * (2 * size + max(width, 2) + 2), where)
     with reading(path, f"total_steps={n} in metadata.json"):
         actions = empty(n, width) if width else torch.empty(n, dtype=torch.int64)
         observations, successors, rewards, terminations = empty(n, size), empty(n, size), empty(n), empty(n)

@@ -196,7 +196,7 @@ def test_files_of_d3rlpy_2(tmp_path: Path, discrete: bool) -> None:
     assert load(path).fingerprint == from_arrays(rows).fingerprint
     with h5py.File(path, "a") as file:
         del file["actions_2"]
-    with pytest.raises(OffrlError, match="lacks the array actions_2"):
+    with pytest.raises(OffrlError, match="lacks actions_2"):
         load(path, cache=False)
     with h5py.File(path, "a") as file:
         file["actions_2"] = np.zeros((5, 2))

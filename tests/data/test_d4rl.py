@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import gzip
 import pickle
+import shutil
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 from offrl.data import OfflineDataset, ReadOptions
-from offrl.data.d4rl import read_d4rl
+from offrl.data.d4rl import SPARE_DISK, read_d4rl
 from offrl.data.dataset import DatasetInfo
 from offrl.data.ends import horizon_timeouts
 from offrl.datasets import load
@@ -269,6 +271,24 @@ def test_gz_of_a_file(tmp_path: Path) -> None:
     packed.write_bytes(packed.read_bytes()[:-500])
     with pytest.raises(OffrlError, match="cut off or damaged"):
         load(packed)
+
+
+def test_packed_files_of_other_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "a.npz", **columns())
+    (tmp_path / "a.npz.gz").write_bytes(gzip.compress((tmp_path / "a.npz").read_bytes()))
+    assert load(tmp_path / "a.npz.gz").fingerprint == load(tmp_path / "a.npz").fingerprint
+    twice = tmp_path / "a.hdf5.gz"
+    twice.write_bytes(gzip.compress((tmp_path / "a.npz.gz").read_bytes()))
+    with pytest.raises(OffrlError, match=f"{twice}: it holds a file of the kind gzip; only HDF5 and NPZ are read"):
+        load(twice)
+    with zipfile.ZipFile(tmp_path / "b.hdf5.zip", "w") as file:
+        file.write(write(tmp_path / "b.hdf5", columns()), "b.hdf5")
+    with pytest.raises(OffrlError, match=r"a zip archive of b\.hdf5, no NPZ file; unpack it first"):
+        load(tmp_path / "b.hdf5.zip")
+    free = type("Usage", (), {"free": SPARE_DISK + 1000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(OffrlError, match="unpacked it does not fit on the disk"):
+        load(tmp_path / "a.npz.gz", cache=False)
 
 
 def test_integers_are_discrete_actions(tmp_path: Path) -> None:
