@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.data.checks import ReadOptions, file_kind, own_info, warn_of
+from offrl.data.checks import ReadOptions, file_kind, warn_of
 from offrl.data.columns import read_rows, shortened
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.episodes import to_store
 from offrl.data.memory import check_memory, too_large
+from offrl.data.schema import own_info
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
 

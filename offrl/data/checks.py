@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -149,15 +148,3 @@ def file_kind(path: Path) -> str:
     if suffix == ".npz":
         raise OffrlError(f"{path}: this is no NPZ file (it begins with {head[:12]!r}); write it with numpy.savez.")
     raise OffrlError(f"{path}: not a format that can be read; use .hdf5, .h5, .hdf5.gz, .npz or a Minari folder.")
-
-
-def own_info(written: Any, base: DatasetInfo, where: str) -> DatasetInfo:
-    """`base` with what a dataset's own `offrl_info` tells: JSON of DatasetInfo's fields, or the fields themselves."""
-    try:
-        fields = dict(json.loads(written) if isinstance(written, (str, bytes)) else written)
-    except (ValueError, TypeError) as error:
-        raise OffrlError(f"{where}: offrl_info is no JSON object ({error}); write the dataset again.") from error
-    unknown = set(fields) - set(DatasetInfo.__dataclass_fields__)
-    if unknown:
-        raise OffrlError(f"{where}: offrl_info holds unknown fields {sorted(unknown)}; another version wrote it.")
-    return replace(base, **fields)

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from offrl.data.arrays import from_arrays, read_npz
-from offrl.data.checks import ReadOptions, empty, file_kind, own_info
+from offrl.data.checks import ReadOptions, empty, file_kind
 from offrl.data.columns import Source, read_rows
 from offrl.data.d3rlpy import D3rlpyFile, is_d3rlpy
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.episodes import to_store
 from offrl.data.hdf5 import attribute, column, keys, open_hdf5, read_into, reading, row_blocks
+from offrl.data.schema import own_info
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 

@@ -422,7 +422,12 @@ def test_object_dtype_and_groups_are_refused(tmp_path: Path) -> None:
 
 def test_own_info_that_is_none(tmp_path: Path) -> None:
     path = write(tmp_path / "a.hdf5", columns())
-    for text, message in (("[", "no JSON object"), ('{"colour": 1}', "unknown fields"), ('{"family": "mine"}', None)):
+    for text, message in (
+        ("[", "not valid JSON"),
+        ("[1]", "no JSON object"),
+        ('{"colour": 1}', "unknown fields"),
+        ('{"family": "mine"}', None),
+    ):
         with h5py.File(path, "a") as file:
             file.attrs["offrl_info"] = text
         if message is None:

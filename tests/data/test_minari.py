@@ -288,7 +288,7 @@ def bad_cases() -> Iterator[tuple[list[dict], dict[str, Any], str]]:
     yield with_nan(), {}, "observations holds nan in row 9, column 1"
     yield good, {"total_steps": 99}, "promises 99 steps but the episodes hold 15"
     yield good, {"total_steps": 3}, "promises 3 steps but the episodes hold 15"
-    yield good, {"observation_space": "{"}, "metadata.json is not what Minari writes"
+    yield good, {"observation_space": "{"}, "observation_space in metadata.json is not valid JSON"
     yield good, {"action_space": json.dumps({"low": 3})}, "metadata.json is not what Minari writes"
     yield good, {"offrl_info": json.dumps({"colour": "red"})}, "unknown fields .'colour'."
     yield good, {"observation_space": json.dumps(box(5))}, "episode_0 does not fit the spaces"
