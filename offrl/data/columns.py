@@ -118,12 +118,13 @@ def read_rows(source: Source, info: DatasetInfo, successors: bool = True) -> tup
         indices = bool(np.asarray(source.array("discrete_action")).any())
     else:
         indices = info.discrete is not None
+    observations = _matrix(source.floats("observations"))
     if source.described("actions")[1].kind == "f" and not indices:
         actions = _matrix(source.floats("actions"))
     else:
         actions, info = discrete_actions(source.array("actions"), info, where)
     rows = Rows(
-        observations=_matrix(source.floats("observations")),
+        observations=observations,
         actions=actions,
         rewards=source.floats("rewards").reshape(-1),
         terminals=np.zeros(0, bool),

@@ -65,17 +65,21 @@ def read_d4rl(path: Path, info: DatasetInfo | None = None, options: ReadOptions 
 
 
 def _read_compressed(path: Path, info: DatasetInfo, options: ReadOptions) -> OfflineDataset:
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        unpacked = Path(folder) / path.name.removesuffix(".gz")
-        _unpack(path, unpacked)
-        try:
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+            unpacked = Path(folder) / path.name.removesuffix(".gz")
+            _unpack(path, unpacked)
             kind = file_kind(unpacked)
             if kind not in ("hdf5", "npz"):
                 raise OffrlError(f"{path}: it holds a file of the kind {kind}; only HDF5 and NPZ are read packed.")
             store = (read_npz if kind == "npz" else read_d4rl)(unpacked, info, options)
-        except OffrlError as error:
-            raise OffrlError(str(error).replace(str(unpacked), str(path))) from error
+    except OffrlError as error:
+        raise OffrlError(str(error).replace(str(unpacked), str(path))) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise OffrlError(f"{path}: the gzip file is cut off or damaged ({error}); fetch it again.") from error
+    except OSError as error:
+        raise _no_room(path, error.strerror) from error
     store.info = replace(store.info, source=str(path))
     return store
 
@@ -83,15 +87,17 @@ def _read_compressed(path: Path, info: DatasetInfo, options: ReadOptions) -> Off
 def _unpack(path: Path, target: Path) -> None:
     """Unpack a gzip file, as long as the disk has room; a few bytes may unpack to a thousand times as many."""
     room = shutil.disk_usage(target.parent).free - SPARE_DISK
-    try:
-        with gzip.open(path) as source, open(target, "wb") as file:
-            while block := source.read(1 << 20):
-                room -= len(block)
-                if room < 0:
-                    raise OffrlError(f"{path}: unpacked it does not fit on the disk of {cache_dir()}; free some space.")
-                file.write(block)
-    except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
-        raise OffrlError(f"{path}: the gzip file is cut off or damaged ({error}); fetch it again.") from error
+    with gzip.open(path) as source, open(target, "wb") as file:
+        while block := source.read(1 << 20):
+            room -= len(block)
+            if room < 0:
+                raise _no_room(path, "it is larger than the free space")
+            file.write(block)
+
+
+def _no_room(path: Path, reason: object) -> OffrlError:
+    way_out = "free some space, set OFFRL_HOME elsewhere, or unpack it yourself"
+    return OffrlError(f"{path}: it cannot be unpacked in {cache_dir()} ({reason}); {way_out}.")
 
 
 class Hdf5File:
@@ -137,27 +143,6 @@ def _source(file: h5py.File, path: Path) -> Source:
     if "episode_0" in names and "observations" not in names:
         raise OffrlError(f"{path}: this is the data file of a Minari dataset; give its folder instead.")
     return Hdf5File(file, names, path)
-
-
-def check_complete(path: Path) -> None:
-    """Read every required column of a D4RL file once, so that each compressed block proves its own checksum.
-
-    Raises:
-        OffrlError: no HDF5 file, cut off, a missing key, or a block that cannot be read.
-    """
-    with open(path, "rb") as content:
-        head = content.read(16)  # tells what an error page is better than HDF5 does
-    if not head.startswith(b"\x89HDF"):
-        raise OffrlError(f"{path}: this is no HDF5 file (it begins with {head!r}); fetch it from another place.")
-    with open_hdf5(path) as file:
-        present = keys(file, path)
-        if missing := [key for key in REQUIRED if key not in present]:
-            raise OffrlError(f"{path}: missing {' and '.join(missing)}; fetch it from another place.")
-        for key in sorted({*REQUIRED, "timeouts", "next_observations"}.intersection(present)):
-            dataset = column(file, key, path)
-            for start, rows in row_blocks(dataset):
-                with reading(path, key):
-                    dataset[start : start + rows]
 
 
 def check_complete(path: Path) -> None:

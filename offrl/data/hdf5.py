@@ -1,4 +1,4 @@
-"""HDF5 files read within bounds: nothing outside the file, nothing larger than the file can hold.
+"""HDF5 files read within bounds (nothing outside the file, nothing larger than the file can hold), and written.
 
 An HDF5 file may name other files to read from (external links, external raw storage, virtual datasets) and claim any
 shape, since blocks that were never written read as zeros. Here both are refused before anything is opened or allocated,
@@ -7,6 +7,7 @@ and whatever h5py raises at a damaged file becomes one sentence with the file, t
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Iterator
@@ -142,6 +143,18 @@ def check_inside(dataset: h5d.DatasetID, claimed: int, room: int, path: Path, ke
         )
 
 
+def check_file(path: Path) -> None:
+    """Hold every array of a file that another package reads to `check_inside`."""
+
+    def check(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset):
+            check_inside(item.id, item.nbytes, room, path, one_line(name))
+
+    room = path.stat().st_size
+    with open_hdf5(path) as file, reading(path, "its list of arrays"):
+        file.visititems(check)
+
+
 def row_blocks(dataset: h5py.Dataset) -> Iterator[tuple[int, int]]:
     """(first row, rows) of blocks of some 16k rows that cut no chunk, so that each chunk is unpacked once."""
     chunk = dataset.chunks[0] if dataset.chunks else 1
@@ -161,3 +174,38 @@ def read_into(dataset: h5py.Dataset, out: np.ndarray, path: Path) -> None:
         for start, rows in row_blocks(dataset):
             space.select_hyperslab((start, *[0] * len(rest)), (rows, *rest))
             dataset.id.read(h5s.create_simple((rows, *rest)), space, out[start : start + rows])
+
+
+class _Disk(io.FileIO):
+    """A file that remembers its first failed write and leaves out all that follow.
+
+    HDF5 can't close a file while writes fail: it tries again whenever an object is let go, and crashes at exit.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        length = len(rest)
+        try:
+            while rest and self.failure is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+        return length
+
+
+@contextmanager
+def create_hdf5(path: Path, **options: Any) -> Iterator[h5py.File]:
+    """Create a file to write into.
+
+    Raises:
+        OSError: the disk is full, or the file can't be written for another reason.
+    """
+    with _Disk(path, "w+") as disk:
+        try:
+            with h5py.File(disk, "w", **options) as file:
+                yield file
+        finally:
+            if disk.failure is not None:  # what h5py makes of it is a RuntimeError or a ValueError
+                raise disk.failure

@@ -29,7 +29,7 @@ from offrl.data.catalogue import environment_references, family_of
 from offrl.data.catalogue import minari as minari_catalogue
 from offrl.data.checks import ReadOptions, check_dtype, check_finite, empty
 from offrl.data.dataset import DatasetInfo, OfflineDataset
-from offrl.data.hdf5 import DENSEST, check_inside, keys, open_hdf5, reading, unreadable
+from offrl.data.hdf5 import DENSEST, check_file, check_inside, keys, open_hdf5, reading, unreadable
 from offrl.data.memory import check_memory
 from offrl.data.schema import Box, EnvSpec, MinariMetadata, from_json, minari_metadata, own_info
 from offrl.data.spaces import Leaf, action_info, observation_leaves

@@ -201,7 +201,7 @@ class EnvSpec(Strict):
 class MinariMetadata(Strict):
     """The parts of `metadata.json` that are used."""
 
-    total_steps: Annotated[int, Field(ge=0, le=2**53)]
+    total_steps: int  # held against the data file's size when that is opened
     observation_space: Space
     action_space: Space
     env_spec: EnvSpec | None = None
