@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from offrl.data.actions import bounds, discrete_actions
-from offrl.data.checks import check_dtype, check_length, flags
+from offrl.data.checks import check_dtype, check_length, flags, with_notices
 from offrl.data.dataset import DatasetInfo
 from offrl.data.memory import check_memory
 from offrl.utils.errors import OffrlError
@@ -40,6 +40,10 @@ FLAGS = {
     "masks": ("masks",),
     "valids": ("valids",),
 }
+UNSEEN_ENDS = (
+    "semantics=d4rl ignores next_observations, and no timeouts are stored, so that time limits are counted; semantics=exact "
+    "takes the ends that next_observations shows"
+)
 
 
 @dataclass
@@ -131,6 +135,8 @@ def read_rows(source: Source, info: DatasetInfo, successors: bool = True) -> tup
         next_observations=_matrix(source.floats("next_observations")) if "next_observations" in wanted else None,
     )
     rows.terminals, rows.timeouts, rows.ends = meaning(read)
+    if not successors and "next_observations" in keys and rows.timeouts is None:
+        info = with_notices(info, [UNSEEN_ENDS])
     return _without_states(rows, read["valids"], where) if "valids" in read else rows, info
 
 

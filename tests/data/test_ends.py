@@ -152,7 +152,8 @@ def test_options_keep_their_meaning() -> None:
     """`d4rl` ignores stored successors; `unfinished` takes data without any end as one episode."""
     data = trajectories(LENGTHS, ENDS)
     rows = without(data, "timeouts")
-    restated = from_arrays(rows, None, ReadOptions(semantics="d4rl"))
+    with pytest.warns(UserWarning, match="semantics=d4rl ignores next_observations"):
+        restated = from_arrays(rows, None, ReadOptions(semantics="d4rl"))
     assert same(restated, from_arrays(without(rows, "next_observations"), None, ReadOptions(semantics="d4rl")))
     endless = trajectories([40], [False]) | {"timeouts": np.zeros(40, bool)}
     with pytest.raises(OffrlError, match=r"no episode ends \(terminals and timeouts are never 1\)"):
