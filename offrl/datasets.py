@@ -20,9 +20,9 @@ from offrl.data import catalogue
 from offrl.data.arrays import read_npz
 from offrl.data.cache import cached, read_flat
 from offrl.data.catalogue import MINARI_ID, unknown
-from offrl.data.checks import ReadOptions, Semantics, file_kind
+from offrl.data.checks import ReadOptions, Semantics, file_kind, warn_of
 from offrl.data.d4rl import read_d4rl, read_d4rl_package
-from offrl.data.dataset import OfflineDataset
+from offrl.data.dataset import Bound, OfflineDataset
 from offrl.data.minari import data_folder, local_datasets, local_folder, read_minari, read_noise
 from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
 from offrl.forge import registry
@@ -44,6 +44,9 @@ def load(
     action_bound: float | None = None,
     unfinished: bool = False,
     goals: bool = False,
+    action_low: Bound | None = None,
+    action_high: Bound | None = None,
+    family: str | None = None,
 ) -> OfflineDataset:
     """Load a dataset as float32 tensors on `device`.
 
@@ -53,14 +56,15 @@ def load(
         semantics: `exact` (stored successors, time-limit rows kept where their successor is known) or `d4rl` (the
             rows of D4RL's `qlearning_dataset`); `offrl.data.episodes` tells the difference.
         cache: keep a flat copy in the cache folder, which loads a million steps in a fraction of a second.
-        clip_actions, action_bound, unfinished, goals: see `ReadOptions`.
+        clip_actions, action_bound, unfinished, goals, action_low, action_high, family: see `ReadOptions`.
 
     Raises:
         OffrlError: an unknown name (with the nearest known ones), a dataset that is not there yet (with the command
             that gets it), or a bad file.
     """
-    options = ReadOptions(semantics, clip_actions, action_bound, unfinished, goals)
+    options = ReadOptions(semantics, clip_actions, action_bound, unfinished, goals, action_low, action_high, family)
     store = _load(name, options, cache)
+    warn_of(store.info)
     moved = store.to(device)
     if moved is not store and "fingerprint" in store.__dict__:
         moved.__dict__["fingerprint"] = store.fingerprint

@@ -67,6 +67,13 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clip-actions", action="store_true", help="clip actions that leave their bounds")
     parser.add_argument("--action-bound", type=float, metavar="B", help="actions live in [-B, B]")
+    parser.add_argument(
+        "--action-low", type=_numbers, metavar="A[,B...]", help="any other box: one number or one a dimension"
+    )
+    parser.add_argument("--action-high", type=_numbers, metavar="A[,B...]", help="likewise")
+    parser.add_argument(
+        "--as-family", metavar="FAMILY", help="read by the rules of antmaze, kitchen, ... (a renamed copy)"
+    )
     parser.add_argument("--unfinished", action="store_true", help="accept one trajectory without any episode end")
     parser.add_argument("--goals", action="store_true", help="keep a maze's goal in the observation")
     parser.add_argument("--no-cache", action="store_true", help="neither use nor write the flat cache")
@@ -81,7 +88,15 @@ def _load(arguments: argparse.Namespace) -> OfflineDataset:
         action_bound=arguments.action_bound,
         unfinished=arguments.unfinished,
         goals=arguments.goals,
+        action_low=arguments.action_low,
+        action_high=arguments.action_high,
+        family=arguments.as_family,
     )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers between commas."""
+    return tuple(float(part) for part in text.split(","))
 
 
 # ---- list --------------------------------------------------------------------------------------------------------

@@ -305,7 +305,7 @@ def _plot_actions(axes: Axes, store: OfflineDataset) -> None:
         axes.bar(np.arange(store.action_dim), shares, color=END_COLOURS[0])
         style.label(axes, "Actions", "action", "share of transitions")
         return
-    _density(axes, _thinned(store.actions), store.info.action_low, store.info.action_high)
+    _density(axes, _thinned(store.actions), *store.info.action_range)
     style.label(axes, "Actions (darker: more transitions)", "value", "dimension")
     axes.grid(False)
 

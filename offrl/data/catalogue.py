@@ -198,11 +198,9 @@ def namesake(dataset: str) -> str | None:
 
 
 def info_of_file(path: Path) -> DatasetInfo:
-    """What can be told of a file from its name: its catalogue entry, else only an id and whether it is an AntMaze."""
-    if entry := entry_of_file(path):
-        return entry.info()
-    plain = path.name.lower().replace("_", "").replace("-", "")
-    return DatasetInfo(id=path.name.split(".")[0], family="antmaze" if "antmaze" in plain else "unknown")
+    """What a file's name tells: the catalogue's entry of exactly that id or file name, else an id and nothing more."""
+    entry = entry_of_file(path)
+    return entry.info() if entry else DatasetInfo(id=path.name.split(".")[0])
 
 
 def near(name: str, more: Iterable[str] = ()) -> list[str]:

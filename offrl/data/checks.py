@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.data.dataset import DatasetInfo
+from offrl.data.dataset import Bound, DatasetInfo
 from offrl.utils.errors import OffrlError
 
 Semantics = Literal["exact", "d4rl"]
-
-# A tanh policy's action may leave the box by rounding; more than this share of the bound is another action space.
-ACTION_TOLERANCE = 1e-3
-# Human demonstrations whose simulator clips the recorded action, so that clipping gives what was executed
-# (D4RL: kitchen_multitask_v0.py).
-CLIPPED_BY_SIMULATOR = ("kitchen",)
 
 
 @dataclass(frozen=True)
@@ -33,6 +27,9 @@ class ReadOptions:
         action_bound: b when actions live in [-b, b] instead of the bounds that the source or its family tells.
         unfinished: read data without any episode end as one unfinished episode instead of refusing it.
         goals: keep the goals of goal-conditioned mazes in the observation.
+        action_low, action_high: any other box, one number or one a dimension.
+        family: family by whose rules a file is read whose name is no id of the catalogue, e.g. `antmaze` (only
+            timeouts end an episode) or `kitchen`.
     """
 
     semantics: Semantics = "exact"
@@ -40,12 +37,30 @@ class ReadOptions:
     action_bound: float | None = None
     unfinished: bool = False
     goals: bool = False
+    action_low: Bound | None = None
+    action_high: Bound | None = None
+    family: str | None = None
 
     def __post_init__(self) -> None:
         if self.semantics not in ("exact", "d4rl"):
             raise OffrlError(f"semantics={self.semantics!r} is unknown; use 'exact' or 'd4rl'.")
         if self.action_bound is not None and not self.action_bound > 0:
             raise OffrlError(f"action_bound={self.action_bound} must be positive; leave it out to use [-1, 1].")
+        if self.action_bound is not None and (self.action_low is not None or self.action_high is not None):
+            raise OffrlError("action_bound is short for action_low and action_high; give one or the other.")
+
+
+def with_notices(info: DatasetInfo, notices: list[str]) -> DatasetInfo:
+    """`info` with sentences that a user of the data should read, under `provenance["notices"]`."""
+    if not notices:
+        return info
+    return replace(info, provenance=info.provenance | {"notices": [*info.provenance.get("notices", []), *notices]})
+
+
+def warn_of(info: DatasetInfo, stacklevel: int = 3) -> None:
+    """Show a dataset's notices as warnings."""
+    for notice in info.provenance.get("notices", []):
+        warnings.warn(f"{info.source}: {notice}.", stacklevel=stacklevel)
 
 
 def empty(*shape: int) -> Tensor:
@@ -101,39 +116,6 @@ def flags(key: str, array: np.ndarray, where: str) -> np.ndarray:
     return ones
 
 
-def check_actions(actions: Tensor, info: DatasetInfo, options: ReadOptions, where: str) -> DatasetInfo:
-    """Check actions against their bounds, clipping in place what may be clipped; returns `info` with the bounds used.
-
-    What leaves the box by rounding (`ACTION_TOLERANCE`) is clipped: the simulator did so, and a squashed Gaussian has
-    no density outside. The count of clipped numbers stays in `info.provenance`.
-    """
-    if info.discrete is not None:
-        first, last = int(actions.min()), int(actions.max())
-        if first < 0 or last >= info.discrete:
-            worst = first if first < 0 else last
-            raise OffrlError(f"{where}: actions holds {worst}; it must lie between 0 and {info.discrete - 1}.")
-        return info
-    if options.action_bound is not None:
-        info = replace(info, action_low=-options.action_bound, action_high=options.action_bound)
-    low, high = info.action_low, info.action_high
-    lowest, highest = (float(x) for x in torch.aminmax(actions))
-    if lowest >= low and highest <= high:
-        return info
-    tolerance = ACTION_TOLERANCE * max(abs(low), abs(high))
-    excess = max(low - lowest, highest - high)
-    outside = (actions < low) | (actions > high)
-    if excess > tolerance and not options.clip_actions and info.family not in CLIPPED_BY_SIMULATOR:
-        far = ((actions < low - tolerance) | (actions > high + tolerance)).nonzero()
-        row, column = far[0].tolist()
-        raise OffrlError(
-            f"{where}: actions holds {float(actions[row, column]):.6g} in row {row}, column {column}, outside "
-            f"[{low:g}, {high:g}]; give the true bound (action_bound=B, --action-bound B) or clip "
-            "(clip_actions=True, --clip-actions)."
-        )
-    actions.clamp_(low, high)
-    return replace(info, provenance=info.provenance | {"clipped_actions": int(outside.sum())})
-
-
 def file_kind(path: Path) -> str:
     """`hdf5`, `npz`, `gzip` or `safetensors` by the first bytes; a pickle is recognised and never opened.
 
@@ -148,33 +130,21 @@ def file_kind(path: Path) -> str:
     if not head:
         raise OffrlError(f"{path}: the file is empty; fetch or write it again.")
     suffix = path.suffix.lower()
-    if head[0] == 0x80 or suffix in (".pkl", ".pickle", ".p"):
-        raise OffrlError(
-            f"{path}: this is a pickle, which can run any code when opened, so it is never read; "
-            "save its arrays with numpy.savez or as HDF5."
-        )
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "hdf5"
     if head.startswith(b"\x1f\x8b"):
         return "gzip"
     if head.startswith(b"PK"):
         return "npz"
-    if suffix == ".safetensors":
+    if head[8:9] == b"{":
         return "safetensors"
+    if head[0] == 0x80 or suffix in (".pkl", ".pickle", ".p"):
+        raise OffrlError(
+            f"{path}: this is a pickle, which can run any code when opened, so it is never read; "
+            "save its arrays with numpy.savez or as HDF5."
+        )
     if suffix in (".hdf5", ".h5"):
         raise OffrlError(f"{path}: this is no HDF5 file (it begins with {head[:12]!r}); fetch or write it again.")
     if suffix == ".npz":
         raise OffrlError(f"{path}: this is no NPZ file (it begins with {head[:12]!r}); write it with numpy.savez.")
     raise OffrlError(f"{path}: not a format that can be read; use .hdf5, .h5, .hdf5.gz, .npz or a Minari folder.")
-
-
-def own_info(written: Any, base: DatasetInfo, where: str) -> DatasetInfo:
-    """`base` with what a dataset's own `offrl_info` tells: JSON of DatasetInfo's fields, or the fields themselves."""
-    try:
-        fields = dict(json.loads(written) if isinstance(written, (str, bytes)) else written)
-    except (ValueError, TypeError) as error:
-        raise OffrlError(f"{where}: offrl_info is no JSON object ({error}); write the dataset again.") from error
-    unknown = set(fields) - set(DatasetInfo.__dataclass_fields__)
-    if unknown:
-        raise OffrlError(f"{where}: offrl_info holds unknown fields {sorted(unknown)}; another version wrote it.")
-    return replace(base, **fields)

@@ -1,7 +1,8 @@
 """Reader of D4RL's HDF5 files: flat columns, one row a step (Fu et al. 2020, arXiv 2004.07219).
 
     observations [N, O], actions [N, A], rewards [N], terminals [N], and where the family has them timeouts [N] and
-    next_observations [N, O]; further keys (metadata/, infos/, a plain `infos` array) are ignored.
+    next_observations [N, O]; `offrl.data.columns` has further keys; others (metadata/, infos/, a plain `infos` array) are
+    ignored.
 
 Rewards and terminals may be `(N, 1)` and flags may be floats. No simulator and no `d4rl` package is needed. A file
 that was written here carries what is known of it in the root attribute `offrl_info` (JSON of DatasetInfo's fields).
@@ -21,19 +22,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.data.arrays import from_arrays
-from offrl.data.checks import ReadOptions, check_dtype, check_length, empty, file_kind, flags, own_info
+from offrl.data.arrays import from_arrays, read_npz
+from offrl.data.checks import ReadOptions, empty, file_kind
+from offrl.data.columns import Source, read_rows
+from offrl.data.d3rlpy import D3rlpyFile, is_d3rlpy
 from offrl.data.dataset import DatasetInfo, OfflineDataset
-from offrl.data.episodes import Rows, to_store
+from offrl.data.episodes import to_store
 from offrl.data.hdf5 import attribute, column, keys, open_hdf5, read_into, reading, row_blocks
-from offrl.utils.errors import OffrlError, one_line
+from offrl.data.schema import own_info
+from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 
+# Bytes of disk that unpacking leaves free.
+SPARE_DISK = 1 << 28
+# What every file of D4RL itself has.
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 
 
 def read_d4rl(path: Path, info: DatasetInfo | None = None, options: ReadOptions | None = None) -> OfflineDataset:
-    """Read one D4RL-style HDF5 file (`.hdf5`, `.h5`, or either compressed as `.gz`).
+    """Read one D4RL-style HDF5 file (`.hdf5`, `.h5`), or such a file or an NPZ file packed with gzip.
 
     Args:
         path: the file.
@@ -48,9 +55,12 @@ def read_d4rl(path: Path, info: DatasetInfo | None = None, options: ReadOptions 
     if file_kind(path) == "gzip":
         return _read_compressed(path, info, options)
     with open_hdf5(path) as file:
-        if (written := attribute(file, "offrl_info", path)) is not None:
+        written = attribute(file, "offrl_info", path)
+        if written is not None:
             info = own_info(written, info, str(path))
-        rows = _read_rows(file, options, path)
+        info = replace(info, family=options.family or info.family)
+        rows, info = read_rows(_source(file, path), info, options.semantics == "exact")
+        rows.checked = written is not None
     return to_store(rows, info, options, str(path))
 
 
@@ -59,77 +69,80 @@ def _read_compressed(path: Path, info: DatasetInfo, options: ReadOptions) -> Off
         cache_dir().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
             unpacked = Path(folder) / path.name.removesuffix(".gz")
-            with gzip.open(path) as source, open(unpacked, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-            store = read_d4rl(unpacked, info, options)
+            _unpack(path, unpacked)
+            kind = file_kind(unpacked)
+            if kind not in ("hdf5", "npz"):
+                raise OffrlError(f"{path}: it holds a file of the kind {kind}; only HDF5 and NPZ are read packed.")
+            store = (read_npz if kind == "npz" else read_d4rl)(unpacked, info, options)
     except OffrlError as error:
         raise OffrlError(str(error).replace(str(unpacked), str(path))) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise OffrlError(f"{path}: the gzip file is cut off or damaged ({error}); fetch it again.") from error
     except OSError as error:
-        way_out = "free some space, set OFFRL_HOME elsewhere, or unpack it yourself"
-        raise OffrlError(f"{path}: it cannot be unpacked in {cache_dir()} ({error.strerror}); {way_out}.") from error
+        raise _no_room(path, error.strerror) from error
     store.info = replace(store.info, source=str(path))
     return store
 
 
-def _floats(dataset: h5py.Dataset, columns: bool, path: Path) -> Tensor:
-    """`[N, C]` (images and the like flattened) or, without `columns`, `[N]` from (N,) or (N, 1)."""
-    n, key = dataset.shape[0], str(dataset.name).lstrip("/")
-    width = int(np.prod(dataset.shape[1:], dtype=np.int64))
-    if not columns and width != 1:
-        raise OffrlError(f"{path}: {key} has shape {dataset.shape}; it must be one number a row.")
-    with reading(path, key):
-        tensor = empty(n, width) if columns else empty(n)
-        if tensor.numel():
-            read_into(dataset, tensor.numpy().reshape(dataset.shape), path)
-    return tensor
+def _unpack(path: Path, target: Path) -> None:
+    """Unpack a gzip file, as long as the disk has room; a few bytes may unpack to a thousand times as many."""
+    room = shutil.disk_usage(target.parent).free - SPARE_DISK
+    with gzip.open(path) as source, open(target, "wb") as file:
+        while block := source.read(1 << 20):
+            room -= len(block)
+            if room < 0:
+                raise _no_room(path, "it is larger than the free space")
+            file.write(block)
 
 
-def _flags(dataset: h5py.Dataset, path: Path) -> np.ndarray:
-    key = str(dataset.name).lstrip("/")
-    with reading(path, key):
-        array = np.empty(dataset.shape, dataset.dtype)
-        if array.size:
-            read_into(dataset, array, path)
-    return flags(key, array, str(path))
+def _no_room(path: Path, reason: object) -> OffrlError:
+    way_out = "free some space, set OFFRL_HOME elsewhere, or unpack it yourself"
+    return OffrlError(f"{path}: it cannot be unpacked in {cache_dir()} ({reason}); {way_out}.")
 
 
-def _read_rows(file: h5py.File, options: ReadOptions, path: Path) -> Rows:
-    where, present = str(path), keys(file, path)
-    missing = [key for key in REQUIRED if key not in present]
-    if missing and "episode_0" in present:
-        raise OffrlError(f"{where}: this is the data file of a Minari dataset; give its folder instead.")
-    if missing:
-        there = one_line(", ".join(present) or "none")
-        raise OffrlError(f"{where}: missing {' and '.join(missing)} (its keys: {there}); this is no D4RL file.")
-    wanted = [*REQUIRED, "timeouts"] + (["next_observations"] if options.semantics == "exact" else [])
-    columns = {key: column(file, key, path) for key in wanted if key in present}
-    for key, dataset in columns.items():
-        check_dtype(key, dataset.dtype, where)
-        check_length(key, dataset.shape[0], columns["observations"].shape[0], where)
-    if "next_observations" in columns and columns["next_observations"].shape != columns["observations"].shape:
-        shapes = f"{columns['next_observations'].shape} and {columns['observations'].shape}"
-        raise OffrlError(f"{where}: next_observations and observations have shapes {shapes}; they must agree.")
-    return Rows(
-        observations=_floats(columns["observations"], True, path),
-        actions=_actions(columns["actions"], path),
-        rewards=_floats(columns["rewards"], False, path),
-        terminals=_flags(columns["terminals"], path),
-        timeouts=_flags(columns["timeouts"], path) if "timeouts" in columns else None,
-        next_observations=_floats(columns["next_observations"], True, path) if "next_observations" in columns else None,
-    )
+class Hdf5File:
+    """Arrays of an HDF5 file as a source of columns."""
+
+    def __init__(self, file: h5py.File, names: list[str], path: Path) -> None:
+        self.file, self.names, self.path, self.where = file, names, path, str(path)
+
+    def keys(self) -> list[str]:
+        return self.names
+
+    def described(self, key: str) -> tuple[tuple[int, ...], np.dtype]:
+        dataset = column(self.file, key, self.path)
+        return dataset.shape, dataset.dtype
+
+    def floats(self, key: str) -> Tensor:
+        dataset = column(self.file, key, self.path)
+        if dataset.dtype.kind == "b":  # HDF5 has no conversion from its enumerations (which bool is) to numbers
+            return torch.from_numpy(self.array(key)).float()
+        with reading(self.path, key):
+            tensor = empty(*dataset.shape)
+            if tensor.numel():
+                read_into(dataset, tensor.numpy(), self.path)
+        return tensor
+
+    def array(self, key: str) -> np.ndarray:
+        with reading(self.path, key):
+            if isinstance(self.file[key], h5py.Dataset) and self.file[key].shape == ():
+                return np.asarray(self.file[key][()])
+        dataset = column(self.file, key, self.path)
+        with reading(self.path, key):
+            array = np.empty(dataset.shape, dataset.dtype)
+            if array.size:
+                read_into(dataset, array, self.path)
+        return array
 
 
-def _actions(dataset: h5py.Dataset, path: Path) -> Tensor:
-    """Integers, one a row, are discrete actions; everything else is a box."""
-    if dataset.dtype.kind not in "iu" or np.prod(dataset.shape[1:]) != 1:
-        return _floats(dataset, True, path)
-    with reading(path, "actions"):
-        array = np.empty(dataset.shape, np.int64)
-        if array.size:
-            read_into(dataset, array, path)
-    return torch.from_numpy(array.reshape(-1))
+def _source(file: h5py.File, path: Path) -> Source:
+    """What reads the file, by the names of its arrays."""
+    names = keys(file, path)
+    if is_d3rlpy(names):
+        return D3rlpyFile(file, names, path)
+    if "episode_0" in names and "observations" not in names:
+        raise OffrlError(f"{path}: this is the data file of a Minari dataset; give its folder instead.")
+    return Hdf5File(file, names, path)
 
 
 def check_complete(path: Path) -> None:

@@ -12,11 +12,22 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from offrl.data.batch import Batch, WindowBatch
 from offrl.utils.errors import OffrlError
+
+Bound = float | tuple[float, ...]
+
+
+def _bound(value: Any) -> Bound:
+    """One number where all dimensions have the same, else a tuple."""
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return value
+    numbers = tuple(float(number) for number in np.ravel(value))
+    return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,8 @@ class DatasetInfo:
         family: `gym-mujoco`, `antmaze`, `maze2d`, `adroit`, `kitchen`, `forge`, ... ; chooses per-family settings.
         ref_min, ref_max: returns that score 0 and 100; None when the set has no reference.
         max_episode_steps: the time limit of the behaviour's environment; None when unknown.
-        action_low, action_high: bounds of the actions (scalars; datasets here have symmetric boxes).
+        action_low, action_high: bounds of the actions: one number where all dimensions have the same, else one a
+            dimension.
         discrete: number of discrete actions; None for continuous ones.
         provenance: free text or numbers worth keeping (policies, seeds, versions).
     """
@@ -44,10 +56,19 @@ class DatasetInfo:
     ref_min: float | None = None
     ref_max: float | None = None
     max_episode_steps: int | None = None
-    action_low: float = -1.0
-    action_high: float = 1.0
+    action_low: Bound = -1.0
+    action_high: Bound = 1.0
     discrete: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("action_low", "action_high"):  # lists come from JSON
+            object.__setattr__(self, name, _bound(getattr(self, name)))
+
+    @property
+    def action_range(self) -> tuple[float, float]:
+        """The least and the largest bound of any dimension."""
+        return float(np.min(self.action_low)), float(np.max(self.action_high))
 
     def normalized(self, returns: Any) -> Any:
         """100 (R - ref_min) / (ref_max - ref_min), the score of D4RL (Fu et al. 2020); None without references."""
@@ -314,7 +335,10 @@ class OfflineDataset:
 
 
 def concatenate(datasets: list[OfflineDataset], info: DatasetInfo | None = None) -> OfflineDataset:
-    """One dataset of several with the same shapes, in order; episodes stay apart."""
+    """One dataset of several with the same shapes, in order; episodes stay apart.
+
+    Its action bounds are the least box that holds those of all.
+    """
     for dataset in datasets[1:]:
         same = all(
             getattr(dataset, name).shape[1:] == getattr(datasets[0], name).shape[1:]
@@ -329,4 +353,9 @@ def concatenate(datasets: list[OfflineDataset], info: DatasetInfo | None = None)
         tensors[name] = torch.cat([getattr(dataset, name) for dataset in datasets])
     lengths = torch.cat([dataset.lengths for dataset in datasets])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return OfflineDataset(**tensors, offsets=offsets, info=info or datasets[0].info)
+    info = info or datasets[0].info
+    if any((d.info.action_low, d.info.action_high) != (info.action_low, info.action_high) for d in datasets):
+        low = np.minimum.reduce(np.broadcast_arrays(*(d.info.action_low for d in datasets)))
+        high = np.maximum.reduce(np.broadcast_arrays(*(d.info.action_high for d in datasets)))
+        info = replace(info, action_low=_bound(low), action_high=_bound(high))
+    return OfflineDataset(**tensors, offsets=offsets, info=info)

@@ -1,84 +1,36 @@
 """From the flat columns of D4RL's layout to a dataset: where episodes end and which rows are transitions.
 
 `exact` (default)
-    A stored `next_observations` is used and every row kept. Without it the successor is the next row of the same
-    episode; the last row of an episode that ended by a time limit, or that the file cuts off, has no known successor
-    and becomes the episode's tail (its reward counts in returns, its action is the a' of the row before). A row that
-    terminates stays, with its own observation as successor, which the mask hides.
+    A stored `next_observations` is used, and every row kept whose successor is its episode's own. Without it the
+    successor is the next row of the same episode; the last row of an episode that ended by a time limit, or that the
+    file cuts off, has no known successor and becomes the episode's tail (its reward counts in returns, its action is
+    the a' of the row before). A row that terminates stays, with its own observation as successor, which the mask hides.
 `d4rl`
     The rows of D4RL's `qlearning_dataset`, number for number: stored successors are ignored, a terminating row's
     successor is the next episode's first observation, rows with a timeout and the last row of the file are left out
     (here they become tails), and without `timeouts` the horizon's counter starts at 1 after a termination, so that
     it cuts one step early.
 
-In both, a termination is what the file calls `terminals`; a time limit never is one. Episodes end at either, except
-where a family's files mean something else: AntMaze's terminals say "at the goal" while the trajectory goes on, so
-that only timeouts end it; Kitchen has no timeouts and marks the end of every demonstration by a terminal, so that its
-horizon (which demonstrations exceed) is not applied in `exact`. An episode left without a transition disappears.
+In both, a termination is what the file calls `terminals` (`offrl.data.columns` has the other names), also where the same
+row is a timeout; a time limit alone never is one. Episodes end at either (`offrl.data.ends`), except where a family's
+files mean something else: AntMaze's terminals say "at the goal" while the trajectory goes on, so that only timeouts end
+it; Kitchen has no timeouts and marks the end of every demonstration by a terminal, so that its horizon (which
+demonstrations exceed) is not applied in `exact`. An episode left without a transition disappears.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from offrl.data.checks import ReadOptions, check_actions, check_finite, empty
+from offrl.data.actions import check_actions, looks_discrete
+from offrl.data.checks import ReadOptions, check_finite, empty, with_notices
+from offrl.data.columns import Rows
 from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.ends import find_ends
 from offrl.utils.errors import OffrlError
-
-
-@dataclass
-class Rows:
-    """Flat columns; `to_store` may overwrite them.
-
-    Attributes:
-        observations: `[N, O]` float32. next_observations: the same, or None when the source has none.
-        actions: `[N, A]` float32, or `[N]` int64 when discrete. rewards: `[N]` float32.
-        terminals, timeouts: `[N]` bool; timeouts None when the source has none.
-    """
-
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    terminals: np.ndarray
-    timeouts: np.ndarray | None = None
-    next_observations: Tensor | None = None
-
-
-def horizon_timeouts(terminals: np.ndarray, horizon: int, count_after_terminal: int = 0) -> np.ndarray:
-    """`[N]` bool: rows at which a step counter, restarted at every end, reaches `horizon`.
-
-    Args:
-        count_after_terminal: value the counter restarts with after a termination; 1 repeats D4RL's off-by-one.
-    """
-    timeouts = np.zeros(len(terminals), dtype=bool)
-    start = count = 0
-    for end in np.append(np.flatnonzero(terminals), len(terminals) - 1):
-        timeouts[start + horizon - 1 - count : end + 1 : horizon] = True
-        count = 0 if timeouts[end] else count_after_terminal
-        start = end + 1
-    return timeouts
-
-
-def _ends(rows: Rows, info: DatasetInfo, options: ReadOptions, where: str) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Last row of each episode `[E]`, which rows a time limit cut `[N]`, and whether the last episode is complete."""
-    exact, terminals, timeouts = options.semantics == "exact", rows.terminals, rows.timeouts
-    if timeouts is None and info.max_episode_steps and not (exact and info.family == "kitchen" and terminals.any()):
-        timeouts = horizon_timeouts(terminals, info.max_episode_steps, 0 if exact else 1)
-    if timeouts is None:
-        timeouts = np.zeros(len(terminals), dtype=bool)
-    by_timeouts_only = info.family == "antmaze" and rows.timeouts is not None
-    ends = timeouts.copy() if by_timeouts_only else terminals | timeouts
-    if not ends.any() and not options.unfinished:
-        raise OffrlError(
-            f"{where}: no episode ends (terminals and timeouts are never 1 and no time limit is known); mark the "
-            "ends, or read it as one unfinished episode (unfinished=True, --unfinished)."
-        )
-    complete, ends[-1] = bool(ends[-1]), True
-    return np.flatnonzero(ends), timeouts, complete
 
 
 def _remove(arrays: list[np.ndarray], removed: np.ndarray) -> int:
@@ -111,21 +63,22 @@ def to_store(rows: Rows, info: DatasetInfo, options: ReadOptions, where: str) ->
         tensor = getattr(rows, key)
         if tensor is not None and tensor.is_floating_point():
             check_finite(key, tensor, where)
-    discrete = None if rows.actions.is_floating_point() else info.discrete or int(rows.actions.max()) + 1
-    info = replace(info, discrete=discrete)
     info = check_actions(rows.actions, info, options, where)
 
     exact = options.semantics == "exact"
-    ends, timeouts, complete = _ends(rows, info, options, where)
+    found = find_ends(rows, info, options, where)
+    notice = looks_discrete(rows.actions) if rows.actions.is_floating_point() else None
+    info = with_notices(info, [*found.notices, *([notice] if notice else [])])
+    ends = found.last
     starts = np.append(0, ends[:-1] + 1)
     terminated = rows.terminals[ends]
     stored = exact and rows.next_observations is not None
     if stored:
-        tail = np.zeros(len(ends), dtype=bool)
+        tail = found.unknown[ends]
     elif exact:
         tail = ~terminated
     else:
-        tail = timeouts[ends]
+        tail = found.timeouts[ends]
         tail[-1] = True
 
     if stored and rows.next_observations is not None:
@@ -154,7 +107,7 @@ def to_store(rows: Rows, info: DatasetInfo, options: ReadOptions, where: str) ->
         n = _remove([tensor.numpy() for tensor in tensors] + [rows.terminals], ends[tail])
     keep = torch.from_numpy(alive)
     finished = torch.ones(len(ends), dtype=torch.bool)
-    finished[-1] = complete
+    finished[-1] = found.complete
     counts = {
         "semantics": options.semantics,
         "rows_in_file": rows_in_file,

@@ -11,11 +11,9 @@ observations become one-hot; text is left out. `info.provenance["observation_key
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,15 @@ import torch
 from h5py import h5d, h5g, h5s, h5t
 from torch import Tensor
 
-from offrl.data.catalogue import environment_references, family_of, flat_keys
+from offrl.data.actions import check_actions
+from offrl.data.catalogue import environment_references, family_of
 from offrl.data.catalogue import minari as minari_catalogue
-from offrl.data.checks import ReadOptions, check_actions, check_dtype, check_finite, empty, own_info
+from offrl.data.checks import ReadOptions, check_dtype, check_finite, empty
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.hdf5 import DENSEST, check_file, check_inside, keys, open_hdf5, reading, unreadable
+from offrl.data.memory import check_memory
+from offrl.data.schema import Box, EnvSpec, MinariMetadata, from_json, minari_metadata, own_info
+from offrl.data.spaces import Leaf, action_info, observation_leaves
 from offrl.utils.errors import OffrlError
 
 SCALAR_KEYS = ("rewards", "terminations", "truncations")
@@ -47,131 +49,82 @@ def local_folder(name: str) -> Path:
 
 
 def data_folder(path: Path) -> Path | None:
-    """The folder that holds `metadata.json`: `path/data` or `path` itself; None when it is no Minari dataset."""
-    return next((folder for folder in (path / "data", path) if (folder / "metadata.json").is_file()), None)
+    """The folder of a Minari dataset that holds its files: `path/data` or `path` itself; None when there are none.
+
+    Since Minari 0.5 there is a `metadata.json`; before, `main_data.hdf5` told everything.
+    """
+    folders = [(folder, name) for name in ("metadata.json", "main_data.hdf5") for folder in (path / "data", path)]
+    return next((folder for folder, name in folders if (folder / name).is_file()), None)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """`metadata.json` of a Minari dataset folder."""
+    """What a Minari dataset folder tells of itself: `metadata.json`, or the data file's attributes (Minari 0.4)."""
     folder = data_folder(path)
     if folder is None:
         raise OffrlError(
             f"{path}: this folder is no dataset (no data/metadata.json in it); give a file or a Minari folder."
         )
+    if not (folder / "metadata.json").is_file():
+        return _attributes(folder / "main_data.hdf5")
     try:
-        return json.loads((folder / "metadata.json").read_text())
-    except ValueError as error:
-        raise OffrlError(f"{folder / 'metadata.json'}: not valid JSON ({error}); fetch the dataset again.") from error
+        text = (folder / "metadata.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OffrlError(f"{folder / 'metadata.json'} cannot be read ({error}); fetch the dataset again.") from error
+    return from_json(text, str(folder / "metadata.json"))
 
 
-# ---- spaces ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One array of a nested observation: its path in the file, how many numbers it gives, and how.
-
-    `classes` is the number of values of a discrete observation, which becomes one-hot; None for a box.
-    """
-
-    path: tuple[str, ...]
-    size: int
-    classes: int | None = None
-    start: int = 0
-    image: bool = False
-
-
-def observation_leaves(space: dict[str, Any], env_id: str, goals: bool, where: str) -> list[Leaf]:
-    """The arrays that make up the flat observation, in order.
-
-    Args:
-        space: Minari's JSON of the observation space.
-        env_id: Gymnasium id, which decides what a maze's observation is.
-        goals: take every key of a goal-conditioned maze instead.
-    """
-    leaves = list(_leaves(space, (), None if goals else env_id, where))
-    if not leaves:
-        raise OffrlError(f"{where}: its observation space ({space.get('type')}) holds no numbers; it cannot be used.")
-    return leaves
-
-
-def _leaves(space: dict[str, Any], path: tuple[str, ...], env_id: str | None, where: str) -> Iterator[Leaf]:
-    kind = space["type"]
-    if kind == "Dict":
-        subspaces = space["subspaces"]
-        keys = sorted(subspaces) if env_id is None or path else flat_keys(env_id, subspaces)
-        for key in keys:
-            yield from _leaves(subspaces[key], (*path, key), env_id, where)
-    elif kind == "Tuple":
-        for index, subspace in enumerate(space["subspaces"]):
-            yield from _leaves(subspace, (*path, f"_index_{index}"), env_id, where)
-    elif kind == "Box":
-        shape = tuple(space["shape"])
-        image = space["dtype"] == "uint8" and len(shape) == 3
-        yield Leaf(path, int(np.prod(shape, dtype=np.int64)), image=image)
-    elif kind == "Discrete":
-        yield Leaf(path, int(space["n"]), classes=int(space["n"]), start=int(space.get("start", 0)))
-    elif kind == "MultiBinary":
-        yield Leaf(path, int(np.prod(space["n"], dtype=np.int64)))
-    elif kind != "Text":
-        raise OffrlError(f"{where}: observations of type {kind} are not supported; convert them to boxes.")
-
-
-def _action_info(space: dict[str, Any], info: DatasetInfo, where: str) -> tuple[DatasetInfo, int, int]:
-    """`info` with the action bounds, the width of an action (0 when discrete), and the first discrete action."""
-    if space["type"] == "Discrete":
-        return replace(info, discrete=int(space["n"])), 0, int(space.get("start", 0))
-    if space["type"] != "Box":
-        raise OffrlError(f"{where}: actions of type {space['type']} are not supported; only Box and Discrete are.")
-    low, high = np.array(space["low"], dtype=np.float64), np.array(space["high"], dtype=np.float64)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise OffrlError(f"{where}: its action space has no bounds; give them (action_bound=B, --action-bound B).")
-    bounds = replace(info, action_low=float(low.min()), action_high=float(high.max()))
-    return bounds, int(np.prod(space["shape"], dtype=np.int64)), 0
+def _attributes(path: Path) -> dict[str, Any]:
+    """The metadata of Minari up to 0.4: the attributes of its data file."""
+    with open_hdf5(path) as file:
+        attributes = {key: file.attrs[key] for key in file.attrs}
+    values = {key: value.item() if isinstance(value, np.generic) else value for key, value in attributes.items()}
+    metadata = {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
+    if missing := [key for key in ("total_steps", "observation_space", "action_space") if key not in metadata]:
+        raise OffrlError(
+            f"{path}: no metadata.json lies beside it and, as a file of Minari 0.4, it lacks {', '.join(missing)}; fetch "
+            "the dataset again with a newer Minari."
+        )
+    return metadata | {"data_format": "hdf5", "jpeg_encoding": False}
 
 
 # ---- what is known besides the numbers -----------------------------------------------------------------------------
 
 
-def _spec(metadata: dict[str, Any], key: str) -> dict[str, Any]:
-    text = metadata.get(key)
-    return json.loads(text) if isinstance(text, str) else text or {}
-
-
-def dataset_info(metadata: dict[str, Any], asked: str | None, path: Path, where: str) -> DatasetInfo:
+def dataset_info(metadata: MinariMetadata, asked: str | None, path: Path, where: str) -> DatasetInfo:
     """What metadata, our catalogue and the dataset's own `offrl_info` tell (each replacing the one before)."""
-    name = asked or metadata.get("dataset_id") or path.name
-    spec = _spec(metadata, "eval_env_spec") or _spec(metadata, "env_spec")
+    name = asked or metadata.dataset_id or path.name
+    specs = [spec for spec in (metadata.eval_env_spec, metadata.env_spec) if spec]
+    spec = specs[0] if specs else EnvSpec()
     entry = minari_catalogue().get(name)
-    env_id = spec.get("id") or (entry.env_id if entry else None) or None
+    env_id = spec.id or (entry.env_id if entry else None) or None
     provenance = {
-        key: metadata[key]
+        key: value
         for key in ("algorithm_name", "author", "code_permalink", "minari_version", "requirements")
-        if metadata.get(key)
+        if (value := getattr(metadata, key))
     }
     if entry and entry.note:
         provenance["note"] = entry.note
-    ref_min, ref_max = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if ref_min is not None and ref_max is not None:
+    ref_min, ref_max = metadata.ref_min_score, metadata.ref_max_score
+    if ref_min is not None and ref_max is not None and ref_min != ref_max:
         provenance["references"] = "the dataset's metadata"
     elif env_id and (references := environment_references(env_id)):
         ref_min, ref_max, provenance["references"] = references
     else:
         ref_min = ref_max = None
-    limit = (entry.max_episode_steps if entry else None) or spec.get("max_episode_steps")
+    limit = (entry.max_episode_steps if entry else None) or spec.max_episode_steps
     info = DatasetInfo(
         id=name,
         source=str(path),
         env_id=env_id,
-        env_kwargs=spec.get("kwargs") or {},
+        env_kwargs=spec.kwargs or {},
         family=family_of(env_id),
         ref_min=None if ref_min is None else float(ref_min),
         ref_max=None if ref_max is None else float(ref_max),
         max_episode_steps=limit,
         provenance=provenance,
     )
-    if "offrl_info" in metadata:
-        info = own_info(metadata["offrl_info"], info, where)
+    if metadata.offrl_info is not None:
+        info = own_info(metadata.offrl_info, info, where)
         info = replace(info, source=str(path), provenance=provenance | info.provenance)
         if asked is not None:
             info = replace(info, id=asked)
@@ -207,17 +160,16 @@ def read_minari(path: Path, name: str | None = None, options: ReadOptions | None
         OffrlError: no Minari dataset, spaces that are no numbers, an episode whose lengths do not fit together
             (`len(observations) == T + 1`), NaN, actions out of bounds, no episode.
     """
-    options, where, metadata = options or ReadOptions(), str(path), read_metadata(path)
-    try:
-        info, leaves, width, first = _described(metadata, name, path, options)
-        n, size = int(metadata["total_steps"]), sum(leaf.size for leaf in leaves)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise OffrlError(f"{where}: metadata.json is not what Minari writes ({error!r}); fetch it again.") from error
+    options, where = options or ReadOptions(), str(path)
+    metadata = minari_metadata(read_metadata(path), where)
+    info, leaves, width, first = _described(metadata, name, path, options)
+    n, size = metadata.total_steps, sum(leaf.size for leaf in leaves)
     folder = data_folder(path) or path
-    jpeg = metadata.get("jpeg_encoding", True) and any(leaf.image for leaf in leaves)
-    in_hdf5 = metadata.get("data_format", "hdf5") == "hdf5" and not jpeg
+    jpeg = metadata.jpeg_encoding and any(leaf.image for leaf in leaves)
+    in_hdf5 = metadata.data_format == "hdf5" and not jpeg
     if in_hdf5:
         _check_steps(n, folder / "main_data.hdf5")
+    check_memory(4 * n * (2 * size + max(width, 2) + 2), where)
     with reading(path, f"total_steps={n} in metadata.json"):
         actions = empty(n, width) if width else torch.empty(n, dtype=torch.int64)
         observations, successors, rewards, terminations = empty(n, size), empty(n, size), empty(n), empty(n)
@@ -260,19 +212,19 @@ def read_minari(path: Path, name: str | None = None, options: ReadOptions | None
 
 
 def _described(
-    metadata: dict[str, Any], name: str | None, path: Path, options: ReadOptions
+    metadata: MinariMetadata, name: str | None, path: Path, options: ReadOptions
 ) -> tuple[DatasetInfo, list[Leaf], int, int]:
     """What metadata tells: info, the parts of an observation, an action's width (0: discrete), the first action."""
     info = dataset_info(metadata, name, path, str(path))
-    space = json.loads(metadata["action_space"])
-    if space["type"] == "Box" and options.action_bound is not None:
-        space["low"], space["high"] = -options.action_bound, options.action_bound
-    info, width, first = _action_info(space, info, str(path))
-    observation_space = json.loads(metadata["observation_space"])
-    leaves = observation_leaves(observation_space, info.env_id or "", options.goals, str(path))
-    keys = [".".join(leaf.path) for leaf in leaves if leaf.path]
-    if keys:
-        info = replace(info, provenance=info.provenance | {"observation_keys": keys})
+    info, space = replace(info, family=options.family or info.family), metadata.action_space
+    if isinstance(space, Box) and options.action_bound is not None:
+        space = space.model_copy(update={"low": -options.action_bound, "high": options.action_bound})
+    elif isinstance(space, Box) and options.action_low is not None:
+        space = space.model_copy(update={"low": options.action_low, "high": options.action_high})
+    info, width, first = action_info(space, info, str(path))
+    leaves = observation_leaves(metadata.observation_space, info.env_id or "", options.goals, str(path))
+    if names := [leaf.name for leaf in leaves if leaf.path]:
+        info = replace(info, provenance=info.provenance | {"observation_keys": names})
     return info, leaves, width, first
 
 
@@ -305,9 +257,7 @@ def _add_episode(
     column = 0
     try:
         for leaf, array in zip(leaves, observations):
-            if leaf.classes is not None:
-                array = np.eye(leaf.classes, dtype=np.float32)[array.reshape(-1).astype(np.int64) - leaf.start]
-            array = array.reshape(length + 1, leaf.size)
+            array = leaf.flat(array)
             memory.observations[start:stop, column : column + leaf.size] = array[:-1]
             memory.next_observations[start:stop, column : column + leaf.size] = array[1:]
             column += leaf.size
@@ -439,5 +389,6 @@ def _read_with_minari(folder: Path, leaves: list[Leaf], memory: _Memory, where: 
 def local_datasets(root: Path | None = None) -> list[str]:
     """Ids of the Minari datasets under `root` (default: `minari_root()`)."""
     root = root or minari_root()
-    found = root.glob("**/data/metadata.json") if root.is_dir() else ()
-    return sorted(file.parent.parent.relative_to(root).as_posix() for file in found)
+    names = ("metadata.json", "main_data.hdf5") if root.is_dir() else ()
+    found = {file.parent.parent for name in names for file in root.glob(f"**/data/{name}")}
+    return sorted(folder.relative_to(root).as_posix() for folder in found)

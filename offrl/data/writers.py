@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from offrl.data.arrays import info_json, to_arrays, write_npz
 from offrl.data.cache import write_flat
 from offrl.data.dataset import OfflineDataset
@@ -58,7 +60,8 @@ def write_minari(store: OfflineDataset, folder: Path) -> None:
         raise OffrlError(f"{folder}: exists already; remove it or choose another name.")
     if not re.fullmatch(r"[\w-]+-v\d+", folder.name):
         raise OffrlError(f"{folder}: a Minari dataset's name must end in -v0, -v1, ...; choose such a name.")
-    info, low, high = store.info, store.info.action_low, store.info.action_high
+    info, width = store.info, store.action_dim
+    low, high = (np.broadcast_to(np.array(bound, np.float32), width) for bound in (info.action_low, info.action_high))
     numbers = {name: tensor.cpu().numpy() for name, tensor in store.tensors().items()}
     episodes = []
     for index, (start, stop) in enumerate(zip(numbers["offsets"][:-1], numbers["offsets"][1:])):
@@ -76,7 +79,7 @@ def write_minari(store: OfflineDataset, folder: Path) -> None:
                 truncations=truncations,
             )
         )
-    actions: Any = spaces.Discrete(info.discrete) if info.discrete else spaces.Box(low, high, (store.action_dim,))
+    actions: Any = spaces.Discrete(info.discrete) if info.discrete else spaces.Box(low, high)
     with _environment("MINARI_DATASETS_PATH", str(folder.parent)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # minari asks for an author, a description, ...
         dataset = minari.create_dataset_from_buffers(

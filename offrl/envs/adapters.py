@@ -22,10 +22,14 @@ from numpy.typing import NDArray
 from offrl.data.catalogue import d4rl, flat_keys
 from offrl.data.dataset import DatasetInfo
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
-from offrl.utils.errors import OffrlError
+from offrl.utils.errors import OffrlError, one_line
 
 Array = NDArray[np.float64]
 ROBOTICS = ("PointMaze", "AntMaze", "Adroit", "FrankaKitchen", "Fetch", "HandManipulate", "HandReach")
+# Arguments of gymnasium.make itself, which are not a dataset's to choose.
+NO_ARGUMENTS = ("id", "disable_env_checker", "vectorization_mode", "entry_point", "additional_wrappers")
+# A folder, or the name of a file that environments read.
+PATH = re.compile(r"[/\\]|^~|\.(xml|mjcf|mjb|urdf|json|ya?ml|py|so|npy|npz|pkl|pickle|pt|pth|zip|hdf5|h5)$", re.I)
 KITCHEN_TASKS = {
     "complete": ("microwave", "kettle", "light switch", "slide cabinet"),
     "partial": ("microwave", "kettle", "light switch", "slide cabinet"),
@@ -68,7 +72,7 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
         env = WithoutContacts(env)
     if not _is_vector(env.observation_space):
         env = FlatObservation(env, info.env_id, info.provenance.get("observation_keys"))
-    return ClipAction(env) if isinstance(env.action_space, spaces.Box) else env
+    return _with_actions(env, info)
 
 
 def make_vector_env(info: DatasetInfo, count: int) -> gymnasium.vector.VectorEnv | None:
@@ -81,13 +85,39 @@ def make_vector_env(info: DatasetInfo, count: int) -> gymnasium.vector.VectorEnv
 
 
 def _kwargs(info: DatasetInfo) -> dict[str, Any]:
+    """Arguments of `gymnasium.make` that a dataset tells, none of which names a file.
+
+    Raises:
+        OffrlError: one does, or is no argument of an environment.
+    """
     limit = {} if info.max_episode_steps is None else {"max_episode_steps": info.max_episode_steps}
-    return {**info.env_kwargs, **limit}
+    for key, value in info.env_kwargs.items():
+        if key in NO_ARGUMENTS or not str(key).isidentifier():
+            raise OffrlError(f"{info.id}: env_kwargs holds {one_line(key)}, which is no argument of an environment.")
+        if path := next((text for text in _texts(value) if PATH.search(text)), None):
+            raise OffrlError(
+                f"{info.id}: env_kwargs names a file ({key}={one_line(path)}), and files that a dataset names are never "
+                "opened; register an environment with that file in your own code, and use its id."
+            )
+    return {**{key: value for key, value in info.env_kwargs.items() if key != "render_mode"}, **limit}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in nested lists and dicts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from (*_texts(key), *_texts(item))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
 
 
 def make_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:
     """`gymnasium.make` with the packages registered that an id needs, and errors that say what to install."""
-    robotics = env_id.rsplit(":", 1)[-1].startswith(ROBOTICS)
+    module, _, plain = env_id.rpartition(":")
+    robotics = plain.startswith(ROBOTICS)
     extra = "robotics" if robotics else "mujoco"
     try:
         # v4 is announced as out of date and Adroit v1 as changed; both are known here and used with a purpose.
@@ -98,13 +128,25 @@ def make_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:
                     import gymnasium_robotics
 
                 gymnasium.register_envs(gymnasium_robotics)
-            return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+            if module and plain not in gymnasium.registry:
+                raise OffrlError(
+                    f"{env_id}: the dataset asks to import {module} for its environment, and modules that a dataset names "
+                    f"are never imported; register {plain} in your own code before."
+                )
+            return gymnasium.make(plain, disable_env_checker=True, **kwargs)
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise OffrlError(
             f'{env_id} needs a package ({error}); install it with `pip install "offrl[{extra}]"`.'
         ) from error
     except gymnasium.error.UnregisteredEnv as error:
-        raise OffrlError(f"{env_id}: Gymnasium doesn't know this environment ({error}).") from error
+        raise OffrlError(
+            f"{env_id}: Gymnasium doesn't know this environment ({error}); register it in your own code."
+        ) from error
+    except (OffrlError, MemoryError):
+        raise
+    except Exception as error:  # whatever the environment raises at arguments that it does not like
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise OffrlError(f"{env_id} cannot be made ({reason}); check env_kwargs={one_line(kwargs)}.") from error
 
 
 @contextlib.contextmanager
@@ -131,6 +173,50 @@ class ClipAction(gymnasium.ActionWrapper):
         return np.clip(action, space.low, space.high)
 
 
+class ReshapeAction(gymnasium.ActionWrapper):
+    """Actions as the flat vector of the dataset, where the environment has another shape."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        space = env.action_space
+        assert isinstance(space, spaces.Box)
+        self.action_space = spaces.Box(space.low.reshape(-1), space.high.reshape(-1), dtype=space.dtype.type)
+
+    def action(self, action: Any) -> Any:
+        return np.asarray(action).reshape(self.env.action_space.shape)
+
+
+class ShiftAction(gymnasium.ActionWrapper):
+    """Discrete actions from 0 on, where the environment counts from another number."""
+
+    def __init__(self, env: gymnasium.Env, space: spaces.Discrete) -> None:
+        super().__init__(env)
+        self.first = int(space.start)
+        self.action_space = spaces.Discrete(int(space.n))
+
+    def action(self, action: Any) -> Any:
+        return action + self.first
+
+
+def _with_actions(env: gymnasium.Env, info: DatasetInfo) -> gymnasium.Env:
+    """The environment with actions as the dataset has them.
+
+    Raises:
+        OffrlError: it takes other actions than those of the dataset.
+    """
+    space = env.action_space
+    if isinstance(space, spaces.Discrete) and info.discrete == int(space.n):
+        return ShiftAction(env, space) if space.start else env
+    box = isinstance(space, spaces.Box) and info.discrete is None
+    width = len(info.action_low) if isinstance(info.action_low, tuple) else spaces.flatdim(space) if box else 0
+    if not box or width != spaces.flatdim(space):
+        there = f"{info.discrete} discrete actions" if info.discrete else "continuous actions"
+        raise OffrlError(
+            f"{info.id}: {info.env_id} takes actions {space}, but the dataset has {there}; it is another task."
+        )
+    return ClipAction(env if len(space.shape or ()) == 1 else ReshapeAction(env))
+
+
 def _is_vector(space: spaces.Space) -> bool:
     return isinstance(space, spaces.Box) and len(space.shape) == 1
 
@@ -144,10 +230,14 @@ class FlatObservation(gymnasium.ObservationWrapper):
 
     def __init__(self, env: gymnasium.Env, env_id: str, keys: Sequence[str] | None = None) -> None:
         super().__init__(env)
-        leaves = dict(_leaves(env.observation_space, (), None if keys else env_id))
-        paths = list(leaves) if keys is None else [tuple(key.split(".")) for key in keys]
-        self.leaves = [(path, leaves[path]) for path in paths]
-        size = sum(spaces.flatdim(space) for _, space in self.leaves)
+        leaves = {".".join(names): (path, space) for names, path, space in _leaves(env.observation_space, env_id, keys)}
+        if missing := [key for key in keys or () if key not in leaves]:
+            raise OffrlError(f"{env_id}: its observation lacks {missing[0]}, which the dataset's observations have.")
+        self.leaves = list(leaves.values()) if keys is None else [leaves[key] for key in keys]
+        try:
+            size = sum(spaces.flatdim(space) for _, space in self.leaves)
+        except (ValueError, NotImplementedError) as error:
+            raise OffrlError(f"{env_id}: its observation is no vector of numbers ({one_line(error)}).") from error
         self.observation_space = spaces.Box(-np.inf, np.inf, (size,), np.float64)
 
     def observation(self, observation: Any) -> Array:
@@ -160,14 +250,19 @@ class FlatObservation(gymnasium.ObservationWrapper):
         return np.concatenate(parts).astype(np.float64)
 
 
-def _leaves(space: spaces.Space, path: tuple[str, ...], env_id: str | None) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Parts of a nested observation with their paths; text is left out."""
+def _leaves(
+    space: spaces.Space, env_id: str, keys: Sequence[str] | None = None, path: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], tuple[Any, ...], Any]]:
+    """Parts of a nested observation: names as a Minari file has them, keys as Python has them, space; no text."""
     if isinstance(space, spaces.Dict):
-        keys = sorted(space.spaces) if path or env_id is None else flat_keys(env_id, space.spaces)
-        for key in keys:
-            yield from _leaves(space.spaces[key], (*path, key), env_id)
+        chosen = sorted(space.spaces) if path or keys else flat_keys(env_id, space.spaces)
+        for key in chosen:
+            yield from _leaves(space.spaces[key], env_id, keys, (*path, key))
+    elif isinstance(space, spaces.Tuple):
+        for index, subspace in enumerate(space.spaces):
+            yield from _leaves(subspace, env_id, keys, (*path, index))
     elif not isinstance(space, spaces.Text):
-        yield path, space
+        yield tuple(f"_index_{key}" if isinstance(key, int) else key for key in path), path, space
 
 
 # ---- D4RL's locomotion and hands -----------------------------------------------------------------------------------

@@ -203,7 +203,8 @@ def _spec_to(spec: Spec) -> dict[str, Any]:
 
 def _spec_from(values: Mapping[str, Any], device: str) -> Spec:
     zeros: Tensor = torch.zeros(values["obs_dim"])
-    return Spec(**{**values, "seeds": tuple(values["seeds"])}, obs_mean=zeros, obs_std=zeros + 1, device=device)
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Spec(**{**values, **lists}, obs_mean=zeros, obs_std=zeros + 1, device=device)
 
 
 def dataset_info(folder: Path | str) -> DatasetInfo:

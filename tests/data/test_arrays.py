@@ -29,7 +29,10 @@ def arrays(n: int = 60, with_next: bool = False, seed: int = 0) -> dict[str, np.
         "timeouts": ends[1] & ~ends[0],
     }
     if with_next:
-        data["next_observations"] = rng.standard_normal((n, 3))
+        data["next_observations"] = np.roll(data["observations"], -1, axis=0)
+        ends = data["terminals"] | data["timeouts"]
+        ends[-1] = True
+        data["next_observations"][ends] = rng.standard_normal((int(ends.sum()), 3))
     return data
 
 
@@ -84,10 +87,11 @@ def test_discrete_actions() -> None:
     data = arrays() | {"actions": np.tile([0, 1, 2], 20)}
     store = from_arrays(data, DatasetInfo(discrete=4))
     assert (store.action_dim, store.actions.dtype) == (4, torch.int64)
-    with pytest.raises(OffrlError, match="actions holds 2; it must lie between 0 and 1"):
+    with pytest.raises(OffrlError, match="actions holds 2 in row 2; it must lie between 0 and 1"):
         from_arrays(data, DatasetInfo(discrete=2))
 
 
+@pytest.mark.filterwarnings("ignore:.*no flag marks")  # AntMaze's terminals are no marks, but these successors jump
 @pytest.mark.parametrize("with_next", [False, True])
 @pytest.mark.parametrize("semantics", ["exact", "d4rl"])
 @pytest.mark.parametrize("family", ["unknown", "antmaze"])
@@ -106,6 +110,22 @@ def test_files_written_from_a_store_read_back_the_same(
         if semantics == "d4rl":
             other.next_observations = store.next_observations
         assert same(store, other)
+
+
+@pytest.mark.parametrize("write", [write_npz, write_hdf5])
+def test_terminations_within_an_episode_are_written_with_their_ends(tmp_path: Path, write: Any) -> None:
+    data = arrays(with_next=True)
+    for key in ("terminals", "timeouts"):
+        data[key] = np.zeros(60, bool)
+    data["next_observations"] = np.roll(data["observations"], -1, axis=0)
+    masks, dones = np.ones(60), np.isin(np.arange(60), [19, 39, 59])
+    masks[[4, 5, 27, 39]] = 0
+    data["next_observations"][dones] += 1
+    store = from_arrays(data | {"masks": masks, "dones": dones})
+    assert store.lengths.tolist() == [20, 20, 20]
+    path = tmp_path / ("a.npz" if write is write_npz else "a.hdf5")
+    write(store, path)
+    assert same(load(path), store)
 
 
 def test_tails_leave_where_a_layout_cannot_hold_them() -> None:

@@ -88,7 +88,7 @@ def test_files_are_known_by_our_and_d4rls_names() -> None:
         assert entry is not None
         assert entry.id == name
     assert catalogue.entry_of_file(Path("carla_town_flat-v0.hdf5")) is None  # two ids share it
-    assert catalogue.info_of_file(Path("my_ant_maze_run.hdf5")).family == "antmaze"
+    assert catalogue.info_of_file(Path("my_ant_maze_run.hdf5")).family == "unknown"
 
 
 def test_near_names() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import gzip
 import pickle
+import shutil
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ import pytest
 import torch
 
 from offrl.data import OfflineDataset, ReadOptions
-from offrl.data.d4rl import read_d4rl
+from offrl.data.d4rl import SPARE_DISK, read_d4rl
 from offrl.data.dataset import DatasetInfo
-from offrl.data.episodes import horizon_timeouts
+from offrl.data.ends import horizon_timeouts
 from offrl.datasets import load
 from offrl.utils.errors import OffrlError
 
@@ -52,6 +54,15 @@ def write(path: Path, data: Columns) -> Path:
         for key, value in data.items():
             file.create_dataset(key, data=value, compression="gzip" if np.ndim(value) else None)
     return path
+
+
+def successors(data: Columns) -> np.ndarray:
+    """The next row within an episode, a state of its own at an episode's end."""
+    after = np.roll(data["observations"], -1, axis=0)
+    ends = data["terminals"] | data["timeouts"]
+    ends[-1] = True
+    after[ends] = np.random.default_rng(1).standard_normal((int(ends.sum()), 3))
+    return after
 
 
 def restated_qlearning_dataset(data: Columns, horizon: int | None) -> dict[str, list[Any]]:
@@ -143,7 +154,7 @@ def test_exact_without_next_observations(tmp_path: Path, seed: int) -> None:
 def test_exact_uses_stored_successors_and_keeps_every_row(tmp_path: Path) -> None:
     data = columns()
     data["terminals"][-1] = data["timeouts"][-1] = False
-    data["next_observations"] = np.random.default_rng(1).standard_normal((200, 3)).astype("f4")
+    data["next_observations"] = successors(data)
     store = read_d4rl(write(tmp_path / "a.hdf5", data))
     for key in ("observations", "next_observations", "actions", "rewards"):
         np.testing.assert_array_equal(getattr(store, key), data[key])
@@ -160,7 +171,7 @@ def test_a_terminal_at_the_time_limit_stays_a_termination(tmp_path: Path, with_n
     data = columns(30, p_terminal=0, p_timeout=0)
     data["terminals"][9] = data["timeouts"][9] = data["timeouts"][29] = True
     if with_next:
-        data["next_observations"] = data["observations"] + 1
+        data["next_observations"] = successors(data)
     store = read_d4rl(write(tmp_path / "a.hdf5", data))
     assert store.terminations.nonzero().flatten().tolist() == [9]
     assert store.lengths.tolist() == ([10, 20] if with_next else [10, 19])
@@ -169,9 +180,9 @@ def test_a_terminal_at_the_time_limit_stays_a_termination(tmp_path: Path, with_n
 def test_true_layout_of_gym_mujoco_v2(tmp_path: Path) -> None:
     """(N, 1) rewards and terminals as replay buffers have them, float64, groups infos/ and metadata/, scalar entries."""
     data = columns(60)
-    data["next_observations"] = (data["observations"] * 2).astype("f8")
-    data["observations"] = data["observations"].astype("f8")
     data["terminals"][-1] = True
+    data["next_observations"] = successors(data).astype("f8")
+    data["observations"] = data["observations"].astype("f8")
     changed = {"rewards": data["rewards"][:, None], "terminals": data["terminals"][:, None].astype("f4")}
     path = write(tmp_path / "hopper-medium-replay-v2.hdf5", data | changed)
     with h5py.File(path, "a") as file:
@@ -262,6 +273,24 @@ def test_gz_of_a_file(tmp_path: Path) -> None:
         load(packed)
 
 
+def test_packed_files_of_other_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "a.npz", **columns())
+    (tmp_path / "a.npz.gz").write_bytes(gzip.compress((tmp_path / "a.npz").read_bytes()))
+    assert load(tmp_path / "a.npz.gz").fingerprint == load(tmp_path / "a.npz").fingerprint
+    twice = tmp_path / "a.hdf5.gz"
+    twice.write_bytes(gzip.compress((tmp_path / "a.npz.gz").read_bytes()))
+    with pytest.raises(OffrlError, match=f"{twice}: it holds a file of the kind gzip; only HDF5 and NPZ are read"):
+        load(twice)
+    with zipfile.ZipFile(tmp_path / "b.hdf5.zip", "w") as file:
+        file.write(write(tmp_path / "b.hdf5", columns()), "b.hdf5")
+    with pytest.raises(OffrlError, match=r"a zip archive of b\.hdf5, no NPZ file; unpack it first"):
+        load(tmp_path / "b.hdf5.zip")
+    free = type("Usage", (), {"free": SPARE_DISK + 1000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(OffrlError, match=r"it cannot be unpacked in .*larger than the free space.*set OFFRL_HOME"):
+        load(tmp_path / "a.npz.gz", cache=False)
+
+
 def test_integers_are_discrete_actions(tmp_path: Path) -> None:
     data = columns() | {"actions": np.random.default_rng(0).integers(0, 5, (200, 1))}
     store = load(write(tmp_path / "a.hdf5", data))
@@ -317,7 +346,7 @@ def test_peak_memory_is_at_most_1_3_times_the_tensors(tmp_path: Path) -> None:
     code = f"""
 import re, torch
 from pathlib import Path
-from offrl.data import load
+from offrl.datasets import load
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 torch.aminmax(torch.ones(9))
@@ -393,7 +422,12 @@ def test_object_dtype_and_groups_are_refused(tmp_path: Path) -> None:
 
 def test_own_info_that_is_none(tmp_path: Path) -> None:
     path = write(tmp_path / "a.hdf5", columns())
-    for text, message in (("[", "no JSON object"), ('{"colour": 1}', "unknown fields"), ('{"family": "mine"}', None)):
+    for text, message in (
+        ("[", "not valid JSON"),
+        ("[1]", "no JSON object"),
+        ('{"colour": 1}', "unknown fields"),
+        ('{"family": "mine"}', None),
+    ):
         with h5py.File(path, "a") as file:
             file.attrs["offrl_info"] = text
         if message is None:
@@ -436,7 +470,7 @@ def test_a_packed_file_that_cannot_be_unpacked(tmp_path: Path, monkeypatch: pyte
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfileobj", full)
+    monkeypatch.setattr("offrl.data.d4rl._unpack", full)
     with pytest.raises(OffrlError, match=r"cannot be unpacked in .*No space left on device.*OFFRL_HOME"):
         load(path, cache=False)
     monkeypatch.setenv("OFFRL_HOME", str(path / "below"))
@@ -471,7 +505,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, name: str) -> None:
 
 def test_what_a_user_may_allow(tmp_path: Path) -> None:
     data = with_value("actions", 42, 1.5)
-    path = write(tmp_path / "a.hdf5", data | {"next_observations": data["observations"]})
+    path = write(tmp_path / "a.hdf5", data | {"next_observations": successors(data)})
     assert float(load(path, clip_actions=True).actions.max()) == 1.0
     wide = load(path, action_bound=2.0)
     assert (float(wide.actions.max()), wide.info.action_low, wide.info.action_high) == (1.5, -2.0, 2.0)

@@ -22,7 +22,9 @@ def dataset(**info: object) -> OfflineDataset:
     observations = np.stack([np.arange(11.0), np.full(11, 5.0)], axis=1)
     data = {"observations": observations, "rewards": rewards, "terminals": terminals, "timeouts": timeouts}
     actions = np.linspace(-1, 1, 11)[:, None]
-    return from_arrays(data | {"actions": actions, "next_observations": observations + 1}, DatasetInfo(**info))
+    after = observations + [1, 0]
+    after[[2, 5, 8], 0] += 0.5  # an episode's last state is not the next one's first
+    return from_arrays(data | {"actions": actions, "next_observations": after}, DatasetInfo(**info))
 
 
 def test_counts_returns_and_scores() -> None:

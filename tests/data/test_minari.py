@@ -14,6 +14,7 @@ import torch
 
 from offrl.data.minari import observation_leaves, read_minari
 from offrl.datasets import load
+from offrl.forge import registry
 from offrl.utils.errors import OffrlError
 
 INFINITY = float("inf")
@@ -245,7 +246,7 @@ def test_forge_ids_are_built_where_they_are_missing(tmp_path: Path, monkeypatch:
         data = episodes(box(4), box(2, bound=1.0))
         return write(tmp_path / "home" / name, box(4), box(2, bound=1.0), data, offrl_info=own)
 
-    monkeypatch.setattr("offrl.forge.registry.ensure", ensure)
+    monkeypatch.setattr(registry, "ensure", ensure)
     first = load("forge/hopper/medium-v0")
     assert load("forge/hopper/medium-v0").fingerprint == first.fingerprint
     assert asked == ["forge/hopper/medium-v0"]
@@ -287,7 +288,7 @@ def bad_cases() -> Iterator[tuple[list[dict], dict[str, Any], str]]:
     yield with_nan(), {}, "observations holds nan in row 9, column 1"
     yield good, {"total_steps": 99}, "promises 99 steps but the episodes hold 15"
     yield good, {"total_steps": 3}, "promises 3 steps but the episodes hold 15"
-    yield good, {"observation_space": "{"}, "metadata.json is not what Minari writes"
+    yield good, {"observation_space": "{"}, "observation_space in metadata.json is not valid JSON"
     yield good, {"action_space": json.dumps({"low": 3})}, "metadata.json is not what Minari writes"
     yield good, {"offrl_info": json.dumps({"colour": "red"})}, "unknown fields .'colour'."
     yield good, {"observation_space": json.dumps(box(5))}, "episode_0 does not fit the spaces"
@@ -333,3 +334,22 @@ def test_leaves_of_tuples_keep_their_order() -> None:
     space = {"type": "Tuple", "subspaces": [box(2), {"type": "MultiBinary", "n": 3}]}
     leaves = observation_leaves(space, "", False, "here")
     assert [(leaf.path, leaf.size) for leaf in leaves] == [(("_index_0",), 2), (("_index_1",), 3)]
+
+
+def test_folders_of_minari_0_4_have_their_metadata_in_the_data_file(root: Path) -> None:
+    observation, action = box(4), box(2, bound=1.0)
+    new = write(root / "new-v0", observation, action, episodes(observation, action), env_spec=spec("Hopper-v5", 7))
+    old = write(root / "old-v0", observation, action, episodes(observation, action))
+    (old / "data/metadata.json").unlink()
+    with h5py.File(old / "data/main_data.hdf5", "a") as file:
+        file.attrs["total_steps"] = 15
+    with pytest.raises(OffrlError, match=r"as a file of Minari 0.4, it lacks observation_space, action_space"):
+        load(old)
+    with h5py.File(old / "data/main_data.hdf5", "a") as file:
+        file.attrs["dataset_id"], file.attrs["env_spec"] = "old-v0", spec("Hopper-v5", 7)
+        file.attrs["observation_space"], file.attrs["action_space"] = json.dumps(observation), json.dumps(action)
+    store = load("old-v0")
+    assert store.fingerprint == load(new).fingerprint
+    assert (store.info.env_id, store.info.max_episode_steps) == ("Hopper-v5", 7)
+    with pytest.raises(OffrlError, match="give its folder instead"):
+        load(old / "data/main_data.hdf5")

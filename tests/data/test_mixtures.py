@@ -127,8 +127,10 @@ def write_file(path: Path, value: float) -> None:
     """1000 steps in episodes of 10, each row with the reward `value`."""
     rng = np.random.default_rng(0)
     obs = rng.normal(size=(1000, 3)).astype(np.float32)
+    after = np.roll(obs, -1, axis=0)
+    after[9::10] += 1
     with h5py.File(path, "w") as file:
-        data = {"observations": obs, "next_observations": obs + 1, "actions": obs[:, :2].clip(-1, 1)}
+        data = {"observations": obs, "next_observations": after, "actions": obs[:, :2].clip(-1, 1)}
         data |= {"rewards": np.full(1000, value), "terminals": np.zeros(1000, bool)}
         for key, array in (data | {"timeouts": np.arange(1000) % 10 == 9}).items():
             file[key] = array

@@ -1,0 +1,183 @@
+"""Ends that the flags of a file lose and its successors prove, against data whose ends are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made import trajectories, without, write_hdf5, write_npz
+
+from offrl.data import DatasetInfo, OfflineDataset, ReadOptions, from_arrays
+from offrl.datasets import load
+from offrl.utils.errors import OffrlError
+
+LENGTHS = [30, 12, 1, 40, 17]
+ENDS = [True, False, False, True, False]
+LAST = np.cumsum(LENGTHS) - 1
+
+
+def qlearning(data: dict[str, Any]) -> dict[str, Any]:
+    """What D4RL's `qlearning_dataset` makes of a file: rows with a timeout are gone, and so are the timeouts."""
+    keep = ~data["timeouts"]
+    keep[-1] = False
+    after = np.roll(data["observations"], -1, axis=0)
+    rows = {key: data[key][keep] for key in ("observations", "actions", "rewards", "terminals")}
+    return rows | {"next_observations": after[keep]}
+
+
+def test_qlearning_arrays_under_a_d4rl_id_keep_their_trajectories(tmp_path: Path) -> None:
+    """999 rows are left of each trajectory that met the limit of 1000, which must not be counted anew."""
+    data = trajectories([1000, 1000, 437, 1000, 1000], [False, False, True, False, False])
+    rows = qlearning(data)
+    path = write_npz(tmp_path / "hopper-medium-v2.npz", rows)
+    with pytest.warns(UserWarning, match=r"no flag marks 3 of the episode ends.*first: row 998.*truncations"):
+        store = load(path)
+    assert store.lengths.tolist() == [999, 999, 437, 999, 999]
+    assert store.terminations.nonzero().flatten().tolist() == [999 + 999 + 436]
+    ends = store.offsets[1:] - 1
+    assert not store.next_actions[1][ends].any()
+    returns = [part.sum() for part in np.split(rows["rewards"].astype("f8"), store.offsets[1:-1].numpy())]
+    np.testing.assert_allclose(store.returns, returns, rtol=0, atol=1e-4)  # sums of 999 float32 numbers near 1
+    np.testing.assert_array_equal(store.next_observations, rows["next_observations"])
+    with pytest.warns(UserWarning, match="no flag marks 3"):  # also when the cache answers
+        load(path)
+
+
+def test_the_limit_of_a_name_counts_only_where_nothing_is_stored(tmp_path: Path) -> None:
+    """An own limit of 1500 in a file under D4RL's name: the successors show no other end than the terminals."""
+    data = without(trajectories([1500, 1400], [True, True]), "timeouts")
+    assert load(write_npz(tmp_path / "hopper-medium-v2.npz", data)).lengths.tolist() == [1500, 1400]
+    shifted = data | {"next_observations": np.roll(data["observations"], -1, axis=0)}
+    shifted["terminals"] = np.zeros(2900, bool)
+    shifted["next_observations"][-1] += 1
+    with pytest.warns(UserWarning, match="next episode's first observation at 2 of"):
+        store = load(write_npz(tmp_path / "halfcheetah-medium-v2.npz", shifted))
+    assert store.lengths.tolist() == [999, 999, 900]
+
+
+@pytest.mark.parametrize("write", [write_npz, write_hdf5])
+def test_without_timeouts_the_jumps_of_successors_are_the_ends(tmp_path: Path, write: Any) -> None:
+    data = trajectories(LENGTHS, ENDS)
+    path = write(tmp_path / ("a.npz" if write is write_npz else "a.hdf5"), without(data, "timeouts"))
+    with pytest.warns(UserWarning, match="no flag marks 2"):
+        store = load(path)
+    whole = from_arrays(data)
+    assert store.lengths.tolist() == LENGTHS
+    assert store.complete.tolist() == [True] * 4 + [False]  # nothing shows that the last one was whole
+    for name, tensor in store.tensors().items():
+        if name != "complete":
+            assert torch.equal(tensor, whole.tensors()[name]), name
+    windows = store.windows(torch.tensor([LAST[1]]), 5)
+    assert windows.valid is not None
+    assert windows.valid.tolist() == [[1, 0, 0, 0, 0]]
+
+
+def test_marks_that_are_forgotten_now_and_then() -> None:
+    data = trajectories(LENGTHS, ENDS)
+    data["timeouts"][LAST[1]] = False
+    with pytest.warns(UserWarning, match="no flag marks 1"):
+        store = from_arrays(data)
+    assert store.lengths.tolist() == LENGTHS
+
+
+def test_rounding_is_no_end() -> None:
+    data = trajectories([50, 50], [True, True])
+    data["next_observations"] = (data["next_observations"].astype("f8") * (1 + 1e-7)).astype("f4")
+    assert from_arrays(data).lengths.tolist() == [50, 50]
+
+
+def test_rows_in_no_order_are_episodes_of_their_own() -> None:
+    data = trajectories([50, 50], [True, False])
+    order = np.random.default_rng(0).permutation(100)
+    shuffled = {key: value[order] for key, value in data.items()}
+    with pytest.warns(UserWarning, match="Most rows do not follow the row before"):
+        store = from_arrays(shuffled)
+    assert store.episodes > 95
+    np.testing.assert_array_equal(store.next_observations, shuffled["next_observations"])
+    assert store.terminations.nonzero().flatten().tolist() == np.flatnonzero(order == 49).tolist()
+
+
+def test_marks_on_the_row_behind_are_refused() -> None:
+    data = trajectories(LENGTHS, ENDS)
+    for key in ("terminals", "timeouts"):
+        data[key] = np.append(False, data[key][:-1])
+    with pytest.raises(OffrlError, match=r"mark the row behind each end .*\(row 30 instead of 29\)"):
+        from_arrays(data)
+
+
+def automatic_resets() -> dict[str, Any]:
+    """At a limit, the stored successor is the observation after the reset (the last row's is unknown)."""
+    data = trajectories(LENGTHS, ENDS)
+    for row in LAST[[1, 2]]:
+        data["next_observations"][row] = data["observations"][row + 1]
+    return data
+
+
+def test_the_successor_of_an_automatic_reset_is_unknown() -> None:
+    data = automatic_resets()
+    with pytest.warns(UserWarning, match="next episode's first observation at 2 of"):
+        store = from_arrays(data)
+    kept = np.delete(np.arange(100), LAST[[1, 2]])
+    np.testing.assert_array_equal(store.observations, data["observations"][kept])
+    np.testing.assert_array_equal(store.next_observations, data["next_observations"][kept])
+    assert store.lengths.tolist() == [30, 11, 40, 17]  # the episode of one step has no transition
+    assert store.has_tail.tolist() == [False, True, False, False]
+    actions, known = store.next_actions
+    np.testing.assert_array_equal(actions[40], data["actions"][LAST[1]])
+    assert bool(known[40])
+    expected = data["rewards"][30:42].astype("f8").sum()
+    assert float(store.returns[1]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_state_that_stays_proves_no_reset() -> None:
+    data = {
+        "observations": np.zeros((10, 1)),
+        "next_observations": np.zeros((10, 1)),
+        "actions": np.zeros((10, 1)),
+        "rewards": np.ones(10),
+        "terminals": np.zeros(10),
+        "timeouts": np.arange(10) % 5 == 4,
+    }
+    assert len(from_arrays(data)) == 10
+
+
+def same(one: OfflineDataset, other: OfflineDataset) -> bool:
+    return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
+
+
+def test_options_keep_their_meaning() -> None:
+    """`d4rl` ignores stored successors; `unfinished` takes data without any end as one episode."""
+    data = trajectories(LENGTHS, ENDS)
+    rows = without(data, "timeouts")
+    with pytest.warns(UserWarning, match="semantics=d4rl ignores next_observations"):
+        restated = from_arrays(rows, None, ReadOptions(semantics="d4rl"))
+    assert same(restated, from_arrays(without(rows, "next_observations"), None, ReadOptions(semantics="d4rl")))
+    endless = trajectories([40], [False]) | {"timeouts": np.zeros(40, bool)}
+    with pytest.raises(OffrlError, match=r"no episode ends \(terminals and timeouts are never 1\)"):
+        from_arrays(endless)
+    assert from_arrays(endless, None, ReadOptions(unfinished=True)).complete.tolist() == [False]
+
+
+def test_why_no_end_is_known(tmp_path: Path) -> None:
+    data = without(trajectories([500], [False]), "timeouts")
+    with pytest.raises(OffrlError, match="500 rows do not reach the time limit of 1000"):
+        load(write_npz(tmp_path / "halfcheetah-medium-v2.npz", data))
+    with pytest.raises(OffrlError, match="no timeouts and no time limit is known"):
+        load(write_npz(tmp_path / "mine.npz", data))
+    assert from_arrays(data, DatasetInfo(max_episode_steps=100)).lengths.tolist() == [99, 99, 99, 99, 100]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ends_of_random_files_are_found_again(seed: int) -> None:
+    """Whatever marks are lost, every end but the file's last is where the trajectories were."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 20, 15).tolist()
+    data = trajectories(lengths, (rng.random(15) < 0.5).tolist(), seed)
+    data["timeouts"] &= rng.random(len(data["timeouts"])) < 0.5
+    with pytest.warns(UserWarning, match="no flag marks"):
+        store = from_arrays(data)
+    assert store.lengths.tolist() == lengths
+    np.testing.assert_array_equal(store.terminations, data["terminals"].astype("f4"))
