@@ -43,6 +43,8 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/deptry offrl hydra_plugins
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel

@@ -19,7 +19,7 @@ import numpy as np
 from h5py import h5a, h5d, h5g, h5p, h5s, h5t
 from numpy.typing import NDArray
 
-from offrl.data.dataset import DatasetInfo
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.hdf5 import create_hdf5
 from offrl.utils.errors import OffrlError
 
@@ -32,7 +32,7 @@ def write_minari(
     episodes: Sequence[Episode],
     info: DatasetInfo,
     dataset_id: str,
-    env_spec: str,
+    env_spec: str | None,
     action_space: Space,
     description: str,
     manifest: dict[str, Any] | None = None,
@@ -44,10 +44,10 @@ def write_minari(
 
     Args:
         dataset_id: id under which Minari knows the set.
-        env_spec: JSON of the Gymnasium spec of the environment that made the data.
+        env_spec: JSON of the Gymnasium spec of the environment that made the data; None where nobody knows it.
         action_space: `box` or `discrete`.
-        manifest: what the data were drawn from, kept as `manifest.json` beside `data/`.
-        observation_space: likewise; None: unbounded numbers.
+        manifest: record of what the data were drawn from, written to `manifest.json` beside `data/`.
+        observation_space: `box` or `discrete`; None: unbounded numbers.
 
     Raises:
         OffrlError: the folder cannot be written.
@@ -63,14 +63,14 @@ def write_minari(
             "jpeg_encoding": False,
             "observation_space": json.dumps(observation_space or _unbounded(episodes[0].observations)),
             "action_space": json.dumps(action_space),
-            "env_spec": env_spec,
+            **({} if env_spec is None else {"env_spec": env_spec}),
             "dataset_id": dataset_id,
             "minari_version": MINARI_VERSION,
             "dataset_size": round((data / "main_data.hdf5").stat().st_size / 1e6, 1),
             "description": description,
             "ref_min_score": info.ref_min,
             "ref_max_score": info.ref_max,
-            "offrl_info": json.dumps(asdict(info)),
+            "offrl_info": json.dumps(asdict(info), default=str),
         }
         (data / "metadata.json").write_text(json.dumps(metadata, indent=1))
         if manifest is not None:
@@ -81,7 +81,7 @@ def write_minari(
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a new empty folder beside `folder` that takes its place on success.
 
-    A folder that another process put there meanwhile stays (it was asked for the same).
+    If another process has created `folder` meanwhile, that one stays.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -123,9 +123,9 @@ def _unbounded(observations: Any) -> Space:
 def _write_hdf5(path: Path, episodes: Sequence[Episode]) -> None:
     """One group an episode, as Minari lays them out.
 
-    A short episode costs HDF5's calls and not its bytes, so h5py's low level is used with every description made
-    once, small arrays stand inside their object headers, and what is short (end flags above all) is stored once and linked
-    wherever it comes again.
+    The cost of a short episode is the number of HDF5's calls and not its bytes. So this uses h5py's low level and makes
+    every type and shape once; small arrays lie inside their object headers; and short arrays that repeat (end flags above
+    all) are stored once and linked from every other episode.
     """
     scalar, integer = h5s.create(h5s.SCALAR), h5t.py_create(np.dtype(np.int64))
     stored: dict[Any, Any] = {}
@@ -137,7 +137,8 @@ def _write_hdf5(path: Path, episodes: Sequence[Episode]) -> None:
                 if value is not None:
                     h5a.create(group, key.encode(), integer, scalar).write(np.array(value, np.int64))
             ends = np.zeros((2, len(episode)), np.bool_)
-            ends[0 if episode.terminated else 1, -1] = True
+            if episode.complete:
+                ends[0 if episode.terminated else 1, -1] = True
             arrays = {"observations": episode.observations, "actions": episode.actions, "rewards": episode.rewards}
             arrays |= {"terminations": ends[0], "truncations": ends[1]}
             if episode.noise is not None:
@@ -152,7 +153,7 @@ def _write_hdf5(path: Path, episodes: Sequence[Episode]) -> None:
 
 
 def _content(value: Any) -> Any:
-    """Something to recognise a short array, or a dict of such, by; None for a long one."""
+    """A key that is equal for equal short arrays, or dicts of them; None for long ones."""
     if isinstance(value, Mapping):
         contents = [(key, _content(value[key])) for key in sorted(value)]
         return None if any(content is None for _, content in contents) else tuple(contents)
@@ -160,7 +161,7 @@ def _content(value: Any) -> Any:
 
 
 def _behind_reset(noise: Any) -> Any:
-    """`[T + 1, ...]`: Minari's infos begin with that of the reset, which draws nothing (-1, or 0 for numbers)."""
+    """`[T + 1, ...]`: Minari's infos begin with the reset's, which draws nothing (-1 where noise is an index, else 0)."""
     nothing = np.full_like(noise[:1], -1 if noise.dtype.kind == "i" else 0)
     return np.concatenate((nothing, noise))
 
@@ -200,13 +201,15 @@ class Episode:
     """One episode of `T` steps.
 
     Attributes:
-        observations: `[T + 1, O]` float32, or a dict of such arrays; the last row follows the last action. Discrete
-            ones are `[T + 1]` int64.
-        actions: `[T, A]` float32, or `[T]` int64: what was commanded, whatever noise made of it.
+        observations: `[T + 1, O]` float32, or a dict of such arrays; discrete ones are `[T + 1]` int64. The last row
+            follows the last action.
+        actions: `[T, A]` float32, or `[T]` int64: the commanded actions, before any noise.
         rewards: `[T]` float32.
-        terminated: whether the episode truly ended; otherwise it stopped at the time limit or was cut.
+        terminated: whether the environment ended the episode; otherwise it was truncated (time limit, or `cut`).
         seed: seed of the environment's reset; None where the episode is a copy.
-        noise: `[T, ...]` what the environment drew at each step; None where nobody recorded it.
+        noise: `[T, ...]` draws of the environment's noise at each step; None where nobody recorded it.
+        complete: whether the episode ended with its last step; False: the recording stopped in the middle of it, and no
+            end is written.
     """
 
     observations: Any
@@ -215,14 +218,31 @@ class Episode:
     terminated: bool
     seed: int | None = None
     noise: NDArray[Any] | None = None
+    complete: bool = True
 
     def __len__(self) -> int:
         return len(self.rewards)
 
     def cut(self, steps: int) -> Episode:
-        """The first `steps` steps as an episode that was truncated."""
+        """The first `steps` steps as a truncated episode."""
         if steps >= len(self):
             return self
         noise = None if self.noise is None else self.noise[:steps]
         arrays = self.observations[: steps + 1], self.actions[:steps], self.rewards[:steps]
         return Episode(*arrays, terminated=False, seed=self.seed, noise=noise)
+
+
+def episodes_of(dataset: OfflineDataset) -> Iterator[Episode]:
+    """The episodes of a dataset, whose arrays they share; a last step without a known successor is left out."""
+    arrays = {name: tensor.cpu().numpy() for name, tensor in dataset.tensors().items()}
+    bounds = arrays["offsets"].tolist()
+    for complete, start, stop in zip(arrays["complete"].tolist(), bounds[:-1], bounds[1:]):
+        last = arrays["next_observations"][stop - 1 : stop]
+        terminated = bool(arrays["terminations"][stop - 1] > 0)
+        yield Episode(
+            observations=np.concatenate((arrays["observations"][start:stop], last)),
+            actions=arrays["actions"][start:stop],
+            rewards=arrays["rewards"][start:stop],
+            terminated=terminated,
+            complete=terminated or complete,
+        )

@@ -1,11 +1,13 @@
 """Datasets of robots with unseen noise: `forge/noisy-hopper/medium-replay-s0.2-v0` and the like.
 
-The part behind the level names the noise: `s0.2` the law of ACT with sigma 0.2, `iid0.2` a constant deviation, `sticky0.25` a
-chance to repeat the action before, `reward1` Normal noise on the reward (`offrl.envs.noisy`). Stored is the commanded action.
+The part behind the level names the noise: `s0.2` ACT's noise with sigma 0.2, `iid0.2` a constant std, `sticky0.25` the
+probability to repeat the previous action, `reward1` Normal noise on the reward (`offrl.envs.noisy`). The data hold the
+commanded actions.
 
-Who acts: for Hopper, HalfCheetah and Walker2d the forge's own policies, which were trained without noise; ACT trained anew in
-the noisy task. For Reacher, which has none, a controller: inverse kinematics and PD control of the joints, with Normal noise on
-its actions of deviation 0.4 (`medium`) and 0.1 (`expert`), the ends of the range of dichotomy of control's Reacher data.
+The behaviour of Hopper, HalfCheetah and Walker2d are the forge's own policies, which were trained without noise (ACT trained
+new ones in the noisy task). The behaviour of Reacher is a controller: inverse kinematics and PD control of the joints, with
+Normal noise of std 0.4 (`medium`) and 0.1 (`expert`) on its actions, the ends of the range of dichotomy of control's Reacher
+data.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from numpy.typing import NDArray
 from offrl.data.minari_write import Episode
 from offrl.envs import NOISY_IDS
 from offrl.envs.adapters import make_gymnasium
-from offrl.envs.noisy import NoiseLaw
+from offrl.envs.noisy import NoiseModel
 
 ROBOTS = {robot.lower(): robot for robot in NOISY_IDS}
 LEVELS = ("random", "medium", "expert", "medium-expert", "medium-replay")
-REACHER_NOISE = {"random": None, "medium": 0.4, "expert": 0.1}
+REACHER_NOISE = {"random": None, "medium": 0.4, "expert": 0.1}  # std on the controller's actions
 REACHER_LIMIT = 50
 # Means over episode seeds 0 to 499, without noise: uniform actions, and the controller without noise of its own.
 REACHER_REFERENCES = (-43.00, -3.68)
@@ -38,11 +40,11 @@ STIFFNESS, DAMPING = 0.2, 0.04  # of its joints, in units of the largest torque
 
 @dataclass(frozen=True)
 class Recipe:
-    """A robot (a key of `ROBOTS`), who drives it, and the noise."""
+    """How a noisy dataset is made."""
 
-    robot: str
-    level: str
-    law: NoiseLaw
+    robot: str  # key of `ROBOTS`
+    level: str  # of the behaviour: one of `LEVELS`, of Reacher a key of `REACHER_NOISE`
+    noise: NoiseModel
 
     @property
     def env_id(self) -> str:
@@ -50,8 +52,8 @@ class Recipe:
 
     @property
     def strengths(self) -> dict[str, float]:
-        """The law's strengths that are not zero."""
-        return {name: value for name, value in vars(self.law).items() if value}
+        """The fields of the noise model that are not zero."""
+        return {name: value for name, value in vars(self.noise).items() if value}
 
 
 def names() -> list[str]:
@@ -66,14 +68,14 @@ def recipe(name: str) -> Recipe | None:
     match = re.fullmatch(rf"noisy-({'|'.join(ROBOTS)})/([a-z-]+)-({'|'.join(KINDS)}){number}", name)
     if match is None or match[2] not in (REACHER_NOISE if match[1] == "reacher" else LEVELS):
         return None
-    return Recipe(match[1], match[2], NoiseLaw(**{KINDS[match[3]]: float(match[4])}))
+    return Recipe(match[1], match[2], NoiseModel(**{KINDS[match[3]]: float(match[4])}))
 
 
 # ---- Reacher -------------------------------------------------------------------------------------------------------
 
 
 def reach(obs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Torques that bring the fingertip to the target: of the two postures that touch it the nearer, by PD control."""
+    """Torques that bring the fingertip to the target: PD control to the nearer of the two postures that touch it."""
     joints, (x, y), speeds = np.arctan2(obs[2:4], obs[:2]), obs[4:6], obs[6:8]
     bend = np.arccos(np.clip((x * x + y * y - UPPER_ARM**2 - FOREARM**2) / (2 * UPPER_ARM * FOREARM), -1, 1))
     elbow = np.array([bend, -bend])
@@ -84,8 +86,8 @@ def reach(obs: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def drive(
-    law: NoiseLaw,
-    deviation: float | None,
+    noise: NoiseModel,
+    std: float | None,
     size: int,
     seeds: np.random.SeedSequence,
     progress: Callable[[int], None] = lambda steps: None,
@@ -93,26 +95,27 @@ def drive(
     """Exactly `size` steps of Reacher in episodes of 50, the last one cut.
 
     Args:
-        deviation: of the noise on the controller's actions; None: uniform actions.
+        noise: noise of the environment.
+        std: standard deviation of the noise on the controller's actions; None: uniform actions.
     """
     resets, rng = (np.random.default_rng(s) for s in seeds.spawn(2))
-    env: Any = make_gymnasium(NOISY_IDS["Reacher"], **vars(law))
+    env: Any = make_gymnasium(NOISY_IDS["Reacher"], **vars(noise))
     episodes = []
     for start in range(0, size, REACHER_LIMIT):
         steps, seed = min(REACHER_LIMIT, size - start), int(resets.integers(2**31))
         obs, info = env.reset(seed=seed)
         observations = np.empty((steps + 1, len(obs)), np.float32)
         actions, rewards = np.empty((steps, 2), np.float32), np.empty(steps, np.float32)
-        noise = np.empty((steps, len(info["noise"])), np.float32)
+        drawn = np.empty((steps, len(info["noise"])), np.float32)
         observations[0] = obs
         for t in range(steps):
-            if deviation is None:
+            if std is None:
                 actions[t] = rng.uniform(-1, 1, 2)
             else:
-                actions[t] = np.clip(reach(obs) + deviation * rng.standard_normal(2), -1, 1)
+                actions[t] = np.clip(reach(obs) + std * rng.standard_normal(2), -1, 1)
             obs, rewards[t], _, _, info = env.step(actions[t])
-            observations[t + 1], noise[t] = obs, info["noise"]
-        episodes.append(Episode(observations, actions, rewards, False, seed, noise))
+            observations[t + 1], drawn[t] = obs, info["noise"]
+        episodes.append(Episode(observations, actions, rewards, False, seed, drawn))
         progress(start + steps)
     env.close()
     return episodes

@@ -1,8 +1,9 @@
-"""Rolling out behaviour policies in Gymnasium's v5 Hopper, Walker2d and HalfCheetah, several episodes abreast.
+"""Rollouts of behaviour policies in Gymnasium's v5 Hopper, Walker2d and HalfCheetah, many episodes at a time.
 
-Gymnasium's own `step` spends as long around MuJoCo as inside it. Here one environment lends its model, its reset
-and its constants, every slot has its own `MjData`, and observation, reward and termination are computed for all
-slots at once. Episodes are the same numbers as `gymnasium.make(ID)` gives from the same seed and actions.
+Gymnasium's own `step` spends as long around MuJoCo as inside it: plain loops over `gymnasium.make(ID)` take two to three times
+as long. Here one Gymnasium environment lends its model, its reset and its constants; each of the environments that step
+together has an `MjData` of its own; observations, rewards and terminations are computed for all of them at once. The episodes
+are, number by number, those of `gymnasium.make(ID)` from the same seed and actions.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from numpy.typing import NDArray
 
 from offrl.data.minari_write import Episode
 from offrl.envs.adapters import make_gymnasium
-from offrl.envs.noisy import NoiseLaw, noise_generator
+from offrl.envs.noisy import NoiseModel, NoiseProcess, noise_generator
 from offrl.utils.paths import PACKAGE
 
-# Slots stepped abreast: enough to share the cost of the policy's matrix products, few enough for the cache.
-SLOTS = 32
-TIME_LIMIT = 1000
+ENVS = 32  # environments that step together: enough to share the policy's matrix products, few enough for the cache
+TIME_LIMIT = 1000  # steps of an episode
 Policy = Callable[[torch.Tensor, np.random.Generator], NDArray[np.float32]]
 
 
@@ -49,12 +49,12 @@ def uniform_policy(action_dim: int) -> Policy:
 
 
 def behavior_levels(robot: str) -> list[int]:
-    """Training steps at which a behaviour policy of `robot` was kept, rising."""
+    """Training steps of the behaviour policies of `robot`, ascending."""
     return sorted(int(file.stem) for file in _behavior(robot).glob("*.safetensors"))
 
 
 def behavior_policy(robot: str, level: int) -> Policy:
-    """The stochastic policy kept after `level` steps of training: a = tanh(mean + std * noise).
+    """The stochastic policy after `level` steps of training: a = tanh(mean + std * noise).
 
     A 256-256 ReLU network whose output is mean and log-std, the latter clamped to [-20, 2].
     """
@@ -79,31 +79,31 @@ def _behavior(robot: str) -> Path:
 
 
 class Robots:
-    """`slots` copies of a Gymnasium v5 robot that step together.
+    """Copies of a Gymnasium v5 robot that step together.
 
     Args:
         env_id: `Hopper-v5`, `Walker2d-v5` or `HalfCheetah-v5`.
-        law: of noise on actions and rewards, as in `offrl/NoisyHopper-v0`; None: none.
+        envs: number of copies.
+        noise: noise on actions and rewards, as in `offrl/NoisyHopper-v0`; None: none.
 
     Attributes:
-        drawn: `[n, A + 2]` what the law drew in the last step; None without one.
+        env: the Gymnasium environment that lends model, reset and constants.
+        drawn: `[n, A + 2]` draws of the noise in the last step; None without noise.
     """
 
-    def __init__(self, env_id: str, slots: int = SLOTS, law: NoiseLaw | None = None) -> None:
+    def __init__(self, env_id: str, envs: int = ENVS, noise: NoiseModel | None = None) -> None:
         env: Any = make_gymnasium(env_id).unwrapped
         import mujoco
 
         self.env = env
         self.model, self.dt, self.frame_skip = env.model, env.dt, env.frame_skip
         self.action_dim, self.obs_dim = self.model.nu, env.observation_space.shape[0]
-        self.slots, self.data = slots, [mujoco.MjData(self.model) for _ in range(slots)]
-        self.law = law
+        self.envs, self.data = envs, [mujoco.MjData(self.model) for _ in range(envs)]
+        self.noise = NoiseProcess(noise, envs, self.action_dim) if noise else None
         self.drawn: NDArray[np.float64] | None = None
-        self._random: list[Any] = [None] * slots
-        self._clock, self._before = np.zeros(slots, np.int64), np.zeros((slots, self.action_dim))
         self._mj_step = mujoco.mj_step
         self._ctrl, self._qpos, self._qvel = ([getattr(d, k) for d in self.data] for k in ("ctrl", "qpos", "qvel"))
-        self.qpos, self.qvel = np.zeros((slots, self.model.nq)), np.zeros((slots, self.model.nv))
+        self.qpos, self.qvel = np.zeros((envs, self.model.nq)), np.zeros((envs, self.model.nv))
         # Bounds of (qpos without x, qvel): outside the first the robot has fallen, the second clips the observation.
         nq, ranges = self.model.nq, [(-np.inf, np.inf)] * self.obs_dim
         if falls := hasattr(env, "_healthy_z_range"):
@@ -113,29 +113,36 @@ class Robots:
         self._clip = np.array([np.inf] * (nq - 1) + [10.0 if falls else np.inf] * self.model.nv)
         self._healthy_reward = env._healthy_reward if falls else 0.0
 
-    def reset(self, slot: int, seed: int) -> NDArray[np.float64]:
+    def reset(self, env: int, seed: int) -> NDArray[np.float64]:
         """Start an episode as `gymnasium.make(ID).reset(seed=seed)` does. Returns `[O]`."""
-        self.env.data = self.data[slot]
+        self.env.data = self.data[env]
         obs, _ = self.env.reset(seed=seed)
-        self.qpos[slot] = self._qpos[slot]
-        if self.law is not None:
-            self._random[slot], self._clock[slot] = noise_generator(self.env), 0
+        self.qpos[env] = self._qpos[env]
+        if self.noise is not None:
+            self.noise.start(env, noise_generator(self.env))
         return obs
 
     def step(
-        self, slots: NDArray[np.int64], actions: NDArray[np.float32]
+        self, envs: NDArray[np.int64], actions: NDArray[np.float32]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-        """One step of `n` slots: actions `[n, A]` -> observations `[n, O]`, rewards `[n]`, terminated `[n]`."""
-        before = self.qpos[slots, 0]
-        if self.law is not None:
-            actions = self._disturbed(slots, actions)
-        for i, ctrl in zip(slots.tolist(), actions.astype(np.float64)):  # one cast for all slots
+        """Step the `n` environments numbered `envs`.
+
+        Args:
+            actions: `[n, A]`.
+
+        Returns:
+            Observations `[n, O]`, rewards `[n]`, terminated `[n]`.
+        """
+        before = self.qpos[envs, 0]
+        if self.noise is not None:
+            actions, self.drawn = self.noise.disturb(envs.tolist(), actions)
+        for i, ctrl in zip(envs.tolist(), actions.astype(np.float64)):  # one cast for all
             self._ctrl[i][:] = ctrl
             self._mj_step(self.model, self.data[i], self.frame_skip)
         np.concatenate(self._qpos, out=self.qpos.reshape(-1))
         np.concatenate(self._qvel, out=self.qvel.reshape(-1))
-        velocity = (self.qpos[slots, 0] - before) / self.dt
-        state = np.concatenate((self.qpos[slots, 1:], self.qvel[slots]), -1)
+        velocity = (self.qpos[envs, 0] - before) / self.dt
+        state = np.concatenate((self.qpos[envs, 1:], self.qvel[envs]), -1)
         healthy = ((self._healthy[0] < state) & (state < self._healthy[1])).all(-1)
         reward = self.env._forward_reward_weight * velocity + healthy * self._healthy_reward
         reward -= self.env._ctrl_cost_weight * np.square(actions).sum(-1)
@@ -143,24 +150,14 @@ class Robots:
             reward += self.drawn[:, -1]
         return np.clip(state, -self._clip, self._clip), reward, ~healthy
 
-    def _disturbed(self, slots: NDArray[np.int64], actions: NDArray[np.float32]) -> NDArray[Any]:
-        """The executed actions `[n, A]`; what was drawn is kept in `drawn`."""
-        assert self.law is not None
-        size, times = self.action_dim, self._clock[slots].tolist()
-        self.drawn = np.stack([self.law.draw(self._random[i], t, size) for i, t in zip(slots.tolist(), times)])
-        self._clock[slots] += 1
-        stuck = self.drawn[:, -2:-1] > 0
-        self._before[slots] = np.where(stuck, self._before[slots], actions)
-        return actions if self.law.silent else np.clip(self._before[slots] + self.drawn[:, :-2], -1, 1)
-
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a dataset: `size` steps of one policy; `seeds` give the resets and the policy's noise."""
+    """A share of a dataset."""
 
     policy: Policy
-    size: int
-    seeds: np.random.SeedSequence
+    size: int  # number of steps
+    seeds: np.random.SeedSequence  # of the resets and of the policy's noise
 
 
 @torch.inference_mode()
@@ -169,121 +166,123 @@ def rollout(
 ) -> list[Episode]:
     """Exactly `size` steps of every part, in whole episodes of which the part's last one is cut.
 
-    Episodes count in the order in which they *started*: taking them as they finish would prefer short ones. While
-    the last episodes of a part are under way, the next part fills the slots that came free.
+    Episodes count in the order in which they *started*: to take them as they end would prefer short ones. While the last
+    episodes of a part are under way, the next part starts in the environments that are free.
 
     Args:
         progress: called with the number of steps done so far.
     """
-    buffers, playing = _Buffers(robots), [_Playing(part) for part in parts]
-    free = list(range(robots.slots))
+    buffers, rollouts = _Buffers(robots), [_PartRollout(part) for part in parts]
+    free = list(range(robots.envs))
     while True:
-        for play in playing:
-            while free and play.expected_steps(buffers.clock) < play.size:
-                play.start(free.pop(), robots, buffers)
-        active = [play for play in playing if len(play.slots)]
+        for each in rollouts:
+            while free and each.expected_steps(buffers.length) < each.size:
+                each.start(free.pop(), robots, buffers)
+        active = [each for each in rollouts if len(each.envs)]
         if not active:
-            return [episode for play in playing for episode in play.first_steps()]
-        slots = np.concatenate([play.slots for play in active])
-        actions = np.concatenate([play.policy(buffers.current[play.slots], play.noise) for play in active])
-        observations, rewards, terminated = robots.step(slots, actions)
-        buffers.record(slots, actions, rewards, observations, robots.drawn)
-        for play, fell in zip(active, np.split(terminated, np.cumsum([len(play.slots) for play in active])[:-1])):
-            free += play.settle(fell, buffers)
-        progress(sum(min(play.steps, play.size) for play in playing))
+            return [episode for each in rollouts for episode in each.first_steps()]
+        envs = np.concatenate([each.envs for each in active])
+        actions = np.concatenate([each.policy(buffers.current[each.envs], each.noise) for each in active])
+        observations, rewards, terminated = robots.step(envs, actions)
+        buffers.record(envs, actions, rewards, observations, robots.drawn)
+        bounds = np.cumsum([len(each.envs) for each in active])[:-1]
+        for each, ended in zip(active, np.split(terminated, bounds)):
+            free += each.close(ended, buffers)
+        progress(sum(min(each.steps, each.size) for each in rollouts))
 
 
 class _Buffers:
-    """What the episodes in flight have seen and done, by slot."""
+    """Steps of the episodes under way, by environment."""
 
     def __init__(self, robots: Robots) -> None:
-        slots = robots.slots
-        self.observations = np.empty((slots, TIME_LIMIT + 1, robots.obs_dim), np.float32)
-        self.actions = np.empty((slots, TIME_LIMIT, robots.action_dim), np.float32)
-        self.rewards = np.empty((slots, TIME_LIMIT), np.float32)
-        self.noise: NDArray[np.float32] | None = None  # made when there is some
-        self.clock = np.zeros(slots, np.int64)
-        self.current = torch.zeros(slots, robots.obs_dim)
+        envs = robots.envs
+        self.observations = np.empty((envs, TIME_LIMIT + 1, robots.obs_dim), np.float32)
+        self.actions = np.empty((envs, TIME_LIMIT, robots.action_dim), np.float32)
+        self.rewards = np.empty((envs, TIME_LIMIT), np.float32)
+        self.noise: NDArray[np.float32] | None = None  # allocated at the first noisy step
+        self.length = np.zeros(envs, np.int64)
+        self.current = torch.zeros(envs, robots.obs_dim)  # observations that the policies act on
 
-    def start(self, slot: int, observation: NDArray[np.float64]) -> None:
-        self.clock[slot] = 0
-        self.observations[slot, 0] = observation
-        self.current[slot] = torch.from_numpy(observation)
+    def start(self, env: int, observation: NDArray[np.float64]) -> None:
+        self.length[env] = 0
+        self.observations[env, 0] = observation
+        self.current[env] = torch.from_numpy(observation)
 
-    def record(self, slots: NDArray[np.int64], actions: Any, rewards: Any, observations: Any, noise: Any) -> None:
-        time, seen = self.clock[slots], observations.astype(np.float32)
+    def record(self, envs: NDArray[np.int64], actions: Any, rewards: Any, observations: Any, noise: Any) -> None:
+        t, reached = self.length[envs], observations.astype(np.float32)
         if noise is not None:
             if self.noise is None:
-                self.noise = np.empty((len(self.clock), TIME_LIMIT, noise.shape[-1]), np.float32)
-            self.noise[slots, time] = noise
-        self.actions[slots, time], self.rewards[slots, time] = actions, rewards
-        self.observations[slots, time + 1] = seen
-        self.clock[slots] = time + 1
-        self.current[slots] = torch.from_numpy(seen)
+                self.noise = np.empty((len(self.length), TIME_LIMIT, noise.shape[-1]), np.float32)
+            self.noise[envs, t] = noise
+        self.actions[envs, t], self.rewards[envs, t] = actions, rewards
+        self.observations[envs, t + 1] = reached
+        self.length[envs] = t + 1
+        self.current[envs] = torch.from_numpy(reached)
 
-    def episode(self, slot: int, terminated: bool, seed: int) -> Episode:
-        t = self.clock[slot]
+    def episode(self, env: int, terminated: bool, seed: int) -> Episode:
+        t = self.length[env]
         return Episode(
-            observations=self.observations[slot, : t + 1].copy(),
-            actions=self.actions[slot, :t].copy(),
-            rewards=self.rewards[slot, :t].copy(),
+            observations=self.observations[env, : t + 1].copy(),
+            actions=self.actions[env, :t].copy(),
+            rewards=self.rewards[env, :t].copy(),
             terminated=terminated,
             seed=seed,
-            noise=None if self.noise is None else self.noise[slot, :t].copy(),
+            noise=None if self.noise is None else self.noise[env, :t].copy(),
         )
 
 
-class _Playing:
-    """Book-keeping of one part: its episodes in the order in which they started, and the slots they are played in."""
+class _PartRollout:
+    """Progress of one part: its episodes in the order in which they started, and the environments that it uses."""
 
     def __init__(self, part: Part) -> None:
         self.policy, self.size = part.policy, part.size
         self.resets, self.noise = (np.random.default_rng(seeds) for seeds in part.seeds.spawn(2))
-        self.slots = np.empty(0, np.int64)
-        self.number: dict[int, int] = {}  # which episode a slot plays
-        self.episodes: list[Episode | None] = []
+        self.envs = np.empty(0, np.int64)
+        self.number: dict[int, int] = {}  # environment -> number of its episode
+        self.episodes: list[Episode | None] = []  # None: under way
         self.seeds: list[int] = []
         self.steps = self.finished = self.finished_steps = 0
 
-    def expected_steps(self, clock: NDArray[np.int64]) -> float:
-        """Steps that all episodes will have when those under way become as long as the finished ones on average."""
+    def expected_steps(self, length: NDArray[np.int64]) -> float:
+        """Steps of all episodes, if those under way become as long as the finished ones on average."""
         usual = self.finished_steps / self.finished if self.finished else TIME_LIMIT
-        return self.finished_steps + float(np.maximum(clock[self.slots], usual).sum())
+        return self.finished_steps + float(np.maximum(length[self.envs], usual).sum())
 
-    def start(self, slot: int, robots: Robots, buffers: _Buffers) -> None:
+    def start(self, env: int, robots: Robots, buffers: _Buffers) -> None:
+        """Start the part's next episode in environment `env`."""
         seed = int(self.resets.integers(2**31))
-        buffers.start(slot, robots.reset(slot, seed))
-        self.number[slot] = len(self.episodes)
+        buffers.start(env, robots.reset(env, seed))
+        self.number[env] = len(self.episodes)
         self.episodes.append(None)
         self.seeds.append(seed)
-        self.slots = np.append(self.slots, slot)
+        self.envs = np.append(self.envs, env)
 
-    def settle(self, terminated: NDArray[np.bool_], buffers: _Buffers) -> list[int]:
-        """Close the episodes that have ended or are long enough, after one step of all. Returns the slots set free."""
-        self.steps += len(self.slots)
-        stopped = terminated | (buffers.clock[self.slots] == TIME_LIMIT)
+    def close(self, terminated: NDArray[np.bool_], buffers: _Buffers) -> list[int]:
+        """After a step of all: close the episodes that have ended or are long enough. Returns the environments set free."""
+        self.steps += len(self.envs)
+        stopped = terminated | (buffers.length[self.envs] == TIME_LIMIT)
         if self.steps >= self.size:
-            stopped |= self._enough(buffers.clock)
+            stopped |= self._enough(buffers.length)
         if not stopped.any():
             return []
-        freed = self.slots[stopped].tolist()
-        for slot, fell in zip(freed, terminated[stopped]):
-            number = self.number.pop(slot)
-            episode = self.episodes[number] = buffers.episode(slot, bool(fell), self.seeds[number])
+        freed = self.envs[stopped].tolist()
+        for env, ended in zip(freed, terminated[stopped]):
+            number = self.number.pop(env)
+            episode = self.episodes[number] = buffers.episode(env, bool(ended), self.seeds[number])
             self.finished += 1
             self.finished_steps += len(episode)
-        self.slots = self.slots[~stopped]
+        self.envs = self.envs[~stopped]
         return freed
 
-    def _enough(self, clock: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether the first `size` steps are complete up to and with the episode in each slot."""
+    def _enough(self, length: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the first `size` steps end with or before the last step of each environment's episode."""
         lengths = np.array([0 if episode is None else len(episode) for episode in self.episodes])
-        numbers = [self.number[slot] for slot in self.slots.tolist()]
-        lengths[numbers] = clock[self.slots]
+        numbers = [self.number[env] for env in self.envs.tolist()]
+        lengths[numbers] = length[self.envs]
         return lengths.cumsum()[numbers] >= self.size
 
     def first_steps(self) -> Iterator[Episode]:
-        """Episodes from the start, the last one cut so that they hold `size` steps together."""
+        """The first episodes, the last of them cut, so that they hold `size` steps together."""
         left = self.size
         for episode in self.episodes:
             if left <= 0:

@@ -1,4 +1,4 @@
-"""Datasets of the finite stochastic tasks: who acted, for how many episodes, and what is exactly true of them.
+"""Datasets of the finite stochastic tasks: behaviour, number of episodes, and exact returns.
 
 `forge/bandit/p0.1-v0`, `forge/bandit/skewed-v0`, `forge/lake/p0.7-eps0.4-n1000-v0` (slip, exploration, episodes),
 `forge/cliff/uniform-v0`, `forge/gambling/uniform-v0`, `forge/toy/uniform-v0`, `forge/mstoy/uniform-v0`. Sizes, behaviours and
@@ -26,7 +26,7 @@ from offrl.utils.errors import OffrlError
 BANDITS = ("p0.1", "p0.2", "p0.3", "p0.4", "skewed")
 SLIPS, EPSILONS, EPISODES = ("0.33", "0.5", "0.7", "0.9", "1"), ("0.1", "0.4", "0.7", "1"), (100, 1000, 10_000)
 SHARE = r"(0\.\d*[1-9]|1)"  # one way to write a number: no two ids of one dataset
-CHUNK = 10_000  # episodes played at once
+BATCH = 10_000  # episodes of a rollout
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,13 @@ class Recipe:
     """How a dataset of a finite task is made.
 
     Attributes:
-        task: name in `offrl.envs.tabular_tasks.TASKS`. parameters: of the task.
-        behaviour: `[S, A]` probabilities of who acted, in words `described`.
-        episodes: how many; each is played to its end.
-        targets: returns that RCSL is asked for in what is told of the dataset.
+        task: name in `offrl.envs.tabular_tasks.TASKS`.
+        parameters: parameters of the task.
+        behaviour: `[S, A]` action probabilities of the behaviour policy.
+        described: the behaviour policy in words.
+        episodes: number of episodes; each runs to its end.
+        targets: target returns for which the metadata give RCSL's exact return.
+        success: least return of a successful episode; None where the task knows no success.
     """
 
     task: str
@@ -46,7 +49,7 @@ class Recipe:
     described: str
     episodes: int
     targets: tuple[int, ...]
-    success: int | None = None  # the least return of an episode that reached what there is to reach
+    success: int | None = None
 
     @cached_property
     def table(self) -> Tabular:
@@ -59,7 +62,7 @@ class Recipe:
     def exact(self) -> dict[str, Any]:
         """Expected returns: of the best policy, uniform actions, the behaviour, one step of improvement, and RCSL."""
         task, behaviour = self.table, self.behaviour
-        told = exact.rcsl(task, behaviour)
+        rcsl = exact.rcsl(task, behaviour)
         return {
             "optimal": exact.optimum(task),
             "uniform": exact.value(task, exact.uniform(task)),
@@ -68,9 +71,9 @@ class Recipe:
             "rcsl": [
                 {
                     "target": target,
-                    "probability": told.probability(target),
-                    "sampled": told.value(target),
-                    "likeliest": told.value(target, likeliest=True),
+                    "probability": rcsl.probability(target),
+                    "sampled": rcsl.value(target),
+                    "likeliest": rcsl.value(target, likeliest=True),
                 }
                 for target in self.targets
             ],
@@ -92,20 +95,20 @@ def recipe(name: str) -> Recipe | None:
     return None
 
 
-def play(
+def rollout(
     recipe: Recipe, size: int | None, seeds: np.random.SeedSequence, progress: Callable[[int], None]
 ) -> list[Episode]:
     """The recipe's episodes, or exactly `size` steps of which the last episode is cut.
 
-    Each is what `gymnasium.make` plays from its seed and actions.
+    Each is, number by number, the episode of `gymnasium.make` from its seed and actions.
     """
     resets, rng = (np.random.default_rng(s) for s in seeds.spawn(2))
     episodes: list[Episode] = []
     steps = 0
     while len(episodes) < recipe.episodes if size is None else steps < size:
-        count = min(CHUNK, recipe.episodes - len(episodes) if size is None else size - steps)
-        chunk = _play(recipe, resets.integers(2**31, size=count).tolist(), rng)
-        for episode in chunk:
+        count = min(BATCH, recipe.episodes - len(episodes) if size is None else size - steps)
+        batch = _rollout_batch(recipe, resets.integers(2**31, size=count).tolist(), rng)
+        for episode in batch:
             if size is not None and steps >= size:
                 break
             episodes.append(episode if size is None else episode.cut(size - steps))
@@ -114,8 +117,8 @@ def play(
     return episodes
 
 
-def _play(recipe: Recipe, seeds: list[int], rng: np.random.Generator) -> list[Episode]:
-    """One episode from each seed, all abreast."""
+def _rollout_batch(recipe: Recipe, seeds: list[int], rng: np.random.Generator) -> list[Episode]:
+    """One episode from each seed, all in step."""
     task, count = recipe.table, len(seeds)
     env = TabularVectorEnv(count, recipe.task, **recipe.parameters)
     observations = np.empty(
@@ -123,19 +126,19 @@ def _play(recipe: Recipe, seeds: list[int], rng: np.random.Generator) -> list[Ep
     )
     actions, noise = np.empty((2, task.limit, count), np.int64)
     rewards, running = np.empty((task.limit, count), np.float32), np.ones(count, bool)
-    lengths, fell, thresholds = np.zeros(count, np.int64), np.zeros(count, bool), recipe.behaviour.cumsum(-1)[:, :-1]
+    lengths, ended, thresholds = np.zeros(count, np.int64), np.zeros(count, bool), recipe.behaviour.cumsum(-1)[:, :-1]
     observations[0], _ = env.reset(seed=seeds)
     for t in range(task.limit):
         actions[t] = (thresholds[env.state] <= rng.random(count)[:, None]).sum(-1)
         observations[t + 1], rewards[t], terminated, truncated, info = env.step(actions[t])
         noise[t] = info["noise"]
         lengths += running
-        fell |= running & terminated
+        ended |= running & terminated
         running &= ~(terminated | truncated)
         if not running.any():
             break
     return [
-        Episode(observations[: n + 1, i], actions[:n, i], rewards[:n, i], bool(fell[i]), seeds[i], noise[:n, i])
+        Episode(observations[: n + 1, i], actions[:n, i], rewards[:n, i], bool(ended[i]), seeds[i], noise[:n, i])
         for i, n in enumerate(lengths.tolist())
     ]
 
@@ -144,7 +147,7 @@ def _play(recipe: Recipe, seeds: list[int], rng: np.random.Generator) -> list[Ep
 
 
 def _bandit(text: str | None) -> Recipe:
-    """1000 pulls by who prefers the worse arm: 1 - p of the pulls, in the skewed set 0.95 at p = 0.3."""
+    """1000 pulls of a behaviour that prefers the worse arm: with probability 1 - p, in the skewed set 0.95 at p = 0.3."""
     p = 0.3 if text is None else float(text)
     if not 0 < p < 0.5:
         raise OffrlError(f"bandit/p{text}: p should lie between 0 and 0.5; arm 1 is the better one then.")

@@ -25,6 +25,7 @@ from offrl.forge import tabular as stochastic
 from offrl.forge.rollout import TIME_LIMIT, Part, Robots, behavior_levels, behavior_policy, rollout, uniform_policy
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import PACKAGE, cache_dir
+from offrl.utils.progress import Bar
 
 ROBOTS = [("hopper", None), ("hopper", 180_000), ("walker2d", 200_000), ("halfcheetah", 280_000)]
 
@@ -68,41 +69,41 @@ def test_velocities_are_clipped_as_the_environment_does() -> None:
 
 
 class Scripted:
-    """Stands for `Robots`: the n-th episode started lasts as long as the script says and observes its number."""
+    """Stands for `Robots`: the n-th episode lasts as long as the script says; its observation is its number."""
 
     obs_dim = action_dim = 1
     drawn = None
 
-    def __init__(self, slots: int, lengths: list[int]) -> None:
-        self.slots = slots
+    def __init__(self, envs: int, lengths: list[int]) -> None:
+        self.envs = envs
         self.script, self.steps = itertools.cycle(lengths), 0
-        self.length, self.clock, self.number, self.started = [0] * slots, [0] * slots, [0] * slots, 0
+        self.length, self.clock, self.number, self.started = [0] * envs, [0] * envs, [0] * envs, 0
 
-    def reset(self, slot: int, seed: int) -> np.ndarray:
-        self.number[slot], self.length[slot], self.clock[slot] = self.started, next(self.script), 0
+    def reset(self, env: int, seed: int) -> np.ndarray:
+        self.number[env], self.length[env], self.clock[env] = self.started, next(self.script), 0
         self.started += 1
-        return np.array([float(self.number[slot])])
+        return np.array([float(self.number[env])])
 
-    def step(self, slots: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        self.steps += len(slots)
-        for slot in slots:
-            self.clock[slot] += 1
-        ended = np.array([self.clock[slot] == self.length[slot] for slot in slots])
-        numbers = np.array([[float(self.number[slot])] for slot in slots])
-        return numbers, np.ones(len(slots)), ended
+    def step(self, envs: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self.steps += len(envs)
+        for env in envs:
+            self.clock[env] += 1
+        ended = np.array([self.clock[env] == self.length[env] for env in envs])
+        numbers = np.array([[float(self.number[env])] for env in envs])
+        return numbers, np.ones(len(envs)), ended
 
 
 def idle(obs: torch.Tensor, rng: np.random.Generator) -> np.ndarray:
     return np.zeros((len(obs), 1), np.float32)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 32])
+@pytest.mark.parametrize("envs", [1, 3, 32])
 @pytest.mark.parametrize("size", [1, 99, 100, 101, 5000])
-def test_episodes_count_in_the_order_they_start(slots: int, size: int) -> None:
+def test_episodes_count_in_the_order_they_start(envs: int, size: int) -> None:
     lengths = [100, 3, 1500, 7, 1, 60]  # 1500 is cut by the time limit
     done: list[int] = []
     part = Part(idle, size, np.random.SeedSequence(0))
-    episodes = rollout(Scripted(slots, lengths), [part], done.append)  # type: ignore[arg-type]
+    episodes = rollout(Scripted(envs, lengths), [part], done.append)  # type: ignore[arg-type]
     left, expected = size, []
     for length in itertools.cycle(lengths):
         if left <= 0:
@@ -171,9 +172,9 @@ def test_behaviour_returns_are_the_measured_ones(robot: str, level: str) -> None
 def test_plans_share_the_size(robot: str, size: int) -> None:
     spec = forge.ROBOTS[robot]
     for level in forge.LEVELS:
-        resolve_config = forge.segments(robot, level, size)
-        assert sum(length for _, length in resolve_config) == size
-        assert all(length > 0 for _, length in resolve_config)
+        plan = forge.segments(robot, level, size)
+        assert sum(length for _, length in plan) == size
+        assert all(length > 0 for _, length in plan)
     steps, lengths = zip(*forge.segments(robot, "medium-replay", 1_000_000))
     assert steps == (None, *range(20_000, spec.medium + 1, 20_000))
     share = np.array(lengths) * spec.medium / 1_000_000  # back in steps of the training
@@ -306,7 +307,7 @@ def test_jobs_that_want_the_same_set_build_it_once(monkeypatch: pytest.MonkeyPat
         (folder / "data").mkdir(parents=True)
         (folder / "data" / "metadata.json").write_text("{}")
 
-    monkeypatch.setattr(forge, "_build", build)
+    monkeypatch.setattr(forge, "build", build)
     both = [threading.Thread(target=forge.ensure, args=["forge/hopper/medium-v0"]) for _ in range(2)]
     for thread in both:
         thread.start()
@@ -397,6 +398,9 @@ def test_missing_simulator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         forge.ensure("forge/hopper/random-v0", size=50, seed=99, progress=False)
 
 
-def test_progress_ends_complete(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_ends_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[int, int | None]] = []
+    monkeypatch.setattr(Bar, "update", lambda bar, step: shown.append((step, bar.total)))
     forge.ensure("forge/hopper/random-v0", size=400, seed=5)
-    assert "100%" in capsys.readouterr().out
+    assert shown[-1] == (400, 400)
+    assert sorted(shown) == shown

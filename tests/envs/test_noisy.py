@@ -1,4 +1,4 @@
-"""Robots with unseen noise: the law, the robot underneath, and datasets that store what was commanded."""
+"""Robots with unseen noise: its distribution, the robot underneath, and datasets that store what was commanded."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ pytest.importorskip("mujoco")
 from offrl.data.minari import read_metadata
 from offrl.datasets import exogenous_noise, load
 from offrl.envs import NOISY_IDS, make_env
-from offrl.envs.noisy import ROBOTS, NoiseLaw
+from offrl.envs.noisy import ROBOTS, NoiseModel
 from offrl.forge import noisy
 from offrl.forge import registry as forge
 from offrl.utils.errors import OffrlError
 
 
-def test_the_law() -> None:
-    law = NoiseLaw(sigma=0.4)
-    std = np.array([law.std(t) for t in range(1000)])
+def test_the_std_of_acts_noise() -> None:
+    model = NoiseModel(sigma=0.4)
+    std = np.array([model.std(t) for t in range(1000)])
     t = np.arange(1000)
     np.testing.assert_allclose(std, np.abs((1 - np.exp(-0.01 * t)) * np.sin(t) * 0.4), atol=1e-15)
     assert std[0] == 0
@@ -31,17 +31,17 @@ def test_the_law() -> None:
     assert np.sqrt(np.mean(std[:100] ** 2)) / 0.4 == pytest.approx(0.29, abs=5e-3)
 
 
-def test_draws_have_their_laws() -> None:
+def test_draws_have_their_distributions() -> None:
     rng, many = np.random.default_rng(0), 20_000
-    ramp = np.array([NoiseLaw(sigma=0.3).draw(rng, 11, 2) for _ in range(many)])
-    assert ramp[:, :2].std(0) == pytest.approx(NoiseLaw(sigma=0.3).std(11), rel=0.03)
+    ramp = np.array([NoiseModel(sigma=0.3).draw(rng, 11, 2) for _ in range(many)])
+    assert ramp[:, :2].std(0) == pytest.approx(NoiseModel(sigma=0.3).std(11), rel=0.03)
     assert not ramp[:, 2:].any()
-    other = np.array([NoiseLaw(iid=0.2, sticky=0.25, reward_sigma=2.0).draw(rng, 1, 2) for _ in range(many)])
+    other = np.array([NoiseModel(iid=0.2, sticky=0.25, reward_sigma=2.0).draw(rng, 1, 2) for _ in range(many)])
     assert other[:, :2].std(0) == pytest.approx(0.2, rel=0.03)
     assert other[:, 2].mean() == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / many))
     assert other[:, 3].std() == pytest.approx(2.0, rel=0.03)
     assert np.abs(np.corrcoef(other.T) - np.eye(4)).max() < 4 / np.sqrt(many)
-    assert not NoiseLaw(sticky=0.999).draw(rng, 0, 2).any()  # there is no action before the first
+    assert not NoiseModel(sticky=0.999).draw(rng, 0, 2).any()  # there is no action before the first
 
 
 @pytest.mark.parametrize("robot", ROBOTS)
@@ -60,12 +60,12 @@ def test_without_noise_it_is_the_robot_itself(robot: str) -> None:
             over = got[2] or got[3]
 
 
-LAWS = [{"sigma": 0.5}, {"iid": 0.3}, {"sticky": 0.5}, {"sigma": 0.3, "sticky": 0.3, "reward_sigma": 1.0}]
+STRENGTHS = [{"sigma": 0.5}, {"iid": 0.3}, {"sticky": 0.5}, {"sigma": 0.3, "sticky": 0.3, "reward_sigma": 1.0}]
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_the_robot_gets_the_disturbed_action(law: dict[str, float]) -> None:
-    ours, base = gymnasium.make(NOISY_IDS["Hopper"], **law), gymnasium.make(ROBOTS["Hopper"])
+@pytest.mark.parametrize("strengths", STRENGTHS)
+def test_the_robot_gets_the_disturbed_action(strengths: dict[str, float]) -> None:
+    ours, base = gymnasium.make(NOISY_IDS["Hopper"], **strengths), gymnasium.make(ROBOTS["Hopper"])
     rng, runs = np.random.default_rng(0), []
     for seed in (3, 4, 3):
         (obs, info), (start, _) = ours.reset(seed=seed), base.reset(seed=seed)
@@ -89,14 +89,14 @@ def test_the_robot_gets_the_disturbed_action(law: dict[str, float]) -> None:
     length = min(map(len, runs))
     np.testing.assert_array_equal(runs[0][:length], runs[2][:length])  # the noise starts anew with its seed
     assert (runs[0][:length] != runs[1][:length]).any()
-    if law == {"sigma": 0.5}:
+    if strengths == {"sigma": 0.5}:
         assert not runs[0][0].any()
 
 
 def test_bad_strengths() -> None:
     with pytest.raises(OffrlError, match="deviations should be at least 0"):
         gymnasium.make(NOISY_IDS["Hopper"], sigma=-0.1)
-    with pytest.raises(OffrlError, match="chance to stick"):
+    with pytest.raises(OffrlError, match="probability to stick"):
         gymnasium.make(NOISY_IDS["Hopper"], sticky=1.0)
 
 
@@ -141,9 +141,9 @@ def test_the_plain_robots_record_no_noise() -> None:
 def test_building_leaves_the_registered_environment_alone() -> None:
     folder = forge.ensure("forge/noisy-hopper/medium-replay-s0.2-v0", size=700, progress=False)
     env: Any = gymnasium.make(NOISY_IDS["Hopper"])
-    assert env.get_wrapper_attr("law") == NoiseLaw()
+    assert env.get_wrapper_attr("noise") == NoiseModel()
     spec = gymnasium.envs.registration.EnvSpec.from_json(read_metadata(folder)["env_spec"])
-    assert gymnasium.make(spec).get_wrapper_attr("law") == NoiseLaw(sigma=0.2)
+    assert gymnasium.make(spec).get_wrapper_attr("noise") == NoiseModel(sigma=0.2)
 
 
 def test_names_of_noisy_sets() -> None:
