@@ -16,6 +16,7 @@ Finite stochastic tasks (`forge/bandit/p0.1-v0`, `forge/lake/p0.7-eps0.4-n1000-v
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import re
 import zlib
@@ -50,7 +51,7 @@ from offrl.forge.rollout import (
     uniform_policy,
 )
 from offrl.utils.errors import OffrlError
-from offrl.utils.paths import cache_dir, one_at_a_time
+from offrl.utils.paths import cache_dir, one_at_a_time, remove_torn
 
 DEFAULT_SIZE = 100_000  # a tenth of D4RL's sets: seconds to build, and enough to tell methods apart
 PREFIX, SUFFIX = "forge/", "-v0"
@@ -134,6 +135,7 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
     if not force and (folder / "data" / "metadata.json").is_file():
         return folder
     with one_at_a_time(folder.with_name(f".{folder.name}.lock")):  # the jobs of a sweep often want the same one
+        remove_torn(folder.parent, glob.escape(folder.name))  # of builds that were killed
         if force or not (folder / "data" / "metadata.json").is_file():
             _build(folder, name, size, seed, progress)
     return folder
