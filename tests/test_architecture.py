@@ -22,12 +22,6 @@ LATE_IMPORTS = {
     "training/child.py": "a child of a sweep must watch its parent before anything heavy is imported",
     "cli/main.py": "a subcommand's module is imported when it is called, so that `offrl --help` is fast",
     "nets/neighbors.py": "Numba compiles the kernels of neighbors_cpu.py for seconds; only PRDC on a CPU needs them",
-    # Until merged: these are on their way out.
-    "augment/metrics.py": "until merged",
-    "cli/augment.py": "until merged",
-    "cli/sampler_stats.py": "until merged",
-    "evaluation/evaluator.py": "until merged",
-    "training/runs.py": "until merged",
 }
 LONGEST = 450
 # Files that are longer: the length that they must not pass, and why they are one file.

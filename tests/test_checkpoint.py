@@ -17,6 +17,7 @@ from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
+from offrl.training.runs import dataset_info, load_agent
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 
@@ -100,6 +101,106 @@ def test_a_foreign_file(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     with pytest.raises(OffrlError, match=r"x.safetensors: this is no offrl checkpoint, or it is damaged"):
         checkpoint.load(path)
+
+
+def test_every_flipped_bit_is_found(saved: Path) -> None:
+    """One bit at a time, spread over header, facts and tensors."""
+    data = saved.read_bytes()
+    for place in range(0, len(data), max(1, len(data) // 300)):
+        saved.write_bytes(data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :])
+        with pytest.raises(OffrlError, match=r"no offrl checkpoint, or it is damaged"):
+            checkpoint.load(saved)
+
+
+def test_checkpoints_of_earlier_versions_have_no_checksum(saved: Path) -> None:
+    tensors = load_file(saved)
+    save_file(tensors, saved, metadata={"offrl": json.dumps(FACTS)})
+    kept, metadata = checkpoint.load(saved)
+    assert metadata == FACTS
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.half(), "does not fit this agent's configuration .at actor"),
+        (lambda t: t.double(), "does not fit this agent's configuration .at actor"),
+        (lambda t: t.long(), "does not fit this agent's configuration .at actor"),
+        (lambda t: t * float("nan"), "numbers that are not finite .in actor"),
+        (lambda t: t + float("inf"), "numbers that are not finite .in actor"),
+    ],
+    ids=["half", "double", "integers", "nan", "inf"],
+)
+def test_tensors_of_another_kind(spoil: Any, message: str, saved: Path) -> None:
+    """In a file whose checksum is right, too; the agent keeps what it had."""
+    tensors, metadata = checkpoint.load(saved)
+    name = next(name for name in tensors if name.startswith("actor"))
+    checkpoint.write(saved, {**tensors, name: spoil(tensors[name])}, metadata)
+    agent = agent_of(seed=9)
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    with pytest.raises(OffrlError, match=message):
+        checkpoint.restore(agent, checkpoint.load(saved)[0], saved)
+    assert all(torch.equal(value, before[key]) for key, value in agent.state_dict().items())
+
+
+@pytest.mark.parametrize("offsets", [[0, 8], [4, 12], [8, 4], [-8, 0], [8, 10**18]], ids=str)
+def test_offsets_that_overlap_or_lie_outside(offsets: list[int], tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2]}
+    header = {"a": {**entry, "data_offsets": [0, 8]}, "b": {**entry, "data_offsets": offsets}}
+    text = json.dumps({**header, "__metadata__": {"offrl": "{}"}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(OffrlError, match=r"x.safetensors: this is no offrl checkpoint, or it is damaged"):
+        checkpoint.load(path)
+
+
+RUN = {
+    "step": 7,
+    "fingerprint": "abc",
+    "config": {"agent": {"_target_": "offrl.agents.td3_bc.TD3BC", "hidden": [8, 8]}},
+    "spec": {"obs_dim": 3, "action_dim": 2, "seeds": [0, 1], "action_low": -1.0, "action_high": 1.0, "discrete": False},
+    "info": {"id": "toy"},
+}
+MISSING = object()
+ODD = [MISSING, None, "text", [1], -1, 1e30, 10**30]
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: "missing" if value is MISSING else str(value))
+@pytest.mark.parametrize(
+    "key", [*RUN, "spec.obs_dim", "spec.seeds", "spec.action_low", "info.ref_min", "info.env_kwargs"]
+)
+def test_facts_of_another_kind(key: str, value: Any, tmp_path: Path) -> None:
+    """One sentence that names file and key, wherever a run's checkpoint is opened."""
+    allowed = {"spec.action_low", "info.ref_min"} if isinstance(value, (int, float)) else set()
+    allowed |= {"spec.action_low", "info.ref_min", "info.env_kwargs"} if value is MISSING else set()
+    allowed |= {"spec.seeds"} if value == [1] else set()
+    allowed |= {"info.ref_min"} if value is None else {"fingerprint"} if value == "text" else set()
+    if key in allowed:
+        pytest.skip("that may stand there")
+    facts = json.loads(json.dumps(RUN))
+    inner = facts
+    *groups, name = key.split(".")
+    for group in groups:
+        inner = inner[group]
+    if value is MISSING:
+        del inner[name]
+    else:
+        inner[name] = value
+    path = tmp_path / checkpoint.NAME
+    checkpoint.write(path, agent_of().state_dict(), facts)
+    for opened in (load_agent, dataset_info):
+        with pytest.raises(OffrlError, match=rf"{checkpoint.NAME}: .*{key}.*; remove it") as raised:
+            opened(path)
+        assert len(str(raised.value)) < 400
+        assert "\n" not in str(raised.value)
+
+
+def test_facts_without_end(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.NAME
+    for text in ('{"step":' + "[" * 50_000, '{"step":' + "1" * 5000 + "}", '{"a":' * 500 + "1" + "}" * 500):
+        save_file(agent_of().state_dict(), path, metadata={"offrl": text})
+        with pytest.raises(OffrlError, match=r"it is damaged \(.*\); remove it"):
+            load_agent(path)
 
 
 def test_a_checkpoint_of_another_shape(saved: Path) -> None:

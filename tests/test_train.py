@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -251,6 +253,116 @@ def test_remains_of_a_kill_are_swept_away(toy_file: Path) -> None:
     assert not torn.exists()
 
 
+def test_a_copy_is_kept_of_every_checkpoint_whenever_it_is_killed(
+    toy_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the writing of one file and the next, at each of the run's writes in turn."""
+    values = options(toy_file, 40, checkpoint_every=10, log_every=10, keep_checkpoints=True)
+    undisturbed = train({**values, "out": "undisturbed"}).folder
+    save = checkpoint.save
+    for last in range(1, 8):
+        calls: list[int] = []
+
+        def killed_after(*arguments: Any, calls: list[int] = calls, last: int = last) -> None:
+            if len(calls) == last:
+                raise RuntimeError("killed")
+            calls.append(1)
+            save(*arguments)
+
+        job = {**values, "out": f"killed{last}"}
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", killed_after)
+            with pytest.raises(RuntimeError, match="killed"):
+                train(job)
+        folder = train(job).folder
+        kept = sorted((folder / "checkpoints").iterdir())
+        assert [path.stem for path in kept] == ["00000010", "00000020", "00000030", "00000040"]
+        for path in kept:
+            theirs = checkpoint.load(undisturbed / "checkpoints" / path.name)[0]
+            assert all(torch.equal(value, theirs[name]) for name, value in checkpoint.load(path)[0].items())
+
+
+def test_the_last_evaluation_is_written_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, three times, after its rows and before the result."""
+    values = options("toy.npz", 40)
+    values["eval"] = {"every": 20, "episodes": 2, "final_episodes": 3, "workers": 1}
+    undisturbed = train({**values, "out": "undisturbed"}).folder
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish", lambda _: (_ for _ in ()).throw(RuntimeError("killed")))
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="killed"):
+                train(values)
+    folder = train(values).folder
+    for kind in ("episodes", "metrics"):
+        assert raw_rows(folder, kind) == raw_rows(undisturbed, kind)
+    assert len(raw_rows(folder, "episodes")) == 2 * (2 + 3)
+
+
+def test_a_lane_leaves_the_rows_that_its_seed_leaves_alone(world: Path) -> None:
+    """All fields but those that name the run and the lane, and the clock."""
+    values = options("toy.npz", 60, seed=4)
+    values["eval"] = {"every": 30, "episodes": 2, "final_episodes": 3, "workers": 1}
+    together = train(values).folder
+    for lane in (0, 1):
+        alone = train({**values, "lanes": 1, "seed": 4 + lane, "out": "alone"}).folder
+        for kind in ("episodes", "metrics"):
+            here, there = (
+                [
+                    {k: v for k, v in row.items() if k != "lane"}
+                    for row in raw_rows(folder, kind)
+                    if row["seed"] == 4 + lane
+                ]
+                for folder in (together, alone)
+            )
+            assert here == there
+            assert len(here) >= 5
+
+
+@pytest.mark.parametrize("gone", ["folder", "episodes.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize("moment", ["before a checkpoint", "at the last evaluation"])
+def test_rows_that_vanish_under_a_run_are_missed(
+    gone: str, moment: str, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rm -r` in the middle: the run does not end as finished, neither now nor the next time, and puts nothing back."""
+    values = options("toy.npz", 40, checkpoint_every=20, log_every=20)
+    values["eval"] = {"every": 0, "final_episodes": 2, "workers": 1}
+    folder = resolve_config(values).folder()
+
+    def remove() -> None:
+        shutil.rmtree(folder) if gone == "folder" else (folder / gone).unlink()
+
+    name = "_log" if moment == "before a checkpoint" else "_evaluate"
+    before = getattr(Trainer, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, name, lambda *arguments: (before(*arguments), remove())[0])
+        with pytest.raises(OffrlError, match=r"jsonl was removed or replaced while the run wrote to it"):
+            train(values)
+    assert not (folder / "result.json").exists()
+    if gone == "folder":
+        assert not (folder / checkpoint.NAME).exists()
+        assert train(values).status == "finished"
+    elif moment == "at the last evaluation":
+        with pytest.raises(OffrlError, match=rf"{gone} is missing; restore it, or start the run over with fresh=true"):
+            train(values)
+        assert train({**values, "fresh": True}).status == "finished"
+
+
+def test_finished_is_a_run_with_all_its_files(toy_file: Path) -> None:
+    values = options(toy_file, 20)
+    folder = train(values).folder
+    for name in ("config.json", "manifest.json"):
+        before = json.loads((folder / name).read_text())
+        (folder / name).unlink()
+        assert train(values).status == "finished"  # not "already": it has made the file again
+        assert json.loads((folder / name).read_text()) == before
+    (folder / "metrics.jsonl").unlink()
+    assert train(values).status == "already finished"  # the copy has the rows
+    (folder / "metrics.parquet").unlink()
+    with pytest.raises(OffrlError, match=r"metrics.jsonl is missing; restore it, or start over with fresh=true"):
+        train(values)
+    assert train({**values, "fresh": True}).status == "finished"
+
+
 # ---- repeat, continue, start over -----------------------------------------------------------------------------
 
 
@@ -341,7 +453,7 @@ def test_resume_of_what_is_no_run(tmp_path: Path, toy_file: Path) -> None:
     folder = train(options(toy_file, 20)).folder
     for text in ("{", "[1]"):
         (folder / "config.json").write_text(text)
-        with pytest.raises(OffrlError, match=r"config.json is damaged"):
+        with pytest.raises(OffrlError, match=r"config.json: .*; repeat the command that started the run"):
             resume(folder)
 
 
@@ -399,7 +511,7 @@ def test_devices_that_are_not_there(toy_file: Path) -> None:
 def test_samplers_that_cant_be_made(toy_file: Path) -> None:
     for sampler, message in (
         ({"_target_": "offrl.sampling.Unknown"}, r"sampler\._target_=offrl\.sampling\.Unknown can't be imported"),
-        ({"_target_": "offrl.agents.bc.BC"}, r"is no offrl\.sampling\.Sampler"),
+        ({"_target_": "offrl.agents.bc.BC"}, r"is no offrl\.sampling\.samplers\.Sampler"),
         ({"_target_": "offrl.sampling.EpisodeWeighted"}, "sampler: "),  # it needs weights
         ({"_target_": "offrl.sampling.Uniform", "x": 1}, r"sampler\.x is no option"),
         ({"_target_": "offrl.sampling.ReturnWeighted", "temprature": 1}, r"did you mean sampler\.temperature"),
@@ -417,6 +529,114 @@ def test_a_missing_environment_shows_before_training(toy_file: Path) -> None:
     with pytest.raises(OffrlError, match=r"no environment"):
         train(values)
     assert not (resolve_config(values).folder() / checkpoint.NAME).exists()
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def spoil_rows(folder: Path, kind: str, line: str) -> None:
+    rows = (folder / f"{kind}.jsonl").read_text().splitlines(keepends=True)
+    (folder / f"{kind}.jsonl").write_text("".join([rows[0], line + "\n", *rows[1:]]))
+
+
+REFUSALS = {
+    "metrics": (lambda folder: spoil_rows(folder, "metrics", "garbage"), "metrics.jsonl: line 2 is no row of results"),
+    "episodes": (lambda folder: spoil_rows(folder, "episodes", '{"step": "x"}'), "episodes.jsonl: line 2 is no row"),
+    "deep": (lambda folder: spoil_rows(folder, "metrics", "[" * 100_000), "metrics.jsonl: line 2 is no row"),
+    "missing rows": (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl is missing"),
+    "checkpoint": (lambda folder: (folder / checkpoint.NAME).write_bytes(b"x" * 99), "no offrl checkpoint"),
+    "agent": (lambda folder: shrink(folder), "does not fit this agent's configuration"),
+    "data": (
+        lambda _: write_npz(make_toy(seed=1).with_info(env_id="toy_world:Toy-v0"), Path("toy.npz")),
+        "made on other data",
+    ),
+    "environment": (lambda _: Path("toy_world.py").write_text("x = 1"), "Toy-v0"),
+}
+
+
+def shrink(folder: Path) -> None:
+    kept, metadata = checkpoint.load(folder / checkpoint.NAME)
+    checkpoint.write(folder / checkpoint.NAME, dict(list(kept.items())[1:]), metadata)
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_refused_run_leaves_its_folder_alone(kind: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same command, with more updates, and by resume: a sentence, and every byte stays."""
+    values = options("toy.npz", 40, log_every=10)
+    values["eval"] = {"every": 10, "episodes": 1, "final_episodes": 1, "workers": 1}
+    folder = train(values).folder
+    spoil, message = REFUSALS[kind]
+    if kind == "environment":
+        gymnasium.registry.pop("Toy-v0")
+        monkeypatch.delitem(sys.modules, "toy_world")
+    spoil(folder)
+    before = contents(folder)
+    for again in (lambda: train({**values, "updates": 80}), lambda: resume(folder, {"updates": 80})):
+        with pytest.raises(OffrlError, match=message):
+            again()
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize("change", [{"tracker": "tensorbord"}, {"device": "gpu"}, {"eval.workers": -3}], ids=str)
+def test_refused_options_leave_the_folder_alone(change: dict[str, Any], toy_file: Path) -> None:
+    folder = train(options(toy_file, 20)).folder
+    before = contents(folder)
+    with pytest.raises(OffrlError, match=next(iter(change))):
+        resume(folder, {**change, "updates": 40})
+    assert contents(folder) == before
+
+
+# ---- what stands in a run's files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "damaged"),
+        ("[1]", r"\[1\] should be an object"),
+        ('{"returns": [], "scores": null}', "the key step is missing"),
+        ('{"step": "20", "returns": []}', "step='20' should be a valid integer"),
+        ('{"step": -1, "returns": []}', "step=-1 should be greater than or equal to 0"),
+        ('{"step": 1e30, "returns": []}', r"step=1e\+30 should be a valid integer"),
+        ('{"step": 20, "returns": 3.0}', "returns=3.0 should be a valid array"),
+        ('{"step": 20, "returns": [{}]}', r"returns.0=\{\} should be a valid number"),
+        ("[" * 100_000, "damaged"),
+        ('{"step": 20, "returns": [], "x": ' + "1" * 5000 + "}", "damaged"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_damage_to_a_result(text: str, message: str, toy_file: Path) -> None:
+    values = options(toy_file, 20)
+    folder = train(values).folder
+    (folder / "result.json").write_text(text)
+    with pytest.raises(
+        OffrlError, match=rf"result.json: .*{message}.*; remove it, and the same command makes it again"
+    ):
+        train(values)
+    (folder / "result.json").unlink()
+    assert train(values).status == "finished"
+
+
+def test_files_that_are_no_files_do_not_hang(toy_file: Path) -> None:
+    values = options(toy_file, 20)
+    folder = train(values).folder
+    for name in ("result.json", "config.json"):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(OffrlError, match=f"{name} is no regular file"):
+            resume(folder)
+        (folder / name).unlink()
+        (folder / name).write_bytes(kept)
+    with open(folder / "config.json", "ab") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(
+        OffrlError, match=r"config.json has 1,073,741,824 bytes, more than 16,777,216; repeat the command"
+    ):
+        resume(folder)
 
 
 # ---- numbers that break ---------------------------------------------------------------------------------------
@@ -507,7 +727,7 @@ def test_a_folder_says_how_it_was_made(toy_file: Path) -> None:
     config = json.loads((result.folder / "config.json").read_text())
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert config["method"] == "ours"
-    assert config["agent"] == values["agent"]
+    assert values["agent"].items() <= config["agent"].items()
     assert config["eval"]["seed"] == 1_000_000  # defaults are there, too
     store = load_data(resolve_config(values).train, "cpu")
     assert manifest["fingerprint"] == store.fingerprint

@@ -10,17 +10,22 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from offrl import results
 from offrl.results.rows import FAILURE
+from offrl.training.records import FailureRecord, ResultRecord
+from offrl.utils.errors import OffrlError
+from offrl.utils.files import read_json
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class State:
-    """A run: `finished`, `running` (a process holds its lock), `failed` (the last try in a sweep) or `stopped`."""
+    """A run: `finished`, `running` (a process holds its lock), `failed` (last try in a sweep), `stopped` or `damaged`."""
 
     folder: Path
     method: str
@@ -40,23 +45,35 @@ def states(paths: Iterable[Path | str]) -> list[State]:
 
 
 def _state(run: results.Run) -> State:
-    now, kept, failure = (
-        results.progress(run.folder),
-        _json(run.folder / "result.json"),
-        _json(run.folder / FAILURE),
-    )
-    if _held(run.folder / ".lock"):
-        state, message = "running", str(now)
-    elif kept and kept["step"] >= now.updates:
-        scores = kept["scores"] or kept["returns"]
-        name = "normalised score" if kept["scores"] else "return"
-        state, message = "finished", f"{name} {np.mean(scores):.1f}" if scores else "not evaluated"
-    elif failure:
-        state, message = "failed", str(failure.get("message"))
-    else:
-        state, message = "stopped", f"{now.step}/{now.updates} updates; offrl train resume={run.folder}"
+    now = results.progress(run.folder)
+    try:
+        state, message = _stands(run.folder, now)
+    except OffrlError as error:
+        state, message = "damaged", str(error)
     method = run.config.get("label") or run.config.get("method") or run.folder.parent.parent.name
-    return State(run.folder, method, run.config.get("dataset") or run.folder.parent.name, state, now, message)
+    dataset = run.config.get("dataset") or run.folder.parent.name
+    return State(run.folder, str(method), str(dataset), state, now, message)
+
+
+def _stands(folder: Path, now: results.Progress) -> tuple[str, str]:
+    """State and message of a run; raises OffrlError where its files are damaged."""
+    if _held(folder / ".lock"):
+        return "running", str(now)
+    if (kept := _read(folder / "result.json", ResultRecord)) and kept.step >= now.updates:
+        values = np.array(kept.scores or kept.returns, dtype=float)
+        name = "normalised score" if kept.scores else "return"
+        return "finished", f"{name} {values.mean():.1f}" if len(values) else "not evaluated"
+    if failure := _read(folder / FAILURE, FailureRecord):
+        return "failed", failure.message
+    return "stopped", f"{now.step}/{now.updates} updates; offrl train resume={folder}"
+
+
+def _read(path: Path, schema: type[T]) -> T | None:
+    """None where there is no such file."""
+    try:
+        return read_json(path, schema, "remove it")
+    except FileNotFoundError:
+        return None
 
 
 def _held(lock: Path) -> bool:
@@ -69,13 +86,6 @@ def _held(lock: Path) -> bool:
     except OSError:
         return True
     return False
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError):
-        return {}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -109,7 +119,7 @@ def _command(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    styles = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
+    styles = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow", "damaged": "red"}
     table = Table("state", "method", "dataset", "run", "", box=None)
     for s in found:
         table.add_row(Text(s.state, styles[s.state]), *map(Text, (s.method, s.dataset, s.folder.name, s.message)))

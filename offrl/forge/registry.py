@@ -11,13 +11,14 @@ Finite stochastic tasks (`forge/bandit/p0.1-v0`, `forge/lake/p0.7-eps0.4-n1000-v
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from offrl.forge.build import build
 from offrl.forge.names import DEFAULT_SIZE, family, folder_of, known, names, sources_of
 from offrl.forge.robots import LEVELS, REPLAY_V1, ROBOTS, segments
 from offrl.utils.errors import OffrlError
-from offrl.utils.paths import one_at_a_time
+from offrl.utils.paths import one_at_a_time, remove_torn
 
 __all__ = ["DEFAULT_SIZE", "LEVELS", "REPLAY_V1", "ROBOTS", "ensure", "family", "folder_of", "names", "segments"]
 
@@ -44,6 +45,7 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
     if not force and _is_built(folder):
         return folder
     with one_at_a_time(folder.with_name(f".{folder.name}.lock")):  # the jobs of a sweep often want the same one
+        remove_torn(folder.parent, glob.escape(folder.name))  # of builds that were killed
         if force or not _is_built(folder):
             sources = [ensure(source, size=size, seed=seed, progress=progress) for source in sources_of(name)]
             build(folder, name, size, seed, progress, sources)

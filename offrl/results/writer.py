@@ -31,6 +31,7 @@ class RunWriter:
         resume_step: update from which training continues. Rows after it, and a line torn by a kill, are dropped, so that
             nothing counts twice; -1 drops all rows. None is a new run: rows of a killed run are dropped, but a folder whose
             run was closed is refused.
+        evaluated_until: the same for evaluations, where the one at `resume_step` is made again.
 
     Every call writes at once. `flush` also syncs the rows to disk; call it before a checkpoint is saved.
 
@@ -39,7 +40,13 @@ class RunWriter:
             middle of a file is damaged, or a closed run would be overwritten.
     """
 
-    def __init__(self, folder: Path | str, run: Mapping[str, Any], resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        run: Mapping[str, Any],
+        resume_step: int | None = None,
+        evaluated_until: int | None = None,
+    ) -> None:
         self.folder = Path(folder)
         compacted = [self.folder / f"{kind}.parquet" for kind in ("episodes", "metrics")]
         if resume_step is None and compacted[0].exists():
@@ -54,13 +61,13 @@ class RunWriter:
             "env_id": run.get("env_id"),
             "policy_mode": str(run.get("policy_mode") or "deterministic"),
         }
-        for path in compacted:
-            if path.exists() and not path.with_suffix(".jsonl").exists():
-                raise OffrlError(f"{path.with_suffix('.jsonl')} is missing: restore it before the run is resumed.")
         keep_until = -1 if resume_step is None else resume_step
+        check_rows(self.folder, keep_until)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._episodes = _Log(self.folder / "episodes.jsonl", keep_until)
+            self._episodes = _Log(
+                self.folder / "episodes.jsonl", keep_until if evaluated_until is None else evaluated_until
+            )
             self._metrics = _Log(self.folder / "metrics.jsonl", keep_until)
             for path in compacted:
                 path.unlink(missing_ok=True)
@@ -131,8 +138,10 @@ class RunWriter:
         """Flush, close, and write the Parquet copies. A second call does nothing."""
         if self._episodes.closed:
             return
-        self._episodes.close()
-        self._metrics.close()
+        try:
+            self._episodes.close()
+        finally:
+            self._metrics.close()
         _compact(self.folder)
 
     def __enter__(self) -> RunWriter:
@@ -140,6 +149,23 @@ class RunWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def check_rows(folder: Path, resume_step: int, needed: bool = False) -> None:
+    """Raise OffrlError where a run's rows are damaged, so that it could not go on; nothing is written.
+
+    Args:
+        needed: whether a run that has no rows at all is refused as well.
+    """
+    for kind in ("episodes", "metrics"):
+        path = folder / f"{kind}.jsonl"
+        if path.exists():
+            try:
+                _rows_until(path.read_bytes(), resume_step, path)
+            except OSError as error:
+                raise OffrlError(f"{path} can't be read ({error.strerror}); make it readable.") from error
+        elif needed or (resume_step >= 0 and path.with_suffix(".parquet").exists()):
+            raise OffrlError(f"{path} is missing; restore it, or start the run over with fresh=true.")
 
 
 class _Log:
@@ -177,8 +203,13 @@ class _Log:
     def flush(self) -> None:
         try:
             os.fsync(self._file.fileno())
+            there = self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        if not there:
+            raise OffrlError(
+                f"{self.path} was removed or replaced while the run wrote to it; restore it, or start over with fresh=true."
+            )
 
     def close(self) -> None:
         try:
@@ -195,7 +226,7 @@ def _rows_until(data: bytes, step: int, path: Path) -> bytes:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             # A power failure may leave a last line of zeros; damage before it has another cause.
             if number < len(lines) and step >= 0:
                 raise _damaged(path, number) from error

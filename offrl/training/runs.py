@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from torch import Tensor
 from offrl.agents.base import Agent, Spec
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.datasets import load
+from offrl.training.records import ResultRecord, RunRecord, SpecRecord
 from offrl.training.run_config import RunConfig, agent_config
 from offrl.training.schema import DataConfig, TrainConfig
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
+from offrl.utils.files import read_json
 from offrl.utils.settings import FREE, NAMES, canonical, trusting
 
 
@@ -44,13 +47,10 @@ class Result:
 
 def read_config(folder: Path, option: str = "") -> dict[str, Any]:
     """The configuration of the run in a folder, which was named by `option`."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise OffrlError(f"{option}{folder}: there is no config.json; name the folder of a run.")
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise OffrlError(f"{path} is damaged ({error}); repeat the command that started the run.") from error
+        return read_json(folder / "config.json", dict[str, Any], "repeat the command that started the run")
+    except FileNotFoundError as error:
+        raise OffrlError(f"{option}{folder}: there is no config.json; name the folder of a run.") from error
 
 
 def _check_same(job: RunConfig, folder: Path) -> None:
@@ -58,10 +58,10 @@ def _check_same(job: RunConfig, folder: Path) -> None:
     path = folder / checkpoint.NAME
     if not path.exists():
         return
-    kept = checkpoint.metadata(path)
+    kept: RunRecord = checkpoint.metadata(path, RunRecord)
     now = json.loads(json.dumps(job.to_dict()))
-    before, after = (_flat(values) for values in (kept["config"], now))
-    before["seeds"], after["seeds"] = list(kept["spec"]["seeds"]), job.train.lane_seeds()
+    before, after = (_flat(values) for values in (kept.config, now))
+    before["seeds"], after["seeds"] = kept.spec.seeds, job.train.lane_seeds()
     for key in sorted(before.keys() & after.keys()):
         if before[key] != after[key]:
             raise OffrlError(
@@ -103,14 +103,28 @@ def done_before(job: RunConfig) -> Result | None:
 
 
 def finished(folder: Path, updates: int) -> Result | None:
-    """The result of a run that has made its updates; None otherwise."""
+    """The result of a run that has made its updates and has all its files; None otherwise.
+
+    Raises:
+        OffrlError: the result is damaged, or the rows that it sums up are gone.
+    """
+    path = folder / "result.json"
     try:
-        kept = json.loads((folder / "result.json").read_text())
-    except (FileNotFoundError, ValueError):
+        kept = read_json(path, ResultRecord, "remove it, and the same command makes it again")
+    except FileNotFoundError:
         return None
-    if kept["step"] < updates:
-        return None
-    return Result(folder, kept["step"], kept["returns"], kept["scores"], "already finished")
+    if kept.step < updates or not all((folder / name).is_file() for name in ("config.json", "manifest.json")):
+        return None  # the latter are written anew by a run that goes on
+    for kind in ("episodes", "metrics"):
+        if not any((folder / f"{kind}.{ending}").is_file() for ending in ("jsonl", "parquet")):
+            raise OffrlError(f"{folder}: {kind}.jsonl is missing; restore it, or start over with fresh=true.")
+    scores = None if kept.scores is None else _lanes(kept.scores)
+    return Result(folder, kept.step, _lanes(kept.returns), scores, "already finished")
+
+
+def _lanes(values: Sequence[float | None]) -> list[float]:
+    """JSON of other writers has null for NaN."""
+    return [math.nan if value is None else value for value in values]
 
 
 def summary(result: Result) -> str:
@@ -135,11 +149,12 @@ def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> 
     """
     path = Path(folder)
     path = path if path.is_file() else path / checkpoint.NAME
-    tensors, metadata = checkpoint.load(path)
+    kept: RunRecord
+    tensors, kept = checkpoint.load(path, RunRecord)
     with trusting(trust):
-        agent = make_agent(metadata["config"]["agent"], _spec_from(metadata["spec"], device))
+        agent = make_agent(kept.config["agent"], _spec_from(kept.spec, device))
     checkpoint.restore(agent, tensors, path)
-    agent.random.step.fill_(metadata["step"])
+    agent.random.step.fill_(kept.step)
     return agent.eval()
 
 
@@ -201,16 +216,18 @@ def _spec_to(spec: Spec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in kept}
 
 
-def _spec_from(values: Mapping[str, Any], device: str) -> Spec:
-    zeros: Tensor = torch.zeros(values["obs_dim"])
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Spec(**{**values, **lists}, obs_mean=zeros, obs_std=zeros + 1, device=device)
+def _spec_from(kept: SpecRecord, device: str) -> Spec:
+    zeros: Tensor = torch.zeros(kept.obs_dim)
+    values = kept.model_dump()
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Spec(**values, obs_mean=zeros, obs_std=zeros + 1, device=device)
 
 
 def dataset_info(folder: Path | str) -> DatasetInfo:
     """The dataset of a run or checkpoint, as it was when the run was made."""
     path = Path(folder)
-    return DatasetInfo(**checkpoint.metadata(path if path.is_file() else path / checkpoint.NAME)["info"])
+    record: RunRecord = checkpoint.metadata(path if path.is_file() else path / checkpoint.NAME, RunRecord)
+    return record.info
 
 
 def print_result(result: Any) -> int:

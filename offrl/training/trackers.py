@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,24 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Write what is pending and let go."""
+
+
+KINDS = ("none", "tensorboard", "wandb")
+
+
+def check_tracker(kind: str | Sequence[str] | None) -> list[str]:
+    """The kinds of tracker that `tracker=` asks for.
+
+    Raises:
+        OffrlError: an unknown kind, or a missing extra.
+    """
+    names = kind.split(",") if isinstance(kind, str) else kind or []
+    for name in names:
+        if name not in KINDS:
+            raise OffrlError(f"tracker={name} is unknown: use none, tensorboard, wandb or a list of them.")
+        if name != "none" and find_spec(name) is None:
+            raise OffrlError(f'tracker={name} needs an extra: pip install "offrl[{name}]"')
+    return [name for name in names if name != "none"]
 
 
 def make_tracker(
@@ -44,17 +63,12 @@ def make_tracker(
     Raises:
         OffrlError: an unknown kind, a missing extra, or a tracker that can't start.
     """
-    kinds = [kind] if kind is None or isinstance(kind, str) else list(kind)
     trackers: list[Tracker] = []
-    for one in kinds:
-        if one in (None, "none"):
-            continue
-        if one == "tensorboard":
+    for wanted in check_tracker(kind):
+        if wanted == "tensorboard":
             trackers.append(_TensorBoard(Path(folder), config, resume_step))
-        elif one == "wandb":
-            trackers.append(_WeightsAndBiases(Path(folder), config, name, resume_step))
         else:
-            raise OffrlError(f"tracker={one} is unknown: use none, tensorboard, wandb or a list of them.")
+            trackers.append(_WeightsAndBiases(Path(folder), config, name, resume_step))
     return _Several(trackers)
 
 

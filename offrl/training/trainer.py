@@ -17,8 +17,10 @@ from offrl.data.dataset import OfflineDataset, concatenate
 from offrl.data.statistics import return_spread
 from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.nets import Critics
+from offrl.results.writer import check_rows
 from offrl.sampling import BatchLoader, further_datasets, make_sampler
 from offrl.training.engine import make_engine
+from offrl.training.records import RunRecord
 from offrl.training.run_config import RunConfig, resolve_config
 from offrl.training.runs import (
     Result,
@@ -32,10 +34,10 @@ from offrl.training.runs import (
     reward_transform,
     transform_rewards,
 )
-from offrl.training.trackers import make_tracker
+from offrl.training.trackers import check_tracker, make_tracker
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
-from offrl.utils.paths import write_json
+from offrl.utils.paths import remove_torn, write_json
 from offrl.utils.process import _locked, _no_collector, _Nothing, _stopping, pick_device, tune_process
 from offrl.utils.progress import Bar
 from offrl.utils.provenance import environment
@@ -131,23 +133,22 @@ class Trainer:
     # ---- the run ----------------------------------------------------------------------------------------------
 
     def run(self) -> Result:
-        for torn in self.folder.glob(".*.part"):  # of a process that was killed while it wrote
-            torn.unlink(missing_ok=True)
         playing = self._evaluator()  # a missing simulator shows before the first update
+        check_tracker(self.cfg.tracker)
         resumed = self._restore()
-        if not resumed:
+        if resumed:
+            check_rows(self.folder, self.step, needed=True)
+        else:  # nothing in the folder is touched before this line
+            self._clear()
             self.sampler.start()
+        remove_torn(self.folder)
         if self.synthetic:
             self.synthetic.begin(self.loader, self.agent, self.step, self.cfg.progress)
-        self._describe()
-        self.writer = results.RunWriter(self.folder, self._row_metadata(), resume_step=self.step if resumed else -1)
         self.tracker = make_tracker(
-            self.cfg.tracker.split(",") if isinstance(self.cfg.tracker, str) else self.cfg.tracker,
-            self.folder,
-            self.job.to_dict(),
-            self.folder.name,
-            self.step if resumed else None,
+            self.cfg.tracker, self.folder, self.job.to_dict(), self.folder.name, self.step if resumed else None
         )
+        self.writer = self._open_rows(resumed)
+        self._describe()
         with playing as evaluator, _stopping(self._request_stop), _no_collector():
             try:
                 self._loop(evaluator)
@@ -155,6 +156,12 @@ class Trainer:
                 self.tracker.close()
                 self.writer.close()
         return self._finish()
+
+    def _open_rows(self, resumed: bool) -> results.RunWriter:
+        """Continue the rows at the checkpoint; the last evaluation comes behind the last checkpoint, so it is repeated."""
+        repeated = self.step - 1 if self.step >= self.cfg.updates else self.step
+        metadata = self._row_metadata()
+        return results.RunWriter(self.folder, metadata, self.step if resumed else -1, repeated if resumed else None)
 
     def _loop(self, evaluator: Evaluator | None) -> None:
         cfg = self.cfg
@@ -239,7 +246,8 @@ class Trainer:
     # ---- saving and restoring ---------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        self._check_finite({name: bool(value.isfinite().all()) for name, value in self.agent.named_parameters()})
+        if broken := checkpoint.first_not_finite(self.agent.state_dict()):
+            self._check_finite({broken: False})
         self.writer.flush()
         metadata = {
             "step": self.step,
@@ -251,34 +259,43 @@ class Trainer:
         learnt = self.sampler.tensors()
         if self.synthetic:
             self.synthetic.save()
-        checkpoint.save(self.folder / checkpoint.NAME, self.agent, metadata, learnt)
-        if self.cfg.keep_checkpoints:
+        if self.cfg.keep_checkpoints:  # first: a kill between the two then repeats these updates, and loses no copy
             checkpoint.save(self.folder / "checkpoints" / f"{self.step:08d}.safetensors", self.agent, metadata, learnt)
+        checkpoint.save(self.folder / checkpoint.NAME, self.agent, metadata, learnt)
         if self.synthetic:
             self.synthetic.sweep()
 
     def _restore(self) -> bool:
-        """Take up the last checkpoint; False when there is none (or the run is to start over)."""
+        """Take up the last checkpoint; False when there is none, or the run is to start over.
+
+        Raises:
+            OffrlError: the checkpoint is damaged, or of other data or another agent; nothing has been written then.
+        """
         path = self.folder / checkpoint.NAME
-        if self.cfg.fresh:  # a kill before the first checkpoint must not bring back the old run
-            for old in (path, *(self.folder / "checkpoints").glob("*.safetensors")):
-                old.unlink(missing_ok=True)
-        if not path.exists():
-            if self.synthetic:
-                self.synthetic.clear()
-            (self.folder / "result.json").unlink(missing_ok=True)
+        if self.cfg.fresh or not path.exists():
             return False
-        tensors, metadata = checkpoint.load(path)
-        if metadata["fingerprint"] != self.store.fingerprint:
+        tensors, kept = checkpoint.load(path, RunRecord)
+        if kept.fingerprint != self.store.fingerprint:
             raise OffrlError(
                 f"{self.folder}: the run was made on other data than {self.cfg.dataset} holds now; restore the dataset, "
                 "or start over with fresh=true."
             )
+        learnt = checkpoint.of_sampler(tensors)
+        checkpoint.check_fits(self.sampler.tensors(), learnt, path, "sampler")
         checkpoint.restore(self.agent, tensors, path)
-        if learnt := checkpoint.of_sampler(tensors):
+        if learnt:
             self.sampler.restore(learnt)
-        self.step = metadata["step"]
+        self.step = kept.step
         return True
+
+    def _clear(self) -> None:
+        """Remove what an earlier run left: a kill before the first checkpoint must not bring it back."""
+        if self.cfg.fresh:
+            for old in (self.folder / checkpoint.NAME, *(self.folder / "checkpoints").glob("*.safetensors")):
+                old.unlink(missing_ok=True)
+        if self.synthetic:
+            self.synthetic.clear()
+        (self.folder / "result.json").unlink(missing_ok=True)
 
     def _describe(self) -> None:
         """Everything that a reader of the numbers may ask for later, beside them."""
@@ -316,6 +333,8 @@ class Trainer:
         normalized = None if self.last is None else self.last.normalized
         scores = None if normalized is None else normalized.mean(-1).tolist()
         if self.step >= self.cfg.updates:
+            if not all((self.folder / name).is_file() for name in ("config.json", "manifest.json")):
+                self._describe()  # somebody removed them
             write_json(self.folder / "result.json", {"step": self.step, "returns": returns, "scores": scores})
         status = "finished" if self.step >= self.cfg.updates else "interrupted"
         return Result(self.folder, self.step, returns, scores, status)
@@ -328,9 +347,3 @@ class Trainer:
 
     def _request_stop(self) -> None:
         self.stop = True
-
-
-# ---- process -------------------------------------------------------------------------------------------------
-
-
-# ---- small things --------------------------------------------------------------------------------------------

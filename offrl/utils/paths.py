@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import platform
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,14 +81,31 @@ def use_config_dir(name: str | Path) -> Path:
     return folder
 
 
+def remove_torn(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers of `name` left in a folder: `.NAME.PID.part` and the like, files and folders.
+
+    Only for whoever holds the lock of what is written: other processes' files look the same.
+    """
+    for torn in (*folder.glob(f".{name}.*.part"), *folder.glob(f".{name}.*.old")):
+        if torn.is_dir() and not torn.is_symlink():
+            shutil.rmtree(torn, ignore_errors=True)
+        else:
+            torn.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`.
 
-    On any error (a full disk, a kill, an exception) `path` keeps its old content.
+    On any error (a full disk, a kill, an exception) `path` keeps its old content; what a killed process left of its
+    temporary file is removed by the next one that writes `path` on the same machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    mark = f".{path.name}.{platform.node()}-"
+    for torn in path.parent.glob(f"{glob.escape(mark)}*.part"):
+        if not _lives(torn.name.removeprefix(mark).removesuffix(".part")):
+            torn.unlink(missing_ok=True)
+    temporary = path.with_name(f"{mark}{os.getpid()}.part")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -93,6 +113,17 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _lives(pid: str) -> bool:
+    """Whether a process of this machine may still be there."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError, OverflowError):
+        return True
+    return True
 
 
 @contextmanager

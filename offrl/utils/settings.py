@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 import types
 import typing
@@ -13,9 +14,7 @@ from dataclasses import fields, is_dataclass
 from fnmatch import fnmatch
 from typing import Any, Literal
 
-from hydra.utils import get_class
-
-from offrl.utils.errors import OffrlError
+from offrl.utils.errors import OffrlError, one_line
 
 
 def build(
@@ -130,10 +129,12 @@ def target_class(settings: Mapping[str, Any], base: type[Any], group: str) -> An
             "or give --trust (and --config-dir DIR, beside which it lies) on the command line."
         )
     try:
-        cls: Any = get_class(target)
-    except Exception as error:
-        raise OffrlError(f"{group}._target_={target} can't be imported ({error}); check its spelling.") from error
-    if not issubclass(cls, base):
+        cls: Any = getattr(importlib.import_module(module), target.rpartition(".")[2])
+    except Exception as error:  # the module is the user's own: anything may happen
+        raise OffrlError(
+            f"{group}._target_={target} can't be imported ({one_line(error)}); check its spelling."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, base)):
         wanted = f"{base.__module__}.{base.__qualname__}"
         raise OffrlError(f"{group}._target_={target} is no {wanted}; name a class that is.")
     return cls

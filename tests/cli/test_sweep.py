@@ -55,6 +55,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         begun.append(values)
         log.write_text("loading\nTraceback\nOSError: no such sector\n")
         if values["seed"] == 0:
+            for name in ("config.json", "manifest.json", "episodes.jsonl", "metrics.jsonl"):
+                (log.parent / name).touch()
             (log.parent / "result.json").write_text(json.dumps({"step": 9, "returns": [1.5], "scores": None}))
         return int(values["seed"])
 
@@ -232,6 +234,19 @@ def test_status_tells_the_states_apart(capsys: pytest.CaptureFixture[str]) -> No
     text = capsys.readouterr().out
     assert "6 runs: 3 stopped, 2 failed, 1 finished" in text
     assert "the disk is full" in text
+
+
+@pytest.mark.parametrize("name", ["result", "failed"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": "x"}', "[" * 100_000, '{"message": 3, "step": 1e400}'])
+def test_status_shows_damage_in_its_row(name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The other runs are shown as ever."""
+    make_run(Path("runs/bc/toy/a"), 100, result={"step": 100, "returns": [7.0], "scores": None})
+    make_run(Path("runs/bc/toy/b"), 40)
+    Path(f"runs/bc/toy/b/{name}.json").write_text(text)
+    assert main("status", "runs") == 0
+    shown = capsys.readouterr().out
+    assert "2 runs: 1 finished, 1 damaged" in shown
+    assert re.search(rf"^damaged .*b/{name}\.json: .*; remove it\.$", shown, re.M)
 
 
 # ---- with processes -------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""What stands in the JSON of a run's folder and in a checkpoint's header, as schemas: such files come from anywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
+
+from offrl.data.dataset import DatasetInfo
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class _Record(BaseModel):
+    """Further keys, of later versions, are no error."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class ResultRecord(_Record):
+    """`result.json`."""
+
+    step: Count  # updates made
+    returns: list[float | None]  # mean return of each lane; empty when nothing was evaluated
+    scores: list[float | None] | None = None  # the same as normalised scores
+
+
+class FailureRecord(_Record):
+    """`failed.json`: why the last try of a sweep's job failed."""
+
+    message: Annotated[str, Field(max_length=10_000)]
+
+
+class SpecRecord(_Record):
+    """What an agent was built from, without the statistics, which are tensors of the agent."""
+
+    obs_dim: Size
+    action_dim: Size
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    action_low: FiniteFloat | list[FiniteFloat] = -1.0
+    action_high: FiniteFloat | list[FiniteFloat] = 1.0
+    discrete: bool = False
+
+
+class RunRecord(_Record):
+    """The facts of a run's checkpoint."""
+
+    step: Count
+    fingerprint: Annotated[str, Field(min_length=1, max_length=200)]
+    config: dict[str, Any]
+    spec: SpecRecord
+    info: DatasetInfo
+
+    @field_validator("config")
+    @classmethod
+    def _has_an_agent(cls, config: dict[str, Any]) -> dict[str, Any]:
+        agent = config.get("agent")
+        if not isinstance(agent, dict) or not isinstance(agent.get("_target_"), str):
+            raise ValueError("should hold an agent with its _target_")
+        return config
