@@ -27,7 +27,6 @@ from offrl.data.minari import data_folder, local_datasets, local_folder, read_mi
 from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
 from offrl.forge import registry
 from offrl.utils.errors import OffrlError
-from offrl.utils.paths import cache_dir
 
 __all__ = ["exogenous_noise", "load"]
 
@@ -47,6 +46,9 @@ def load(
     action_low: Bound | None = None,
     action_high: Bound | None = None,
     family: str | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> OfflineDataset:
     """Load a dataset as float32 tensors on `device`.
 
@@ -57,13 +59,20 @@ def load(
             rows of D4RL's `qlearning_dataset`); `offrl.data.episodes` tells the difference.
         cache: keep a flat copy in the cache folder, which loads a million steps in a fraction of a second.
         clip_actions, action_bound, unfinished, goals, action_low, action_high, family: see `ReadOptions`.
+        size, seed, progress: of a forge dataset that has to be built: transitions, seed, and whether a bar is shown.
 
     Raises:
         OffrlError: an unknown name (with the nearest known ones), a dataset that is not there yet (with the command
             that gets it), or a bad file.
     """
     options = ReadOptions(semantics, clip_actions, action_bound, unfinished, goals, action_low, action_high, family)
-    store = _load(name, options, cache)
+    if isinstance(name, str) and name.startswith("forge/"):
+        built = cache_dir() / name  # what was built with another size or seed lies under an id of its own
+        there = size is None and not seed and data_folder(built)
+        folder = built if there else registry.ensure(name, size=size, seed=seed, progress=progress)
+        store = _read_path(folder, None, options, cache)
+    else:
+        store = _load(name, options, cache)
     warn_of(store.info)
     moved = store.to(device)
     if moved is not store and "fingerprint" in store.__dict__:
@@ -74,11 +83,6 @@ def load(
 def _load(name: str | Path, options: ReadOptions, cache: bool) -> OfflineDataset:
     text = str(name)
     if isinstance(name, str):
-        if text.startswith("forge/"):
-            # What was built with another size or seed lies under an id of its own.
-            built = cache_dir() / text
-            folder = built if data_folder(built) else registry.ensure(text)
-            return _read_path(folder, text, options, cache)
         if text in catalogue.d4rl():
             return _load_d4rl(text, options, cache)
         if D4RL_MIXTURE.fullmatch(text):

@@ -175,14 +175,9 @@ def load_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
 
 def read_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
     """The dataset as it was recorded."""
-    from offrl.forge import registry as forge
-
     options = job.data
-    name: str | Path = job.dataset
-    if job.dataset.startswith("forge/"):
-        name = forge.ensure(job.dataset, size=options.size, seed=options.seed, progress=job.progress)
     return load(
-        name,
+        job.dataset,
         device=device,
         semantics=options.semantics,
         cache=options.cache,
@@ -190,6 +185,9 @@ def read_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
         action_bound=options.action_bound,
         unfinished=options.unfinished,
         goals=options.goals,
+        size=options.size,
+        seed=options.seed,
+        progress=job.progress,
     )
 
 
