@@ -27,6 +27,7 @@ from offrl.data.minari import data_folder, local_datasets, local_folder, read_mi
 from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
 from offrl.forge import registry
 from offrl.utils.errors import OffrlError
+from offrl.utils.paths import cache_dir
 
 __all__ = ["exogenous_noise", "load"]
 
