@@ -60,10 +60,12 @@ if "Toy-v0" not in gymnasium.registry:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The toy task as a file that names its environment, in the working directory of the test."""
-    (tmp_path / "toy_world.py").write_text(ENVIRONMENT)
-    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(
+        ENVIRONMENT
+    )  # processes of their own register the environment as they start
+    exec(ENVIRONMENT, {"__name__": "toy_world"})
     monkeypatch.chdir(tmp_path)
-    write_npz(make_toy().with_info(env_id="toy_world:Toy-v0"), tmp_path / "toy.npz")
+    write_npz(make_toy().with_info(env_id="Toy-v0"), tmp_path / "toy.npz")
     return tmp_path
 
 
@@ -704,7 +706,7 @@ def test_the_agent_of_a_run_scores_what_the_run_says(evaluated: Result) -> None:
     from offrl.evaluation.evaluator import Evaluator
 
     agent, info = load_agent(evaluated.folder), dataset_info(evaluated.folder)
-    assert info.env_id == "toy_world:Toy-v0"
+    assert info.env_id == "Toy-v0"
     assert agent.spec.seeds == (4, 5)
     assert not agent.training
     with Evaluator(info, 2, 1) as evaluator:

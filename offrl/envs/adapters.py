@@ -131,7 +131,7 @@ def make_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:
             if module and plain not in gymnasium.registry:
                 raise OffrlError(
                     f"{env_id}: the dataset asks to import {module} for its environment, and modules that a dataset names "
-                    f"are never imported; register {plain} in your own code before."
+                    f"are never imported; import it in your own code, so that {plain} is registered, and call offrl from there."
                 )
             return gymnasium.make(plain, disable_env_checker=True, **kwargs)
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
