@@ -265,7 +265,7 @@ def test_sources_do_not_share_random_numbers() -> None:
 
 
 def test_extra_fields_of_mixed_sources_line_up() -> None:
-    loader = BatchLoader(sources(0.5, 0.5), 10, extra=("next_action", "return_to_go", "timestep"))
+    loader = BatchLoader(sources(0.5, 0.5), 10, fields=("next_action", "return_to_go", "timestep"))
     batch = loader.draw(LaneRandom((0, 1)), torch.arange(1, 4))
     assert batch.timestep is not None
     assert batch.return_to_go is not None
