@@ -1,9 +1,9 @@
 """Finite tasks as Gymnasium environments: one episode at a time, and many at once in a few array operations.
 
-Both draw one number a step from the episode's own generator, so that a row of the vector plays exactly the episode that the
-single environment plays from the same seed and actions.
+Both draw one number a step from the episode's own generator. So an environment of the vector runs exactly the episode of the
+single environment from the same seed and actions.
 
-`info["noise"]` is the noise index of the step, `info["intended_action"]` the action that was commanded; both are -1 at a reset.
+`info["noise"]` is the noise index of the step, `info["intended_action"]` the commanded action; both are -1 at a reset.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from offrl.envs.tabular_solver import Array, Tabular
 from offrl.envs.tabular_tasks import make_task
 
-BLOCK = 64  # numbers that a row draws ahead
+BLOCK = 64  # number of uniform draws that a row makes at a time
 
 
 def observation_space(task: Tabular) -> spaces.Space[Any]:
@@ -33,7 +33,7 @@ def observation_space(task: Tabular) -> spaces.Space[Any]:
 
 
 def features(task: Tabular) -> Array:
-    """`[S, O]`: what a learner sees of each state, its coordinates or a one-hot vector."""
+    """`[S, O]`: observation of each state: its coordinates, or a one-hot vector."""
     return np.eye(task.states) if task.coordinates is None else task.coordinates.astype(np.float64)
 
 
@@ -41,7 +41,8 @@ class TabularEnv(gymnasium.Env):
     """A finite task; its time limit is Gymnasium's wrapper.
 
     Args:
-        task: its name in `offrl.envs.tabular_tasks.TASKS`. parameters: of that task.
+        task: name in `offrl.envs.tabular_tasks.TASKS`.
+        parameters: parameters of the task.
     """
 
     def __init__(self, task: str, **parameters: Any) -> None:
@@ -87,7 +88,7 @@ class TabularVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.thresholds = self.task.noise.cumsum()[:-1]
         self.rows = np.arange(num_envs)
-        self.generators: list[np.random.Generator | None] = [None] * num_envs  # made when a row first draws
+        self.generators: list[np.random.Generator | None] = [None] * num_envs  # None: made at the row's first draw
         self.uniforms, self.used = np.empty((num_envs, BLOCK)), np.full(num_envs, BLOCK)
         self.state, self.time = np.zeros(num_envs, np.int64), np.zeros(num_envs, np.int64)
         self.ended = np.zeros(num_envs, bool)
@@ -95,7 +96,7 @@ class TabularVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[Any], dict[str, Any]]:
-        """Start every row; `seed` s gives row i seed s + i, a list its own one to each (None: go on drawing)."""
+        """Start every row. An integer `seed` gives row i the seed `seed + i`, a list one to each (None: continue its draws)."""
         if isinstance(seed, int):
             seed = range(seed, seed + self.num_envs)
         seeds = [None] * self.num_envs if seed is None else seed
@@ -112,7 +113,7 @@ class TabularVectorEnv(VectorEnv):
     def step(self, actions: Any) -> tuple[NDArray[Any], Array, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """One step of every row; one that ended before starts anew instead, with reward 0 and noise -1."""
         task, fresh, chosen = self.task, self.ended, np.asarray(actions)
-        noise = self.thresholds.searchsorted(self._coins(~fresh), "right")
+        noise = self.thresholds.searchsorted(self._next_uniforms(~fresh), "right")
         place = self.state, chosen, noise
         reward = np.where(fresh, 0.0, task.reward[place])
         terminated = task.terminal[place] & ~fresh
@@ -123,8 +124,8 @@ class TabularVectorEnv(VectorEnv):
         info = {"noise": np.where(fresh, -1, noise), "intended_action": np.where(fresh, -1, chosen)}
         return self._observation(), reward, terminated, truncated, info
 
-    def _coins(self, wanted: NDArray[np.bool_]) -> Array:
-        """`[num_envs]` next uniform number of each row; rows that are not wanted keep theirs."""
+    def _next_uniforms(self, wanted: NDArray[np.bool_]) -> Array:
+        """`[num_envs]`: next uniform draw of each row; only rows that are `wanted` use it up."""
         for row in np.flatnonzero(self.used == BLOCK).tolist():
             generator = self.generators[row] or seeding.np_random()[0]
             self.generators[row], self.uniforms[row], self.used[row] = generator, generator.random(BLOCK), 0

@@ -1,14 +1,14 @@
-"""Finite tasks with exogenous noise as tables, and what can be known of them exactly: optimum, value of a policy, RCSL.
+"""Finite tasks with exogenous noise as tables, and their exact solutions: optimum, value of a policy, RCSL.
 
-Every step draws a noise index k from a fixed law, whatever the state and the action; state, action and k decide what
-follows. So luck is a number of its own, which a dataset can record, and which a policy could never have chosen.
+Every step draws a noise index k from a fixed distribution that depends on neither state nor action; state, action and k
+determine reward and next state. So a dataset can record the noise, and no policy can influence it.
 
 All values are undiscounted expected returns of one episode from its start, with the task's time limit. A policy is a table
 of probabilities `[S, A]`, or `[T, S, A]` when it depends on the step.
 
 Return-conditioned supervised learning (RCSL: decision transformer, RvS, upside-down RL) with unlimited data and capacity is
-pi(a | s, t, g) = P(a | s, t, G_t = g) under the behaviour, where G_t is the return that is still to come and g what is left
-of the target. `rcsl` computes that policy by Bayes' rule from the behaviour's exact distribution of returns.
+pi(a | s, t, g) = P(a | s, t, G_t = g) under the behaviour, where G_t is the return to go and g the rest of the target. `rcsl`
+computes that policy by Bayes' rule from the behaviour's exact distribution of returns.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ class Tabular:
 
     Attributes:
         noise: `[K]` probabilities of the noise.
-        successor: `[S, A, K]` next state. reward: `[S, A, K]` whole numbers. terminal: `[S, A, K]` whether the task ends.
+        successor: `[S, A, K]` next state.
+        reward: `[S, A, K]` whole numbers.
+        terminal: `[S, A, K]` whether the task ends.
         limit: steps after which an episode is truncated.
-        coordinates: `[S, O]` what is observed of a state; None: the state's number.
+        coordinates: `[S, O]` observation of each state; None: the state's number.
     """
 
     noise: Array
@@ -57,7 +59,7 @@ class Tabular:
         return table
 
     def after(self, ahead: Array) -> Array:
-        """`[S, A]`: expectation of reward plus `ahead` `[S]` of the next state, nothing behind an end."""
+        """`[S, A]`: expectation of the reward plus the value `ahead` `[S]` of the next state, which is 0 after an end."""
         return (self.reward + np.where(self.terminal, 0.0, ahead[self.successor])) @ self.noise
 
 
@@ -65,7 +67,7 @@ class Tabular:
 
 
 def uniform(task: Tabular) -> Array:
-    """`[S, A]`: every action alike."""
+    """`[S, A]`: the policy of uniform actions."""
     return np.full((task.states, task.actions), 1 / task.actions)
 
 
@@ -80,10 +82,10 @@ def greedy(values: Array) -> Array:
 
 
 def action_values(task: Tabular, policy: Array | None = None) -> Array:
-    """`[T, S, A]`: return to come when an action is taken at step t and `policy` followed from then on.
+    """`[T, S, A]`: expected return to go after an action at step t, if `policy` acts from then on.
 
     Args:
-        policy: None for the best one at every step, whose values these are then.
+        policy: None: the optimal policy.
     """
     values, ahead = np.zeros((task.limit, task.states, task.actions)), np.zeros(task.states)
     for t in reversed(range(task.limit)):
@@ -117,16 +119,6 @@ def value_iteration(task: Tabular, discount: float = 0.99) -> Array:
         ahead = values.max(-1)
 
 
-def mean_length(task: Tabular, policy: Array) -> float:
-    """Expected number of steps of an episode."""
-    here, length = np.eye(task.states)[0], 0.0
-    for t in range(task.limit):
-        length += here.sum()
-        flow = (here[:, None] * _at(policy, t))[..., None] * task.noise * ~task.terminal
-        here = np.bincount(task.successor.ravel(), flow.ravel(), task.states)
-    return float(length)
-
-
 def _at(policy: Array, t: int) -> Array:
     return policy[t] if policy.ndim == 3 else policy
 
@@ -139,8 +131,8 @@ class Rcsl:
     """The exact return-conditioned policy of a behaviour.
 
     Attributes:
-        chance: `[T, S, A, G]` joint probability, under the behaviour, of the action and of a return to come.
-        lowest: the return that index 0 of the last axis stands for; the others follow in steps of 1.
+        chance: `[T, S, A, G]` joint probability, under the behaviour, of the action and the return to go.
+        lowest: return at index 0 of the last axis; the others follow in steps of 1.
     """
 
     task: Tabular
@@ -148,12 +140,12 @@ class Rcsl:
     lowest: int
 
     def probability(self, target: int) -> float:
-        """Of the return `target` in an episode of the behaviour."""
+        """Probability of the return `target` in an episode of the behaviour."""
         index = target - self.lowest
         return float(self.chance[0, 0, :, index].sum()) if 0 <= index < self.chance.shape[-1] else 0.0
 
     def policy(self, likeliest: bool = False) -> Array:
-        """`[T, S, A, G]`: P(a | s, t, return to come), uniform where that return is impossible.
+        """`[T, S, A, G]`: P(a | s, t, return to go), uniform where that return is impossible.
 
         Args:
             likeliest: the most probable action instead of a draw; of equal ones the first.
@@ -163,9 +155,9 @@ class Rcsl:
         return np.moveaxis(greedy(np.moveaxis(policy, 2, -1)), -1, 2) if likeliest else policy
 
     def value(self, target: int, likeliest: bool = False) -> float:
-        """Expected return when `target` is asked for at the start and every reward is taken off it."""
+        """Expected return of the policy with target `target` at the start, from which every reward is subtracted."""
         task, policy = self.task, self.policy(likeliest)
-        # What may be left of the target, possible or not, after any rewards.
+        # All rests of the target after any rewards, possible or not.
         left = np.arange(
             target - task.limit * max(0, task.reward.max()), target - task.limit * min(0, task.reward.min()) + 1
         )
@@ -185,11 +177,11 @@ class Rcsl:
 
 
 def rcsl(task: Tabular, behaviour: Array) -> Rcsl:
-    """The return-conditioned policy that a behaviour's data teach, by backward induction over (state, return to come)."""
+    """The return-conditioned policy of a behaviour's data, by backward induction over (state, return to go)."""
     low, high = _range_of_returns(task)
     returns = np.arange(low, high + 1)
     chance = np.zeros((task.limit, task.states, task.actions, len(returns)))
-    ahead = np.tile(returns == 0, (task.states, 1)).astype(np.float64)  # [S, G], of the return to come
+    ahead = np.tile(returns == 0, (task.states, 1)).astype(np.float64)  # [S, G]: probability of the return to go
     for t in reversed(range(task.limit)):
         for k, probability in enumerate(task.noise):
             reward, ends = task.reward[:, :, k, None], task.terminal[:, :, k, None]
@@ -203,7 +195,7 @@ def rcsl(task: Tabular, behaviour: Array) -> Rcsl:
 
 
 def _range_of_returns(task: Tabular) -> tuple[int, int]:
-    """The lowest and the highest return that can be to come at any step, 0 included."""
+    """The lowest and the highest possible return to go of any step, 0 included."""
     lowest, highest = np.zeros(task.states, np.int64), np.zeros(task.states, np.int64)
     low = high = 0
     for _ in range(task.limit):

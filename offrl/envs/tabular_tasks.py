@@ -1,4 +1,4 @@
-"""The finite tasks of docs/stochastic_benchmarks.md as tables: what luck does in each, and what it pays.
+"""The finite tasks of docs/stochastic_benchmarks.md as tables of transitions and rewards.
 
 Sources: the bandit and the slippery lake of the dichotomy of control (Yang et al., ICLR 2023; google-research/dice_rl), the
 cliff of ACT (Gao et al., AAAI 2024; LAMDA-RL/ACT), gambling of ESPER (Paster et al., NeurIPS 2022) and the two toys of ARDT
@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from offrl.envs.tabular_solver import Array, Tabular
+from offrl.envs.tabular_solver import Tabular
 from offrl.utils.errors import OffrlError
 
 LAKE = ("SFFF", "FHFH", "FFFH", "HFFG")  # start, frozen, hole, goal
 
 
 def bernoulli_bandit(p: float = 0.1) -> Tabular:
-    """Two arms, one pull. A coin shows 1 with probability p: arm 0 pays 1 if it does, arm 1 if it does not.
+    """Two arms, one pull. The noise is 1 with probability p: arm 0 pays 1 if it is, arm 1 if it is not.
 
     So P(reward 1) is p for arm 0 and 1 - p for arm 1.
     """
@@ -38,23 +38,23 @@ def slippery_lake(no_slip_prob: float = 1 / 3) -> Tabular:
     rows, columns = len(LAKE), len(LAKE[0])
     moves = ((0, -1), (1, 0), (0, 1), (-1, 0))
     successor = np.zeros((rows * columns, 4, 3), np.int64)
-    for state, action, noise in np.ndindex(successor.shape):
-        down, right = moves[(action + (0, -1, 1)[noise]) % 4]
+    for state, action, slip in np.ndindex(successor.shape):
+        down, right = moves[(action + (0, -1, 1)[slip]) % 4]
         row, column = divmod(state, columns)
         row, column = np.clip(row + down, 0, rows - 1), np.clip(column + right, 0, columns - 1)
-        successor[state, action, noise] = row * columns + column
+        successor[state, action, slip] = row * columns + column
     cell = np.array(list("".join(LAKE)))[successor]
     side = (1 - no_slip_prob) / 2
-    law = np.array([no_slip_prob, side, side])
-    return Tabular(law, successor, (cell == "G").astype(np.int64), np.isin(cell, ["G", "H"]), limit=100)
+    noise = np.array([no_slip_prob, side, side])
+    return Tabular(noise, successor, (cell == "G").astype(np.int64), np.isin(cell, ["G", "H"]), limit=100)
 
 
 def cliff_walk(epsilon: float = 0.3) -> Tabular:
     """A ledge of 5 x 3 cells from (0, 0) to the goal (4, 0): -1 a step, +15 at the goal, -25 for leaving the grid.
 
     Actions 0 to 3 are left, right, up, down. Left and right turn into up or down (noise 1 and 2) with probability
-    epsilon / 2 each; up and down never slip. Goal and fall end; 30 steps. Observed are the coordinates; who falls is last seen
-    where it stood.
+    epsilon / 2 each; up and down never slip. Goal and fall end; 30 steps. Observations are the coordinates, after a fall those
+    of the last cell.
     """
     _share("epsilon", epsilon)
     width, height = 5, 3
@@ -69,34 +69,15 @@ def cliff_walk(epsilon: float = 0.3) -> Tabular:
         goal = not fell and (row + up, column + right) == (0, width - 1)
         reward[state, action, noise] += 15 * goal - 25 * fell
         terminal[state, action, noise] = goal or fell
-    law = np.array([1 - epsilon, epsilon / 2, epsilon / 2])
+    probabilities = np.array([1 - epsilon, epsilon / 2, epsilon / 2])
     places = np.array([[x, y] for y in range(height) for x in range(width)], np.float32)
-    return Tabular(law, successor, reward, terminal, 30, places)
-
-
-def cliff_walker(row: int | None = None) -> Array:
-    """`[S, A]`: the scripted walkers of the cliff.
-
-    Args:
-        row: the blind walker of that row, which takes it in the first column, goes right whatever happens, and down in the
-            last; None: the careful one, which keeps to the middle row.
-    """
-    right, up, down = 1, 2, 3
-    aim = 1 if row is None else row
-    best = np.full(15, right)
-    for state in range(15):
-        y, x = divmod(state, 5)
-        if x == 4:
-            best[state] = down
-        elif y != aim and (row is None or x == 0):
-            best[state] = up if y < aim else down
-    return np.eye(4)[best]
+    return Tabular(probabilities, successor, reward, terminal, 30, places)
 
 
 def gambling() -> Tabular:
-    """Three machines and a fair coin: the first two may pay 5 or 1 and lose far more, the third pays 1 for certain.
+    """Three machines and a fair bit: the first two may pay 5 or 1 and lose far more, the third pays 1 for certain.
 
-    Step 1 in state 0 pays nothing: action a leads to state 1 + 2 a or, if the coin shows 1, 2 + 2 a. Step 2 ends, whatever the
+    Step 1 in state 0 pays nothing: action a leads to state 1 + 2 a or, if the bit is 1, 2 + 2 a. Step 2 ends, whatever the
     action: states 1 to 6 pay 5, -15, 1, -6, 1, 1. The means of the actions are -5, -2.5 and 1.
     """
     return _two_steps([[5, -15], [1, -6], [1, 1]], actions=3)
@@ -108,7 +89,7 @@ def toy() -> Tabular:
 
 
 def ms_toy() -> Tabular:
-    """Two decisions and one fair bit (ARDT): who begins with 1 or 2 gets 10 or 4 by the bit.
+    """Two decisions and one fair bit (ARDT): first actions 1 and 2 pay 10 or 4 by the bit.
 
     After action 0 the bit chooses the payment of the second action: 5, 5, 0 or 6, 1, 2.
     """
@@ -138,7 +119,7 @@ def make_task(name: str, **parameters: Any) -> Tabular:
 
 
 def _two_steps(payments: list[list[int]], actions: int) -> Tabular:
-    """Action and noise choose one of `payments`, which a second step with any action pays."""
+    """Tasks of two steps: action and noise of the first choose one of `payments`, the second pays it whatever the action."""
     outcomes = len(payments[0])
     successor = np.zeros((1 + actions * outcomes, actions, outcomes), np.int64)
     reward, terminal = np.zeros_like(successor), np.ones(successor.shape, bool)

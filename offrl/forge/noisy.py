@@ -119,15 +119,3 @@ def drive(
         progress(start + steps)
     env.close()
     return episodes
-
-
-def reference_return(expert: bool, seed: int) -> float:
-    """Return of one noise-free episode of Reacher: the controller, or uniform actions."""
-    env, rng = make_gymnasium("Reacher-v5"), np.random.default_rng(seed)
-    obs, _ = env.reset(seed=seed)
-    total, truncated = 0.0, False
-    while not truncated:
-        obs, reward, _, truncated, _ = env.step(reach(obs) if expert else rng.uniform(-1, 1, 2))
-        total += float(reward)
-    env.close()
-    return total

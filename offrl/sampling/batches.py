@@ -9,21 +9,22 @@ from torch import Tensor
 
 from offrl.data.batch import Batch
 from offrl.data.dataset import OfflineDataset
-from offrl.sampling.samplers import Sampler, shared_out
+from offrl.sampling.base import Sampler
+from offrl.sampling.mixture import shared_out
 from offrl.utils.random import LaneRandom
 
 
 class BatchLoader:
     """Batches for the engine: one dataset and sampler, or several mixed with fixed shares of each batch.
 
-    This is the seam for augmentations: a source can be replaced by a fresh dataset while training goes on. A batch's `index` is
-    the row of the first source's dataset, and -1 in rows of the others.
+    Augmentations replace a source by a fresh dataset while training goes on. A batch's `index` is the row in the first source's
+    dataset, and -1 in rows of the others.
 
     Args:
         sources: (store, sampler, share) triples; shares are rounded to whole rows, the first source takes the rest.
         batch: rows per lane and update.
         window: length of windows; None for transitions.
-        extra: further fields of the batch.
+        fields: further fields of the batch.
     """
 
     def __init__(

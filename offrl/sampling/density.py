@@ -2,8 +2,8 @@
 
 Hong, Kumar, Karnik, Bhandwaldar, Srivastava, Pajarinen, Laroche, Gupta & Agrawal, "Beyond Uniform Sampling: Offline
 Reinforcement Learning with Imbalanced Datasets", NeurIPS 2023 (arXiv 2310.04413). Two networks g(s, a) and f(s) shape a
-distribution over transitions that has a high reward, little divergence from the data, and keeps what flows into a state equal
-to what flows out of it. No trajectories are needed, and good stretches of poor trajectories count.
+distribution over transitions that has a high reward, little divergence from the data, and as much flow into a state as out of
+it. It needs no trajectories, and good stretches of poor trajectories count.
 
 Deviations: the authors multiply each agent's losses with weights that sum to 1 within a batch, and train g and f along with the
 agent. Here rows are *drawn* by weights that sum to 1 over the dataset, which has the same expected losses up to the bias of
@@ -32,17 +32,19 @@ _CHUNK = 65_536  # rows whose logits are computed at once
 @dataclass
 class DensityWeightedConfig:
     steps: int = 20_000  # updates of g and f before the agent's first one
-    refresh_every: int = 0  # updates of the agent between further ones of g and f; 0: the weights stay as they are
+    refresh_every: int = 0  # updates of the agent between further ones of g and f; 0: the weights never change
     refresh_steps: int = 1000  # updates of g and f each time
-    batch_size: int = 256  # of g and f
+    batch_size: int = 256  # rows of an update of g and f
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of g and f
     lr: float = 1e-4
     temperature: float = 1.0  # T: the ratio is exp((g + f) / T)
     clip: float = 0.2  # c: g and f each count up to +-(1 + c)
-    flow_weight: float = 1.0  # lambda_F, of what flows in and out of a state; the authors try 0.1, 1 and 5
-    entropy_weight: float = 0.2  # lambda_K, of the divergence from the data; the authors try 0.2 and 1 (with CQL 0)
-    discount: float = 1.0  # gamma_F, of the flow
-    reward: Literal["minmax", "std"] = "minmax"  # rewards brought to [0, 1], or divided by their deviation (with IQL)
+    flow_weight: float = 1.0  # lambda_F, weight of the flow constraint; the authors try 0.1, 1 and 5
+    entropy_weight: float = (
+        0.2  # lambda_K, weight of the divergence from the data; the authors try 0.2 and 1 (with CQL 0)
+    )
+    discount: float = 1.0  # gamma_F, discount of the flow
+    reward: Literal["minmax", "std"] = "minmax"  # rewards scaled to [0, 1], or divided by their std (with IQL)
 
     def __post_init__(self) -> None:
         for name in ("steps", "refresh_every", "refresh_steps", "batch_size"):
@@ -65,7 +67,9 @@ class DensityRatio(nn.Module):
         self.g = MLP(seeds, [obs_dim + action_dim, *cfg.hidden, 1], name="density/g")
         self.f = MLP(seeds, [obs_dim, *cfg.hidden, 1], name="density/f")
         self.optimizer = Adam([*self.g.parameters(), *self.f.parameters()], cfg.lr)
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # updates made: they number the random draws
+        self.register_buffer(
+            "count", torch.zeros((), dtype=torch.int64)
+        )  # number of updates made, which numbers the random draws
 
     def logits(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """g(s, a) and f(s), `[lanes, n]` each."""
@@ -132,7 +136,7 @@ class DensityWeighted(RowWeighted):
 
     def _train(self, updates: int) -> None:
         done = int(self.ratio.count)
-        for first in range(done, done + updates, 64):  # draws come in blocks; how they are cut changes no number
+        for first in range(done, done + updates, 64):  # draws come in blocks, whose size changes no number
             steps = torch.arange(first + 1, min(first + 64, done + updates) + 1, device=self.store.device)
             for index in self.random.integers("density", len(self.store), (self.cfg.batch_size,), steps):
                 batch = self.store.transitions(index)
@@ -185,7 +189,7 @@ class DensityWeighted(RowWeighted):
 
 
 def _reward_range(store: OfflineDataset, kind: str) -> tuple[float, float]:
-    """What to subtract from a reward, and what to multiply the rest with."""
+    """Offset to subtract from rewards, and factor for the difference."""
     rewards = store.rewards.double()
     if kind == "std":
         return 0.0, 1 / max(float(rewards.std(correction=0)), 1e-8)

@@ -21,19 +21,23 @@ BaselineName = Literal["ols", "ridge", "kfold", "network", "mean"]
 Array = NDArray[np.float64]
 
 _NO_SPREAD = 1e-8  # relative to the largest return: below it, returns differ by rounding only
-_NO_RESIDUAL = 1e-6  # relative to the returns' deviation: below it, the baseline has interpolated them
+_NO_RESIDUAL = 1e-6  # relative to the returns' std: below it, the baseline has interpolated them
 _ROWS_PER_COLUMN = 3  # trajectories per coefficient under which least squares mostly fits noise
 _FOLDS = 5
 
 
 def checked_returns(returns: Tensor) -> Tensor:
-    """The returns as float64, once it is sure that they are numbers."""
+    """The returns as float64.
+
+    Raises:
+        OffrlError: one of them is not finite.
+    """
     if not bool(returns.isfinite().all()):
         raise OffrlError("sampler: the dataset has rewards that are not finite; fix them or use sampler=uniform.")
     return returns.double()
 
 
-# ---- laws ------------------------------------------------------------------------------------------------------------
+# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
 def boltzmann(scores: Tensor, temperature: float | Tensor) -> tuple[Tensor, str | None]:
@@ -44,8 +48,8 @@ def boltzmann(scores: Tensor, temperature: float | Tensor) -> tuple[Tensor, str 
         temperature: one, or `[lanes]`.
 
     Returns:
-        `[E]` or `[lanes, E]` float64 weights, the largest of which is 1 (so that nothing overflows); and why they are all
-        equal, where they are because the scores are.
+        `[E]` or `[lanes, E]` float64 weights, the largest of which is 1 (so that nothing overflows); and a warning where all
+        are equal because the scores are.
     """
     scores, reason = scores.double(), None
     low, span = scores.min(), scores.max() - scores.min()
@@ -66,11 +70,11 @@ def top(scores: Tensor, percent: float) -> Tensor:
     return weights
 
 
-# ---- facts -----------------------------------------------------------------------------------------------------------
+# ---- metadata --------------------------------------------------------------------------------------------------------
 
 
 def effective_rows(weights: Tensor, lengths: Tensor) -> Tensor:
-    """1 / sum of p^2 over transitions: how many equally likely ones would be as varied; `[...]` for weights `[..., E]`."""
+    """Effective sample size 1 / sum of p^2 over transitions; `[...]` for weights `[..., E]`."""
     mass = weights.double() * lengths
     return mass.sum(-1).square() / (mass * weights.double()).sum(-1)
 
@@ -84,9 +88,10 @@ class Baseline:
 
     Attributes:
         values: `[E]` float64.
-        used: the method that made them, which is not the one asked for where `fallback` says why.
-        r2: the share of the returns' variance that the values explain; for the methods `kfold` and `network` of returns that
-            they were not fitted to, so that it may be negative.
+        used: method that made them.
+        r2: share of the returns' variance that the values explain; with `kfold` and `network`, of returns that they were not
+            fitted to, so it may be negative.
+        fallback: reason why `used` is not the method asked for; None where it is.
     """
 
     values: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -15,7 +16,7 @@ from offrl.envs import TABULAR_IDS
 from offrl.envs import tabular_solver as tabular
 from offrl.envs.tabular_env import TabularVectorEnv
 from offrl.envs.tabular_solver import Array, Tabular
-from offrl.envs.tabular_tasks import TASKS, cliff_walker, make_task
+from offrl.envs.tabular_tasks import TASKS, make_task
 from offrl.utils.errors import OffrlError
 
 # (slip, epsilon): behaviour, RCSL sampled, one-step improvement; and RCSL by the likeliest action, all published to 3 digits
@@ -40,6 +41,30 @@ def rounded(value: float, expected: float, digits: int = 3) -> bool:
 
 def random_policy(task: Tabular, seed: int = 0) -> Array:
     return np.random.default_rng(seed).dirichlet(np.ones(task.actions), (task.limit, task.states))
+
+
+def mean_length(task: Tabular, policy: Array) -> float:
+    """Expected number of steps of an episode: its value if every step pays 1."""
+    return tabular.value(replace(task, reward=np.ones_like(task.reward)), policy)
+
+
+def cliff_walker(row: int | None = None) -> Array:
+    """`[S, A]`: the scripted walkers of the cliff.
+
+    Args:
+        row: the blind walker of that row, which takes it in the first column, goes right whatever happens, and down in the
+            last; None: the careful one, which keeps to the middle row.
+    """
+    right, up, down = 1, 2, 3
+    aim = 1 if row is None else row
+    best = np.full(15, right)
+    for state in range(15):
+        y, x = divmod(state, 5)
+        if x == 4:
+            best[state] = down
+        elif y != aim and (row is None or x == 0):
+            best[state] = up if y < aim else down
+    return np.eye(4)[best]
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -149,11 +174,11 @@ def test_a_time_limit_truncates() -> None:
 def test_bandit_values(p: float) -> None:
     task = make_task("bandit", p=p)
     mirrored = np.array([[1 - p, p]])
-    told = tabular.rcsl(task, mirrored)
+    rcsl = tabular.rcsl(task, mirrored)
     assert tabular.optimum(task) == pytest.approx(1 - p)
     assert tabular.value(task, mirrored) == pytest.approx(2 * p * (1 - p))
-    assert told.value(1) == pytest.approx(0.5)
-    np.testing.assert_allclose(told.policy()[0, 0, :, 1], [0.5, 0.5])
+    assert rcsl.value(1) == pytest.approx(0.5)
+    np.testing.assert_allclose(rcsl.policy()[0, 0, :, 1], [0.5, 0.5])
     skewed = tabular.rcsl(make_task("bandit", p=0.3), np.array([[0.95, 0.05]]))
     assert rounded(skewed.value(1), 0.344)
     assert rounded(skewed.policy()[0, 0, 1, 1], 0.109)
@@ -168,38 +193,38 @@ def test_lake_values(slip: float) -> None:
     assert rounded(tabular.optimum(task), best)
     for epsilon, (behaviour, sampled, improved) in rows.items():
         policy = tabular.epsilon_greedy(greedy, epsilon)
-        told = tabular.rcsl(task, policy)
+        rcsl = tabular.rcsl(task, policy)
         assert rounded(tabular.value(task, policy), behaviour)
-        assert told.probability(1) == pytest.approx(tabular.value(task, policy))
-        assert rounded(told.value(1), sampled)
-        assert rounded(told.value(1, likeliest=True), likeliest[epsilon == 1])
+        assert rcsl.probability(1) == pytest.approx(tabular.value(task, policy))
+        assert rounded(rcsl.value(1), sampled)
+        assert rounded(rcsl.value(1, likeliest=True), likeliest[epsilon == 1])
         assert rounded(tabular.value(task, tabular.improved(task, policy)), improved)
     if slip in LAKE_LENGTHS:
-        length = tabular.mean_length(task, tabular.epsilon_greedy(greedy, 0.4))
+        length = mean_length(task, tabular.epsilon_greedy(greedy, 0.4))
         assert abs(length - LAKE_LENGTHS[slip]) < 0.06
 
 
 def test_cliff_values() -> None:
     task = make_task("cliff")
     uniform = tabular.uniform(task)
-    told = tabular.rcsl(task, uniform)
+    rcsl = tabular.rcsl(task, uniform)
     assert rounded(tabular.optimum(task), 5.571)
     assert rounded(tabular.value(task, cliff_walker()), 5.571)
     assert rounded(tabular.value(task, cliff_walker(1)), -0.17, 2)
     assert rounded(tabular.value(task, cliff_walker(0)), -8.52, 2)
     assert rounded(tabular.value(task, uniform), -27.61, 2)
-    assert rounded(told.value(11), -18.83, 2)
-    assert rounded(told.probability(11), 9.4e-4, 5)
-    assert rounded(tabular.mean_length(task, uniform), 2.9, 1)
+    assert rounded(rcsl.value(11), -18.83, 2)
+    assert rounded(rcsl.probability(11), 9.4e-4, 5)
+    assert rounded(mean_length(task, uniform), 2.9, 1)
 
 
 def test_gambling_and_toy_values() -> None:
     task = make_task("gambling")
     np.testing.assert_allclose(tabular.action_values(task)[0, 0], [-5, -2.5, 1])
-    told = tabular.rcsl(task, tabular.uniform(task))
-    assert told.value(5) == pytest.approx(-5)
-    assert told.value(1) == pytest.approx(-1 / 6)
-    np.testing.assert_allclose(told.policy()[0, 0, :, 1 - told.lowest], [0, 1 / 3, 2 / 3])
+    rcsl = tabular.rcsl(task, tabular.uniform(task))
+    assert rcsl.value(5) == pytest.approx(-5)
+    assert rcsl.value(1) == pytest.approx(-1 / 6)
+    np.testing.assert_allclose(rcsl.policy()[0, 0, :, 1 - rcsl.lowest], [0, 1 / 3, 2 / 3])
     toy = make_task("toy")
     np.testing.assert_allclose(tabular.action_values(toy)[0, 0], [10 / 3, 3])
     np.testing.assert_allclose(tabular.rcsl(toy, tabular.uniform(toy)).policy()[0, 0, :, 6], [0.5, 0.5])
@@ -242,10 +267,10 @@ def test_exact_values_by_enumeration(name: str, start: int, limit: int, target: 
     returns = np.array([sum(step[3] for step in steps) for steps in episodes])
     assert sum(chances) == pytest.approx(1)
     assert tabular.value(task, policy) == pytest.approx(np.dot(chances, returns))
-    assert tabular.mean_length(task, policy) == pytest.approx(np.dot(chances, [len(steps) for steps in episodes]))
-    told = tabular.rcsl(task, policy)
-    assert told.probability(target) == pytest.approx(np.sum(chances, where=returns == target))
-    assert told.probability(target) > 0
+    assert mean_length(task, policy) == pytest.approx(np.dot(chances, [len(steps) for steps in episodes]))
+    rcsl = tabular.rcsl(task, policy)
+    assert rcsl.probability(target) == pytest.approx(np.sum(chances, where=returns == target))
+    assert rcsl.probability(target) > 0
     # P(a | s, t, return to come) is what counting the episodes' steps gives.
     counts: dict[tuple[int, int, int], Array] = {}
     for chance, steps in zip(chances, episodes):
@@ -254,7 +279,7 @@ def test_exact_values_by_enumeration(name: str, start: int, limit: int, target: 
             counts.setdefault((t, state, togo), np.zeros(task.actions))[action] += chance
             togo -= reward
     for (t, state, togo), weights in counts.items():
-        expected = told.policy()[t, state, :, togo - told.lowest]
+        expected = rcsl.policy()[t, state, :, togo - rcsl.lowest]
         np.testing.assert_allclose(weights / weights.sum(), expected, atol=1e-9)
 
 
@@ -262,12 +287,12 @@ def test_exact_values_by_enumeration(name: str, start: int, limit: int, target: 
 def test_rcsl_values_by_simulation(name: str, target: int) -> None:
     """Playing the conditioned policy with its running target earns its exact value, within 4 standard errors."""
     task, count, rng = make_task(name), 10_000, np.random.default_rng(5)
-    told = tabular.rcsl(task, tabular.uniform(task))
-    env, policy = TabularVectorEnv(count, name), told.policy()
+    rcsl = tabular.rcsl(task, tabular.uniform(task))
+    env, policy = TabularVectorEnv(count, name), rcsl.policy()
     env.generators = [rng] * count
     left, returns, running = np.full(count, target), np.zeros(count), np.ones(count, bool)
     for t in range(task.limit):
-        index = left - told.lowest
+        index = left - rcsl.lowest
         inside = (index >= 0) & (index < policy.shape[-1])
         probabilities = np.full((count, task.actions), 1 / task.actions)
         probabilities[inside] = policy[t, env.state[inside], :, index[inside]]
@@ -277,4 +302,4 @@ def test_rcsl_values_by_simulation(name: str, target: int) -> None:
         left = left - reward.astype(int)
         running &= ~(terminated | truncated)
     assert not running.any()
-    assert abs(returns.mean() - told.value(target)) < 4 * returns.std() / np.sqrt(count)
+    assert abs(returns.mean() - rcsl.value(target)) < 4 * returns.std() / np.sqrt(count)

@@ -1,0 +1,103 @@
+"""Batches from several datasets with fixed shares, each drawn by a sampler of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offrl.data.dataset import OfflineDataset
+from offrl.sampling.base import Sampler, make_sampler
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import conf_dir
+from offrl.utils.random import LaneRandom
+
+
+@dataclass
+class MixtureConfig:
+    datasets: list[str] = field(default_factory=list)  # datasets besides the run's own, which is the first
+    # Share of every batch, one for each of `datasets`; the rest comes from the run's own.
+    shares: list[float] = field(default_factory=list)
+    # Samplers of the datasets, the run's own first: names as in sampler=NAME, or tables with `_target_` and settings.
+    # Default: uniform.
+    samplers: list[str | dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != len(self.datasets) or not self.datasets:
+            raise OffrlError(
+                f"sampler.shares has {len(self.shares)} values for {len(self.datasets)} sampler.datasets; name one dataset "
+                "at least besides dataset=, and a share for each."
+            )
+        if min(self.shares) <= 0 or sum(self.shares) > 1:
+            raise OffrlError(f"sampler.shares={self.shares} should be above 0 and add up to at most 1.")
+        if self.samplers and len(self.samplers) != len(self.datasets) + 1:
+            raise OffrlError(
+                f"sampler.samplers has {len(self.samplers)} entries for {len(self.datasets) + 1} datasets, the run's own "
+                "included; give one for each."
+            )
+
+
+class Mixture(Sampler):
+    """Fixed shares of every batch from several datasets, each with a sampler of its own.
+
+    The agent trains on one dataset, the concatenation of all: rows are numbered through, and observation statistics are those
+    of all.
+
+    Args:
+        stores: the parts in that order.
+    """
+
+    Config = MixtureConfig
+    mixes = True
+
+    def __init__(self, stores: Sequence[OfflineDataset], cfg: MixtureConfig, seeds: Sequence[int] = (0,)) -> None:
+        settings = [_named(sampler) for sampler in cfg.samplers or ["uniform"] * len(stores)]
+        self.parts = [make_sampler(each, [store], seeds) for each, store in zip(settings, stores)]
+        if any(part.refresh_every for part in self.parts):
+            raise OffrlError("sampler.samplers: a part of a mixture can't be refreshed; set its refresh_every=0.")
+        self.shares = cfg.shares
+        lengths = torch.tensor([len(store) for store in stores])
+        self.first = [0, *lengths.cumsum(0).tolist()[:-1]]
+        self.ids = [store.info.id for store in stores]
+
+    def draw(self, random: LaneRandom, steps: Tensor, batch: int, stream: str = "sampler") -> Tensor:
+        counts = shared_out(self.shares, batch)
+        parts = enumerate(zip(self.parts, counts, self.first))
+        drawn = [part.draw(random, steps, n, f"{stream}/{i}") + first for i, (part, n, first) in parts if n]
+        return torch.cat(drawn, -1)
+
+    def metadata(self) -> dict[str, Any]:
+        return {"parts": [{"dataset": name, **part.metadata()} for name, part in zip(self.ids, self.parts)]}
+
+    def start(self) -> None:
+        for part in self.parts:
+            part.start()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}/{name}": t for i, part in enumerate(self.parts) for name, t in part.tensors().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for i, part in enumerate(self.parts):
+            part.restore({k.split("/", 1)[1]: t for k, t in tensors.items() if k.startswith(f"{i}/")})
+
+
+def shared_out(shares: Sequence[float], batch: int) -> list[int]:
+    """Numbers of rows of a batch: of the first part, which takes the rest, and of the others."""
+    others = [round(share * batch) for share in shares]
+    return [batch - sum(others), *others]
+
+
+def _named(sampler: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings in the file of a name such as `uniform`; settings themselves as they are."""
+    if not isinstance(sampler, str):
+        return sampler
+    from omegaconf import OmegaConf
+
+    path = conf_dir() / "sampler" / f"{sampler}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise OffrlError(f"sampler.samplers: {sampler} is no sampler; choose among {known}, or give a table.")
+    return {str(key): value for key, value in OmegaConf.to_container(OmegaConf.load(path)).items()}  # type: ignore[union-attr]
