@@ -246,7 +246,7 @@ def test_forge_ids_are_built_where_they_are_missing(tmp_path: Path, monkeypatch:
         data = episodes(box(4), box(2, bound=1.0))
         return write(tmp_path / "home" / name, box(4), box(2, bound=1.0), data, offrl_info=own)
 
-    monkeypatch.setattr(registry, "ensure", ensure)
+    monkeypatch.setattr(registry, "ensure", lambda name, **_: ensure(name))
     first = load("forge/hopper/medium-v0")
     assert load("forge/hopper/medium-v0").fingerprint == first.fingerprint
     assert asked == ["forge/hopper/medium-v0"]
