@@ -165,7 +165,7 @@ def compare(comparison: Comparison, dtype: torch.dtype, marks: Sequence[int]) ->
     theirs = comparison.theirs(agent, store)
     pairs = comparison.pairs(agent, theirs)
     start_alike(agent, pairs)
-    engine = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, extra=agent.batch_fields))
+    engine = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, fields=agent.batch_fields))
     random, sampler, fed, done = LaneRandom((SEED,)), Uniform(store), Fed(), 0
     for mark in marks:
         for t in range(done + 1, mark + 1):

@@ -130,7 +130,7 @@ def test_updates_equal_the_authors(updates: int, tolerance: float, settings: dic
         }
         plain.step(t - 1, batch, random.normal("target_action", batch["a"].unsqueeze(0))[0])
     before = plain.distance(agent)
-    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, extra=agent.batch_fields)).run(0, updates)
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, fields=agent.batch_fields)).run(0, updates)
     assert plain.distance(agent) < tolerance < before
 
 
@@ -138,7 +138,7 @@ def test_the_targets_penalty_is_the_distance_from_the_next_action() -> None:
     """y(beta_2 = 0) - y(beta_2) = gamma (1 - d) beta_2 |a~ - a'|^2, and nothing where a' is unknown."""
     store = cut_store()
     free, bound = (make(store, critic_bc=beta) for beta in (0.0, 0.7))
-    batch = free.prepare(store.transitions(torch.arange(128).unsqueeze(0), free.extra))
+    batch = free.prepare(store.transitions(torch.arange(128).unsqueeze(0), free.batch_fields))
     gap = free.target_value(batch) - bound.target_value(batch)
     action = free.target_action(batch)
     distance = (action - batch.next_action).square().sum(-1)
@@ -168,7 +168,7 @@ def test_the_actors_penalty_is_summed_over_dimensions() -> None:
 def test_the_actor_moves_first_and_its_target_a_step_behind() -> None:
     store = cut_store()
     agent = make(store)
-    engine = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, extra=agent.batch_fields))
+    engine = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, fields=agent.batch_fields))
     start, actors = copy.deepcopy(agent.actor_target.state_dict()), []
     for step in range(4):
         before = [copy.deepcopy(n.state_dict()) for n in (agent.actor, agent.critics_target)]
