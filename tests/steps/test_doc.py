@@ -27,6 +27,7 @@ from offrl.nets.contrastive import gradient_reversal, info_nce
 from offrl.nets.latents import Categorical, Gaussian
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
+from offrl.training.runs import make_agent as from_settings
 from offrl.utils.random import LaneRandom
 
 SMALL: dict[str, Any] = {"hidden": (12, 12), "latent_size": 3, "suffix": 4, "lr": 1e-2, "normalize_obs": False}
@@ -225,6 +226,12 @@ def test_updates_equal_a_plain_restatement(
         for name, value in expected.items():
             assert abs(metrics[name].item() - value) < 1e-10, name
         assert plain.distance() < 1e-10 * update
+
+
+def test_a_setting_goes_by_its_name_of_before_too() -> None:
+    """Checkpoints of before hold `squeeze`."""
+    settings = {"_target_": "offrl.agents.doc.DoC", "hidden": [8], "squeeze": 0.1}
+    assert from_settings(settings, Spec(3, 2)).cfg.posterior_kl_weight == 0.1
 
 
 # ---- who gets which gradient ----------------------------------------------------------------------------------
