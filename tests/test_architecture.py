@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -80,6 +81,15 @@ def test_every_room_has_its_place_in_the_contracts() -> None:
     placed |= {name for contract in others for name in contract["source_modules"]}
     rooms = {f"offrl.{name.partition('/')[0]}" for name in FILES if name.endswith("/__init__.py")}
     assert rooms <= placed
+
+
+def test_the_page_of_the_architecture_names_files_that_exist() -> None:
+    root = PACKAGE.parent
+    named = set(
+        re.findall(r"`?([a-z_]+/[a-z_/]*[a-z_]+\.(?:py|yaml|md))\b", (root / "docs/architecture.md").read_text())
+    )
+    assert len(named) > 20
+    assert not [name for name in named if not (root / name).exists() and not (PACKAGE / name).exists()]
 
 
 @pytest.mark.parametrize("code", ["import offrl", "from offrl.cli.main import main; main(['--help'])"])

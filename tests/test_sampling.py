@@ -1,4 +1,4 @@
-"""Samplers draw by their stated law, exactly and at any size; Replay mixes sources with fixed shares."""
+"""Samplers draw by their stated probabilities, exactly and at any size; BatchLoader mixes sources with fixed shares."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_toy
-from scipy import stats
 from torch import Tensor
+from weighted import P_VALUE, draw, fits
 
 from offrl.data.dataset import OfflineDataset
-from offrl.sampling import BatchLoader, EpisodeWeighted, Uniform
+from offrl.sampling import BatchLoader, EpisodeWeighted, RowWeighted, Uniform, alias_table
 from offrl.utils.random import LaneRandom
-
-P_VALUE = 1e-4  # draws are fixed by the seeds
 
 
 def lengths_only(lengths: Tensor) -> Any:
@@ -41,17 +39,6 @@ def episodes(*lengths: int) -> OfflineDataset:
     row = torch.arange(n, dtype=torch.float32).unsqueeze(-1)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     return OfflineDataset(row, row.clone(), row[:, 0].clone(), row + 0.5, torch.zeros(n), offsets)
-
-
-def draw(sampler: Any, count: int, seeds: tuple[int, ...] = (0,), stream: str = "s") -> Tensor:
-    """`[lanes, count]` rows of one update."""
-    return sampler.draw(LaneRandom(seeds), torch.tensor([1]), count, stream)[0]
-
-
-def fits(index: Tensor, probability: Tensor) -> float:
-    """p-value of chi-square for rows drawn with the given probabilities."""
-    seen = torch.bincount(index.flatten(), minlength=len(probability)).numpy()
-    return float(stats.chisquare(seen, probability.numpy() / probability.sum().item() * seen.sum()).pvalue)
 
 
 # ---- uniform --------------------------------------------------------------------------------------------------
@@ -96,20 +83,6 @@ def test_rows_of_an_episode_are_alike() -> None:
     lengths, weights = torch.tensor([7, 1, 30, 12]), torch.tensor([0.5, 2.0, 0.1, 1.0], dtype=torch.float64)
     drawn = draw(EpisodeWeighted(lengths_only(lengths), weights), 300_000)
     assert fits(drawn, torch.repeat_interleave(weights, lengths)) > P_VALUE
-
-
-def test_the_worked_example() -> None:
-    """Returns 0, 1, 2, lengths 2, 1, 1 and temperature 0.5: probabilities as worked out by hand."""
-    z = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    drawn = draw(EpisodeWeighted(episodes(2, 1, 1), (z / 0.5).exp()), 400_000)
-    expected = torch.tensor([0.0825945, 0.0825945, 0.2245152, 0.6102957], dtype=torch.float64)
-    assert fits(drawn, expected) > P_VALUE
-
-
-def test_equal_weights_are_uniform_sampling() -> None:
-    store = episodes(5, 50, 1, 20)
-    drawn = draw(EpisodeWeighted(store, torch.full((4,), 1e-7)), 200_000)
-    assert fits(drawn, torch.ones(76, dtype=torch.float64)) > P_VALUE
 
 
 def test_lanes_may_have_weights_of_their_own() -> None:
@@ -169,7 +142,7 @@ def test_episodes_without_weight_are_never_drawn(zeros: tuple[int, ...]) -> None
     store = episodes(4, 3, 5, 2)
     weights = torch.tensor([0.1, 0.2, 0.3, 0.7])  # float32: the shares are no round numbers
     weights[list(zeros)] = 0.0
-    drawn = draw(EpisodeWeighted(store, weights), 1_000_000)
+    drawn = draw(EpisodeWeighted(store, weights), 200_000)
     seen = set(store.episode_of_row[drawn[0].unique()].tolist())
     assert seen == set(range(4)) - set(zeros)
 
@@ -201,10 +174,19 @@ def test_weights_for_another_number_of_episodes_are_refused() -> None:
         EpisodeWeighted(episodes(2, 2, 2), torch.ones(4))
 
 
-@pytest.mark.parametrize("kind", ["uniform", "weighted"])
+SAMPLERS = {
+    "uniform": lambda store: Uniform(store),
+    "episodes": lambda store: EpisodeWeighted(store, torch.arange(1.0, 5.0)),
+    "episodes by lane": lambda store: EpisodeWeighted(store, torch.arange(1.0, 9.0).view(2, 4)),
+    "rows": lambda store: RowWeighted(torch.arange(1.0, 15.0)),
+    "rows by lane": lambda store: RowWeighted(torch.arange(1.0, 29.0).view(2, 14)),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
 def test_many_updates_at_once_equal_one_by_one(kind: str) -> None:
     store = episodes(4, 3, 5, 2)
-    sampler: Any = Uniform(store) if kind == "uniform" else EpisodeWeighted(store, torch.arange(1.0, 5.0))
+    sampler = SAMPLERS[kind](store)
     random, steps = LaneRandom((3, 4)), torch.arange(1, 9)
     at_once = sampler.draw(random, steps, 6, "s")
     assert at_once.shape == (8, 2, 6)
@@ -213,7 +195,68 @@ def test_many_updates_at_once_equal_one_by_one(kind: str) -> None:
     assert at_once.flatten(1).unique(dim=0).shape[0] == 8
 
 
-# ---- replay ---------------------------------------------------------------------------------------------------
+# ---- weighted rows ---------------------------------------------------------------------------------------------
+
+
+def probability(keep: Tensor, alias: Tensor) -> Tensor:
+    """What an alias table draws, exactly: `[N]`."""
+    return (keep + torch.zeros_like(keep).index_add_(0, alias.long(), 1 - keep)) / len(keep)
+
+
+@pytest.mark.parametrize("kind", ["equal", "one", "zeros", "two levels", "wide", "few", "random"])
+def test_alias_tables_hold_the_probabilities(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    values = {
+        "equal": np.full(1000, 0.1),
+        "one": np.array([3.0]),
+        "zeros": np.where(rng.random(1000) < 0.9, 0.0, rng.random(1000)),
+        "two levels": np.where(np.arange(1000) % 100 == 99, np.exp(10), 1.0),
+        "wide": np.exp(rng.normal(size=5000) * 8),
+        "few": np.array([0.0, 5.0, 0.0, 1.0]),
+        "random": rng.random(5000),
+    }[kind]
+    weights = torch.tensor(values)
+    keep, alias = alias_table(weights)
+    assert bool(((keep >= 0) & (keep <= 1)).all())
+    # Running sums of N terms of size one: their rounding is about 1e-16 N relative to a mean row.
+    error = (probability(keep, alias) - weights / weights.sum()).abs().max()
+    assert float(error) * len(weights) < 1e-12 * len(weights)
+    assert not probability(keep, alias)[weights == 0].any()
+
+
+def test_rare_rows_of_two_million_can_be_drawn() -> None:
+    """In float32 a third of the bins of such a table have no width at all (alpha = 0.1; here 0.05)."""
+    n = 2_000_000
+    g = np.random.default_rng(0).beta(1, 5, size=2000).repeat(1000)
+    weights = torch.tensor(np.exp((g - g.max()) / (g.max() - g.min()) / 0.05))
+    keep, alias = alias_table(weights)
+    p = weights / weights.sum()
+    assert (
+        float((keep[p * n < 1] / (p[p * n < 1] * n) - 1).abs().max()) < 1e-12
+    )  # each has its own bin, of its own width
+    assert float((probability(keep, alias) / p - 1).abs().max()) < 1e-6
+    float32 = weights.float().cumsum(0) / weights.float().sum()
+    assert float((float32.diff() == 0).double().mean()) > 0.1  # the trap is real
+
+
+def test_row_weights_per_lane_and_in_place() -> None:
+    rng = np.random.default_rng(0)
+    weights = torch.tensor(rng.random((2, 300)))
+    sampler = RowWeighted(weights)
+    drawn = sampler.draw(LaneRandom((0, 1)), torch.arange(1, 401), 500)
+    assert drawn.shape == (400, 2, 500)
+    for lane in range(2):
+        assert fits(drawn[:, lane], weights[lane]) > P_VALUE
+    assert fits(drawn[:, 0], weights[1]) < 1e-12
+    where = sampler.keep.data_ptr()
+    sampler.change(weights.flip(0))
+    assert sampler.keep.data_ptr() == where
+    assert fits(sampler.draw(LaneRandom((0, 1)), torch.arange(1, 401), 500)[:, 0], weights[1]) > P_VALUE
+    with pytest.raises(ValueError, match="finite and non-negative"):
+        RowWeighted(torch.tensor([1.0, -1.0]))
+
+
+# ---- batches --------------------------------------------------------------------------------------------------
 
 
 def sources(*shares: float) -> list[tuple[OfflineDataset, Uniform, float]]:
@@ -276,12 +319,13 @@ def test_extra_fields_of_mixed_sources_line_up() -> None:
     assert (batch.index[..., 5:] == -1).all()  # rows of another dataset than the agent was given
 
 
-def test_windows_never_cross_an_episodes_end() -> None:
-    store = episodes(3, 1, 7, 4)
-    loader = BatchLoader([(store, Uniform(store), 1.0)], 200, window=5)
+def test_windows_start_by_the_weights_and_never_cross_an_episodes_end() -> None:
+    store, weights = episodes(3, 1, 7, 4), torch.tensor([1.0, 5.0, 2.0, 0.5])
+    loader = BatchLoader([(store, EpisodeWeighted(store, weights), 1.0)], 2000, window=5)
     batch = loader.draw(LaneRandom((0, 1)), torch.arange(1, 4))
     assert batch.valid is not None
-    assert batch.obs.shape == (3, 2, 200, 5, 1)
+    assert batch.obs.shape == (3, 2, 2000, 5, 1)
+    assert fits(batch.index, torch.repeat_interleave(weights, store.lengths).double()) > P_VALUE
     valid = batch.valid.bool()
     rows = batch.obs[..., 0].long()
     start = batch.index.unsqueeze(-1)

@@ -26,6 +26,11 @@ class MixtureConfig:
     samplers: list[str | dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.datasets or self.shares or self.samplers:  # the defaults are no mixture yet; `Mixture` refuses them
+            self.check()
+
+    def check(self) -> None:
+        """Raise OffrlError unless datasets, shares and samplers fit together."""
         if len(self.shares) != len(self.datasets) or not self.datasets:
             raise OffrlError(
                 f"sampler.shares has {len(self.shares)} values for {len(self.datasets)} sampler.datasets; name one dataset "
@@ -54,6 +59,7 @@ class Mixture(Sampler):
     mixes = True
 
     def __init__(self, stores: Sequence[OfflineDataset], cfg: MixtureConfig, seeds: Sequence[int] = (0,)) -> None:
+        cfg.check()
         settings = [_named(sampler) for sampler in cfg.samplers or ["uniform"] * len(stores)]
         self.parts = [make_sampler(each, [store], seeds) for each, store in zip(settings, stores)]
         if any(part.refresh_every for part in self.parts):
