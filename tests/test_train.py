@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -589,6 +590,65 @@ def test_refused_options_leave_the_folder_alone(change: dict[str, Any], toy_file
     with pytest.raises(OffrlError, match=next(iter(change))):
         resume(folder, {**change, "updates": 40})
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"lanes": 10**8},
+            r"lanes=100000000 with batch_size=16 needs at least 51,200,000,000 bytes of memory, and [\d,]+ are",
+        ),
+        ({"batch_size": 10**12}, r"batch_size=1000000000000 needs at least [\d,]+ bytes"),
+        ({"lanes": 10**6}, "lanes=1000000 should be at most 65536"),
+        (
+            {"lanes": 60_000, "agent": {"hidden": [512, 512]}},
+            r"the agent with 60000 lanes and hidden=\[512, 512\] needs at least [\d,]+ bytes",
+        ),
+        (
+            {"agent": {"hidden": [10**8]}},
+            r"hidden=\[100000000\] needs at least [\d,]+ bytes of memory, and [\d,]+ are free",
+        ),
+        ({"agent": {"hidden": [10**8, 10**8]}}, r"hidden=\[100000000, 100000000\] needs at least"),
+        ({"agent": {"hidden": [10**12, 10**12]}}, "needs more memory than any machine has"),
+        ({"agent": {"hidden": [10**30]}}, "agent.hidden=10+ should have at most 63 bits"),
+        ({"agent": {"hidden": [-1]}}, r"agent.hidden=\[-1\] should be a list of whole numbers of at least 1"),
+        ({"agent": {"hidden": [8, 0]}}, r"agent.hidden=\[8, 0\] should be"),
+        ({"agent": {"tau": float("nan")}}, "agent.tau=nan should be a number"),
+        ({"agent": {"tau": 10**400}}, "agent.tau=10+... is too large for a number"),
+        ({"threads": 10**9}, r"threads=1000000000 is more than \d+; this machine has \d+ cores"),
+        ({"updates": 1e30}, "updates=1e.30 should have at most 63 bits"),
+        ({"updates_per_launch": 10**9}, "updates_per_launch=1000000000 should be at most 10000"),
+        ({"eval": {"workers": 10**9}}, "eval.workers=1000000000 is more than"),
+        ({"eval": {"final_episodes": 10**12}}, "eval.final_episodes=1000000000000 needs at least"),
+        ({"device": "meta"}, "device=meta is not supported; choose auto, cpu, cuda or cuda:N"),
+    ],
+    ids=str,
+)
+def test_sizes_beyond_the_machine(change: dict[str, Any], message: str, toy_file: Path) -> None:
+    """Refused in moments, from the command and from a run's folder, with the memory hardly touched."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(OffrlError, match=message):
+        train(options(toy_file, **{"updates": 20, **json.loads(json.dumps(change))}))
+    folder = train(options(toy_file, 20, name="mine")).folder
+    config = json.loads((folder / "config.json").read_text())
+    agent = {**config["agent"], **change.pop("agent", {})}
+    (folder / "config.json").write_text(json.dumps({**config, "agent": agent, **change}))
+    (folder / checkpoint.NAME).unlink()
+    (folder / "result.json").unlink()
+    with pytest.raises(OffrlError):
+        resume(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kilobytes
+
+
+def test_sizes_in_a_checkpoint(toy_file: Path) -> None:
+    path = train(options(toy_file, 20)).folder / checkpoint.NAME
+    kept, metadata = checkpoint.load(path)
+    for change in ({"hidden": [10**8, 10**8]}, {"hidden": [0]}):
+        config = {**metadata["config"], "agent": {**metadata["config"]["agent"], **change}}
+        checkpoint.write(path, kept, {**metadata, "config": config})
+        with pytest.raises(OffrlError, match=r"hidden=.*(needs at least|should be a list)"):
+            load_agent(path)
 
 
 # ---- what stands in a run's files -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,14 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _command(arguments: argparse.Namespace) -> int:
-    if arguments.episodes < 1:
-        raise OffrlError(f"--episodes {arguments.episodes} should be at least 1.")
+    for name, value, most in (
+        ("episodes", arguments.episodes, 10_000_000),
+        ("workers", arguments.workers, max(256, 4 * (os.cpu_count() or 1))),
+        ("seed", arguments.seed, 2**32 - 1),
+    ):
+        least = 0 if name == "seed" else 1
+        if value is not None and not least <= value <= most:
+            raise OffrlError(f"--{name} {value} should be between {least} and {most}.")
     tune_process(1)
     agent, info = load_agent(arguments.run_folder), dataset_info(arguments.run_folder)
     with Evaluator(info, agent.spec.lanes, arguments.workers) as evaluator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from offrl.data.catalogue import namesake
 from offrl.sampling import sampler_config
 from offrl.training.schema import TABLED, DataConfig, TrainConfig
 from offrl.utils.errors import OffrlError
+from offrl.utils.memory import require_bytes
 from offrl.utils.paths import conf_dir
 from offrl.utils.settings import (
     FREE,
@@ -34,6 +36,8 @@ from offrl.utils.settings import (
     target_class,
     trusting,
 )
+
+MOST_LANES = 65_536  # each has random generators of its own, which are made one by one
 
 
 @dataclass
@@ -230,12 +234,31 @@ def _check_train(train: TrainConfig) -> None:
         value = attrgetter(key)(train)
         if value is not None and value < smallest:
             raise OffrlError(f"{key}={value} should be at least {smallest}.")
+    _check_sizes(train)
     if any(not -(2**63) <= seed < 2**63 for seed in train.lane_seeds()):
         raise OffrlError("a seed should be a number of at most 63 bits.")
     if train.seeds and len(train.seeds) != train.lanes:
         if train.lanes != 1:
             raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
         train.lanes = len(train.seeds)
+
+
+def _check_sizes(train: TrainConfig) -> None:
+    """Raise OffrlError for numbers that no machine can serve, before anything of that size is made."""
+    most = max(256, 4 * (os.cpu_count() or 1))
+    for key in ("threads", "eval.workers"):
+        if (value := attrgetter(key)(train) or 1) > most:
+            raise OffrlError(f"{key}={value} is more than {most}; this machine has {os.cpu_count()} cores.")
+    if train.updates_per_launch > 10_000:
+        raise OffrlError(f"updates_per_launch={train.updates_per_launch} should be at most 10000.")
+    lanes = len(train.seeds) if train.seeds else train.lanes
+    # Of a row its number, reward, end, and a number each of observation, action and successor; of an episode as much.
+    require_bytes(32 * lanes * train.batch_size, f"lanes={lanes} with batch_size={train.batch_size}")
+    if lanes > MOST_LANES:
+        raise OffrlError(f"lanes={lanes} should be at most {MOST_LANES}; share the seeds out among several runs.")
+    for key in ("eval.episodes", "eval.final_episodes", "eval.slots"):
+        if value := attrgetter(key)(train):
+            require_bytes(32 * value * (1 if key == "eval.slots" else lanes), f"{key}={value}")
 
 
 def agent_config(settings: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -23,7 +24,8 @@ from offrl.training.schema import DataConfig, TrainConfig
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
-from offrl.utils.settings import FREE, NAMES, canonical, trusting
+from offrl.utils.memory import require_bytes
+from offrl.utils.settings import FREE, NAMES, canonical, lane_lists, trusting
 
 
 @dataclass
@@ -161,11 +163,30 @@ def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> 
 def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
     """An agent from its `_target_` and the settings that differ from its dataclass."""
     cls, cfg = agent_config(settings)
+    _check_size(cls, cfg, spec)
     try:
         agent: Agent = cls(spec, cfg)
     except ValueError as error:
         raise OffrlError(f"agent.{error}") from error
     return agent
+
+
+def _check_size(cls: type[Agent], cfg: Any, spec: Spec) -> None:
+    """Raise OffrlError where an agent's numbers won't fit into the memory; one lane of it is made without memory."""
+    one_lane = dataclasses.replace(cfg, **{name: values[0] for name, values in lane_lists(cfg).items()})
+    shape_only = dataclasses.replace(spec, seeds=(0,), obs_mean=None, obs_std=None, device="meta")
+    name = f"the agent with {spec.lanes} lanes" + (f" and hidden={list(cfg.hidden)}" if hasattr(cfg, "hidden") else "")
+    try:
+        with torch.device("meta"):
+            tensors = cls(shape_only, one_lane).state_dict().values()
+    except RuntimeError as error:
+        if "overflow" in str(error) or "numel" in str(error):
+            raise OffrlError(f"{name} needs more memory than any machine has; make it smaller.") from error
+        return  # a user's agent may look at its numbers; what is really wrong shows when it is made
+    except Exception:
+        return
+    needed = spec.lanes * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    require_bytes(needed, name, spec.device)
 
 
 def load_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:

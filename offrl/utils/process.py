@@ -105,6 +105,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise OffrlError(f"device={name} is unknown; choose auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise OffrlError(f"device={name} is not supported; choose auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OffrlError(f"device={name}: this PyTorch sees no GPU; use device=cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OffrlError(f"device={name}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0.")
     return device

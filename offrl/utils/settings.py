@@ -62,21 +62,36 @@ def _convert(value: Any, wanted: Any, key: str, per_lane: bool) -> Any:
         sequence = isinstance(value, Sequence) and not isinstance(value, str)
         if origin is bool and isinstance(value, bool):
             return value
-        if origin is int and number and float(value).is_integer():
+        if origin is int and number and (isinstance(value, int) or value.is_integer()):
+            if abs(value) >= 2**63:
+                raise OffrlError(f"{key}={one_line(value, 40)} should have at most 63 bits.")
             return int(value)
         if origin is float and number:
-            return float(value)
+            return _float(value, key)
         if origin is str and isinstance(value, str):
             return value
         if origin in (tuple, list) and sequence:
             inner = typing.get_args(option)[0]
-            return origin(_convert(v, inner, key, False) for v in value)
+            values = origin(_convert(v, inner, key, False) for v in value)
+            if per_lane and inner is int and any(v < 1 for v in values):  # a method's are sizes of layers
+                raise OffrlError(f"{key}={list(values)} should be a list of whole numbers of at least 1.")
+            return values
         if origin is float and per_lane and sequence:
             return [_convert(v, float, key, False) for v in value]
         if origin is dict and isinstance(value, Mapping):
             return dict(value)
     names = " or ".join(_name(option, per_lane) for option in options)
-    raise OffrlError(f"{key}={value!r} should be {names}.")
+    raise OffrlError(f"{key}={one_line(repr(value))} should be {names}.")
+
+
+def _float(value: float, key: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise OffrlError(f"{key}={one_line(value, 40)} is too large for a number.") from error
+    if number != number:
+        raise OffrlError(f"{key}=nan should be a number.")
+    return number
 
 
 def _name(option: Any, per_lane: bool) -> str:
