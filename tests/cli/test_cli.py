@@ -114,6 +114,23 @@ def test_every_setting_of_an_agent_is_explained(name: str, capsys: pytest.Captur
         (["resume=gone", "-m"], "-m can't stand beside resume=RUN"),
         (["resume=gone", "fresh"], "fresh can't stand beside resume=RUN"),
         (["resume=gone", "updates=["], "[ can't be read as a value"),
+        (["agent=nope"], "agent=nope is unknown; there are a2pr, awac, bc,"),
+        (["agent="], "agent= is unknown; there are"),
+        (["agent=../../x"], "agent=../../x is unknown; there are"),
+        (["updates="], "updates='' should be a whole number."),
+        (["updates==5"], "updates==5 can't be read; put a value with odd letters in two pairs of quotes"),
+        (["~updates"], "~updates: an option can't be removed; leave the word out"),
+        (["+"], "+ can't be read; give key=value"),
+        (["[]"], "[] can't be read; give key=value"),
+        (["updates=${nope}"], "the configuration can't be resolved: Interpolation key 'nope' not found"),
+        (["updates=choice(1,2)"], "updates=choice(1,2) has several values; sweep over them with -m."),
+        (["seed=0,1"], "seed=0,1 has several values; sweep over them with -m, or give lanes: seeds=[0,1]."),
+        (["hydra/launcher=nope"], "In 'hydra/config': Could not find 'hydra/launcher/nope'"),
+        (["--config-name=zz"], "Cannot find primary config 'zz'"),
+        (["updates=１０x"], "updates=１０x can't be read; put a value"),
+        (["updates=1e30"], "updates=1e+30 should have at most 63 bits."),
+        (["agent.hidden=[-1]"], "agent.hidden=[-1] should be a list of whole numbers of at least 1."),
+        (["agent.hidden=[0]"], "agent.hidden=[0] should be a list of whole numbers of at least 1."),
     ],
     ids=str,
 )
@@ -121,7 +138,24 @@ def test_bad_words_for_train(arguments: list[str], message: str, capsys: pytest.
     assert main("train", *arguments) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"offrl: error: {message}")
-    assert "Traceback" not in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["run=3,step=10.npz", "data (1).npz", "données.npz", "a b.npz", "x[1].npz", "it's.npz"]
+)
+def test_datasets_under_any_name(name: str, toy_file: Path) -> None:
+    toy_file.rename(name)
+    values = options(name, 4, lanes=1, out="runs (ä)")
+    assert main("train", *words(values)) == 0
+    (config,) = Path("runs (ä)").rglob("config.json")
+    assert json.loads(config.read_text())["dataset"] == name
+
+
+@pytest.mark.parametrize("arguments", [["--workers", "-3"], ["--workers", "0"], ["--seed", "-1"], ["--episodes", "-2"]])
+def test_evaluate_refuses_what_would_hang(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("evaluate", "nothing", *arguments) == 2
+    assert re.search(rf"{arguments[0]} {arguments[1]} should be between \d+ and \d+\.", capsys.readouterr().err)
 
 
 def test_bad_words_in_a_process_of_their_own() -> None:
