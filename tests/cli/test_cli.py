@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from offrl.cli import main as cli
 from offrl.training.compose import compose
 from offrl.training.run_config import resolve_config
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
+from offrl.training.trainer import Trainer
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
 
@@ -252,6 +258,75 @@ def test_evaluate(world: Path, capsys: pytest.CaptureFixture[str]) -> None:  # n
     assert main("evaluate", "runs", "--episodes", "1") == 2
     assert "there is no checkpoint" in capsys.readouterr().err
     assert main("evaluate", "runs/mine", "--episodes", "0") == 2
+
+
+# ---- a machine that has run out of something ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "left"])
+def test_a_run_is_finished_though_nobody_can_hear_of_it(kind: str, toy_file: Path) -> None:
+    """Standard output closed, on a full disk, or a pipe whose reader has left."""
+    given = ["train", *words(options(toy_file, 4, lanes=1, name="mine"))]
+    if kind == "left":
+        process = start(*given, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait(120)
+    else:
+        where = ">&-" if kind == "closed" else ">/dev/full"
+        command = f"exec {sys.executable} -m offrl {shlex.join(given)} {where}"
+        env = {**os.environ, "PYTHONPATH": str(Path(offrl.__file__).parents[1])}
+        process = subprocess.run(["sh", "-c", command], env=env, text=True, capture_output=True, timeout=120)
+        errors = process.stderr
+    assert "Traceback" not in errors
+    assert "Exception ignored" not in errors
+    assert process.returncode == (2 if kind == "full" else 0)
+    assert errors.endswith("No space left on device; free some space, then repeat the command.\n") or kind != "full"
+    assert json.loads(Path("runs/mine/result.json").read_text())["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "x: No space left on device; free some space"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files; allow more open files (ulimit -n)"),
+        (MemoryError("Unable to allocate 9 TiB"), "the memory is not enough (Unable to allocate 9 TiB); use smaller"),
+        (
+            type("FatalError", (Exception,), {"__module__": "mujoco"})("Could not allocate memory"),
+            "the simulator failed",
+        ),
+    ],
+    ids=["disk", "files", "memory", "simulator"],
+)
+def test_a_machine_that_has_run_out_of_something(
+    error: Exception, message: str, toy_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a run: a sentence, and the same command goes on."""
+    given = words(options(toy_file, 100, lanes=1))
+    run = Trainer._log
+
+    def fail(trainer: Trainer, *arguments: Any) -> None:
+        run(trainer, *arguments)
+        if trainer.step == 100:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_log", fail)
+        assert main("train", *given) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"offrl: error: {message}")
+    assert errors.count("\n") == 1
+    folder = resolve_config(options(toy_file, 100, lanes=1)).folder()
+    assert step_of(folder) == 50
+    assert main("train", *given) == 0
+    assert same_tensors(folder, offrl.training.trainer.train(options(toy_file, 100, lanes=1, out="alone")).folder)
+
+
+def test_a_terminal_without_our_letters(toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    name = "mine-\u2713"
+    assert start("train", *words(options(toy_file, 4, lanes=1, name=name)), stdout=subprocess.DEVNULL).wait(120) == 0
+    assert Path("runs", name, "result.json").exists()
 
 
 # ---- a user's own agent ---------------------------------------------------------------------------------------
