@@ -6,11 +6,15 @@ So `offrl --help` stays fast, and every module imports what it needs at its top.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import io
+import os
 import sys
 
 import offrl
-from offrl.utils.errors import OffrlError
+from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import config_dir_of, without_config_dir
 from offrl.utils.settings import trusting
 
@@ -33,17 +37,57 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     named = any(word.partition("=")[0] in ("--trust", "--config-dir", "-cd") for word in words)
     words = [word for word in words if word != "--trust"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack letters, such as in a Latin-1 locale
     try:
         with trusting(named):
-            return _run(words)
+            status = _run(words)
+        if sys.stdout is not None:  # closed before we began
+            sys.stdout.flush()
+        return status
     except OffrlError as error:
-        print(f"offrl: error: {error}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
-        sys.stderr.close()
+        _drop_output()
         return 0
+    except (OSError, MemoryError) as error:
+        _drop_output()
+        return _refused(_of_the_system(error))
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] == "mujoco":  # its FatalError: no memory for the simulator
+            return _refused(f"the simulator failed ({one_line(error)}); try eval.workers=1 or smaller eval.slots.")
+        raise
+
+
+def _refused(sentence: str) -> int:
+    print(f"offrl: error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _of_the_system(error: OSError | MemoryError) -> str:
+    """What the machine has run out of, and what to do; every file is written whole or not at all, so nothing is lost."""
+    if isinstance(error, MemoryError):
+        return f"the memory is not enough ({one_line(error)}); use smaller sizes or fewer lanes."
+    remedy = {
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space",
+        errno.EMFILE: "allow more open files (ulimit -n) or lower eval.workers",
+        errno.ENFILE: "close other programs",
+        errno.EAGAIN: "allow more processes (ulimit -u) or lower eval.workers",
+        errno.ENOMEM: "use smaller sizes or lower eval.workers",
+    }.get(error.errno or 0, "choose another place")
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or one_line(error)}; {remedy}, then repeat the command."
+
+
+def _drop_output() -> None:
+    """Nobody can be written to any more: what is left in the buffer must not fail when Python ends."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:

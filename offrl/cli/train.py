@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from offrl.cli.agents import field_comments
-from offrl.training.compose import choices, compose_words, groups, named, plain, register, to_hydra_overrides
+from offrl.training.compose import choices, compose_words, groups, named, plain, register, sentence, to_hydra_overrides
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import print_result
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
 from offrl.training.sweep import Sweep, import_path, run_job
 from offrl.training.trainer import resume, train
-from offrl.utils.errors import OffrlError
+from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import conf_dir, config_dir_of, without_config_dir
 
 
@@ -45,7 +49,27 @@ def run(words: list[str]) -> int:
     if shown := _shown_config(words):
         print(shown)
         return 0
+    if not {"-m", "--multirun"} & set(words):
+        _check_single(words)
     return _hydra(to_hydra_overrides(words, extra))
+
+
+def _check_single(words: list[str]) -> None:
+    """Refuse several values where no sweep was asked for; a recipe or suite brings one of its own."""
+    if any(re.match(r"\+?(experiment|suite|hydra\.mode)=", word) for word in words):
+        return
+    for word in words:
+        key, equals, text = word.partition("=")
+        if equals and not word.startswith("-") and _sweeps(word):
+            listed = f", or give lanes: seeds=[{text}]" if key == "seed" else ""
+            raise OffrlError(f"{word} has several values; sweep over them with -m{listed}.")
+
+
+def _sweeps(word: str) -> bool:
+    try:
+        return bool(OverridesParser.create().parse_override(word).is_sweep_override())
+    except Exception:  # not readable at all, which is said elsewhere
+        return False
 
 
 def _shown_config(words: list[str]) -> str:
@@ -65,23 +89,24 @@ def _shown_config(words: list[str]) -> str:
 
 def _hydra(words: list[str]) -> int:
     status, notes, env = 0, "", {"PYTHONPATH": import_path()}
+    failure: Exception | None = None
     register()
 
     @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
     def task(cfg: DictConfig) -> None:
         """A single run, or a job of a sweep; of that a launcher sends a copy of this function to its processes."""
-        nonlocal status
+        nonlocal status, failure
         hydra_cfg = HydraConfig.get()
-        values = named(plain(cfg), hydra_cfg.runtime.choices, hydra_cfg.overrides.task)
         if hydra_cfg.mode == RunMode.MULTIRUN:
+            values = named(plain(cfg), hydra_cfg.runtime.choices, hydra_cfg.overrides.task)
             if run_job(values, Path(notes) / f"{hydra_cfg.job.num}.json", env) == 130:
                 raise KeyboardInterrupt  # no further job
             return
         try:
+            values = named(plain(cfg), hydra_cfg.runtime.choices, hydra_cfg.overrides.task)
             status = print_result(train(values))
-        except OffrlError as error:
-            print(f"offrl: error: {error}", file=sys.stderr)
-            status = 2
+        except Exception as error:  # Hydra would print a line of its own
+            failure = error
 
     def begun(folder: Path) -> None:
         nonlocal notes
@@ -90,13 +115,36 @@ def _hydra(words: list[str]) -> int:
     before, sys.argv = sys.argv, ["offrl train", *words]
     sweep = Sweep(begun)
     try:
-        with sweep:
+        with sweep, _raising():
             task()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise sentence(error) from error
+    except KeyboardInterrupt:
+        if sweep.refused:
+            raise OffrlError(sweep.refused) from None
+        raise
     finally:
         sys.argv = before
         for line in sweep.summary():
             print(line, file=sys.stderr)
+    if failure:
+        raise failure
     return sweep.status() or status
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Let Hydra raise its errors instead of printing them and leaving."""
+    name = "HYDRA_FULL_ERROR"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _help(extra: Path | None) -> str:
@@ -119,4 +167,4 @@ def _value(text: str) -> Any:
     try:
         return OverridesParser.create().parse_override(f"key={text}").value()
     except HydraException as error:
-        raise OffrlError(f"{text} can't be read as a value: {error}") from error
+        raise OffrlError(f"{text} can't be read as a value: {one_line(error)}") from error

@@ -13,13 +13,14 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins import offrl_launchers
 from offrl.training.schema import TABLED, TrainConfig
-from offrl.utils.errors import OffrlError
+from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import conf_dir, config_dir_of, use_config_dir, without_config_dir
 
 
@@ -64,7 +65,8 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
     known = groups(extra)
     _check_choices(arguments, known, extra)
     words = []
-    for word in arguments:
+    for word in map(_quoted, arguments):
+        _check_word(word)
         key = word.split("=", 1)[0]
         plain = "=" in word and not word.startswith(("-", "+", "~")) and not key.startswith("hydra")
         named = key in known or key in options or "@" in key or "/" in key
@@ -72,6 +74,47 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
     # Hydra's parser wants its flags and their values on one side of the overrides.
     overrides = [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
     return [word for word in words if word not in overrides] + overrides
+
+
+TEXTS = ("dataset", "out", "name", "label")  # options whose values are paths and names, in any letters
+
+
+def _quoted(word: str) -> str:
+    """`dataset=PATH` in quotes of Hydra's, where the path is there or Hydra could not read it otherwise."""
+    key, _, text = word.partition("=")
+    if key not in TEXTS or not text or text[0] in "'\"[":
+        return word
+    try:
+        OverridesParser.create().parse_override(word)
+        readable = True
+    except HydraException:
+        readable = False
+    except Exception:  # its lexer's own
+        readable = False
+    there = key == "dataset" and re.search(r"[=,]", text) and Path(text).expanduser().exists()
+    return f"{key}={_literal(text)}" if there or not (readable or re.match(r"\w+\(", text)) else word
+
+
+def _check_word(word: str) -> None:
+    """Raise OffrlError for a word that Hydra can't read, or would read as something else than is meant."""
+    if word.startswith("-"):
+        return
+    if word.startswith("~") and word[1:].partition("=")[0] in {*_defaults(), *TABLED}:
+        raise OffrlError(f"{word}: an option can't be removed; leave the word out, and its default holds.")
+    try:
+        OverridesParser.create().parse_override(word)
+    except Exception as error:  # HydraException, or its lexer's own
+        key, equals, _ = word.partition("=")
+        hint = f"put a value with odd letters in two pairs of quotes: {key}=\"'...'\"" if equals else "give key=value"
+        raise OffrlError(f"{word} can't be read; {hint} (`offrl train --help` lists the options).") from error
+
+
+def sentence(error: Exception) -> OffrlError:
+    """What Hydra or OmegaConf says, in a line and with what to do."""
+    text = one_line(
+        str(error).replace("\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", "")
+    )
+    return OffrlError(f"{text.rstrip('.')} (see `offrl train --help` for options and `offrl agents` for agents).")
 
 
 def _check_choices(words: Sequence[str], known: set[str], extra: Path | None) -> None:
@@ -147,8 +190,8 @@ def _composed(words: Sequence[str], extra: Path | None = None) -> tuple[dict[str
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = hydra_compose("train", overrides=overrides, return_hydra_config=True)
-    except HydraException as error:
-        raise OffrlError(f"{error} (see `offrl train --help` for options and `offrl agents` for agents)") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise sentence(error) from error
     ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     values = named(plain(ours), cfg.hydra.runtime.choices, overrides)
     return values, list(cfg.hydra.sweeper.get("params") or {})
@@ -166,7 +209,7 @@ def plain(cfg: Any) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise OffrlError(f"the configuration can't be resolved: {error}") from error
+        raise OffrlError(f"the configuration can't be resolved: {one_line(error)}") from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 

@@ -178,6 +178,7 @@ class Sweep:
         self.begun = begun
         self.notes = Path()
         self.jobs: list[Job] = []
+        self.refused = ""  # why the sweep could not begin
         self._seen: dict[int, int] = {}
         self._before: dict[int, Any] = {}
         self._over = threading.Event()
@@ -359,4 +360,10 @@ class SweepCallback(Callback):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # each job resolves its own
         overrides = parser.parse_overrides([*words, *task])
-        Sweep.current.begin(Path(config.out), BasicSweeper.split_arguments(overrides, None)[0])
+        try:
+            Sweep.current.begin(Path(config.out), BasicSweeper.split_arguments(overrides, None)[0])
+        except OSError as error:  # Hydra makes a warning of whatever a callback raises, but for an interrupt
+            Sweep.current.refused = (
+                f"out={config.out} can't be written ({error.strerror}); choose another with out=DIR."
+            )
+            raise KeyboardInterrupt from error

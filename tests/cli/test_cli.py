@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from offrl.cli import main as cli
 from offrl.training.compose import compose
 from offrl.training.run_config import resolve_config
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
+from offrl.training.trainer import Trainer
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
 
@@ -114,6 +120,23 @@ def test_every_setting_of_an_agent_is_explained(name: str, capsys: pytest.Captur
         (["resume=gone", "-m"], "-m can't stand beside resume=RUN"),
         (["resume=gone", "fresh"], "fresh can't stand beside resume=RUN"),
         (["resume=gone", "updates=["], "[ can't be read as a value"),
+        (["agent=nope"], "agent=nope is unknown; there are a2pr, awac, bc,"),
+        (["agent="], "agent= is unknown; there are"),
+        (["agent=../../x"], "agent=../../x is unknown; there are"),
+        (["updates="], "updates='' should be a whole number."),
+        (["updates==5"], "updates==5 can't be read; put a value with odd letters in two pairs of quotes"),
+        (["~updates"], "~updates: an option can't be removed; leave the word out"),
+        (["+"], "+ can't be read; give key=value"),
+        (["[]"], "[] can't be read; give key=value"),
+        (["updates=${nope}"], "the configuration can't be resolved: Interpolation key 'nope' not found"),
+        (["updates=choice(1,2)"], "updates=choice(1,2) has several values; sweep over them with -m."),
+        (["seed=0,1"], "seed=0,1 has several values; sweep over them with -m, or give lanes: seeds=[0,1]."),
+        (["hydra/launcher=nope"], "In 'hydra/config': Could not find 'hydra/launcher/nope'"),
+        (["--config-name=zz"], "Cannot find primary config 'zz'"),
+        (["updates=１０x"], "updates=１０x can't be read; put a value"),
+        (["updates=1e30"], "updates=1e+30 should have at most 63 bits."),
+        (["agent.hidden=[-1]"], "agent.hidden=[-1] should be a list of whole numbers of at least 1."),
+        (["agent.hidden=[0]"], "agent.hidden=[0] should be a list of whole numbers of at least 1."),
     ],
     ids=str,
 )
@@ -121,7 +144,24 @@ def test_bad_words_for_train(arguments: list[str], message: str, capsys: pytest.
     assert main("train", *arguments) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"offrl: error: {message}")
-    assert "Traceback" not in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["run=3,step=10.npz", "data (1).npz", "données.npz", "a b.npz", "x[1].npz", "it's.npz"]
+)
+def test_datasets_under_any_name(name: str, toy_file: Path) -> None:
+    toy_file.rename(name)
+    values = options(name, 4, lanes=1, out="runs (ä)")
+    assert main("train", *words(values)) == 0
+    (config,) = Path("runs (ä)").rglob("config.json")
+    assert json.loads(config.read_text())["dataset"] == name
+
+
+@pytest.mark.parametrize("arguments", [["--workers", "-3"], ["--workers", "0"], ["--seed", "-1"], ["--episodes", "-2"]])
+def test_evaluate_refuses_what_would_hang(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("evaluate", "nothing", *arguments) == 2
+    assert re.search(rf"{arguments[0]} {arguments[1]} should be between \d+ and \d+\.", capsys.readouterr().err)
 
 
 def test_bad_words_in_a_process_of_their_own() -> None:
@@ -218,6 +258,75 @@ def test_evaluate(world: Path, capsys: pytest.CaptureFixture[str]) -> None:  # n
     assert main("evaluate", "runs", "--episodes", "1") == 2
     assert "there is no checkpoint" in capsys.readouterr().err
     assert main("evaluate", "runs/mine", "--episodes", "0") == 2
+
+
+# ---- a machine that has run out of something ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "left"])
+def test_a_run_is_finished_though_nobody_can_hear_of_it(kind: str, toy_file: Path) -> None:
+    """Standard output closed, on a full disk, or a pipe whose reader has left."""
+    given = ["train", *words(options(toy_file, 4, lanes=1, name="mine"))]
+    if kind == "left":
+        process = start(*given, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait(120)
+    else:
+        where = ">&-" if kind == "closed" else ">/dev/full"
+        command = f"exec {sys.executable} -m offrl {shlex.join(given)} {where}"
+        env = {**os.environ, "PYTHONPATH": str(Path(offrl.__file__).parents[1])}
+        process = subprocess.run(["sh", "-c", command], env=env, text=True, capture_output=True, timeout=120)
+        errors = process.stderr
+    assert "Traceback" not in errors
+    assert "Exception ignored" not in errors
+    assert process.returncode == (2 if kind == "full" else 0)
+    assert errors.endswith("No space left on device; free some space, then repeat the command.\n") or kind != "full"
+    assert json.loads(Path("runs/mine/result.json").read_text())["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "x: No space left on device; free some space"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files; allow more open files (ulimit -n)"),
+        (MemoryError("Unable to allocate 9 TiB"), "the memory is not enough (Unable to allocate 9 TiB); use smaller"),
+        (
+            type("FatalError", (Exception,), {"__module__": "mujoco"})("Could not allocate memory"),
+            "the simulator failed",
+        ),
+    ],
+    ids=["disk", "files", "memory", "simulator"],
+)
+def test_a_machine_that_has_run_out_of_something(
+    error: Exception, message: str, toy_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a run: a sentence, and the same command goes on."""
+    given = words(options(toy_file, 100, lanes=1))
+    run = Trainer._log
+
+    def fail(trainer: Trainer, *arguments: Any) -> None:
+        run(trainer, *arguments)
+        if trainer.step == 100:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_log", fail)
+        assert main("train", *given) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"offrl: error: {message}")
+    assert errors.count("\n") == 1
+    folder = resolve_config(options(toy_file, 100, lanes=1)).folder()
+    assert step_of(folder) == 50
+    assert main("train", *given) == 0
+    assert same_tensors(folder, offrl.training.trainer.train(options(toy_file, 100, lanes=1, out="alone")).folder)
+
+
+def test_a_terminal_without_our_letters(toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    name = "mine-\u2713"
+    assert start("train", *words(options(toy_file, 4, lanes=1, name=name)), stdout=subprocess.DEVNULL).wait(120) == 0
+    assert Path("runs", name, "result.json").exists()
 
 
 # ---- a user's own agent ---------------------------------------------------------------------------------------

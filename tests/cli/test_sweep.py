@@ -236,6 +236,18 @@ def test_status_tells_the_states_apart(capsys: pytest.CaptureFixture[str]) -> No
     assert "the disk is full" in text
 
 
+@pytest.mark.parametrize("out", ["file/runs", "/proc/nothing"])
+def test_a_sweep_into_a_folder_that_cant_be_written(
+    out: str, toy_file: Path, jobs: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("")
+    assert main("train", "-m", *words(options(toy_file, 9, lanes=1, out=out)), "seed=0,1") == 2
+    assert not jobs
+    errors = capfd.readouterr().err
+    assert errors.startswith(f"offrl: error: out={out} can't be written")
+    assert errors.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["result", "failed"])
 @pytest.mark.parametrize("text", ["{", "[]", '{"step": "x"}', "[" * 100_000, '{"message": 3, "step": 1e400}'])
 def test_status_shows_damage_in_its_row(name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
