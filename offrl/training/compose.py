@@ -78,7 +78,7 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
 
 
 # Hydra's flags whose value is the next word.
-WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
+WITH_VALUE: tuple[str, ...] = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
 WITH_VALUE += ("--cfg", "-c", "--info", "-i", "--experimental-rerun")
 TEXTS = ("dataset", "out", "name", "label")  # options whose values are paths and names, in any letters
 
