@@ -65,8 +65,9 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
     known = groups(extra)
     _check_choices(arguments, known, extra)
     words = []
-    for word in map(_quoted, arguments):
-        _check_word(word)
+    for before, word in zip(["", *arguments], map(_quoted, arguments)):
+        if before not in WITH_VALUE:
+            _check_word(word)
         key = word.split("=", 1)[0]
         plain = "=" in word and not word.startswith(("-", "+", "~")) and not key.startswith("hydra")
         named = key in known or key in options or "@" in key or "/" in key
@@ -76,6 +77,9 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
     return [word for word in words if word not in overrides] + overrides
 
 
+# Hydra's flags whose value is the next word.
+WITH_VALUE: tuple[str, ...] = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
+WITH_VALUE += ("--cfg", "-c", "--info", "-i", "--experimental-rerun")
 TEXTS = ("dataset", "out", "name", "label")  # options whose values are paths and names, in any letters
 
 
