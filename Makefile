@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO := demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow test-cuda lint wheel clean
+.PHONY: setup demo test test-slow test-cuda contract lint wheel clean
 
 setup: $(READY)
 
@@ -38,6 +38,13 @@ test-slow: $(READY)
 
 test-cuda: $(READY)
 	$(BIN)/python -m pytest -m cuda
+
+# `make contract AGENT=NAME CONFIG_DIR=DIR`: what every agent must do, for one in DIR/agent (without CONFIG_DIR: one of ours).
+# MARK="not cuda" compiles it, too, which takes minutes.
+MARK ?= not slow and not cuda
+
+contract: $(READY)
+	OFFRL_AGENT=$(AGENT) OFFRL_CONFIG_DIR=$(abspath $(CONFIG_DIR)) $(BIN)/python -m pytest tests/contract/test_agents.py -m "$(MARK)"
 
 lint: $(READY)
 	$(BIN)/ruff check .

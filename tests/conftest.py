@@ -14,6 +14,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With the variable OFFRL_AGENT: the tests of that agent alone, as `make contract AGENT=NAME` wants them."""
+    if agent := os.environ.get("OFFRL_AGENT"):
+        items[:] = [i for i in items if isinstance(i, pytest.Function) and _agent_of(i) == agent]
+        if not items:
+            raise pytest.UsageError(f"no agent {agent}; is CONFIG_DIR the folder with agent/{agent}.yaml in it?")
+
+
+def _agent_of(test: pytest.Function) -> str | None:
+    return test.callspec.params.get("name") if hasattr(test, "callspec") else None
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's caches; the session shares one, so that what is built is built once."""

@@ -1,9 +1,14 @@
-"""What every agent must do. Agents are found from conf/agent/: a new yaml there is tested without another edit."""
+"""What every agent must do.
+
+Agents are found from conf/agent/, and from the configuration folder that OFFRL_CONFIG_DIR names: a new yaml there is tested
+without another edit. `make contract AGENT=NAME CONFIG_DIR=DIR` tests one.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import fields
@@ -25,9 +30,10 @@ from offrl.training.runs import load_agent, make_agent
 from offrl.training.trainer import train
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
-from offrl.utils.paths import conf_dir
+from offrl.utils.paths import conf_dir, use_config_dir
 
-SETTINGS = {p.stem: OmegaConf.load(p) for p in sorted((conf_dir() / "agent").glob("*.yaml"))}
+FOLDERS = [conf_dir(), *map(use_config_dir, filter(None, [os.environ.get("OFFRL_CONFIG_DIR")]))]
+SETTINGS = {p.stem: OmegaConf.load(p) for folder in FOLDERS for p in sorted((folder / "agent").glob("*.yaml"))}
 every_agent = pytest.mark.parametrize("name", SETTINGS)
 # Compiling takes about a minute an agent, so the quick suite compiles one and `make test-slow` all.
 compiled_agents = pytest.mark.parametrize(
@@ -50,12 +56,13 @@ def make(name: str, store: OfflineDataset, seeds: Sequence[int] = (0,), **settin
 
 
 def small(name: str) -> dict[str, Any]:
-    """Small networks: every setting that is called `hidden` or `..._hidden`, and what `SMALL` names."""
+    """Small networks: every setting that is called `hidden` or `..._hidden`, what `SMALL` names, and `Config.tiny`."""
     from hydra.utils import get_class
 
     cls: Any = get_class(SETTINGS[name]._target_)
     names = [f.name for f in fields(cls.Config)]
-    return {n: [32, 32] for n in names if n.endswith("hidden")} | {n: SMALL[n] for n in names if n in SMALL}
+    sizes = {n: [32, 32] for n in names if n.endswith("hidden")} | {n: SMALL[n] for n in names if n in SMALL}
+    return sizes | getattr(cls.Config, "tiny", {})
 
 
 def loader(agent: Agent, store: OfflineDataset, batch: int = 32) -> BatchLoader:
@@ -263,9 +270,10 @@ def test_no_gradient_is_left_behind(name: str, toy: OfflineDataset) -> None:
 def test_learns_the_toy_task(name: str) -> None:
     """The behaviour is the optimum plus noise of standard deviation 0.46; every method should find its middle."""
     store = make_toy(8192)
-    rates = {f.name: 1e-3 for f in fields(make(name, store).Config) if f.name.endswith("lr")}
+    config = make(name, store).Config
+    rates = {f.name: 1e-3 for f in fields(config) if f.name.endswith("lr")}
     wide = {key: [64, 64] for key in small(name) if key.endswith("hidden")}
-    agent = make(name, store, seeds=(0, 1), **rates, **wide, **TOY.get(name, {}))
+    agent = make(name, store, seeds=(0, 1), **(rates | wide | TOY.get(name, {}) | getattr(config, "toy", {})))
     advance(agent, store, 1000, batch=128)
     test = make_toy(2048, seed=1).observations.expand(2, -1, -1)
     error = (agent.select_action(test) - best_action(test)).square().mean((-2, -1)).sqrt()
