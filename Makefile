@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO := demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow test-cuda lint wheel clean
+.PHONY: setup demo test test-slow test-cuda fuzz fuzz-kills lint wheel clean
 
 setup: $(READY)
 
@@ -38,6 +38,14 @@ test-slow: $(READY)
 
 test-cuda: $(READY)
 	$(BIN)/python -m pytest -m cuda
+
+# N mutated inputs of every kind (tests/fuzz/fuzz.py), and N trainings that are killed and continued; both need Linux.
+# FUZZ="--seed 1 --keep DIR" goes to the script.
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/fuzz.py $(or $(N),2000) $(FUZZ)
+
+fuzz-kills: $(READY)
+	$(BIN)/python tests/fuzz/kills.py $(or $(N),20) $(FUZZ)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -114,9 +114,9 @@ def hdf5(material: Material, folder: Path, rng: Rng) -> Case:
     key = rng.choice(sorted(data))
     with h5py.File(path, "r+") as file:
         if kind == "info":
-            del file["offrl_info"]
-            values = [text, text, text, np.bytes_(text.encode("utf-8", "replace")), 5, [1, 2], np.zeros(0)]
-            file["offrl_info"] = rng.choice(values)
+            place = file if len(text) > 60_000 else file.attrs  # HDF5's attributes hold less than 64 KiB
+            plain = text.replace("\0", "?").encode("utf-8", "replace").decode()
+            place["offrl_info"] = rng.choice([plain, plain, plain, np.bytes_(plain.encode()), 5, [1, 2], np.zeros(0)])
         elif kind == "foreign":
             what = f"{key} {_elsewhere(file, key, material.outside, rng)}"
         elif kind == "claim":
@@ -157,7 +157,7 @@ def _elsewhere(file: h5py.File, key: str, outside: tuple[Path, ...], rng: Rng) -
 def _claim(file: h5py.File, key: str, rng: Rng) -> str:
     value = file[key][()]
     rows = rng.choice([10**6, 10**9, 10**12, 2**62])
-    keys = [key] if rng.random() < 0.5 else [name for name in file if name != "offrl_info"]
+    keys = [key] if rng.random() < 0.5 else sorted(file)
     for name in keys:
         value = file[name][()]
         del file[name]
@@ -329,10 +329,14 @@ _NESTED: dict[str, Any] = _BOX
 for _ in range(900):
     _NESTED = {"type": "Tuple", "subspaces": [_NESTED]}
 _SPACES: list[Any] = [
-    {"type": "Discrete", "n": 3}, {"type": "Discrete", "n": 10**12}, {"type": "Dict", "subspaces": {"": _BOX, "a.b": _BOX}},
-    {"type": "Tuple", "subspaces": [_BOX, _BOX]}, {"type": "MultiDiscrete", "nvec": [2, 10**9]}, {"type": "MultiBinary", "n": [3]},
-    {"type": "Text"}, {"type": "Graph"}, {"type": "Sequence", "feature_space": _BOX}, _NESTED, {**_BOX, "shape": [10**6, 10**6]},
-    {**_BOX, "dtype": "object"}, {**_BOX, "dtype": "float128"}, {**_BOX, "shape": []}, {**_BOX, "low": "nan"}, {**_BOX, "low": 5},
+    {"type": "Discrete", "n": 3}, {"type": "Discrete", "n": 10**12},
+    {"type": "Dict", "subspaces": {"": _BOX, "a.b": _BOX}},
+    {"type": "Tuple", "subspaces": [_BOX, _BOX]}, {"type": "MultiDiscrete", "nvec": [2, 10**9]},
+    {"type": "MultiBinary", "n": [3]},
+    {"type": "Text"}, {"type": "Graph"}, {"type": "Sequence", "feature_space": _BOX}, _NESTED,
+    {**_BOX, "shape": [10**6, 10**6]},
+    {**_BOX, "dtype": "object"}, {**_BOX, "dtype": "float128"}, {**_BOX, "shape": []}, {**_BOX, "low": "nan"},
+    {**_BOX, "low": 5},
 ]  # fmt: skip
 _PLACES: list[Any] = [f"{CANARY}:Thing-v0", f"{CANARY}:Thing", f"{CANARY}.Thing", "../../x", "Nope-v0"]
 

@@ -1,6 +1,6 @@
-"""Mutated inputs of every kind, from seeds: `python tests/fuzz/fuzz.py 2000 [--seed S] [--kind K] [--number I] [--keep DIR]`.
+"""Mutated inputs of every kind, from seeds: `python tests/fuzz/fuzz.py 2000 [--seed S] [--keep DIR]`.
 
-Every input is made from `seed:kind:number` alone, so a bad one is repeated by naming its kind and number. Counts by kind
+Every input is made from `seed:kind:number` alone, so a bad one is repeated by `1 --kind KIND --number NUMBER`. Counts by kind
 and verdict come at the end; the exit status is 1 if any input is bad. Linux only.
 """
 
@@ -53,12 +53,13 @@ class Outcome:
 
 
 def fuzz(
-    place: Path, count: int, seed: int = 0, kinds: list[str] | None = None, first: int = 0, keep: Path | None = None
+    place: Path, counts: dict[str, int], seed: int = 0, first: int = 0, keep: Path | None = None
 ) -> Iterator[Outcome]:
-    """Judge `count` inputs, the kinds in turn.
+    """Judge so many inputs of each kind, the kinds in turn.
 
     Args:
-        place: an empty folder for everything that is made. keep: folder for bad inputs.
+        place: an empty folder for everything that is made. first: number of each kind's first input.
+        keep: folder for bad inputs.
     """
     os.environ.update(
         OFFRL_HOME=str(place / "home"), MINARI_DATASETS_PATH=str(place / "home/minari"), HYDRA_FULL_ERROR=""
@@ -70,9 +71,7 @@ def fuzz(
     canaries = materials.outside(place)
     judge = Judge(place)
     material = materials.make(place, judge, canaries)
-    names = kinds or list(KINDS)
-    for index in range(count):
-        kind, number = names[index % len(names)], first + index // len(names)
+    for number, kind in sorted((first + i, kind) for kind, count in counts.items() for i in range(count)):
         folder = place / "input"
         folder.mkdir()
         case = KINDS[kind](material, folder, random.Random(f"{seed}:{kind}:{number}"))
@@ -105,17 +104,24 @@ def _copy(folder: Path, target: Path) -> None:
 def main() -> int:
     """Print bad inputs as they come, then counts; 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("count", type=int, nargs="?", default=200)
+    parser.add_argument("all", metavar="N", type=int, nargs="?", default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind; may be repeated")
+    parser.add_argument(
+        "--count", dest="counts", metavar="KIND=N", action="append", help="so many of a kind, and so on"
+    )
     parser.add_argument("--number", type=int, default=0, help="of the first input of each kind")
     parser.add_argument("--keep", type=Path, help="folder for the files of bad inputs")
     parser.add_argument("--verbose", action="store_true", help="print good inputs, too")
     arguments = parser.parse_args()
+    kinds = arguments.kind or list(KINDS)
+    wanted = {kind: len(range(k, arguments.all, len(kinds))) for k, kind in enumerate(kinds)}
+    if arguments.counts:
+        wanted = {kind: int(count) for kind, count in (word.split("=") for word in arguments.counts)}
     counts: Counter[tuple[str, str]] = Counter()
     bad = 0
     with tempfile.TemporaryDirectory(prefix="offrl-fuzz-") as place:
-        for o in fuzz(Path(place), arguments.count, arguments.seed, arguments.kind, arguments.number, arguments.keep):
+        for o in fuzz(Path(place), wanted, arguments.seed, arguments.number, arguments.keep):
             counts[o.kind, o.verdict.name] += 1
             bad += o.verdict.bad
             if o.verdict.bad or arguments.verbose:

@@ -7,6 +7,7 @@ refused command that changed the run folder it was given.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -14,6 +15,7 @@ import re
 import resource
 import select
 import signal
+import stat
 import struct
 import sys
 import time
@@ -142,7 +144,7 @@ def _child(case: Case, folder: Path, outputs: list[Path]) -> NoReturn:
         for descriptor, path in zip((1, 2), outputs):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.stdin = open(os.devnull)  # noqa: SIM115 - until the process ends
-        sys.stdout, sys.stderr = (open(d, "w", closefd=False) for d in (1, 2))
+        sys.stdout, sys.stderr = (open(d, "w", closefd=False) for d in (1, 2))  # noqa: SIM115
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         spent = int(time.process_time())
@@ -167,10 +169,8 @@ def _child(case: Case, folder: Path, outputs: list[Path]) -> NoReturn:
 
 def _end_group(leader: int) -> None:
     """End a case's process and those it has started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _of_output(status: int | str, out: str, err: str, sweep: bool) -> Verdict:
@@ -200,16 +200,17 @@ def _of_output(status: int | str, out: str, err: str, sweep: bool) -> Verdict:
 
 
 def _content(folder: Path | None) -> dict[str, str]:
-    """Digests of a folder's files but for locks; links and pipes count by their name."""
+    """Digests of a folder's files but for locks; links, pipes and very large files count by their name."""
     if folder is None:
         return {}
     files = (f for f in sorted(folder.rglob("*")) if f.name != ".lock" and not f.is_dir())
-    return {
-        str(f.relative_to(folder)): hashlib.md5(f.read_bytes()).hexdigest()
-        if f.is_file() and not f.is_symlink()
-        else ""
-        for f in files
-    }
+    return {str(f.relative_to(folder)): _digest(f) for f in files}
+
+
+def _digest(file: Path) -> str:
+    kind = file.lstat()
+    plain = stat.S_ISREG(kind.st_mode) and kind.st_size < 1 << 28
+    return hashlib.md5(file.read_bytes()).hexdigest() if plain else ""
 
 
 def _difference(before: dict[str, str], after: dict[str, str]) -> str | None:

@@ -65,7 +65,7 @@ class Material:
 def columns() -> dict[str, Any]:
     """Four short trajectories of three numbers and one action."""
     data = trajectories([30, 20, 50, 40], [True, False, True, False])
-    return {**data, "actions": 2 * data["actions"][:, :1]}
+    return {**data, "actions": data["actions"][:, :1]}
 
 
 def outside(place: Path) -> tuple[Path, ...]:
@@ -86,7 +86,7 @@ def write_hdf5(path: Path, data: dict[str, Any], **options: Any) -> None:
     with h5py.File(path, "w") as file:
         for key, value in data.items():
             file.create_dataset(key, data=value, **(options if np.ndim(value) else {}))
-        file.create_dataset("offrl_info", data=json.dumps(INFO))
+        file.attrs["offrl_info"] = json.dumps(INFO)
 
 
 def make(place: Path, judge: Judge, canaries: tuple[Path, ...]) -> Material:
@@ -110,7 +110,9 @@ def make(place: Path, judge: Judge, canaries: tuple[Path, ...]) -> Material:
     action = {**box, "shape": [1], "low": [-2.0], "high": [2.0]}
     spec = json.dumps({"id": "Pendulum-v1", "max_episode_steps": 200, "kwargs": {}})
     write_minari(made.minari, split(data), observation, action, env_spec=spec, total_episodes=4)
+    formats = (made.npz, made.hdf5, made.minari)
     for words in (
+        *(["data", "info", str(path), "--no-cache"] for path in formats),
         ["data", "convert", str(made.npz), str(made.flat)],
         [
             *TRAIN,

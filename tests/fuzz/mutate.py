@@ -24,10 +24,12 @@ RAW = {
     "@surrogate": '"\\ud800"',
 }
 ODD_VALUES: list[Any] = [
-    *RAW, None, True, False, 0, -1, 1, 3, 10**9, 2**63, -(2**63), 10**30, 0.5, -1e308, "", " ", "text", "0", "nan", [], {},
+    *RAW, None, True, False, 0, -1, 1, 3, 10**9, 2**63, -(2**63), 10**30, 0.5, -1e308, "", " ", "text", "0", "nan",
+    [], {},
     [None], [1, 2], ["a"], [[]], {"a": 1}, {"_target_": f"{CANARY}.Thing"}, f"{CANARY}:Thing", f"{CANARY}.Thing",
     f"{CANARY}:Thing-v0", f"module:{CANARY}", "os.system", "[red]x[/red]", "two\nlines", "\x1b[31mred", "é" * 3,
-    "x" * 5000, "../../../etc/passwd", "/dev/zero", "/", "${oc.env:HOME}", "${nope}", "Pendulum-v1", "Nope-v0", "hopper-medium-v2",
+    "x" * 5000, "../../../etc/passwd", "/dev/zero", "/", "${oc.env:HOME}", "${nope}", "Pendulum-v1", "Nope-v0",
+    "hopper-medium-v2",
 ]  # fmt: skip
 
 

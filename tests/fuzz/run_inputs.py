@@ -153,5 +153,5 @@ def _litter(target: Path, rng: Rng) -> str:
         (target / ".lock").unlink(missing_ok=True)
         (target / ".lock").mkdir()
     else:
-        (target / "x\n[red]y[/red]").write_text("x")
+        (target / "x\n[red]y").write_text("x")
     return kind
