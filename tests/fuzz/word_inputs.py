@@ -36,11 +36,34 @@ FLAGS = [
     "-h", "--resolve", "--package", "--hydra-help", "-cd", "--config-dir", "--config-dir=nope", "--trust",
     "--version", "-c", "--", "-", "---", "--nope", "-x",
 ]  # fmt: skip
-NUMBERED = [
-    "--last-k", "--metric", "--out", "--json", "--episodes", "--workers", "--seed", "--updates", "--hidden",
-    "--discount", "--plot", "--semantics", "--action-bound", "--action-low", "--as-family", "--size", "--family",
-    "--source", "--dest", "--device", "--config-dir",
-]  # fmt: skip
+OPTIONS = {
+    "data": [
+        "--action-bound",
+        "--action-low",
+        "--action-high",
+        "--as-family",
+        "--semantics",
+        "--plot",
+        "--json",
+        "--family",
+        "--size",
+    ],
+    "report": ["--last-k", "--metric", "--out"],
+    "status": ["--json"],
+    "evaluate": ["--episodes", "--seed", "--workers"],
+    "select": [
+        "--updates",
+        "--batch-size",
+        "--lr",
+        "--discount",
+        "--target-every",
+        "--hidden",
+        "--device",
+        "--seed",
+        "--out",
+    ],
+    "probe": ["--episodes", "--updates", "--plot"],
+}
 AGENTS = [
     "bc",
     "td3_bc",
@@ -108,7 +131,7 @@ def others(material: Material, folder: Path, rng: Rng) -> Case:
     words = list(rng.choice(bases))
     done = []
     for _ in range(rng.choice([1, 1, 2])):
-        kind = rng.choice(["replace", "replace", "replace", "remove", "add", "option"])
+        kind = rng.choice(["replace", "replace", "replace", "remove", "add", "option", "option", "option"])
         at = rng.randrange(1, len(words)) if len(words) > 1 else 0
         value = rng.choice(VALUES)
         if kind == "replace" and len(words) > 1:
@@ -116,7 +139,7 @@ def others(material: Material, folder: Path, rng: Rng) -> Case:
         elif kind == "remove" and words:
             del words[at]
         elif kind == "option":
-            words += [rng.choice(NUMBERED), value]
+            words += [rng.choice(OPTIONS.get(words[0] if words else "", ["--config-dir"])), value]
         else:
             words.insert(at + 1, rng.choice([value, rng.choice(FLAGS)]))
         done.append(kind)
