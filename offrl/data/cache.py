@@ -12,7 +12,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from offrl.data.arrays import info_json
 from offrl.data.checks import ReadOptions
 from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.schema import own_info
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import cache_dir, replacing
 
@@ -136,13 +137,35 @@ def read_flat(path: Path, source: dict[str, Any] | None = None) -> OfflineDatase
         broken = [name for name, tensor in tensors.items() if _checksum(tensor) != header["crc32"][name]]
         if broken:
             raise ValueError(f"{broken[0]} differs from its checksum")
-        store = OfflineDataset(**tensors, info=DatasetInfo(**header["info"]))
-    except (ValueError, KeyError, TypeError, OSError, MemoryError) as error:
+        store = OfflineDataset(**tensors, info=_info(header["info"], path))
+        if not isinstance(header["fingerprint"], str):
+            raise ValueError("its fingerprint is no text")
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        OSError,
+        MemoryError,
+    ) as error:
         raise OffrlError(
-            f"{path}: no flat dataset, or a damaged one ({error}); delete it and load its source."
+            f"{path}: no flat dataset, or a damaged one ({one_line(error)}); delete it and load its source."
         ) from error
     store.__dict__["fingerprint"] = header["fingerprint"]  # the cached property, so that it is not computed again
     return store
+
+
+def _info(written: Any, path: Path) -> DatasetInfo:
+    """What the header tells of the dataset, with the notices that its source gave."""
+    info = own_info(written, DatasetInfo(), str(path))
+    notices = written.get("provenance", {}).get("notices")
+    if notices is None:
+        return info
+    if not isinstance(notices, list) or not all(isinstance(notice, str) for notice in notices):
+        raise ValueError("its notices are no texts")
+    return replace(info, provenance={**info.provenance, "notices": notices})
 
 
 def _checksum(tensor: Tensor) -> int:

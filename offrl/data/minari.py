@@ -34,6 +34,7 @@ from offrl.data.memory import check_memory
 from offrl.data.schema import Box, EnvSpec, MinariMetadata, from_json, minari_metadata, own_info
 from offrl.data.spaces import Leaf, action_info, observation_leaves
 from offrl.utils.errors import OffrlError
+from offrl.utils.files import MOST_BYTES, read_bytes
 
 SCALAR_KEYS = ("rewards", "terminations", "truncations")
 
@@ -66,19 +67,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
         )
     if not (folder / "metadata.json").is_file():
         return _attributes(folder / "main_data.hdf5")
-    try:
-        text = (folder / "metadata.json").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OffrlError(f"{folder / 'metadata.json'} cannot be read ({error}); fetch the dataset again.") from error
+    text = read_bytes(folder / "metadata.json", "fetch the dataset again", MOST_BYTES)
     return from_json(text, str(folder / "metadata.json"))
 
 
 def _attributes(path: Path) -> dict[str, Any]:
     """The metadata of Minari up to 0.4: the attributes of its data file."""
-    with open_hdf5(path) as file:
+    with open_hdf5(path) as file, reading(path, "its attributes"):
         attributes = {key: file.attrs[key] for key in file.attrs}
-    values = {key: value.item() if isinstance(value, np.generic) else value for key, value in attributes.items()}
-    metadata = {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
+        values = {key: value.item() if isinstance(value, np.generic) else value for key, value in attributes.items()}
+        metadata = {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
     if missing := [key for key in ("total_steps", "observation_space", "action_space") if key not in metadata]:
         raise OffrlError(
             f"{path}: no metadata.json lies beside it and, as a file of Minari 0.4, it lacks {', '.join(missing)}; fetch "

@@ -75,7 +75,7 @@ class Info(Strict):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     id: Name = "arrays"
-    source: Any = None
+    source: str = "arrays"
     env_id: Name | None = None
     env_kwargs: dict[str, Any] = {}
     family: Name = "unknown"

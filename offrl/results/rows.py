@@ -18,12 +18,15 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, FiniteFloat
 
 from offrl.utils.errors import OffrlError
+from offrl.utils.files import parse_json, read_bytes, read_json
 
 if TYPE_CHECKING:
     import polars as pl
@@ -56,6 +59,9 @@ METRIC_COLUMNS = {
     "value": "Float64",
     "wall_clock": "Float64",
 }
+# Columns that every row of a kind has; others may be null, or were not written by earlier versions.
+_NEEDED = {"episodes": ("method", "dataset", "lane", "seed", "step", "policy_mode"), "metrics": ("step", "metric")}
+MOST_BYTES = 4 << 30  # of a file of rows
 # Files of a sweep in a run's folder: the run's output, and the reason why its last try failed.
 LOG, FAILURE = "log.txt", "failed.json"
 # Keys of rows: of two rows with one key (a repeated evaluation of a checkpoint) the later counts.
@@ -131,15 +137,36 @@ class Progress:
 
 def progress(folder: Path) -> Progress:
     """Progress of a run from its files; cheap, and never an error, because the run may be writing them."""
-    step, rate, config = 0, None, {}
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads((folder / "config.json").read_bytes())
-    with contextlib.suppress(OSError, ValueError, KeyError), open(folder / "metrics.jsonl", "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-        last = json.loads(file.read().split(b"\n")[-2:][0])
-        step = int(last["step"])
-        rate = last["value"] if last["metric"] == "updates_per_second" else None
-    return Progress(step, int(config.get("updates") or 0), rate)
+    step, rate, updates = 0, None, 0
+    with contextlib.suppress(OSError, OffrlError):
+        updates = read_json(folder / "config.json", _Budget, "restore it").updates or 0
+    with contextlib.suppress(OSError, OffrlError):
+        last = parse_json(_last_line(folder / "metrics.jsonl"), _Rate, "metrics.jsonl", "restore it")
+        step = last.step
+        rate = last.value if last.metric == "updates_per_second" else None
+    return Progress(step, updates, rate)
+
+
+class _Budget(BaseModel):
+    """What `config.json` says of a run's length."""
+
+    updates: Annotated[int, Field(ge=0, lt=2**63, strict=True)] | None = None
+
+
+class _Rate(BaseModel):
+    """A row of metrics."""
+
+    step: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+    metric: str
+    value: FiniteFloat | None
+
+
+def _last_line(path: Path) -> bytes:
+    """The last whole line of a file of rows, which a process may be writing; empty where there is none."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - 4096))
+        return b"".join(file.read(4096).split(b"\n")[-2:-1])
 
 
 def _folders(paths: Iterable[Path | str]) -> list[Path]:
@@ -161,12 +188,9 @@ def _below(top: Path) -> Iterator[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        return read_json(path, dict[str, Any], "restore it or leave the run out")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise OffrlError(f"{path} is not readable as JSON ({error}); restore it or leave the run out.") from error
-    return value if isinstance(value, dict) else {}
 
 
 def _read_rows(paths: Iterable[Path | str], kind: str, columns: dict[str, str], key: list[str]) -> pl.DataFrame:
@@ -211,28 +235,45 @@ def _read_parquet(files: list[Path], columns: dict[str, str]) -> pl.DataFrame:
 
 def _read_lines(path: Path, columns: dict[str, str]) -> pl.DataFrame:
     """Rows of a JSON-lines file; text after the last newline, of a running or killed process, is ignored."""
+    data = read_bytes(path, "restore it or leave the run out", MOST_BYTES)
+    return rows_of(data[: data.rfind(b"\n") + 1], columns, path)
+
+
+def rows_of(data: bytes, columns: dict[str, str], path: Path) -> pl.DataFrame:
+    """Whole lines of a file as rows.
+
+    Raises:
+        OffrlError: one of them is no row.
+    """
     import polars as pl
 
-    data = path.read_bytes()
-    data = data[: data.rfind(b"\n") + 1]
     if not data:
         return _empty(columns)
     schema = {name: getattr(pl, kind) for name, kind in columns.items()}
+    needed = _NEEDED["metrics" if "metric" in columns else "episodes"]
     try:
         frame = pl.read_ndjson(io.BytesIO(data), schema=schema)
-    except pl.exceptions.PolarsError as error:
-        raise _damaged(path, _first_damaged(data)) from error
+        if frame.select(pl.any_horizontal(pl.col(*needed).is_null()).any()).item():
+            raise ValueError("a row without its step, say")
+    except (ValueError, pl.exceptions.PolarsError) as error:
+        raise _damaged(path, _first_damaged(data, schema, needed)) from error
     measured = "return_raw" if "return_raw" in columns else "value"
     return frame.with_columns(pl.col(measured).fill_null(math.nan))
 
 
-def _first_damaged(data: bytes) -> int:
-    """Number of the first line that is not JSON, from 1 (of the last line if all are)."""
-    lines = data.splitlines()
+def _first_damaged(data: bytes, schema: dict[str, Any], needed: Sequence[str]) -> int:
+    """Number of the first line that is no row, from 1 (of the last line if all are)."""
+    kinds = {"Int64": int, "Float64": int | float, "String": str}
+    lines = data.split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:
-            json.loads(line)
-        except ValueError:
+            row = json.loads(line)
+            values = [(row.get(name), kinds[str(kind)]) for name, kind in schema.items()]
+        except (ValueError, AttributeError, RecursionError):
+            return number
+        if any(value is not None and not isinstance(value, kind) for value, kind in values):
+            return number
+        if any(row.get(name) is None for name in needed):
             return number
     return len(lines)
 

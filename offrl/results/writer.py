@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from offrl.results.rows import EPISODE_COLUMNS, METRIC_COLUMNS, _damaged, _read_lines
+from offrl.results.rows import EPISODE_COLUMNS, METRIC_COLUMNS, MOST_BYTES, _damaged, _read_lines, rows_of
 from offrl.utils.errors import OffrlError
+from offrl.utils.files import read_bytes
 from offrl.utils.paths import replacing
 
 
@@ -157,13 +158,11 @@ def check_rows(folder: Path, resume_step: int, needed: bool = False) -> None:
     Args:
         needed: whether a run that has no rows at all is refused as well.
     """
-    for kind in ("episodes", "metrics"):
+    for kind, columns in (("episodes", EPISODE_COLUMNS), ("metrics", METRIC_COLUMNS)):
         path = folder / f"{kind}.jsonl"
         if path.exists():
-            try:
-                _rows_until(path.read_bytes(), resume_step, path)
-            except OSError as error:
-                raise OffrlError(f"{path} can't be read ({error.strerror}); make it readable.") from error
+            data = read_bytes(path, "restore it, or start the run over with fresh=true", MOST_BYTES)
+            rows_of(_rows_until(data, resume_step, path), columns, path)
         elif needed or (resume_step >= 0 and path.with_suffix(".parquet").exists()):
             raise OffrlError(f"{path} is missing; restore it, or start the run over with fresh=true.")
 

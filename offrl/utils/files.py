@@ -35,6 +35,16 @@ def read_json(path: Path, schema: type[T], remedy: str, most_bytes: int = MOST_B
         FileNotFoundError: there is no such file.
         OffrlError: it can't be read, is too large or too deep, or does not fit the schema.
     """
+    return parse_json(read_bytes(path, remedy, most_bytes), schema, str(path), remedy)
+
+
+def read_bytes(path: Path, remedy: str, most_bytes: int) -> bytes:
+    """What is in a regular file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OffrlError: it is a folder, a pipe or a device, can't be read, or is too large.
+    """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe doesn't wait for its writer
             kind = os.fstat(file.fileno())
@@ -42,12 +52,11 @@ def read_json(path: Path, schema: type[T], remedy: str, most_bytes: int = MOST_B
                 raise OffrlError(f"{path} is no regular file; {remedy}.")
             if kind.st_size > most_bytes:
                 raise OffrlError(f"{path} has {kind.st_size:,} bytes, more than {most_bytes:,}; {remedy}.")
-            data = file.read()
+            return file.read()
     except FileNotFoundError:
         raise
     except OSError as error:
         raise OffrlError(f"{path} can't be read ({error.strerror}); {remedy}.") from error
-    return parse_json(data, schema, str(path), remedy)
 
 
 def parse_json(data: bytes | str, schema: type[T], where: str, remedy: str) -> T:

@@ -299,7 +299,7 @@ def test_config_and_manifest_are_read_with_the_run(tmp_path):
     (run,) = results.runs([tmp_path])
     assert (run.config, run.manifest) == ({"seed": 3}, {"run_id": "x"})
     (tmp_path / "config.json").write_text('{"seed": ')
-    with pytest.raises(OffrlError, match=r"config\.json is not readable as JSON"):
+    with pytest.raises(OffrlError, match=r"config\.json: it is damaged"):
         results.runs([tmp_path])
 
 
