@@ -7,11 +7,7 @@ READY := $(VENV)/.ready
 DEMO := demo
 export OMP_NUM_THREADS ?= 1
 
-<<<<<<< HEAD
-.PHONY: setup demo test test-slow test-cuda contract lint wheel clean
-=======
-.PHONY: setup demo test test-slow test-cuda fuzz fuzz-kills lint wheel clean
->>>>>>> fuzz
+.PHONY: setup demo test test-slow test-cuda contract fuzz fuzz-kills lint wheel clean
 
 setup: $(READY)
 
@@ -43,14 +39,13 @@ test-slow: $(READY)
 test-cuda: $(READY)
 	$(BIN)/python -m pytest -m cuda
 
-<<<<<<< HEAD
 # `make contract AGENT=NAME CONFIG_DIR=DIR`: what every agent must do, for one in DIR/agent (without CONFIG_DIR: one of ours).
 # MARK="not cuda" compiles it, too, which takes minutes.
 MARK ?= not slow and not cuda
 
 contract: $(READY)
 	OFFRL_AGENT=$(AGENT) OFFRL_CONFIG_DIR=$(abspath $(CONFIG_DIR)) $(BIN)/python -m pytest tests/contract/test_agents.py -m "$(MARK)"
-=======
+
 # N mutated inputs of every kind (tests/fuzz/fuzz.py), and N trainings that are killed and continued; both need Linux.
 # FUZZ="--seed 1 --keep DIR" goes to the script.
 fuzz: $(READY)
@@ -58,7 +53,6 @@ fuzz: $(READY)
 
 fuzz-kills: $(READY)
 	$(BIN)/python tests/fuzz/kills.py $(or $(N),20) $(FUZZ)
->>>>>>> fuzz
 
 lint: $(READY)
 	$(BIN)/ruff check .
