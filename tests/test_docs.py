@@ -55,7 +55,7 @@ def commands(code: str) -> Iterator[list[str]]:
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["offrl"] and not any(map(PLACEHOLDER.search, words)):
-            yield [first_value(word) for word in words[1:] if word != "-m" and not word.startswith("hydra/launcher=")]
+            yield [first_value(word) for word in words[1:] if not re.match("(-m|--cfg|job|hydra/launcher=.*)$", word)]
 
 
 def first_value(word: str) -> str:
