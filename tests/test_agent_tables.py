@@ -63,6 +63,7 @@ def test_every_namesake_is_a_set_of_d4rl_and_every_robot_has_one() -> None:
     found = {dataset: name for dataset in IDS if (name := namesake(dataset))}
     assert set(found.values()) <= set(catalogue.d4rl())
     robots = {f"forge/{robot}/{level}-v0" for robot in forge.ROBOTS for level in forge.LEVELS}
+    robots |= {name for name in forge.names() if name.endswith("/medium-replay-v1")}
     tasks = [f"D4RL/{task}/" for task in ("antmaze", "pen", "door", "hammer", "relocate", "kitchen")]
     assert set(found) == robots | {name for name in catalogue.minari() if name.startswith(tuple(tasks))}
 

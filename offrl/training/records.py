@@ -39,8 +39,8 @@ class SpecRecord(_Record):
     obs_dim: Size
     action_dim: Size
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    action_low: FiniteFloat | list[FiniteFloat] = -1.0
-    action_high: FiniteFloat | list[FiniteFloat] = 1.0
+    action_low: FiniteFloat = -1.0
+    action_high: FiniteFloat = 1.0
     discrete: bool = False
 
 

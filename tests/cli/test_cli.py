@@ -78,11 +78,11 @@ def test_help_of_train_lists_every_option(capsys: pytest.CaptureFixture[str]) ->
 def test_agents_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("agents") == 0
     listed = capsys.readouterr().out
-    assert "td3_bc       TD3+BC: TD3 whose actor is also pulled to the dataset's action." in listed
+    assert "td3_bc       TD3+BC: TD3 with a behaviour-cloning term in the actor's loss." in listed
     assert main("agents", "td3_bc") == 0
     shown = capsys.readouterr().out
     assert "Fujimoto" in shown
-    assert "agent.alpha=2.5  weight of Q against the pull to the data" in shown
+    assert "agent.alpha=2.5  weight of Q against the behaviour-cloning term" in shown
     assert "agent.hidden=[256,256]" in shown
     assert main("agents", "td3bc") == 2
     assert capsys.readouterr().err == "offrl: error: agent td3bc is unknown; did you mean td3_bc?\n"
