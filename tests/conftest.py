@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +59,12 @@ def make_toy(rows: int = 4096, bias: float = 0.0, dtype: torch.dtype = torch.flo
     obs, action, reward, next_obs, termination = (t.to(dtype) for t in tensors)
     info = DatasetInfo(id="toy", ref_min=-10.0, ref_max=0.0)
     return OfflineDataset(obs, action, reward, next_obs, termination, torch.arange(0, rows + 1, 4), info)
+
+
+def tiny(cls: Any, width: int = 32) -> dict[str, Any]:
+    """Settings that make an agent small: every `hidden` and `..._hidden`, and what its `Config` says itself."""
+    hidden = [f.name for f in fields(cls.Config) if f.name.endswith("hidden")]
+    return {name: [width, width] for name in hidden} | getattr(cls.Config, "tiny", {})
 
 
 @pytest.fixture

@@ -36,6 +36,8 @@ class Agent(nn.Module, Generic[ConfigT]):
     the values side by side; the field is then a tensor `[lanes]`.
 
     Attributes:
+        Config: dataclass of the settings. Besides its fields, `tiny` holds settings that make the agent small enough for the
+            contract tests, and `toy` those with which it learns their toy task; both may be absent.
         cfg: the settings.
         random: random numbers, by name; see `offrl.utils.random`.
         period: number of updates after which the pattern of an update repeats; engines capture whole periods.

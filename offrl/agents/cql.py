@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ class CQLConfig:
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of the hidden layers
     critic_hidden: tuple[int, ...] | None = None  # widths of the critics' hidden layers; None: `hidden`
     normalize_obs: bool = True  # standardise observations with the dataset's statistics
+    tiny: ClassVar[dict[str, Any]] = {"actions": 2}  # settings of the contract tests
+    toy: ClassVar[dict[str, Any]] = {"cql_alpha": 1.0}  # with these it learns their toy task
 
 
 class Policy(TanhGaussianActor):

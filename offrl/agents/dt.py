@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class DTConfig:
     count_padding: bool = False  # average the loss over padding too, so that short windows weigh less (as in CORL)
     sample_actions: bool = False  # discrete actions: sample from the policy instead of taking the most likely one
     normalize_obs: bool = True  # standardise observations with the dataset's statistics
+    # settings of the contract tests
+    tiny: ClassVar[dict[str, Any]] = {"context": 3, "embed": 16, "layers": 1, "warmup": 20}
 
 
 class Transformer(nn.Module):

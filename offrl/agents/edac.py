@@ -11,6 +11,7 @@ first version; their present version takes a random subset of min(N, action dime
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from offrl.agents.sac_n import SACN, SACNConfig
 @dataclass
 class EDACConfig(SACNConfig):
     eta: float = 1.0  # weight of the similarity of the critics' gradients
+    toy: ClassVar[dict[str, Any]] = {"eta": 0.1}  # with these it learns their toy task
 
 
 class EDAC(SACN):

@@ -18,7 +18,7 @@ are subtracted from it, which is exact where rewards come last.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,20 @@ class ESPERConfig(DTConfig):
     adversary_lr: float = 5e-4  # learning rate of the adversary
     label_hidden: tuple[int, ...] = (512, 512)  # widths of the hidden layers of all networks but the transformer
     label_decay: float = 0.01  # weight decay of these networks
+    tiny: ClassVar[dict[str, Any]] = {  # settings of the contract tests
+        **DTConfig.tiny,
+        "suffix": 3,
+        "cluster_updates": 3,
+        "return_updates": 2,
+        "groups": 2,
+        "kinds": 4,
+    }
+    toy: ClassVar[dict[str, Any]] = {  # with these it learns their toy task
+        "cluster_updates": 150,
+        "return_updates": 250,
+        "cluster_lr": 1e-3,
+        "adversary_lr": 1e-3,
+    }
 
 
 class ESPER(DT):

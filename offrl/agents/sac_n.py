@@ -15,6 +15,7 @@ it; the authors compute all losses first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class SACNConfig:
     alpha_lr: float = 3e-4  # learning rate of log alpha
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of the hidden layers
     normalize_obs: bool = False  # standardise observations with the dataset's statistics
+    tiny: ClassVar[dict[str, Any]] = {"members": 3}  # settings of the contract tests
 
 
 class SACN(Agent[SACNConfig]):

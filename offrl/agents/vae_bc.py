@@ -15,7 +15,7 @@ over timesteps, divided by their number.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class VAEBCConfig:
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     sample_actions: bool = False  # discrete actions: sample from the policy instead of taking the most likely one
     normalize_obs: bool = True  # standardise observations with the dataset's statistics
+    tiny: ClassVar[dict[str, Any]] = {"suffix": 3}  # settings of the contract tests
 
 
 @dataclass(kw_only=True)

@@ -7,23 +7,25 @@ without another edit. `make contract AGENT=NAME CONFIG_DIR=DIR` tests one.
 from __future__ import annotations
 
 import copy
-import inspect
+import functools
 import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import best_action, make_toy
+from conftest import best_action, make_toy, tiny
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offrl.agents.base import Agent, Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import OfflineDataset
+from offrl.nets import Adam
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import CudaGraph, Eager, make_engine
 from offrl.training.runs import load_agent, make_agent
@@ -34,17 +36,27 @@ from offrl.utils.paths import conf_dir, use_config_dir
 
 FOLDERS = [conf_dir(), *map(use_config_dir, filter(None, [os.environ.get("OFFRL_CONFIG_DIR")]))]
 SETTINGS = {p.stem: OmegaConf.load(p) for folder in FOLDERS for p in sorted((folder / "agent").glob("*.yaml"))}
-every_agent = pytest.mark.parametrize("name", SETTINGS)
-# Compiling takes about a minute an agent, so the quick suite compiles one and `make test-slow` all.
-compiled_agents = pytest.mark.parametrize(
-    "name", [n if n == "td3_bc" else pytest.param(n, marks=pytest.mark.slow) for n in SETTINGS]
-)
-# Settings of sequence models, of ensembles and of methods that sample many actions.
-SMALL: dict[str, Any] = {"context": 3, "embed": 16, "layers": 1, "warmup": 20, "members": 3, "actions": 2, "suffix": 3}
-SMALL |= {"cluster_updates": 3, "return_updates": 2, "groups": 2, "kinds": 4}  # all of ESPER's stages in a few updates
-# What finds the toy task's optimum, where a default is meant for larger rewards: these terms pull the policy away from it.
-TOY: dict[str, dict[str, Any]] = {"cql": {"cql_alpha": 1.0}, "edac": {"eta": 0.1}, "doc": {"posterior_kl_weight": 1.0}}
-TOY["esper"] = {"cluster_updates": 150, "return_updates": 250}
+BURSTS = (1, 2, 17, 2)  # updates of one call of an engine: odd starts, and rests that fill no graph
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def name(request: pytest.FixtureRequest) -> str:
+    """The agents, one after another: what is made for one of them serves all its tests."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def trained(name: str) -> Trained:
+    """An agent of two lanes after an undisturbed run; tests read it and change nothing."""
+    agent = make(name, make_toy(), seeds=(0, 9))
+    before = copy.deepcopy(agent.state_dict())
+    return Trained(agent, before, advance(agent, make_toy(), agent.pretrain_updates + sum(BURSTS)))
+
+
+class Trained(NamedTuple):
+    agent: Agent
+    before: dict[str, torch.Tensor]
+    metrics: dict[str, torch.Tensor]
 
 
 def make(name: str, store: OfflineDataset, seeds: Sequence[int] = (0,), **settings: Any) -> Agent:
@@ -55,14 +67,12 @@ def make(name: str, store: OfflineDataset, seeds: Sequence[int] = (0,), **settin
     return agent
 
 
-def small(name: str) -> dict[str, Any]:
-    """Small networks: every setting that is called `hidden` or `..._hidden`, what `SMALL` names, and `Config.tiny`."""
-    from hydra.utils import get_class
+def agent_class(name: str) -> Any:
+    return get_class(SETTINGS[name]._target_)
 
-    cls: Any = get_class(SETTINGS[name]._target_)
-    names = [f.name for f in fields(cls.Config)]
-    sizes = {n: [32, 32] for n in names if n.endswith("hidden")} | {n: SMALL[n] for n in names if n in SMALL}
-    return sizes | getattr(cls.Config, "tiny", {})
+
+def small(name: str) -> dict[str, Any]:
+    return tiny(agent_class(name))
 
 
 def loader(agent: Agent, store: OfflineDataset, batch: int = 32) -> BatchLoader:
@@ -82,25 +92,36 @@ def distance(a: Agent, b: Agent) -> float:
     return max((mine[k] - theirs[k]).abs().max().item() for k in mine)
 
 
-@every_agent
-def test_runs_and_stays_finite(name: str, toy: OfflineDataset) -> None:
-    agent = make(name, toy, seeds=(3, 4))
-    before = {k: v.clone() for k, v in agent.state_dict().items()}
-    metrics = advance(agent, toy, 50)
+def finite(tensors: dict[str, torch.Tensor]) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_runs_and_stays_finite(trained: Trained, toy: OfflineDataset) -> None:
+    agent, before, metrics = trained
     assert metrics
-    assert all(m.shape == (2,) and m.isfinite().all() for m in metrics.values())
-    assert all(v.isfinite().all() for v in agent.state_dict().values())
+    assert all(m.shape == (2,) for m in metrics.values())
+    assert finite(metrics)
+    assert finite(agent.state_dict())
     assert any(not torch.equal(before[k], v) for k, v in agent.state_dict().items())
     action = agent.select_action(toy.observations[:7].expand(2, 7, -1))
     assert action.shape == (2, 7, toy.action_dim)
     assert action.abs().max() <= 1
 
 
-@every_agent
-def test_discrete_actions_are_taken_or_refused(name: str) -> None:
-    from hydra.utils import get_class
+@pytest.mark.parametrize("box", [(-0.01, 0.02), (-0.5, 2.0)], ids=str)
+def test_actions_stay_in_their_box(name: str, toy: OfflineDataset, box: tuple[float, float]) -> None:
+    """Also where states are far from the data's; and the narrow box is filled."""
+    spec = Spec(3, 2, (0, 1), *toy.observation_statistics(), *box)
+    agent = make_agent({"_target_": SETTINGS[name]._target_, **small(name)}, spec)
+    agent.setup(toy)
+    action = agent.select_action(1e3 * toy.observations[:500].expand(2, 500, -1))
+    assert action.min() >= box[0]
+    assert action.max() <= box[1]
+    assert action.max() - action.min() > 0.5 * (box[1] - box[0]) or box[1] > 1
 
-    cls: Any = get_class(SETTINGS[name]._target_)
+
+def test_discrete_actions_are_taken_or_refused(name: str) -> None:
+    cls = agent_class(name)
     settings, spec = {"_target_": SETTINGS[name]._target_, **small(name)}, Spec(3, 4, (0, 1), discrete=True)
     if cls.takes_discrete:
         action = make_agent(settings, spec).select_action(torch.randn(2, 7, 3))
@@ -111,72 +132,79 @@ def test_discrete_actions_are_taken_or_refused(name: str) -> None:
             make_agent(settings, spec)
 
 
-@every_agent
 def test_lanes_equal_separate_runs(name: str) -> None:
     """In float64 the lanes of one run differ from runs of one lane by rounding alone."""
     store = make_toy(512, dtype=torch.float64)
     together = make(name, store, seeds=(5, 6, 7))
-    advance(together, store, 20)
+    updates = together.pretrain_updates + 8
+    advance(together, store, updates)
     for lane, seed in enumerate((5, 6, 7)):
         alone = make(name, store, seeds=(seed,))
-        advance(alone, store, 20)
+        advance(alone, store, updates)
         for (key, many), one in zip(together.state_dict().items(), alone.state_dict().values()):
             if many.shape != one.shape:  # shared between lanes: statistics, step counts
                 torch.testing.assert_close(many[lane], one[0], rtol=0, atol=1e-10, msg=key)
 
 
-@every_agent
-def test_lanes_may_differ_in_a_coefficient(name: str) -> None:
-    """Every float of the configuration can be a list; a lane then equals a run with its value."""
+@pytest.mark.parametrize("which", ["all", "even", "odd"])
+def test_lanes_may_differ_in_coefficients(name: str, which: str) -> None:
+    """Floats of the configuration can be lists, next to single ones and to other lists; a lane then equals a run of its own."""
     store = make_toy(512, dtype=torch.float64)
-    config = inspect.signature(make(name, store).Config).parameters
-    for key, parameter in config.items():
-        if not isinstance(parameter.default, float) or parameter.default <= 0:
-            continue
-        # A list of coefficients becomes a float32 tensor, a single one stays a Python float: take numbers that are both.
-        values = torch.tensor([parameter.default, parameter.default * 0.7]).tolist()
-        both = make(name, store, seeds=(1, 1), **{key: values})
-        advance(both, store, 6)
-        for lane, value in enumerate(values):
-            one = make(name, store, seeds=(1,), **{key: value})
-            advance(one, store, 6)
-            for (path, many), single in zip(both.state_dict().items(), one.state_dict().values()):
-                if many.ndim and many.shape[0] == 2 and single.ndim == many.ndim:
-                    torch.testing.assert_close(many[lane], single[0], rtol=1e-10, atol=1e-10, msg=f"{key} {path}")
+    config = agent_class(name).Config()
+    floats = [f.name for f in fields(config) if isinstance(f.default, float) and f.default > 0]
+    floats = {"all": floats, "even": floats[0::2], "odd": floats[1::2]}[which]
+    # A list of coefficients becomes a float32 tensor, a single one stays a Python float: take numbers that are both.
+    values = {key: torch.tensor([x := getattr(config, key), 0.7 * x]).tolist() for key in floats}
+    both = make(name, store, seeds=(1, 1), **values)
+    updates = both.pretrain_updates + 4
+    advance(both, store, updates)
+    for lane in range(2):
+        one = make(name, store, seeds=(1,), **{key: value[lane] for key, value in values.items()})
+        advance(one, store, updates)
+        for (path, many), single in zip(both.state_dict().items(), one.state_dict().values()):
+            if many.ndim and many.shape[0] == 2 and single.ndim == many.ndim:
+                torch.testing.assert_close(many[lane], single[0], rtol=1e-10, atol=1e-10, msg=f"{floats}: {path}")
 
 
-@every_agent
-def test_resume_is_exact(name: str, toy: OfflineDataset, tmp_path: Path) -> None:
-    through, first, second = (make(name, toy, seeds=(0, 9)) for _ in range(3))
-    advance(through, toy, 25)
-    advance(first, toy, 11)
+def test_resume_is_exact(name: str, trained: Trained, toy: OfflineDataset, tmp_path: Path) -> None:
+    first, second = (make(name, toy, seeds=(0, 9)) for _ in range(2))
+    whole = trained.agent.pretrain_updates + sum(BURSTS)
+    part = whole // 2 | 1  # within a period, if the agent has one
+    advance(first, toy, part)
     path = tmp_path / "c.safetensors"
-    checkpoint.save(path, first, {"step": 11})
+    checkpoint.save(path, first, {"step": part})
     tensors, metadata = checkpoint.load(path)
     checkpoint.restore(second, tensors, path)
-    advance(second, toy, 14, start=metadata["step"])
-    assert distance(through, second) == 0
+    advance(second, toy, whole - part, start=metadata["step"])
+    assert distance(trained.agent, second) == 0
 
 
-@every_agent
-def test_bursts_of_any_size_give_the_same_numbers(name: str, toy: OfflineDataset) -> None:
-    one, many = make(name, toy), make(name, toy)
-    advance(one, toy, 30)
-    engine, step = Eager(many, loader(many, toy)), 0
-    for updates in (1, 2, 3, 24):
+def bursts(agent: Agent) -> tuple[int, ...]:
+    """As many updates as those of `trained`: a stage before the policy's begins with the first burst and ends within one."""
+    first, second, third, last = BURSTS
+    return first, second, agent.pretrain_updates + third, last
+
+
+def test_bursts_of_any_size_give_the_same_numbers(name: str, trained: Trained, toy: OfflineDataset) -> None:
+    agent = make(name, toy, seeds=(0, 9))
+    engine, step = Eager(agent, loader(agent, toy)), 0
+    for updates in bursts(agent):
         engine.run(step, updates)
         step += updates
-    assert distance(one, many) == 0
+    assert distance(trained.agent, agent) == 0
 
 
 class _Recorded(CudaGraph):
     """`CudaGraph` whose graph is the very function that would be captured, run anew at each replay."""
+
+    replays = 0
 
     def _capture(self) -> None:
         this = self
 
         class Graph:
             def replay(self) -> None:
+                this.replays += 1
                 with _NoHostCopy():
                     this.metrics = this._updates()
 
@@ -193,23 +221,21 @@ class _NoHostCopy(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_agent
-def test_captured_updates_equal_eager_ones(name: str, toy: OfflineDataset) -> None:
+def test_captured_updates_equal_eager_ones(name: str, trained: Trained, toy: OfflineDataset) -> None:
     """The graph's body, replayed without a GPU: same numbers, no host copy, odd starts and rests included."""
-    eager, captured = make(name, toy), make(name, toy)
-    advance(eager, toy, 43)
-    engine = _Recorded(captured, loader(captured, toy), updates_per_launch=5)
+    agent = make(name, toy, seeds=(0, 9))
+    engine = _Recorded(agent, loader(agent, toy), updates_per_launch=5)
     step = 0
-    for updates in (1, 2, 37, 3):
+    for updates in bursts(agent):
         metrics = engine.run(step, updates)
         step += updates
     assert metrics
+    assert engine.replays >= 2
     # One batch at a time instead of a chunk changes no draw, and the arithmetic is the same.
-    assert distance(eager, captured) == 0
+    assert distance(trained.agent, agent) == 0
 
 
 @pytest.mark.cuda
-@every_agent
 def test_cuda_graph_equals_eager_on_the_gpu(name: str) -> None:
     store = make_toy().to("cuda")
     pair = []
@@ -222,8 +248,7 @@ def test_cuda_graph_equals_eager_on_the_gpu(name: str) -> None:
     assert distance(*pair) == 0
 
 
-@compiled_agents
-def test_compiled_equals_eager(name: str, toy: OfflineDataset) -> None:
+def compiled_equals_eager(name: str, toy: OfflineDataset) -> None:
     """Fused kernels round differently: 1e-7 an update, and Adam's first steps can turn that into a learning rate, 3e-4."""
     eager, compiled = make(name, toy), make(name, toy)
     updates = eager.pretrain_updates + 4
@@ -234,7 +259,22 @@ def test_compiled_equals_eager(name: str, toy: OfflineDataset) -> None:
     assert distance(eager, compiled) < 3e-4
 
 
-@every_agent
+# A C++ compiler takes half a minute to two an agent. The quick suite asks it for the smallest one; the update of two kinds is
+# traced as for the compiler and goes no further. `make test-slow` compiles all.
+def test_compiled_cloning_equals_eager(toy: OfflineDataset) -> None:
+    compiled_equals_eager("bc", toy)
+
+
+def test_traced_updates_of_two_kinds_equal_eager_ones(toy: OfflineDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled_equals_eager("td3_bc", toy)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(name: str, toy: OfflineDataset) -> None:
+    compiled_equals_eager(name, toy)
+
+
 def test_learns_from_synthetic_rows_too(name: str, toy: OfflineDataset, tmp_path: Path) -> None:
     """Half of each batch from trajectories guided by the agent, made anew on the way; no row of the dataset (index -1)."""
     agent = make(name, toy, seeds=(0, 1))
@@ -254,44 +294,41 @@ def test_learns_from_synthetic_rows_too(name: str, toy: OfflineDataset, tmp_path
     synthetic.refresh(agent, synthetic.every)
     metrics = engine.run(5, 5)
     assert metrics
-    assert all(m.isfinite().all() for m in metrics.values())
-    assert all(v.isfinite().all() for v in agent.state_dict().values())
+    assert finite(metrics)
+    assert finite(agent.state_dict())
 
 
-@every_agent
-def test_no_gradient_is_left_behind(name: str, toy: OfflineDataset) -> None:
+def test_no_gradient_is_left_behind(trained: Trained) -> None:
     """Gradients are taken of what is optimised and nothing accumulates."""
-    agent = make(name, toy)
-    advance(agent, toy, agent.pretrain_updates + agent.period)
-    assert all(p.grad is None for p in agent.parameters())
+    assert all(p.grad is None for p in trained.agent.parameters())
 
 
-@every_agent
 def test_learns_the_toy_task(name: str) -> None:
     """The behaviour is the optimum plus noise of standard deviation 0.46; every method should find its middle."""
-    store = make_toy(8192)
-    config = make(name, store).Config
-    rates = {f.name: 1e-3 for f in fields(config) if f.name.endswith("lr")}
+    store, config = make_toy(8192), agent_class(name).Config
+    rates = {f.name: 3e-3 for f in fields(config) if f.name.endswith("lr")}
     wide = {key: [64, 64] for key in small(name) if key.endswith("hidden")}
-    agent = make(name, store, seeds=(0, 1), **(rates | wide | TOY.get(name, {}) | getattr(config, "toy", {})))
-    advance(agent, store, 1000, batch=128)
+    agent = make(name, store, seeds=(0, 1), **(rates | wide | getattr(config, "toy", {})))
+    updates = agent.pretrain_updates + 300
+    advance(agent, store, updates, batch=128)
+    for optimizer in (module for module in agent.modules() if isinstance(module, Adam)):
+        optimizer.lr = 6e-4  # so that what is left is not the last batches' noise
+    metrics = advance(agent, store, 100, start=updates, batch=128)
+    assert finite(metrics)
+    assert finite(agent.state_dict())
     test = make_toy(2048, seed=1).observations.expand(2, -1, -1)
     error = (agent.select_action(test) - best_action(test)).square().mean((-2, -1)).sqrt()
     assert error.max() < 0.1, error
 
 
-@every_agent
-def test_a_copy_acts_alike_and_carries_no_dataset(name: str, toy: OfflineDataset) -> None:
+def test_a_copy_acts_alike_and_carries_no_dataset(trained: Trained, toy: OfflineDataset) -> None:
     """Evaluation copies the policy, between processes too; the dataset stays where it is."""
-    agent = make(name, toy, seeds=(0, 1))
-    advance(agent, toy, 10)
+    agent, obs = trained.agent, toy.observations[:32].expand(2, -1, -1)
     for twin in (copy.deepcopy(agent), pickle.loads(pickle.dumps(agent))):
-        obs = toy.observations[:32].expand(2, -1, -1)
         assert torch.equal(twin.select_action(obs), agent.select_action(obs))
         assert twin.dataset_index is None
 
 
-@every_agent
 def test_saved_and_loaded_acts_alike(name: str, toy_file: Path, tmp_path: Path) -> None:
     settings = {"_target_": SETTINGS[name]._target_, **small(name)}
     result = train(
