@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.training import trainer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -26,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _agent_of(test: pytest.Function) -> str | None:
     return test.callspec.params.get("name") if hasattr(test, "callspec") else None
+
+
+@pytest.fixture(autouse=True)
+def _no_walk_of_all_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training begins with a pass of the cycle collector. Over all that a test session holds it takes longer than most of
+    the trainings here; those in processes of their own have it."""
+    monkeypatch.setattr(trainer, "_no_collector", nullcontext)
 
 
 @pytest.fixture(autouse=True)
