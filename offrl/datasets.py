@@ -93,7 +93,7 @@ def _load(name: str | Path, options: ReadOptions, cache: bool) -> OfflineDataset
         if text in catalogue.minari():
             raise OffrlError(f"{text}: not on this machine yet; get it with `offrl data fetch {text}`.")
     path = Path(os.path.expanduser(name))  # stays as it is without a home
-    if path.exists():
+    if os.path.exists(path):
         return _read_path(path, None, options, cache)
     if isinstance(name, Path) or path.suffix.lower() in FILE_SUFFIXES or text.startswith((".", "/", "~")):
         raise OffrlError(f"{text}: there is no such file or folder; check the path.")

@@ -278,8 +278,13 @@ def _command(arguments: argparse.Namespace) -> int:
     tune_process(1)
     names = [*(option.replace("-", "_") for option in FQE_OPTIONS), "hidden"]
     cfg = FQEConfig(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
-    if min(cfg.updates, cfg.batch_size, cfg.target_every) < 1:
-        raise OffrlError("--updates, --batch-size and --target-every should be at least 1.")
+    sizes = (cfg.updates, cfg.batch_size, cfg.target_every, *cfg.hidden)
+    if not all(1 <= size < 2**31 for size in sizes) or not 0 <= cfg.seed < 2**63:
+        raise OffrlError(
+            "--updates, --batch-size, --target-every and --hidden should be from 1 to 2^31, --seed from 0."
+        )
+    if not (0 < cfg.lr < math.inf and 0 <= cfg.discount <= 1):
+        raise OffrlError(f"--lr {cfg.lr} --discount {cfg.discount}: lr should be above 0, discount from 0 to 1.")
     out = arguments.out or (arguments.runs[0] / "select" if len(arguments.runs) == 1 else Path("select"))
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     select(arguments.runs, out, cfg, arguments.all_checkpoints, device)

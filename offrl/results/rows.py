@@ -172,7 +172,7 @@ def _last_line(path: Path) -> bytes:
 def _folders(paths: Iterable[Path | str]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):  # of a name that is too long, Path.is_dir raises
             raise OffrlError(f"{path} is no folder: give a run's folder, or one with runs below it.")
         for folder in _below(Path(path)):
             found.setdefault(folder.resolve())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,6 +197,32 @@ def test_a_flat_file_is_a_dataset_of_its_own(source: Path, tmp_path: Path) -> No
     save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(OffrlError, match="no flat dataset"):
         load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ref_max": {}},
+        {"ref_min": 1.0, "ref_max": 1.0},
+        {"id": 5},
+        {"more": 1},
+        {"action_low": "low"},
+        {"provenance": {"notices": 5}},
+    ],
+)
+def test_a_flat_file_tells_nothing_of_other_types(source: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "copy.safetensors"
+    write_flat(load(source), path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    facts = json.loads(header["__metadata__"]["offrl"])
+    facts["info"] |= change
+    header["__metadata__"]["offrl"] = json.dumps(facts)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(OffrlError, match=r"copy\.safetensors"):
+        load(path)
 
 
 def test_every_field_of_info_survives(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def _claim_of(group: h5py.Group, key: str, _: tuple[Path, ...], rng: Rng) -> str
 
 _BOX = {"type": "Box", "dtype": "float32", "shape": [3], "low": [-1.0] * 3, "high": [1.0] * 3}
 _NESTED: dict[str, Any] = _BOX
-for _ in range(900):
+for _ in range(150):
     _NESTED = {"type": "Tuple", "subspaces": [_NESTED]}
 _SPACES: list[Any] = [
     {"type": "Discrete", "n": 3}, {"type": "Discrete", "n": 10**12},

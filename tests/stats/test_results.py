@@ -162,6 +162,37 @@ def test_damage_in_the_middle_is_named_and_nothing_is_touched(tmp_path):
 # ---- full disk -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"step": None}, {"step": "30"}, {"lane": 1.5}, {"return_raw": "high"}, {"method": None}, {"dataset": None}],
+)
+def test_rows_of_other_types_are_refused_by_line_before_anything_is_written(tmp_path, change):
+    folder = tmp_path / "run"
+    with results.RunWriter(folder, RUN) as writer:
+        write_steps(writer, [10, 20])
+    (folder / "episodes.parquet").unlink()
+    path = folder / "episodes.jsonl"
+    lines = path.read_text().splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | change)
+    path.write_text("\n".join(lines) + "\n")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for attempt in (lambda: results.read([folder]), lambda: results.RunWriter(folder, RUN, resume_step=20)):
+        with pytest.raises(OffrlError, match="line 4 is no row of results"):
+            attempt()
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"updates": "many"}', '{"updates": -1}', "[" * 100_000, None])
+def test_progress_is_never_an_error(tmp_path, text):
+    """`None` is a named pipe, which nobody writes to."""
+    for name in ("config.json", "metrics.jsonl"):
+        if text is None:
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).write_text(text + "\n")
+    assert results.progress(tmp_path) == results.Progress(0, 0, None)
+
+
 def test_full_disk_is_one_clear_sentence_and_leaves_whole_evaluations(tmp_path):
     writer = results.RunWriter(tmp_path, RUN)
     write_steps(writer, [1, 2])
