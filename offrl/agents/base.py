@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from offrl.data.batch import Batch, WindowBatch
 from offrl.nets.actors import choose, normal_log_prob
+from offrl.nets.box import ActionBox
 from offrl.nets.spec import Spec
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
@@ -37,6 +38,7 @@ class Agent(nn.Module, Generic[ConfigT]):
 
     Attributes:
         cfg: the settings.
+        box: the bounds of continuous actions.
         random: random numbers, by name; see `offrl.utils.random`.
         period: number of updates after which the pattern of an update repeats; engines capture whole periods.
         window: length of the windows that the agent learns from; None: it learns from transitions.
@@ -65,6 +67,7 @@ class Agent(nn.Module, Generic[ConfigT]):
             raise OffrlError(f"{type(self).__name__} needs continuous actions; choose another agent for discrete ones.")
         self.spec = spec
         self.cfg = lane_coefficients(config or self.Config(), spec)
+        self.box = ActionBox(spec.action_low, spec.action_high)
         self.random = LaneRandom(spec.seeds, spec.device)
         mean, scale = torch.zeros(spec.obs_dim), torch.ones(spec.obs_dim)
         if getattr(self.cfg, "normalize_obs", True) and spec.obs_mean is not None and spec.obs_std is not None:
@@ -169,7 +172,7 @@ class Agent(nn.Module, Generic[ConfigT]):
 
     def within_bounds(self, action: Tensor) -> Tensor:
         """Continuous actions clipped to their bounds; discrete ones as they are."""
-        return action if self.spec.discrete else action.clamp(self.spec.action_low, self.spec.action_high)
+        return action if self.spec.discrete else self.box.clip(action)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "dataset_index": None}

@@ -258,7 +258,7 @@ class WorldModel(Augmentation):
             action = policy.act(normalized)
         else:
             action = gaussian[0] + gaussian[1] * random.normal(f"action/{t}", gaussian[0])
-        return action.clamp(*self.store.info.action_range)
+        return policy.within_bounds(action)
 
     def metadata(self) -> dict[str, Any]:
         return {"model": {"file": self.path.name, **self.about}}

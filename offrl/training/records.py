@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from offrl.data.dataset import DatasetInfo
+from offrl.nets.spec import check_bounds
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**31)]
@@ -42,6 +43,12 @@ class SpecRecord(_Record):
     action_low: FiniteFloat | list[FiniteFloat] = -1.0
     action_high: FiniteFloat | list[FiniteFloat] = 1.0
     discrete: bool = False
+
+    @model_validator(mode="after")
+    def _is_a_box(self) -> Self:
+        if not self.discrete:
+            check_bounds(self.action_low, self.action_high, self.action_dim)
+        return self
 
 
 class RunRecord(_Record):

@@ -100,8 +100,8 @@ class Trainer:
             seeds=tuple(self.seeds),
             obs_mean=mean,
             obs_std=std,
-            action_low=info.action_low,  # type: ignore[arg-type]  # a tuple where dimensions differ
-            action_high=info.action_high,  # type: ignore[arg-type]
+            action_low=info.action_low,
+            action_high=info.action_high,
             discrete=info.discrete is not None,
             device=self.device,
         )
