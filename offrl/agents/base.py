@@ -64,7 +64,9 @@ class Agent(nn.Module, Generic[ConfigT]):
     def __init__(self, spec: Spec, config: ConfigT | None = None) -> None:
         super().__init__()
         if spec.discrete and not self.takes_discrete:
-            raise OffrlError(f"{type(self).__name__} needs continuous actions; choose another agent for discrete ones.")
+            raise OffrlError(
+                f"{type(self).__name__} needs continuous actions; agents with takes_discrete take integers."
+            )
         self.spec = spec
         self.cfg = lane_coefficients(config or self.Config(), spec)
         self.box = ActionBox(spec.action_low, spec.action_high)

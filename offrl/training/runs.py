@@ -176,7 +176,9 @@ def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
 
 def discrete_agents() -> list[str]:
     """Names of our agents that take discrete actions."""
-    targets = {name: OmegaConf.load(choice_file("agent", name))["_target_"] for name in choices("agent")}
+    targets = {
+        name: OmegaConf.select(OmegaConf.load(choice_file("agent", name)), "_target_") for name in choices("agent")
+    }
     return [
         name for name, target in targets.items() if target_class({"_target_": target}, Agent, "agent").takes_discrete
     ]
