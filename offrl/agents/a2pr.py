@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Batch, Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
-from offrl.nets import MLP, Adam, Critics, DeterministicActor, make_target, pad_hidden_, per_lane, polyak
+from offrl.nets import MLP, ActionBox, Adam, Critics, DeterministicActor, make_target, pad_hidden_, per_lane, polyak
 
 
 @dataclass
@@ -50,7 +50,7 @@ class VAE(nn.Module):
         self.decoder = MLP(spec.seeds, [obs_dim + latent, *hidden, action_dim], name="vae/decoder")
         for mlp in (self.encoder, self.decoder):
             pad_hidden_(mlp, 16)  # for speed: width 750 becomes 752
-        self.scale, self.centre = (spec.action_high - spec.action_low) / 2, (spec.action_high + spec.action_low) / 2
+        self.box = ActionBox(spec.action_low, spec.action_high)
 
     def encode(self, obs: Tensor, action: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and log std of z, `[lanes, batch, 2 A]` each."""
@@ -59,7 +59,7 @@ class VAE(nn.Module):
 
     def decode(self, obs: Tensor, z: Tensor, frozen: bool = False) -> Tensor:
         """Actions `[lanes, batch, A]`, within their bounds."""
-        return self.decoder(torch.cat([obs, z], -1), frozen=frozen).tanh() * self.scale + self.centre
+        return self.box.from_unit(self.decoder(torch.cat([obs, z], -1), frozen=frozen).tanh())
 
 
 class A2PR(TD3BC):

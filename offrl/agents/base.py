@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from offrl.data.batch import Batch, WindowBatch
 from offrl.nets.actors import choose, normal_log_prob
+from offrl.nets.box import ActionBox
 from offrl.nets.spec import Spec
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
@@ -39,6 +40,7 @@ class Agent(nn.Module, Generic[ConfigT]):
         Config: dataclass of the settings. Besides its fields, `tiny` holds settings that make the agent small enough for the
             contract tests, and `toy` those with which it learns their toy task; both may be absent.
         cfg: the settings.
+        box: the bounds of continuous actions.
         random: random numbers, by name; see `offrl.utils.random`.
         period: number of updates after which the pattern of an update repeats; engines capture whole periods.
         window: length of the windows that the agent learns from; None: it learns from transitions.
@@ -64,9 +66,12 @@ class Agent(nn.Module, Generic[ConfigT]):
     def __init__(self, spec: Spec, config: ConfigT | None = None) -> None:
         super().__init__()
         if spec.discrete and not self.takes_discrete:
-            raise OffrlError(f"{type(self).__name__} needs continuous actions; choose another agent for discrete ones.")
+            raise OffrlError(
+                f"{type(self).__name__} needs continuous actions; agents with takes_discrete take integers."
+            )
         self.spec = spec
         self.cfg = lane_coefficients(config or self.Config(), spec)
+        self.box = ActionBox(spec.action_low, spec.action_high)
         self.random = LaneRandom(spec.seeds, spec.device)
         mean, scale = torch.zeros(spec.obs_dim), torch.ones(spec.obs_dim)
         if getattr(self.cfg, "normalize_obs", True) and spec.obs_mean is not None and spec.obs_std is not None:
@@ -171,7 +176,7 @@ class Agent(nn.Module, Generic[ConfigT]):
 
     def within_bounds(self, action: Tensor) -> Tensor:
         """Continuous actions clipped to their bounds; discrete ones as they are."""
-        return action if self.spec.discrete else action.clamp(self.spec.action_low, self.spec.action_high)
+        return action if self.spec.discrete else self.box.clip(action)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "dataset_index": None}

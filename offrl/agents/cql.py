@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agents.base import Agent, Batch
-from offrl.nets import Adam, Critics, TanhGaussian, TanhGaussianActor, make_target, orthogonal_, per_lane, polyak
+from offrl.nets import Adam, Bound, Critics, TanhGaussian, TanhGaussianActor, make_target, orthogonal_, per_lane, polyak
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Policy(TanhGaussianActor):
     """A tanh-Gaussian with log std = m x + c of the network's output x, m and c learnt; it starts near tanh(N(0, 1/e^2))."""
 
     def __init__(
-        self, seeds: Sequence[int], obs_dim: int, action_dim: int, hidden: Sequence[int], low: float, high: float
+        self, seeds: Sequence[int], obs_dim: int, action_dim: int, hidden: Sequence[int], low: Bound, high: Bound
     ) -> None:
         xavier = 0.01 * math.sqrt(6 / (hidden[-1] + 2 * action_dim))  # uniform with gain 0.01, on the last layer
         super().__init__(seeds, obs_dim, action_dim, hidden, low, high, last=xavier)
@@ -131,11 +131,11 @@ class CQL(Agent[CQLConfig]):
     @torch.no_grad()
     def proposals(self, policy: TanhGaussian, next_policy: TanhGaussian) -> tuple[Tensor, Tensor]:
         """Actions `[lanes, batch, 3 n, A]`: n uniform ones, n of pi(.|s) and n of pi(.|s'), and their log-densities."""
-        n, (low, high) = self.cfg.actions, self.actor.box
+        n, low, high = self.cfg.actions, self.box.low, self.box.high
         current, log_pi = self.sample_many(policy, "cql/current", n)
         following, log_pi_next = self.sample_many(next_policy, "cql/next", n)
         uniform = self.random.uniform("cql/uniform", current.shape[1:]).to(current.dtype)
-        log_uniform = torch.full_like(log_pi, -math.log(2) * current.shape[-1])
+        log_uniform = torch.full_like(log_pi, -math.log(2) * current.shape[-1])  # in units of half the box, as log_pi
         actions = torch.cat([low + (high - low) * uniform, current, following], 2)
         return actions, torch.cat([log_uniform, log_pi, log_pi_next], 2)
 

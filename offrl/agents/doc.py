@@ -9,12 +9,14 @@ trajectories with the same z is what playing so earns, and acting may choose the
 The constraint is a min-max game. An energy function f maximises a contrastive estimate of that information (it minimises the
 InfoNCE loss); the posterior q minimises it with weight beta (by gradient reversal).
 
-Deviations. The authors' released code does not run. Where it differs from the paper (energy and posterior *share* the loss, the
-prior never learns, the value shapes z, the latent is not chosen) this file follows the paper. The networks are those of
-`offrl.agents.vae_bc`. The estimate is bounded, because the positive is among the batch's negatives, one timestep of every
-window. f is a sum f0(r, s' | s, a) + f1(r, s' | s, a, z) of inner products: f0 learns by itself, so that f1, the only part the
-posterior plays against, need only model what z adds; the difference of their losses is the remaining information
-(`information`). beta is warmed up, so that an untrained energy function does not drive the posterior to ignore the actions.
+Deviations. The authors' released code does not run. Where it differs from the paper (energy and posterior *share* the
+loss, the prior never learns, the value shapes z, the latent is not chosen) this file follows the paper. The networks
+are those of `offrl.agents.vae_bc`. The estimate is bounded, because the positive is among the batch's negatives, one
+timestep of every window. f is a sum f0(r, s' | s, a) + f1(r, s' | s, a, z) of inner products: f0 learns by itself, so
+that f1, the only part the posterior plays against, need only model what z adds; the difference of their losses is the
+remaining information (`information`). The outcome of a terminal timestep has whatever successor the dataset has: where
+the file has none, that is the state itself or the next episode's first one, and the reward alone tells of luck there.
+beta is warmed up, so that an untrained energy function does not drive the posterior to ignore the actions.
 """
 
 from __future__ import annotations

@@ -181,8 +181,7 @@ class DT(RecurrentAgent[DTConfig]):
 
     def squash(self, out: Tensor) -> Tensor:
         """The head's outputs as continuous actions within their bounds."""
-        low, high = self.spec.action_low, self.spec.action_high
-        return out.tanh() * ((high - low) / 2) + (high + low) / 2
+        return self.box.from_unit(out.tanh())
 
     def init(self, envs: int) -> DTState:
         target = self.target.unsqueeze(1).expand(-1, envs)

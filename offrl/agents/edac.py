@@ -5,7 +5,7 @@ An, Moon, Kim & Song, "Uncertainty-Based Offline Reinforcement Learning with Div
 policy can exploit. The added term makes the directions of dQ_i/da at the dataset's actions differ.
 
 Deviations: those of `sac_n.py`. The term is the paper's, over all pairs of critics, as in CORL's `edac.py` and the authors'
-first version; their present version takes a random subset of min(N, action dimensions) critics at each step.
+present version; their first public version took a random subset of min(N, action dimensions) critics at each step.
 """
 
 from __future__ import annotations

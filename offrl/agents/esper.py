@@ -8,10 +8,12 @@ intent, not luck, so acting with that intent obtains the average return of the c
 Training has three stages, counted in updates: clusters against their adversary; the average return of state, action and
 cluster; then the dataset is relabelled with these averages and the decision transformer learns from the labels alone.
 
-Deviations. The future is the set of its timesteps, whose embeddings are averaged, not a sequence that an LSTM reads; it ends
-after `suffix` timesteps. There is no batch normalisation (as in later forks). A cluster is compared with the actions and states
-of all timesteps of its future at once, where the authors sample an earlier cluster for every timestep: the same pairs, though
-later timesteps weigh more. Padding counts nowhere. The target return defaults to the best label of an episode's start; rewards
+Deviations. The future is the set of its timesteps, whose embeddings are averaged, not a sequence that an LSTM reads; it
+ends after `suffix` timesteps. There is no batch normalisation (as in later forks). A cluster is compared with the
+actions and states of all timesteps of its future at once, where the authors sample an earlier cluster for every
+timestep: the same pairs, though later timesteps weigh more. Padding counts nowhere. A terminal timestep counts with
+whatever successor the dataset has: where the file has none, that is the state itself or the next episode's first one,
+and the adversary learns to predict that. The target return defaults to the best label of an episode's start; rewards
 are subtracted from it, which is exact where rewards come last.
 """
 

@@ -6,13 +6,18 @@ the average future reward R_t / (H - t), where H is the length of the dataset's 
 average at every timestep. With `average: false` the policy is conditioned on the return to go itself, and acting subtracts the
 rewards so far, as the decision transformer does.
 
-Deviations: none for continuous actions, which the authors also fit by maximum likelihood under a Gaussian with an unbounded
-mean and a learnt standard deviation per dimension; acting takes the mean. Discrete actions are fitted by cross-entropy. The
-target return defaults to the dataset's best return (the authors sweep fractions of the expert's).
+The loss is the authors': the likelihood under a Gaussian with an unbounded mean and a learnt standard deviation per dimension;
+acting takes the mean.
+
+Deviations. Initial weights are PyTorch's; the authors' are orthogonal, the last layer's times 0.01, with zero biases
+(`orthogonal_init`). Batches are rows sampled uniformly; the authors take contiguous blocks of 16,384 rows, without shuffling.
+Episodes that the file cuts off are used; the authors leave them out. Discrete actions are fitted by cross-entropy. The target
+return defaults to the dataset's best return (the authors sweep fractions of the expert's).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +25,7 @@ import torch
 from torch import Tensor
 
 from offrl.agents.base import ActingState, Batch, RecurrentAgent
-from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, normal_log_prob, per_lane
+from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, normal_log_prob, orthogonal_, per_lane
 
 if TYPE_CHECKING:
     from offrl.data.dataset import OfflineDataset
@@ -33,6 +38,7 @@ class RvSConfig:
     return_scale: float = 1.0  # factor of the conditioning input
     lr: float = 1e-3  # learning rate
     hidden: tuple[int, ...] = (1024, 1024)  # widths of the hidden layers
+    orthogonal_init: bool = False  # start from the authors' weights: orthogonal, those of the last layer small
     sample_actions: bool = False  # discrete actions: sample from the policy instead of taking the most likely one
     normalize_obs: bool = False  # standardise observations with the dataset's statistics
 
@@ -64,6 +70,9 @@ class RvS(RecurrentAgent[RvSConfig]):
             self.actor = MLP(spec.seeds, [spec.obs_dim + 1, *cfg.hidden, spec.action_dim], name="actor")
         else:
             self.actor = GaussianActor.of(spec, cfg.hidden, extra_inputs=1, squash=False)
+        if cfg.orthogonal_init:
+            mlp = self.actor if isinstance(self.actor, MLP) else self.actor.mlp
+            orthogonal_(mlp, spec.seeds, gain=math.sqrt(2), last=0.01)
         self.optimizer = Adam(self.actor.parameters(), cfg.lr)
 
     def setup(self, dataset: OfflineDataset) -> None:

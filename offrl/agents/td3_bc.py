@@ -52,9 +52,9 @@ class TD3BC(Agent[TD3BCConfig]):
 
     def target_action(self, batch: Batch) -> Tensor:
         """a~ = pi'(s') + clip(noise), clipped to the bounds: target policy smoothing (TD3, equation 14)."""
-        bound, half = per_lane(self.cfg.noise_clip, 2), (self.spec.action_high - self.spec.action_low) / 2
+        bound = per_lane(self.cfg.noise_clip, 2)
         noise = self.random.normal("target_action", batch.action) * per_lane(self.cfg.policy_noise, 2)
-        noise = noise.clamp(-bound, bound) * half  # half the box is the authors' largest action
+        noise = noise.clamp(-bound, bound) * self.box.half_width  # the authors' largest action
         return self.within_bounds(self.actor_target(batch.next_obs) + noise)
 
     @torch.no_grad()

@@ -75,7 +75,7 @@ class Denoiser(nn.Module):
     def __init__(self, store: OfflineDataset, cfg: DenoiserConfig) -> None:
         super().__init__()
         info, sizes = store.info, (store.obs_dim, store.action_dim)
-        self.codec = Codec(*sizes, *info.action_range, cfg.terminals)
+        self.codec = Codec(*sizes, info.action_low, info.action_high, cfg.terminals)
         self.network = UNet(self.codec.width, cfg.features, cfg.blocks, cfg.groups, cfg.seed)
         self.register_buffer("action_variance", torch.ones(store.action_dim))
 

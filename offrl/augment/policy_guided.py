@@ -67,7 +67,7 @@ class PolicyGuide(edm.Guide):
         """Mean and variance of the policy `[lanes, n, L, A]` at the states in `x`, in units of the action box."""
         mean, std = policy_gaussian(self.policy, self.codec.observations(x).flatten(1, 2), self.cfg.policy_std)
         mean, std = (part.unflatten(1, x.shape[1:3]) for part in (mean, std))
-        return (mean - self.codec.centre) / self.codec.scale, (std / self.codec.scale).square()
+        return self.codec.box.to_unit(mean), (std / self.codec.box.half_width).square()
 
     def gradient(self, x: Tensor) -> Tensor:
         """`[lanes, n, L, A]`: gradient of sum log pi(a) in the encoded actions, (m - a) / v (1 - a^2) std."""

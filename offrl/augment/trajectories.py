@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.data.dataset import OfflineDataset
+from offrl.nets import ActionBox, Bound
 from offrl.utils.errors import OffrlError
 
 _LARGEST = 0.999  # share of the action box to which actions are clipped before atanh
@@ -37,18 +38,18 @@ class Codec(nn.Module):
     deviations away from the rest).
 
     Args:
-        low, high: bounds of the actions.
+        low, high: bounds of the actions, one number or one per dimension.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, obs_dim: int, action_dim: int, low: float, high: float, terminals: Literal["sign", "zscore"] = "sign"
+        self, obs_dim: int, action_dim: int, low: Bound, high: Bound, terminals: Literal["sign", "zscore"] = "sign"
     ) -> None:
         super().__init__()
         self.obs_dim, self.action_dim, self.terminals = obs_dim, action_dim, terminals
-        self.centre, self.scale = (high + low) / 2, (high - low) / 2
+        self.box = ActionBox(low, high)
         self.width = obs_dim + action_dim + 2
         self.obs, self.act = slice(0, obs_dim), slice(obs_dim, obs_dim + action_dim)
         self.register_buffer("mean", torch.zeros(self.width))
@@ -56,7 +57,7 @@ class Codec(nn.Module):
 
     def raw(self, observations: Tensor, actions: Tensor, rewards: Tensor, terminations: Tensor) -> Tensor:
         """`[..., D]` before standardisation."""
-        unit = ((actions - self.centre) / self.scale).clamp(-_LARGEST, _LARGEST)
+        unit = self.box.to_unit(actions).clamp(-_LARGEST, _LARGEST)
         flag = terminations if self.terminals == "zscore" else 2 * terminations - 1
         return torch.cat([observations, unit.atanh(), rewards.unsqueeze(-1), flag.unsqueeze(-1)], -1)
 
@@ -83,7 +84,7 @@ class Codec(nn.Module):
         """Steps of encoded rows; actions are always inside their box and flags 0 or 1."""
         raw = x * self.std + self.mean
         flag = raw[..., -1] > (0.5 if self.terminals == "zscore" else 0.0)
-        return Rows(raw[..., self.obs], raw[..., self.act].tanh() * self.scale + self.centre, raw[..., -2], flag)
+        return Rows(raw[..., self.obs], self.box.from_unit(raw[..., self.act].tanh()), raw[..., -2], flag)
 
     def observations(self, x: Tensor) -> Tensor:
         """`[..., O]`: only the states."""
@@ -172,7 +173,7 @@ def _with_absorbing_rows(raw: Tensor, store: OfflineDataset, padded: Tensor, cod
     before = torch.cat([padded.new_zeros(1), padded[:-1]]).long().cumsum(0)
     table[torch.arange(len(store), device=raw.device) + before[store.episode_of_row]] = raw
     reached = store.next_observations[store.offsets[1:] - 1][padded]
-    middle = torch.full((len(reached), store.actions.shape[1]), codec.centre, dtype=raw.dtype, device=raw.device)
+    middle = codec.box.from_unit(raw.new_zeros(len(reached), store.actions.shape[1]))
     rewards = raw.new_zeros(len(reached))
     table[(offsets[1:] - 1)[padded]] = codec.raw(reached, middle, rewards, rewards + 1)
     return table, offsets

@@ -5,8 +5,11 @@ Chua, Calandra, McAllister & Levine, "Deep Reinforcement Learning in a Handful o
 did not publish theirs; the settings are those of EmptyJackson/unifloral: seven Gaussian members, the best five by
 validation error, a random one of these at every step.
 
-Deviations: inputs and targets are standardised, and states are clipped to the range of the dataset's states (off the data
-the model would diverge within a long rollout). Hopper, Walker2d and Ant terminate by Gymnasium's rules; other tasks never
+Deviations: inputs and targets are standardised, and states are clipped to the range of the dataset's states (off the
+data the model would diverge within a long rollout). Each member has bounds of the variance of its own, where
+unifloral's share theirs, so the penalty on the bounds' width counts once per member; AdamW's eps is 1e-8 (unifloral:
+1e-5). A terminal row is learnt with the successor that the dataset has: where the file has none, that is the state
+itself or the next episode's first one. Hopper, Walker2d and Ant terminate by Gymnasium's rules; other tasks never
 terminate.
 """
 
@@ -258,7 +261,7 @@ class WorldModel(Augmentation):
             action = policy.act(normalized)
         else:
             action = gaussian[0] + gaussian[1] * random.normal(f"action/{t}", gaussian[0])
-        return action.clamp(*self.store.info.action_range)
+        return policy.within_bounds(action)
 
     def metadata(self) -> dict[str, Any]:
         return {"model": {"file": self.path.name, **self.about}}

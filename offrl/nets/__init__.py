@@ -13,15 +13,18 @@ from offrl.nets.actors import (
     normal_log_prob,
     one_hot,
 )
+from offrl.nets.box import ActionBox
 from offrl.nets.critics import Critics
 from offrl.nets.lanes import apply_no_compile, lane_generators, no_compile, per_lane
 from offrl.nets.mlp import MLP, Drop, dropout, layer_norm, orthogonal_, pad_hidden_
 from offrl.nets.optim import Adam, clip_by_lane, make_target, polyak
-from offrl.nets.spec import Spec
+from offrl.nets.spec import Bound, Spec
 
 __all__ = [
     "MLP",
+    "ActionBox",
     "Adam",
+    "Bound",
     "Critics",
     "DeterministicActor",
     "Drop",

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from offrl.nets.box import ActionBox
 from offrl.nets.mlp import MLP, Drop
-from offrl.nets.spec import Spec
+from offrl.nets.spec import Bound, Spec
 
 
 class _Actor(nn.Module):
@@ -32,7 +33,7 @@ class _Actor(nn.Module):
 
 
 class DeterministicActor(_Actor):
-    """pi(s) = centre + scale * tanh(MLP(s)), actions between `low` and `high`; `options` are those of `MLP`."""
+    """pi(s) = centre + half_width * tanh(MLP(s)), actions between `low` and `high`; `options` are those of `MLP`."""
 
     def __init__(
         self,
@@ -40,26 +41,25 @@ class DeterministicActor(_Actor):
         obs_dim: int,
         action_dim: int,
         hidden: Sequence[int],
-        low: float,
-        high: float,
+        low: Bound,
+        high: Bound,
         **options: Any,
     ) -> None:
         super().__init__()
         self.mlp = MLP(seeds, [obs_dim, *hidden, action_dim], name="actor", **options)
-        self.scale, self.centre = (high - low) / 2, (high + low) / 2
+        self.box = ActionBox(low, high)
 
     def forward(self, obs: Tensor, drop: Drop | None = None) -> Tensor:
         """`[lanes, batch, O]` to `[lanes, batch, A]`; `drop` as in `MLP`."""
-        action = self.mlp(obs, drop=drop).tanh()
-        return action if self.scale == 1 and self.centre == 0 else action * self.scale + self.centre
+        return self.box.from_unit(self.mlp(obs, drop=drop).tanh())
 
 
 class GaussianActor(_Actor):
     """pi(. | s) = N(mean(s), diag(std^2)) with a state-independent standard deviation, which is learnt.
 
     Args:
-        squash: mean(s) = centre + scale * tanh(MLP(s)), inside the bounds of actions, and std is multiplied by that scale;
-            otherwise the mean is the MLP's output.
+        squash: mean(s) = centre + half_width * tanh(MLP(s)), inside the bounds of actions, and std is multiplied by
+            half_width; otherwise the mean is the MLP's output.
         log_std: bounds of log std, which starts at 0.
     """
 
@@ -69,23 +69,24 @@ class GaussianActor(_Actor):
         obs_dim: int,
         action_dim: int,
         hidden: Sequence[int],
-        low: float,
-        high: float,
+        low: Bound,
+        high: Bound,
         squash: bool = True,
         log_std: tuple[float, float] = (-20.0, 2.0),
     ) -> None:
         super().__init__()
         self.mlp = MLP(seeds, [obs_dim, *hidden, action_dim], name="actor")
         self.log_std = nn.Parameter(torch.zeros(len(seeds), action_dim))
-        self.scale, self.centre = ((high - low) / 2, (high + low) / 2) if squash else (1.0, 0.0)
-        self.squash, self.bounds = squash, log_std
+        self.box = ActionBox(low, high) if squash else None
+        self.bounds = log_std
 
     def forward(self, obs: Tensor, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, `[lanes, batch, A]` each; `drop` as in `MLP`."""
         mean = self.mlp(obs, drop=drop)
-        mean = mean.tanh() if self.squash else mean
-        std = self.log_std.clamp(*self.bounds).exp().unsqueeze(1) * self.scale
-        return mean * self.scale + self.centre, std.expand_as(mean)
+        std = self.log_std.clamp(*self.bounds).exp().unsqueeze(1)
+        if self.box is not None:
+            mean, std = self.box.from_unit(mean.tanh()), std * self.box.half_width
+        return mean, std.expand_as(mean)
 
 
 def normal_log_prob(mean: Tensor, std: Tensor, x: Tensor) -> Tensor:
@@ -100,17 +101,17 @@ def categorical_log_prob(logits: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TanhGaussian:
-    """The distribution of a = centre + scale tanh(u), u ~ N(mean, exp(log_std)^2), for each dimension of an action.
+    """The distribution of a = centre + half_width tanh(u), u ~ N(mean, exp(log_std)^2), for each dimension of an action.
 
     Attributes:
         mean, log_std: mean and log standard deviation of u, `[..., A]`.
-        low, high: bounds of actions.
+        low, high: bounds of actions, numbers or `[A]`.
     """
 
     mean: Tensor
     log_std: Tensor
-    low: float = -1.0
-    high: float = 1.0
+    low: float | Tensor = -1.0
+    high: float | Tensor = 1.0
 
     def detach(self) -> TanhGaussian:
         return replace(self, mean=self.mean.detach(), log_std=self.log_std.detach())
@@ -136,7 +137,10 @@ class TanhGaussian:
         inside = (2 * action - (self.high + self.low)) / (self.high - self.low)
         u = inside.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
         density = self._log_density((u - self.mean) * (-self.log_std).exp(), u)
-        return density - action.shape[-1] * math.log((self.high - self.low) / 2)
+        half_width = (self.high - self.low) / 2
+        if isinstance(half_width, Tensor):
+            return density - half_width.log().sum()
+        return density - action.shape[-1] * math.log(half_width)
 
     def _to_box(self, x: Tensor) -> Tensor:
         return x * ((self.high - self.low) / 2) + (self.high + self.low) / 2
@@ -170,19 +174,19 @@ class TanhGaussianActor(_Actor):
         obs_dim: int,
         action_dim: int,
         hidden: Sequence[int],
-        low: float,
-        high: float,
+        low: Bound,
+        high: Bound,
         log_std: tuple[float, float] = (-20.0, 2.0),
         **options: Any,
     ) -> None:
         super().__init__()
         self.mlp = MLP(seeds, [obs_dim, *hidden, 2 * action_dim], name="actor", **options)
-        self.bounds, self.box = log_std, (low, high)
+        self.bounds, self.box = log_std, ActionBox(low, high)
 
     def forward(self, obs: Tensor) -> TanhGaussian:
         """The distribution at `[lanes, batch, O]`."""
         mean, log_std = self.mlp(obs).chunk(2, -1)
-        return TanhGaussian(mean, self.rescale(log_std).clamp(*self.bounds), *self.box)
+        return TanhGaussian(mean, self.rescale(log_std).clamp(*self.bounds), self.box.low, self.box.high)
 
     def rescale(self, log_std: Tensor) -> Tensor:
         """A transformation of the network's log std before it is clipped; the identity, which subclasses replace."""

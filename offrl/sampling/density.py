@@ -5,10 +5,12 @@ Reinforcement Learning with Imbalanced Datasets", NeurIPS 2023 (arXiv 2310.04413
 distribution over transitions that has a high reward, little divergence from the data, and as much flow into a state as out of
 it. It needs no trajectories, and good stretches of poor trajectories count.
 
-Deviations: the authors multiply each agent's losses with weights that sum to 1 within a batch, and train g and f along with the
-agent. Here rows are *drawn* by weights that sum to 1 over the dataset, which has the same expected losses up to the bias of
-normalising within a batch; so any agent can have it without a line of its own, and agents see no weights. Only the weight of
-(s, a) is used: the authors' TD3+BC weighs its Q term with f(s) alone. `refresh_every` trains g and f on while the agent learns.
+Deviations: the authors multiply each agent's losses with weights that sum to 1 within a batch, and train g and f along
+with the agent. Here rows are *drawn* by weights that sum to 1 over the dataset, which has the same expected losses up
+to the bias of normalising within a batch; so any agent can have it without a line of its own, and agents see no
+weights. Only the weight of (s, a) is used: the authors' TD3+BC weighs its Q term with f(s) alone. The flow of a
+terminal row leads to the successor that the dataset has: where the file has none, that is the state itself or the next
+episode's first one. `refresh_every` trains g and f on while the agent learns.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from offrl.data.dataset import DatasetInfo
+from offrl.nets.spec import check_bounds
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**31)]
@@ -39,9 +40,15 @@ class SpecRecord(_Record):
     obs_dim: Size
     action_dim: Size
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    action_low: FiniteFloat = -1.0
-    action_high: FiniteFloat = 1.0
+    action_low: FiniteFloat | tuple[FiniteFloat, ...] = -1.0
+    action_high: FiniteFloat | tuple[FiniteFloat, ...] = 1.0
     discrete: bool = False
+
+    @model_validator(mode="after")
+    def _is_a_box(self) -> Self:
+        if not self.discrete:
+            check_bounds(self.action_low, self.action_high, self.action_dim)
+        return self
 
 
 class RunRecord(_Record):

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.datasets import load
+from offrl.training.compose import choice_file, choices
 from offrl.training.records import ResultRecord, RunRecord, SpecRecord
 from offrl.training.run_config import RunConfig, agent_config
 from offrl.training.schema import DataConfig, TrainConfig
@@ -25,7 +27,7 @@ from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
 from offrl.utils.memory import require_bytes
-from offrl.utils.settings import FREE, NAMES, canonical, lane_lists, trusting
+from offrl.utils.settings import FREE, NAMES, canonical, lane_lists, target_class, trusting
 
 
 @dataclass
@@ -163,12 +165,26 @@ def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> 
 def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
     """An agent from its `_target_` and the settings that differ from its dataclass."""
     cls, cfg = agent_config(settings)
+    if spec.discrete and not cls.takes_discrete:
+        raise OffrlError(
+            f"{cls.__name__} needs continuous actions; for integer ones choose agent={', '.join(discrete_agents())}."
+        )
     _check_size(cls, cfg, spec)
     try:
         agent: Agent = cls(spec, cfg)
     except ValueError as error:
         raise OffrlError(f"agent.{error}") from error
     return agent
+
+
+def discrete_agents() -> list[str]:
+    """Names of our agents that take discrete actions."""
+    targets = {
+        name: OmegaConf.select(OmegaConf.load(choice_file("agent", name)), "_target_") for name in choices("agent")
+    }
+    return [
+        name for name, target in targets.items() if target_class({"_target_": target}, Agent, "agent").takes_discrete
+    ]
 
 
 def _check_size(cls: type[Agent], cfg: Any, spec: Spec) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -95,21 +94,14 @@ class Trainer:
         self.seeds = self.cfg.lane_seeds()
         mean, std = self.store.observation_statistics()
         info = self.store.info
-        low, high = info.action_range  # agents know one box for all dimensions: the widest
-        if isinstance(info.action_low, tuple) or isinstance(info.action_high, tuple):
-            warnings.warn(
-                f"{info.id}: bounds of actions differ between dimensions; the policy is bounded by [{low:g}, {high:g}] in all "
-                "of them, and evaluation clips its actions to their own.",
-                stacklevel=2,
-            )
         self.spec = Spec(
             obs_dim=self.store.obs_dim,
             action_dim=self.store.action_dim,
             seeds=tuple(self.seeds),
             obs_mean=mean,
             obs_std=std,
-            action_low=low,
-            action_high=high,
+            action_low=info.action_low,
+            action_high=info.action_high,
             discrete=info.discrete is not None,
             device=self.device,
         )

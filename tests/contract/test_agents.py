@@ -128,7 +128,10 @@ def test_discrete_actions_are_taken_or_refused(name: str) -> None:
         assert action.dtype == torch.int64
         assert action.shape == (2, 7)
     else:
-        with pytest.raises(OffrlError, match="needs continuous actions; choose another agent for discrete ones"):
+        with pytest.raises(
+            OffrlError,
+            match=r"needs continuous actions; for integer ones choose agent=bc, doc, dt, esper, rvs, vae_bc\.",
+        ):
             make_agent(settings, spec)
 
 

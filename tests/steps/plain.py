@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agents.base import Spec
-from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.dataset import Bound, DatasetInfo, OfflineDataset
 from offrl.sampling import Uniform
 from offrl.utils.random import LaneRandom
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LENGTHS = (7, 1, 3, 11)
-# A box that is not [-1, 1], and one whose middle is not 0: an update that forgets half its width or its middle is off.
-BOXES = [(-2.0, 2.0), (-0.5, 2.0)]
+Bounds = tuple[Bound, Bound]
+# A box that is not [-1, 1], one whose middle is not 0, one whose dimensions differ: an update that forgets half its width
+# or its middle, or takes one dimension's for another's, is off.
+BOXES: list[Bounds] = [(-2.0, 2.0), (-0.5, 2.0), ((0.0, -0.78), (5.0, 0.78))]
 
 
 def make_store(discrete: int | None = None, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> OfflineDataset:
@@ -41,9 +43,10 @@ def to_go(store: OfflineDataset, row: int) -> Tensor:
     return store.rewards[row : store.offsets[episode + 1]].sum() + store.tail_rewards[episode]
 
 
-def boxed(store: OfflineDataset, box: tuple[float, float]) -> OfflineDataset:
+def boxed(store: OfflineDataset, box: Bounds) -> OfflineDataset:
     """The same with actions stretched from [-1, 1] to another box."""
-    half, centre = (box[1] - box[0]) / 2, (box[1] + box[0]) / 2
+    low, high = (torch.tensor(bound, dtype=store.actions.dtype) for bound in box)
+    half, centre = (high - low) / 2, (high + low) / 2
     tensors = store.tensors()
     tensors |= {name: tensors[name] * half + centre for name in ("actions", "tail_actions")}
     return OfflineDataset(**tensors, info=store.info).with_info(action_low=box[0], action_high=box[1])
@@ -59,7 +62,7 @@ class Box:
     """What restatements compute with an agent's box of actions."""
 
     def __init__(self, spec: Spec) -> None:
-        self.low, self.high = spec.action_low, spec.action_high
+        self.low, self.high = (torch.tensor(b, dtype=torch.float64) for b in (spec.action_low, spec.action_high))
         self.half, self.centre = (self.high - self.low) / 2, (self.high + self.low) / 2
 
     def squash(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import best_action, make_toy
 from omegaconf import OmegaConf
-from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
+from plain import BOXES, Bounds, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import mse_loss
@@ -123,9 +123,7 @@ UNEVEN: dict[str, Any] = {"bc_weight": 0.8, "vae_weight": 1.5, "discount": 0.95,
     ("updates", "tolerance", "box"),
     [(1, 1e-10, (-1, 1)), (2, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((4, 1e-10, box) for box in BOXES)],
 )
-def test_updates_equal_the_authors(
-    updates: int, tolerance: float, box: tuple[float, float], settings: dict[str, Any]
-) -> None:
+def test_updates_equal_the_authors(updates: int, tolerance: float, box: Bounds, settings: dict[str, Any]) -> None:
     """Same weights, batches and noise. Rounding of 1e-15 an update grows where Adam divides by small moments."""
     store = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
     agent = make(store, seeds=(11,), **settings)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
+from plain import BOXES, Bounds, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -82,9 +82,7 @@ def make(store: OfflineDataset, **settings: Any) -> AWAC:
     ("updates", "tolerance", "box"),
     [(1, 1e-10, (-1, 1)), (3, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((3, 1e-10, box) for box in BOXES)],
 )
-def test_updates_equal_the_reference(
-    updates: int, tolerance: float, box: tuple[float, float], settings: dict[str, Any]
-) -> None:
+def test_updates_equal_the_reference(updates: int, tolerance: float, box: Bounds, settings: dict[str, Any]) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
     store = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
     agent = make(store, **settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_toy
-from plain import BOXES, Box, boxed, difference, sequential
+from plain import BOXES, Bounds, Box, boxed, difference, sequential
 from torch import nn
 
 from offrl.agents.base import Spec
@@ -14,7 +14,7 @@ from offrl.data.batch import Batch
 
 
 @pytest.mark.parametrize("box", [(-1, 1), *BOXES])
-def test_updates_equal_plain_regression(box: tuple[float, float]) -> None:
+def test_updates_equal_plain_regression(box: Bounds) -> None:
     dataset = boxed(make_toy(256, dtype=torch.float64), box)
     agent = BC(Spec(3, 2, (4,), action_low=box[0], action_high=box[1]), BCConfig(hidden=(16, 16))).double()
     squash = Box(agent.spec).squash

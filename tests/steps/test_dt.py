@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import BOXES, Box, boxed, make_store, to_go
+from plain import BOXES, Bounds, Box, boxed, make_store, to_go
 from torch import Tensor, nn
 
 from offrl.agents.base import Batch, Spec
@@ -157,11 +157,9 @@ ANY = [(discrete, rate, clip, (-1, 1)) for discrete in (None, 3) for rate in (0.
 
 @pytest.mark.parametrize(
     ("discrete", "rate", "grad_clip", "box"),
-    [*ANY, *((None, 0.0, clip, box) for clip, box in zip((0.25, 100.0), BOXES))],
+    [*ANY, *((None, 0.0, clip, box) for clip, box in zip((0.25, 100.0, 0.25), BOXES))],
 )
-def test_updates_equal_a_plain_restatement(
-    discrete: int | None, rate: float, grad_clip: float, box: tuple[float, float]
-) -> None:
+def test_updates_equal_a_plain_restatement(discrete: int | None, rate: float, grad_clip: float, box: Bounds) -> None:
     store = make_store(discrete) if discrete else boxed(make_store(), box)
     agent = make_agent(store, dropout=rate, lr=1e-2, grad_clip=grad_clip)
     plain = Plain(agent)
@@ -266,7 +264,7 @@ def full_attention(agent: DT, lane: int, env: int, played: list[tuple[Tensor, Te
 @pytest.mark.parametrize("context", [1, 4])
 def test_acting_equals_full_attention_over_the_last_steps(discrete: int | None, context: int) -> None:
     """With a window that fills up at first and slides later, and beyond the table of timesteps."""
-    store = make_store(discrete) if discrete else boxed(make_store(), (-1, 1) if context == 1 else BOXES[1])
+    store = make_store(discrete) if discrete else boxed(make_store(), (-1, 1) if context == 1 else BOXES[2])
     agent = make_agent(store, seeds=(0, 1), context=context, target_return=[3.0, 5.0])
     agent.target.copy_(torch.tensor([3.0, 5.0]))
     generator = torch.Generator().manual_seed(2)

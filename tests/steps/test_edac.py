@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from conftest import make_toy
-from plain import BOXES, spec_of
+from plain import BOXES, Bounds, spec_of
 from test_sac_n import Plain, compare, toy
 from torch import Tensor
 
@@ -43,9 +43,7 @@ PLAIN = [(2, 1.0, 1, 1e-10), (4, 1.0, 1, 1e-10), (4, 5.0, 2, 1e-10), (4, 1.0, 50
     ("members", "eta", "updates", "tolerance", "box"),
     [*((*case, (-1, 1)) for case in PLAIN), *((4, 1.0, 3, 1e-10, box) for box in BOXES)],
 )
-def test_updates_equal_corls(
-    members: int, eta: float, updates: int, tolerance: float, box: tuple[float, float]
-) -> None:
+def test_updates_equal_corls(members: int, eta: float, updates: int, tolerance: float, box: Bounds) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
     config = EDACConfig(members=members, eta=eta, hidden=(24, 16, 12), critic_lr=1e-3)
     agent = EDAC(spec_of(toy(box), (11,)), config).double()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
+from plain import BOXES, Bounds, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -91,7 +91,7 @@ class Plain:
         return largest
 
 
-def pair(box: tuple[float, float] = (-1, 1), **settings: Any) -> tuple[IQL, Plain, LaneRandom, Any]:
+def pair(box: Bounds = (-1, 1), **settings: Any) -> tuple[IQL, Plain, LaneRandom, Any]:
     dataset = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
     agent, random = IQL(spec_of(dataset, (11,)), IQLConfig(hidden=(24, 16), **settings)).double(), LaneRandom((11,))
     return agent, Plain(agent, random), random, dataset
@@ -110,9 +110,7 @@ def pair(box: tuple[float, float] = (-1, 1), **settings: Any) -> tuple[IQL, Plai
     ("updates", "tolerance", "box"),
     [(1, 1e-10, (-1, 1)), (3, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((3, 1e-10, box) for box in BOXES)],
 )
-def test_updates_equal_the_reference(
-    updates: int, tolerance: float, box: tuple[float, float], settings: dict[str, Any]
-) -> None:
+def test_updates_equal_the_reference(updates: int, tolerance: float, box: Bounds, settings: dict[str, Any]) -> None:
     """Same weights, batches and coins; rounding differences grow with the updates, hence the second tolerance."""
     agent, plain, random, dataset = pair(box, **settings)
     for _, rows in batches(dataset, random, updates, BATCH):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import BOXES, batches, boxed, spec_of
+from plain import BOXES, Bounds, batches, boxed, spec_of
 from test_td3_bc import Plain as PlainTD3BC
 from torch import Tensor
 
@@ -53,9 +53,7 @@ def train(agent: TD3BC, store: OfflineDataset, updates: int) -> None:
     ("updates", "tolerance", "box"),
     [(1, 1e-10, (-1, 1)), (2, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((4, 1e-10, box) for box in BOXES)],
 )
-def test_updates_equal_the_authors(
-    updates: int, tolerance: float, box: tuple[float, float], settings: dict[str, Any]
-) -> None:
+def test_updates_equal_the_authors(updates: int, tolerance: float, box: Bounds, settings: dict[str, Any]) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
     store = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
     agent = agent_on(store, **settings)

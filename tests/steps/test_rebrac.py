@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import BOXES, Box, boxed, difference, drawn, sequential, spec_of
+from plain import BOXES, Bounds, Box, boxed, difference, drawn, sequential, spec_of
 from torch import Tensor, nn
 
 from offrl.agents.base import Spec
@@ -89,7 +89,7 @@ class Plain:
         return largest
 
 
-def cut_store(box: tuple[float, float] = (-1, 1)) -> OfflineDataset:
+def cut_store(box: Bounds = (-1, 1)) -> OfflineDataset:
     """The toy task where every second episode is cut off, and not ended; a' of its last row is unknown, or that of a tail."""
     store = make_toy(512, bias=0.2, dtype=torch.float64)
     store.terminations[3::8] = 0
@@ -115,9 +115,7 @@ def make(store: OfflineDataset, **settings: Any) -> ReBRAC:
     ("updates", "tolerance", "box"),
     [(1, 1e-10, (-1, 1)), (3, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((3, 1e-10, box) for box in BOXES)],
 )
-def test_updates_equal_the_authors(
-    updates: int, tolerance: float, box: tuple[float, float], settings: dict[str, Any]
-) -> None:
+def test_updates_equal_the_authors(updates: int, tolerance: float, box: Bounds, settings: dict[str, Any]) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
     store = cut_store(box)
     agent = make(store, **settings)

@@ -104,3 +104,16 @@ def test_luck_passes_for_skill_in_a_bandit() -> None:
         goal = agent.target.view(3, 1, 1)
         share = agent.actor(torch.cat([torch.ones(3, 1, 1), goal], -1)).softmax(-1)[:, 0, 1]
         assert (share - wanted).abs().max() < 0.06  # a batch holds some 50 rewarded rows; Adam averages a few batches
+
+
+@pytest.mark.parametrize("discrete", [None, 3])
+def test_the_authors_initial_weights(discrete: int | None) -> None:
+    """Rows (or columns) of sqrt(2) times an orthogonal matrix, 0.01 times one in the last layer, and no biases."""
+    agent = make_agent(make_store(discrete), seeds=(0, 1), orthogonal_init=True)
+    mlp = agent.actor if discrete else agent.actor.mlp
+    for weight, gain in zip(mlp.weights, (2**0.5, 2**0.5, 0.01)):
+        flat = weight if weight.shape[1] <= weight.shape[2] else weight.mT
+        expected = gain**2 * torch.eye(flat.shape[1], dtype=weight.dtype).expand(2, -1, -1)
+        # Made in float32.
+        torch.testing.assert_close(flat @ flat.mT, expected, rtol=0, atol=1e-5 * gain**2)
+    assert not any(bias.any() for bias in mlp.biases)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
+from plain import BOXES, Bounds, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
@@ -78,11 +78,11 @@ class Plain:
         return max(largest)
 
 
-def toy(box: tuple[float, float] = (-1, 1)) -> OfflineDataset:
+def toy(box: Bounds = (-1, 1)) -> OfflineDataset:
     return boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
 
 
-def compare(agent: SACN, plain_class: Any, updates: int, box: tuple[float, float] = (-1, 1)) -> tuple[float, float]:
+def compare(agent: SACN, plain_class: Any, updates: int, box: Bounds = (-1, 1)) -> tuple[float, float]:
     """Distance from the restatement before and after the agent makes the updates that the restatement made."""
     store = toy(box)
     plain = plain_class(agent, random := LaneRandom((11,)))
@@ -104,7 +104,7 @@ PLAIN = [(1, 1, 1e-10), (1, 2, 1e-10), (4, 1, 1e-10), (4, 2, 1e-10), (4, 50, 1e-
     ("members", "updates", "tolerance", "box"),
     [*((*case, (-1, 1)) for case in PLAIN), *((4, 3, 1e-10, box) for box in BOXES)],
 )
-def test_updates_equal_corls(members: int, updates: int, tolerance: float, box: tuple[float, float]) -> None:
+def test_updates_equal_corls(members: int, updates: int, tolerance: float, box: Bounds) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
     config = SACNConfig(members=members, hidden=(24, 16), critic_lr=1e-3)
     agent = SACN(spec_of(toy(box), (11,)), config).double()

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import best_action, make_toy
-from plain import BOXES, Box, batches, boxed, difference, sequential, spec_of
+from plain import BOXES, Bounds, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 
 from offrl.agents.base import Spec
@@ -84,7 +84,7 @@ class Plain:
     ("updates", "tolerance", "box"),
     [(1, 1e-10, (-1, 1)), (2, 1e-10, (-1, 1)), (100, 1e-8, (-1, 1)), *((4, 1e-10, box) for box in BOXES)],
 )
-def test_updates_equal_the_authors(updates: int, tolerance: float, box: tuple[float, float]) -> None:
+def test_updates_equal_the_authors(updates: int, tolerance: float, box: Bounds) -> None:
     """Same weights, batches and noise; rounding differences grow with the updates, hence the second tolerance."""
     dataset = boxed(make_toy(512, bias=0.2, dtype=torch.float64), box)
     agent = TD3BC(spec_of(dataset, (11,)), TD3BCConfig(hidden=(24, 16))).double()
