@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +13,12 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from offrl.agents.base import Spec
+from offrl.agents.td3_bc import TD3BC as TD3BC_CLASS
 from offrl.data import catalogue
 from offrl.data.mixtures import D4RL_MIXTURE
 from offrl.forge import registry as forge
 from offrl.results import published
-from offrl.training.compose import choices, compose, register, to_hydra_overrides
+from offrl.training.compose import choices, compose, compose_words, register, to_hydra_overrides
 from offrl.training.schema import TrainConfig
 from offrl.training.trainer import RunConfig, make_agent, resolve_config
 from offrl.utils.errors import OffrlError
@@ -129,6 +131,13 @@ def test_a_list_per_lane_needs_as_many_values_as_lanes() -> None:
         ({"eval": {"evry": 3}}, "eval.evry is no option; did you mean eval.every?"),
         ({"eval": 5}, "eval=5 should be a table of settings"),
         ({"agent": {"alph": 3}}, "agent.alph is no option; did you mean agent.alpha?"),
+        ({"agent": {"_target_": "offrl.agents.dt.DT", "layers": 0}}, "agent.layers=0 should be at least 1."),
+        ({"agent": {"_target_": "offrl.agents.doc.DoC", "suffix": 0}}, "agent.suffix=0 should be at least 1."),
+        ({"agent": {"_target_": "offrl.agents.doc.DoC", "hold": -1}}, "agent.hold=-1 should be at least 1."),
+        (
+            {"agent": {"_target_": "offrl.agents.iql.IQL", "actor_decay": -3}},
+            "agent.actor_decay=-3 should be at least 0.",
+        ),
         ({"agent": {"hidden": 64}}, "agent.hidden=64 should be a list of whole numbers."),
         (
             {"agent": {"_target_": "offrl.agents.td3_bc.TD4"}},
@@ -320,7 +329,10 @@ def test_values_from_python_arrive_unchanged(value: Any) -> None:
         ("+experiment=awac/gim", "experiment=awac/gim is unknown; did you mean experiment=awac/gym?"),
         ("experiment=", "experiment= is unknown"),
         ("suite=gym_9", "suite=gym_9 is unknown; did you mean suite=gym9?"),
-        ("preset=xyzzy", "preset=xyzzy is unknown; there are d4rl, demo, laptop, paper."),
+        (
+            "preset=xyzzy",
+            "preset=xyzzy is unknown; there are d4rl, demo, laptop, paper. Of a folder of your own: --config-",
+        ),
     ],
 )
 def test_unknown_choices_are_refused_with_the_nearest_name(word: str, message: str) -> None:
@@ -510,3 +522,61 @@ def test_a_recipes_suite_agent_and_sweep_are_its_own() -> None:
     assert swept("experiment=a2pr/forge")["agent"] == ["a2pr"]
     made = resolve_config(compose({"experiment": "rebrac/antmaze", "dataset": "antmaze-umaze-v2"}))
     assert (made.agent_name, made.train.lanes, made.train.eval.every) == ("rebrac", 10, 50_000)
+
+
+# ---- a user's own -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Needy:
+    strength: float
+    hidden: tuple[int, ...] = (8,)
+
+
+class NeedyAgent(TD3BC_CLASS):
+    Config = Needy
+
+
+def test_a_field_without_a_default_is_one_that_differs_from_it() -> None:
+    target = f"{__name__}.NeedyAgent"
+    made = planned(agent={"_target_": target, "strength": 2.0})
+    assert made.non_default() == ["agent.strength"]
+    assert planned(agent={"_target_": target, "strength": 2.0, "hidden": [4]}).non_default() == [
+        "agent.strength",
+        "agent.hidden",
+    ]
+    with pytest.raises(OffrlError, match=r"agent\.strength has no default; give agent\.strength="):
+        planned(agent={"_target_": target})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1, 2", "is no YAML of settings"),
+        (b"a: 1\na: 2\n", "is no YAML of settings"),
+        (b"a: \xff\xfe", "is no YAML of settings"),
+        (b"a: " + b"[" * 5000, "is no YAML of settings"),
+        (b"- 1\n- 2\n", "should hold settings, a name and a value each"),
+        (b"1: 2\n", "should hold settings, a name and a value each"),
+        (b"# @package\na: 1\n", "should be `# @package NAME`"),
+        (None, "is no regular file"),
+    ],
+    ids=["torn", "twice", "no text", "deep", "list", "number", "header", "pipe"],
+)
+def test_a_users_file_that_cant_be_read(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine" / "sampler" / "x.yaml"
+    path.parent.mkdir(parents=True)
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(OffrlError, match=message) as caught:
+        to_hydra_overrides(["sampler=x"], tmp_path / "mine")
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("word", ["agent=[-1]", "threads=${nope}"])
+def test_what_hydra_fails_at_is_a_sentence(word: str) -> None:
+    with pytest.raises(OffrlError):
+        compose_words(["dataset=x.npz", word])

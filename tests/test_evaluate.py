@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -302,6 +303,18 @@ def test_an_interrupted_evaluation_can_be_followed_by_another(monkeypatch: pytes
         assert not first & {child.pid for child in multiprocessing.active_children()}
         assert np.array_equal(evaluator.run(agent, 4, 100).returns, expected.returns)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"obs_dim": 9}, "observations of 9"), ({"action_dim": 5}, "5 action numbers")]
+)
+def test_an_environment_of_another_robot_is_refused(change: dict[str, int], said: str) -> None:
+    agent = agent_of()
+    other = dataclasses.replace(agent.spec, obs_mean=None, obs_std=None, **change)
+    with Evaluator(INFO, 2, 1, make_env=Toy) as evaluator:
+        evaluator.check(agent.spec)
+        with pytest.raises(OffrlError, match=said):
+            evaluator.check(other)
 
 
 def test_a_dataset_without_environment_is_refused_at_once() -> None:

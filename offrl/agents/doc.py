@@ -41,6 +41,7 @@ class DoCConfig(VAEBCConfig):
     energy_steps: int = 1  # updates of the energy function per update of the other networks
     energy_lr: float = 3e-4  # learning rate of the energy function
     energy_size: int = 64  # width of the vectors whose inner product the energy function is
+    least: ClassVar[dict[str, int]] = {**VAEBCConfig.least, "energy_steps": 1, "energy_size": 1}
     toy: ClassVar[dict[str, Any]] = {"posterior_kl_weight": 1.0}  # with these it learns their toy task
 
 
@@ -55,6 +56,8 @@ class DoC(VAEBC):
     def build(self) -> None:
         super().build()
         spec, cfg = self.spec, self.cfg
+        if cfg.energy_steps > 1000:  # a loop in every update
+            raise ValueError(f"energy_steps={cfg.energy_steps} should be at most 1000.")
         context, outcome = spec.obs_dim + 1 + spec.action_dim, spec.obs_dim + 1  # (s, time, a) and (r, s')
         sizes = cfg.hidden, cfg.energy_size
         self.energy_base = PairCritic(spec.seeds, context, outcome, *sizes, name="doc/base")

@@ -53,6 +53,7 @@ class DTConfig:
     count_padding: bool = False  # average the loss over padding too, so that short windows weigh less (as in CORL)
     sample_actions: bool = False  # discrete actions: sample from the policy instead of taking the most likely one
     normalize_obs: bool = True  # standardise observations with the dataset's statistics
+    least: ClassVar[dict[str, int]] = {"context": 1, "embed": 1, "layers": 1, "heads": 1, "max_length": 1}
     # settings of the contract tests
     tiny: ClassVar[dict[str, Any]] = {"context": 3, "embed": 16, "layers": 1, "warmup": 20}
 
@@ -63,6 +64,8 @@ class Transformer(nn.Module):
     def __init__(self, spec: Spec, cfg: DTConfig) -> None:
         super().__init__()
         seeds, d, self.max_length = spec.seeds, cfg.embed, cfg.max_length
+        if d % cfg.heads:
+            raise ValueError(f"embed={d} should be a multiple of heads={cfg.heads}.")
         self.embed_return = Linear(seeds, 1, d, "dt/return")
         self.embed_state = Linear(seeds, spec.obs_dim, d, "dt/state")
         self.embed_action = Linear(seeds, spec.action_dim, d, "dt/action")

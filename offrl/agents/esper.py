@@ -50,6 +50,7 @@ class ESPERConfig(DTConfig):
     adversary_lr: float = 5e-4  # learning rate of the adversary
     label_hidden: tuple[int, ...] = (512, 512)  # widths of the hidden layers of all networks but the transformer
     label_decay: float = 0.01  # weight decay of these networks
+    least: ClassVar[dict[str, int]] = {**DTConfig.least, "suffix": 1, "groups": 1, "kinds": 1}
     tiny: ClassVar[dict[str, Any]] = {  # settings of the contract tests
         **DTConfig.tiny,
         "suffix": 3,

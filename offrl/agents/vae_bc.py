@@ -43,6 +43,7 @@ class VAEBCConfig:
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     sample_actions: bool = False  # discrete actions: sample from the policy instead of taking the most likely one
     normalize_obs: bool = True  # standardise observations with the dataset's statistics
+    least: ClassVar[dict[str, int]] = {"latent_size": 1, "suffix": 1, "candidates": 1, "hold": 1}
     tiny: ClassVar[dict[str, Any]] = {"suffix": 3}  # settings of the contract tests
 
 

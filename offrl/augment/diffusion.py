@@ -58,6 +58,8 @@ class DenoiserConfig:
         for name in ("window", "updates", "batch_size", "ema_every", "stride"):
             if getattr(self, name) < 1:
                 raise OffrlError(f"augment.denoiser.{name}={getattr(self, name)} should be at least 1.")
+        if not 1 <= self.blocks <= 16:
+            raise OffrlError(f"augment.denoiser.blocks={self.blocks} should be from 1 to 16.")
         if self.lr <= 0 or not 0 <= self.ema_decay < 1 or not 0 <= self.holdout < 1:
             raise OffrlError("augment.denoiser: lr should be above 0, ema_decay and holdout from 0 to below 1.")
 

@@ -11,6 +11,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 
 import offrl
@@ -30,6 +31,9 @@ COMMANDS = {
     "probe": ("probe RUN...", "predicted against achieved return, and label leakage"),
     "agents": ("agents [NAME]", "the methods and their settings"),
 }
+
+
+MOST_LETTERS = 1400  # of a sentence about bad input
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,13 +61,16 @@ def main(argv: list[str] | None = None) -> int:
         _drop_output()
         return _refused(_of_the_system(error))
     except Exception as error:
+        if isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error)):  # torch's
+            return _refused(_of_the_system(MemoryError(str(error).split(". ")[0].rpartition("] ")[2])))
         if type(error).__module__.partition(".")[0] == "mujoco":  # its FatalError: no memory for the simulator
             return _refused(f"the simulator failed ({one_line(error)}); try eval.workers=1 or smaller eval.slots.")
         raise
 
 
 def _refused(sentence: str) -> int:
-    print(f"offrl: error: {sentence}", file=sys.stderr)
+    # What a user or a file wrote may hold line breaks and control letters.
+    print(f"offrl: error: {one_line(sentence, MOST_LETTERS)}", file=sys.stderr)
     return 2
 
 
@@ -119,7 +126,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
             subparsers.add_parser(name, help=description)
     arguments, rest = parser.parse_known_args(words)
     if rest and not hasattr(arguments, "words"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {one_line(' '.join(rest))}")
     if rest:  # key=value words, which may stand behind options
         arguments.words = [*arguments.words, *rest]
     return arguments

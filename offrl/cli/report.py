@@ -8,6 +8,7 @@ from typing import Any
 
 from offrl.results.cells import METRICS
 from offrl.results.report import report
+from offrl.utils.errors import OffrlError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,5 +33,8 @@ def _command(arguments: argparse.Namespace) -> int:
     out = arguments.out
     if out is None:
         out = arguments.runs[0] / "report" if len(arguments.runs) == 1 else Path("report")
-    report(arguments.runs, out, arguments.last_k, arguments.metric)
+    made = report(arguments.runs, out, arguments.last_k, arguments.metric)
+    if made.damage:
+        more = f" ({len(made.damage)} such runs; the report's notes name all)" if len(made.damage) > 1 else ""
+        raise OffrlError(f"left out of the report: {made.damage[0].rstrip('.')}{more}.")
     return 0

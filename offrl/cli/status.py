@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from offrl import results
-from offrl.results.rows import FAILURE
+from offrl.results.rows import FAILURE, folders, run_of
 from offrl.training.records import FailureRecord, ResultRecord
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
@@ -39,14 +40,16 @@ def states(paths: Iterable[Path | str]) -> list[State]:
     """The state of every run in or below the given folders.
 
     Raises:
-        OffrlError: a path is no folder, or a run's configuration is damaged.
+        OffrlError: a path is no folder.
     """
-    return [_state(run) for run in results.runs(paths)]
+    return [_state(run_of(folder)) for folder in folders(paths)]
 
 
 def _state(run: results.Run) -> State:
     now = results.progress(run.folder)
     try:
+        if run.damage:
+            raise OffrlError(run.damage)
         state, message = _stands(run.folder, now)
     except OffrlError as error:
         state, message = "damaged", str(error)
@@ -79,7 +82,7 @@ def _read(path: Path, schema: type[T]) -> T | None:
 def _held(lock: Path) -> bool:
     """Whether a process trains the run; a shared lock is tried and released at once."""
     try:
-        with open(lock) as file:
+        with open(os.open(lock, os.O_RDONLY | os.O_NONBLOCK)) as file:  # a named pipe doesn't wait for its writer
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -17,10 +17,19 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from offrl.cli.agents import field_comments
-from offrl.training.compose import choices, compose_words, groups, named, plain, register, sentence, to_hydra_overrides
+from offrl.training.compose import (
+    choices,
+    compose_words,
+    from_hydra,
+    groups,
+    named,
+    plain,
+    register,
+    sentence,
+    to_hydra_overrides,
+)
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import print_result
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
@@ -117,11 +126,13 @@ def _hydra(words: list[str]) -> int:
     try:
         with sweep, _raising():
             task()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise sentence(error) from error
     except KeyboardInterrupt:
         if sweep.refused:
             raise OffrlError(sweep.refused) from None
+        raise
+    except Exception as error:
+        if from_hydra(error):
+            raise sentence(error) from error
         raise
     finally:
         sys.argv = before
@@ -167,4 +178,4 @@ def _value(text: str) -> Any:
     try:
         return OverridesParser.create().parse_override(f"key={text}").value()
     except HydraException as error:
-        raise OffrlError(f"{text} can't be read as a value: {one_line(error)}") from error
+        raise OffrlError(f"{text} can't be read as a value ({one_line(error)}).") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -59,7 +60,16 @@ def read_npz(path: Path, info: DatasetInfo | None = None, options: ReadOptions |
             if written:
                 info = own_info(str(file["offrl_info"]), info, str(path))
             return _to_dataset(NpzFile(file, path), info, options or ReadOptions(), written)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,  # an encrypted member
+        tokenize.TokenError,  # numpy reads some headers by Python's tokenizer
+    ) as error:
         raise OffrlError(f"{path}: the file is cut off or damaged ({error}); write or fetch it again.") from error
 
 

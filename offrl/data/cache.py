@@ -29,6 +29,7 @@ from offrl.utils.paths import cache_dir, replacing
 
 # Raise it when a reader gives other numbers or other `info` for the same file.
 LOADER_VERSION = 1
+MOST_HEADER = 64 << 20  # bytes of a flat file's header, which holds the dataset's `info`
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype(np.float32), "I64": np.dtype(np.int64), "BOOL": np.dtype(np.bool_)}
 
 
@@ -121,9 +122,9 @@ def read_flat(path: Path, source: dict[str, Any] | None = None) -> OfflineDatase
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            entries = json.loads(file.read(length))
+            if length > min(path.stat().st_size, MOST_HEADER):
+                raise ValueError("its header is too long")
+            entries = json.loads(file.read(length))  # safetensors' own layout; what is wrong in it shows below
             header = json.loads(entries.pop("__metadata__")["offrl"])
             if source is not None and header["source"] != json.loads(json.dumps(source)):
                 raise OffrlError(f"{path}: made from another version of its source; it is built again.")

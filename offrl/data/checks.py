@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +125,9 @@ def file_kind(path: Path) -> str:
         OffrlError: the file is empty, a pickle, or nothing that can be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe doesn't wait for its writer
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OffrlError(f"{path}: this is a pipe, a device or a folder; give a file, or a Minari folder.")
             head = file.read(16)
     except OSError as error:
         raise OffrlError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from error

@@ -229,7 +229,7 @@ def from_json(text: Any, where: str) -> Any:
     if not isinstance(text, (str, bytes)):
         return text
     try:
-        return json.loads(text)
+        return json.loads(text)  # JSON within a file that was read within bounds; `parse` checks what it holds
     except (ValueError, RecursionError) as error:
         raise OffrlError(f"{where} is not valid JSON ({one_line(error)}); write or fetch the dataset again.") from error
 

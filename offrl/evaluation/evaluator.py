@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import math
 import multiprocessing
 import os
 import signal
@@ -27,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offrl.agents.base import Agent
+from offrl.agents.base import Agent, Spec
 from offrl.data.dataset import DatasetInfo
 from offrl.envs import make_env as make_env_of
 from offrl.envs import make_vector_env
@@ -211,6 +212,7 @@ class Evaluator:
         probe = self.make_env()
         self.obs_shape = tuple(probe.observation_space.shape or ())
         self.action_shape = tuple(probe.action_space.shape or ())
+        self.actions = int(getattr(probe.action_space, "n", 0))  # number of discrete ones; 0: they are continuous
         probe.close()
         self.workers = workers or min(8, usable_cores())
         self.arrays: dict[str, Array] = {}
@@ -233,6 +235,16 @@ class Evaluator:
             self.local.close()
         self.processes, self.local, self.arrays = [], None, {}
 
+    def check(self, spec: Spec) -> None:
+        """Raise OffrlError where the environment's observations or actions are not those of an agent of this spec."""
+        theirs = _words(math.prod(self.obs_shape), self.actions or math.prod(self.action_shape), bool(self.actions))
+        ours = _words(spec.obs_dim, spec.action_dim, spec.discrete)
+        if theirs != ours:
+            raise OffrlError(
+                f"{self.info.env_id or 'the environment'} has {theirs}, and the agent learns from {ours}; give the dataset the "
+                "env_id that it was recorded in, or train without evaluation (eval.every=0 eval.final_episodes=0)."
+            )
+
     def run(self, agent: Agent, episodes: int, seed: int = 1_000_000, dtype: torch.dtype = torch.float64) -> Episodes:
         """Run `episodes` episodes in every lane.
 
@@ -241,6 +253,7 @@ class Evaluator:
             seed: environment seed of the first episode; the k-th has `seed + k`.
             dtype: precision of the policy.
         """
+        self.check(agent.spec)
         policy = copy.deepcopy(agent).to(dtype)
         parts: list[tuple[Array, Array, Array | None]] = []
         try:
@@ -327,6 +340,10 @@ class Evaluator:
         self.processes = [
             _Process(context, self.make_env, range(first, total, workers), shared) for first in range(workers)
         ]
+
+
+def _words(obs_dim: int, action_dim: int, discrete: bool) -> str:
+    return f"observations of {obs_dim} numbers and {action_dim} {'choices of action' if discrete else 'action numbers'}"
 
 
 def usable_cores() -> int:

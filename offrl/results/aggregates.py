@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,11 @@ class Comparison:
 
 @dataclass
 class Report:
-    """Everything that tables, figures and files are made of; `folder` is the one to write to."""
+    """Everything that tables, figures and files are made of.
+
+    Attributes:
+        folder: where to write. damage: a sentence for each run that is left out since a file of it can't be read.
+    """
 
     folder: Path
     cells: list[Cell]
@@ -87,6 +91,7 @@ class Report:
     comparisons: list[Comparison]
     tunings: list[Tuning]
     notes: list[str]
+    damage: list[str] = field(default_factory=list)
 
 
 def summarise(folder: Path, cells: list[Cell], rows: pl.DataFrame, notes: Sequence[str] = ()) -> Report:

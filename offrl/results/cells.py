@@ -214,7 +214,7 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
             Cell(
                 method=label,
                 dataset=dataset,
-                family=str(dict(here[0].manifest.get("dataset_info") or {}).get("family", "other")),
+                family=(here[0].manifest.get("dataset_info") or {}).get("family") or "other",
                 base=group["base"][0],
                 scale=lanes["scale"][0],
                 best=lanes["best"].to_numpy(),

@@ -87,7 +87,7 @@ def _differing(entries: Sequence[tuple[str, str, Mapping[str, Any], results.Run]
         keys.setdefault(method, set()).update(settings)
     values: dict[tuple[str, str, str], list[tuple[str, bool]]] = {}
     for method, dataset, settings, run in entries:
-        changed = set(run.manifest.get("non_default", settings))
+        changed = set(settings if (named := run.manifest.get("non_default")) is None else named)
         for key in keys[method]:
             value = repr(settings[key]) if key in settings else DEFAULT
             values.setdefault((method, dataset, key), []).append((value, key not in changed))

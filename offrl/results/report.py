@@ -6,6 +6,7 @@ import csv
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from offrl import results
 from offrl.results import figures, html, stats, tables
 from offrl.results.aggregates import Report, profiles, summarise
 from offrl.results.cells import METRICS, Cell, build
+from offrl.results.rows import folders, run_of
 from offrl.results.style import save
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
@@ -31,7 +33,7 @@ FILES = ("report.html", "report.md", "report.tex", "report.csv", "episodes.parqu
 def report(
     paths: Iterable[Path | str], out: Path | str, last_k: int = 10, metric: str = "score", show: bool = True
 ) -> Report:
-    """Make tables and figures of all runs in or below the given folders.
+    """Make tables and figures of all runs in or below the given folders; damaged ones are left out and stand in `damage`.
 
     Args:
         paths: folders of runs, or folders with runs below them (a sweep).
@@ -41,7 +43,7 @@ def report(
         show: whether to print the tables.
 
     Raises:
-        OffrlError: no run with evaluations, a damaged file, or `out` cannot be written.
+        OffrlError: no run with evaluations, or `out` cannot be written.
     """
     made, rows = summary(paths, out, last_k, metric)
     try:
@@ -64,12 +66,39 @@ def summary(
     if last_k < 1:
         raise OffrlError(f"last_k={last_k} must be at least 1.")
     paths = [Path(path) for path in paths]
-    runs, rows = results.runs(paths), results.read(paths)
+    runs, rows, damage = _readable(paths)
+    if rows.is_empty() and damage:
+        raise OffrlError(damage[0])
     if rows.is_empty():
         where = ", ".join(map(str, paths)) or "no folder"
         raise OffrlError(f"no run with an evaluation in {where}: give the folder of a run that has evaluated a policy.")
     cells, rows, notes = build(rows, runs, last_k, metric)
-    return summarise(Path(out), cells, rows, notes), rows
+    notes += [f"Left out, damaged: {sentence}" for sentence in damage]
+    return replace(summarise(Path(out), cells, rows, notes), damage=damage), rows
+
+
+def _readable(paths: Iterable[Path | str]) -> tuple[list[results.Run], pl.DataFrame, list[str]]:
+    """The runs whose files can be read, their rows, and a sentence for each of the others."""
+    import polars as pl
+
+    found = [run_of(folder) for folder in folders(paths)]
+    damage = [run.damage for run in found if run.damage]
+    runs = [run for run in found if not run.damage]
+    try:
+        return runs, results.read([run.folder for run in runs]), damage  # all at once is much faster
+    except OffrlError:
+        frames = {run.folder: _rows(run, damage) for run in runs}
+    rows = {folder: frame for folder, frame in frames.items() if frame is not None}
+    return [run for run in runs if run.folder in rows], pl.concat([results.read([]), *rows.values()]), damage
+
+
+def _rows(run: results.Run, damage: list[str]) -> pl.DataFrame | None:
+    """A run's rows; None, and a sentence more in `damage`, where they can't be read."""
+    try:
+        return results.read([run.folder])
+    except OffrlError as error:
+        damage.append(str(error))
+        return None
 
 
 def show_tables(made: Report) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import parse_json, read_bytes, read_json
@@ -78,16 +78,61 @@ def _damaged(path: Path, number: int) -> OffrlError:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder with its configuration and manifest (empty where the file is missing)."""
+    """A run's folder with its configuration and manifest (empty where a file is missing); `damage`: what is wrong with them."""
 
     folder: Path
     config: dict[str, Any]
     manifest: dict[str, Any]
+    damage: str = ""
+
+
+class ConfigRecord(BaseModel):
+    """What reports and `offrl status` read of `config.json`; a run that goes on checks the rest."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    updates: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    label: str | None = None
+    method: str | None = None
+    dataset: str | None = None
+
+
+class _DatasetRecord(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    family: str | None = None
+
+
+class ManifestRecord(BaseModel):
+    """What reports read of `manifest.json`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    method: str | None = None
+    critic: bool | None = None
+    non_default: list[str] | None = None
+    dataset_info: _DatasetRecord | None = None
 
 
 def runs(paths: Iterable[Path | str]) -> list[Run]:
     """All runs in or below the given folders, sorted by path, each once."""
-    return [Run(f, _read_json(f / "config.json"), _read_json(f / "manifest.json")) for f in _folders(paths)]
+    found = list(map(run_of, folders(paths)))
+    for run in found:
+        if run.damage:
+            raise OffrlError(run.damage)
+    return found
+
+
+def run_of(folder: Path) -> Run:
+    """The run in a folder; where a file is damaged it has `damage`, and the file's part is empty."""
+    parts: dict[str, dict[str, Any]] = {}
+    damage = ""
+    for name, schema in (("config", ConfigRecord), ("manifest", ManifestRecord)):
+        try:
+            record = read_json(folder / f"{name}.json", schema, "restore it or leave the run out")
+            parts[name] = record.model_dump(exclude_unset=True)
+        except FileNotFoundError:
+            parts[name] = {}
+        except OffrlError as error:
+            parts[name], damage = {}, damage or str(error)
+    return Run(folder, parts["config"], parts["manifest"], damage)
 
 
 def read(paths: Iterable[Path | str]) -> pl.DataFrame:
@@ -139,18 +184,12 @@ def progress(folder: Path) -> Progress:
     """Progress of a run from its files; cheap, and never an error, because the run may be writing them."""
     step, rate, updates = 0, None, 0
     with contextlib.suppress(OSError, OffrlError):
-        updates = read_json(folder / "config.json", _Budget, "restore it").updates or 0
+        updates = read_json(folder / "config.json", ConfigRecord, "restore it").updates or 0
     with contextlib.suppress(OSError, OffrlError):
         last = parse_json(_last_line(folder / "metrics.jsonl"), _Rate, "metrics.jsonl", "restore it")
         step = last.step
         rate = last.value if last.metric == "updates_per_second" else None
     return Progress(step, updates, rate)
-
-
-class _Budget(BaseModel):
-    """What `config.json` says of a run's length."""
-
-    updates: Annotated[int, Field(ge=0, lt=2**63, strict=True)] | None = None
 
 
 class _Rate(BaseModel):
@@ -169,7 +208,8 @@ def _last_line(path: Path) -> bytes:
         return b"".join(file.read(4096).split(b"\n")[-2:-1])
 
 
-def _folders(paths: Iterable[Path | str]) -> list[Path]:
+def folders(paths: Iterable[Path | str]) -> list[Path]:
+    """The folders of all runs in or below the given ones, sorted, each once."""
     found: dict[Path, None] = {}
     for path in paths:
         if not os.path.isdir(path):  # of a name that is too long, Path.is_dir raises
@@ -186,18 +226,11 @@ def _below(top: Path) -> Iterator[Path]:
             yield Path(folder)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path, dict[str, Any], "restore it or leave the run out")
-    except FileNotFoundError:
-        return {}
-
-
 def _read_rows(paths: Iterable[Path | str], kind: str, columns: dict[str, str], key: list[str]) -> pl.DataFrame:
     import polars as pl
 
     compacted, frames = [], [_empty(columns).with_columns(folder=pl.lit("", dtype=pl.String))]
-    for folder in _folders(paths):
+    for folder in folders(paths):
         lines, parquet = folder / f"{kind}.jsonl", folder / f"{kind}.parquet"
         if _is_newer(parquet, lines):
             compacted.append(parquet)
@@ -222,7 +255,7 @@ def _read_parquet(files: list[Path], columns: dict[str, str]) -> pl.DataFrame:
         # Sweeps make folders such as `agent=bc,seed=[0,1]`: neither a pattern nor a partition.
         scan = pl.scan_parquet(files, glob=False, hive_partitioning=False, include_file_paths="folder")
         frame = scan.select(*columns, "folder").collect()
-    except (OSError, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # it panics at some damage
         if len(files) > 1:
             return pl.concat([_read_parquet([file], columns) for file in files])
         lines = files[0].with_suffix(".jsonl")
@@ -267,7 +300,7 @@ def _first_damaged(data: bytes, schema: dict[str, Any], needed: Sequence[str]) -
     lines = data.split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line)  # only to find the line: pydantic would be ten times slower, and all is checked here
             values = [(row.get(name), kinds[str(kind)]) for name, kind in schema.items()]
         except (ValueError, AttributeError, RecursionError):
             return number

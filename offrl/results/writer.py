@@ -223,7 +223,7 @@ def _rows_until(data: bytes, step: int, path: Path) -> bytes:
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
-            if json.loads(line)["step"] <= step:
+            if json.loads(line)["step"] <= step:  # lines of bounded files; `rows_of` checks the rest at once
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             # A power failure may leave a last line of zeros; damage before it has another cause.

@@ -22,7 +22,7 @@ def main() -> int:
     from offrl.utils.errors import OffrlError
 
     try:
-        return print_result(train(json.load(sys.stdin)))
+        return print_result(train(json.load(sys.stdin)))  # from the sweep's own process, not from a file
     except OffrlError as error:
         print(f"offrl: error: {error}", file=sys.stderr)
         return 2

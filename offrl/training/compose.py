@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hydra_plugins import offrl_launchers
 from offrl.training.schema import TABLED, TrainConfig
 from offrl.utils.errors import OffrlError, one_line
+from offrl.utils.files import read_bytes
 from offrl.utils.paths import conf_dir, config_dir_of, use_config_dir, without_config_dir
 
 
@@ -80,6 +81,7 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
 # Hydra's flags whose value is the next word.
 WITH_VALUE: tuple[str, ...] = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
 WITH_VALUE += ("--cfg", "-c", "--info", "-i", "--experimental-rerun")
+MOST_BYTES = 1 << 20  # of a user's file of settings
 TEXTS = ("dataset", "out", "name", "label")  # options whose values are paths and names, in any letters
 
 
@@ -121,6 +123,16 @@ def sentence(error: Exception) -> OffrlError:
     return OffrlError(f"{text.rstrip('.')} (see `offrl train --help` for options and `offrl agents` for agents).")
 
 
+def from_hydra(error: Exception) -> bool:
+    """Whether it is Hydra's answer to what the user wrote: an error of its own, or one raised in the midst of its code."""
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame else ""
+    own = isinstance(error, (HydraException, OmegaConfBaseException))
+    return own or module.partition(".")[0] in ("hydra", "omegaconf", "yaml")
+
+
 def _check_choices(words: Sequence[str], known: set[str], extra: Path | None) -> None:
     """Refuse names that no group has: of a wrong `experiment=` or `suite=` Hydra's own message would list dozens.
 
@@ -135,12 +147,41 @@ def _check_choices(words: Sequence[str], known: set[str], extra: Path | None) ->
         for name in (part.strip().removesuffix(".yaml") for part in text.split(",")):
             if name not in (*there, "null"):
                 near = difflib.get_close_matches(name, there, 1, cutoff=0.5)
-                hint = f"did you mean {group}={near[0]}?" if near else f"there are {', '.join(there)}."
+                own = (
+                    "" if extra else f" Of a folder of your own: --config-dir DIR, with DIR/{group}/{name}.yaml in it."
+                )
+                hint = f"did you mean {group}={near[0]}?" if near else f"there are {', '.join(there)}.{own}"
                 raise OffrlError(f"{group}={name} is unknown; {hint}")
+            if extra and (file := extra / group / f"{name}.yaml").exists():
+                _check_file(file)
     if "suite" in named and "experiment" in named and _own_datasets(named["experiment"], extra):
         raise OffrlError(
             f"experiment={named['experiment']} brings datasets of its own, which suite= can't replace; give dataset=ID,..."
         )
+
+
+def _check_file(path: Path) -> None:
+    """Raise OffrlError for a user's file of settings that Hydra could not read; its own errors name no file."""
+    repair = "repair it"
+    try:
+        text = read_bytes(path, repair, MOST_BYTES).decode()
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except OffrlError:
+        raise
+    except Exception as error:  # of YAML, of OmegaConf, of endless nesting
+        raise OffrlError(f"{path} is no YAML of settings ({one_line(error, 200)}); {repair}.") from error
+    if not isinstance(content, dict) or not _has_names(content):
+        raise OffrlError(f"{path} should hold settings, a name and a value each; {repair}.")
+    for line in text.splitlines():
+        if line.startswith("#") and "@package" in line and not re.fullmatch(r"#\s*@package\s+[\w.]+\s*", line):
+            raise OffrlError(f"{path}: {one_line(line, 60)} should be `# @package NAME`; {repair}.")
+
+
+def _has_names(content: Any) -> bool:
+    """Whether every key in nested tables is a text."""
+    if isinstance(content, list):
+        return all(map(_has_names, content))
+    return not isinstance(content, dict) or all(isinstance(k, str) and _has_names(v) for k, v in content.items())
 
 
 def _own_datasets(experiment: str, extra: Path | None) -> bool:
@@ -194,8 +235,10 @@ def _composed(words: Sequence[str], extra: Path | None = None) -> tuple[dict[str
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = hydra_compose("train", overrides=overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise sentence(error) from error
+    except Exception as error:
+        if from_hydra(error):
+            raise sentence(error) from error
+        raise
     ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     values = named(plain(ours), cfg.hydra.runtime.choices, overrides)
     return values, list(cfg.hydra.sweeper.get("params") or {})
@@ -213,7 +256,9 @@ def plain(cfg: Any) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise OffrlError(f"the configuration can't be resolved: {one_line(error)}") from error
+        raise OffrlError(
+            f"the configuration can't be resolved ({one_line(error)}); give the key its own value."
+        ) from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 

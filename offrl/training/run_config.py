@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,11 @@ class RunConfig:
         for group in ("agent", "sampler", "augment"):
             settings = getattr(self, group)
             if settings:
-                defaults = resolved(settings, target_class(settings, object, group).Config())
-                found += [f"{group}.{key}" for key, value in settings.items() if value != defaults[key]]
+                defaults = _defaults_of(target_class(settings, object, group).Config)
+                own = {key: value for key, value in settings.items() if key != "_target_"}
+                found += [
+                    f"{group}.{key}" for key, value in own.items() if key not in defaults or value != defaults[key]
+                ]
         return found
 
     def config_hash(self) -> str:
@@ -171,6 +174,17 @@ def resolved(settings: Mapping[str, Any], cfg: Any) -> dict[str, Any]:
     """`_target_` and every field of a checked configuration, as JSON has them."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(cfg)))
     return {"_target_": canonical(str(settings["_target_"])), **values}
+
+
+def _defaults_of(cls: type[Any]) -> dict[str, Any]:
+    """The defaults of a dataclass, as JSON has them; a field without one, which a user has to give, is left out."""
+    found: dict[str, Any] = {}
+    for f in fields(cls):
+        value = f.default_factory() if f.default_factory is not MISSING else f.default
+        if value is not MISSING:
+            found[f.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    defaults: dict[str, Any] = json.loads(json.dumps(found))
+    return defaults
 
 
 def _take_common(settings: dict[str, Any], cls: type[Any], common: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from offrl.training.schema import DataConfig, TrainConfig
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
-from offrl.utils.memory import require_bytes
+from offrl.utils.memory import counting_parameters, require_bytes
 from offrl.utils.settings import FREE, NAMES, canonical, lane_lists, target_class, trusting
 
 
@@ -193,8 +193,10 @@ def _check_size(cls: type[Agent], cfg: Any, spec: Spec) -> None:
     shape_only = dataclasses.replace(spec, seeds=(0,), obs_mean=None, obs_std=None, device="meta")
     name = f"the agent with {spec.lanes} lanes" + (f" and hidden={list(cfg.hidden)}" if hasattr(cfg, "hidden") else "")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), counting_parameters("the agent"):
             tensors = cls(shape_only, one_lane).state_dict().values()
+    except OffrlError:
+        raise
     except RuntimeError as error:
         if "overflow" in str(error) or "numel" in str(error):
             raise OffrlError(f"{name} needs more memory than any machine has; make it smaller.") from error

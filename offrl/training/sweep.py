@@ -30,6 +30,7 @@ from offrl.results.rows import FAILURE, LOG, progress
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import done_before, finished, summary
 from offrl.utils.errors import OffrlError
+from offrl.utils.files import read_json
 from offrl.utils.paths import replacing
 
 if TYPE_CHECKING:
@@ -151,6 +152,17 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(value) + "\n")
 
 
+@dataclass(frozen=True)
+class _Note:
+    """How a job stands, as its process tells the sweep's own."""
+
+    state: str
+    folder: str
+    message: str
+    pid: int
+    host: str
+
+
 # ---- the sweep's own process ---------------------------------------------------------------------------------
 
 
@@ -262,16 +274,16 @@ class Sweep:
         ended = []
         for number, job in enumerate(self.jobs):
             path = self.notes / f"{number}.json"
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, OffrlError):  # a job may be writing it
                 stamp = path.stat().st_mtime_ns
                 if self._seen.get(number) == stamp:
                     continue
-                note = json.loads(path.read_text())
+                note = read_json(path, _Note, "it is written again")
                 self._seen[number] = stamp
-                if job.state != note["state"] and note["state"] != "running":
+                if job.state != note.state and note.state != "running":
                     ended.append(number)
-                job.state, job.folder, job.message = note["state"], Path(note["folder"]), note["message"]
-                job.pid = note["pid"] if note["host"] == platform.node() else 0
+                job.state, job.folder, job.message = note.state, Path(note.folder), note.message
+                job.pid = note.pid if note.host == platform.node() else 0
         return ended
 
     def _watch(self) -> None:

@@ -37,6 +37,7 @@ from offrl.training.runs import (
 from offrl.training.trackers import check_tracker, make_tracker
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
+from offrl.utils.memory import require_bytes
 from offrl.utils.paths import remove_torn, write_json
 from offrl.utils.process import _locked, _no_collector, _Nothing, _stopping, pick_device, tune_process
 from offrl.utils.progress import Bar
@@ -111,6 +112,7 @@ class Trainer:
                 f"updates={self.cfg.updates}: {job.agent_name} prepares for {self.agent.pretrain_updates} updates before its "
                 "policy learns anything; make more, or shorten its first stages (`offrl agents` names them)."
             )
+        self._check_window()
         self.agent.setup(self.store)
         self.sampler = make_sampler(job.sampler, parts, self.seeds)  # by the rewards as recorded
         self.synthetic = self._synthetic(recorded)
@@ -121,6 +123,12 @@ class Trainer:
         )
         self.step, self.stop = 0, False
         self.last: Episodes | None = None
+
+    def _check_window(self) -> None:
+        """Raise OffrlError where an update's windows won't fit into the memory."""
+        if length := self.agent.window:
+            numbers = len(self.seeds) * self.cfg.batch_size * length * (2 * self.store.obs_dim + self.store.action_dim)
+            require_bytes(4 * numbers, f"batch_size={self.cfg.batch_size} windows of {length} timesteps", self.device)
 
     def _synthetic(self, recorded: OfflineDataset) -> Synthetic | None:
         if not self.job.augment:
@@ -343,7 +351,9 @@ class Trainer:
         cfg = self.cfg.eval
         if cfg.final_episodes < 1 and (cfg.every < 1 or cfg.episodes < 1):
             return _Nothing()
-        return Evaluator(self.store.info, len(self.seeds), cfg.workers, cfg.slots)
+        evaluator = Evaluator(self.store.info, len(self.seeds), cfg.workers, cfg.slots)
+        evaluator.check(self.spec)
+        return evaluator
 
     def _request_stop(self) -> None:
         self.stop = True

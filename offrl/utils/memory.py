@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.modules import module as torch_module
 
 from offrl.utils.errors import OffrlError
 
 _CGROUP = Path("/sys/fs/cgroup")
+MOST_PARAMETERS = 20_000  # tensors of parameters in a model; a transformer of a thousand layers has fewer
 
 
 def require_bytes(needed: int, purpose: str, device: torch.device | str = "cpu") -> None:
@@ -37,3 +41,27 @@ def free_bytes(device: torch.device) -> int:
         cached = next(int(line.split()[1]) for line in statistics if line.startswith("inactive_file "))
         free = min(free, limit - int((_CGROUP / "memory.current").read_text()) + cached)
     return max(0, free)
+
+
+@contextlib.contextmanager
+def counting_parameters(purpose: str) -> Iterator[None]:
+    """Within it, building more than `MOST_PARAMETERS` tensors of parameters is refused; `purpose` begins the sentence.
+
+    A loop over layers, blocks or members takes hours for a count that was meant for something else (`layers=1e9`), and no
+    memory check comes before the end of the loop.
+    """
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > MOST_PARAMETERS:
+            raise OffrlError(
+                f"{purpose} would have more than {MOST_PARAMETERS:,} tensors of parameters; make it smaller."
+            )
+
+    hook = torch_module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

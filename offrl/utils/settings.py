@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from fnmatch import fnmatch
 from typing import Any, Literal
 
@@ -45,6 +45,9 @@ def build(
             kwargs[key] = build(wanted, value, f"{where}{key}.")
         else:
             kwargs[key] = _convert(value, wanted, where + key, per_lane)
+    lacking = [f.name for f in fields(cls) if f.init and f.default is f.default_factory is MISSING]
+    if lacking := [f"{where}{name}" for name in lacking if name not in kwargs]:
+        raise OffrlError(f"{lacking[0]} has no default; give {lacking[0]}=...")
     return cls(**kwargs)
 
 
@@ -168,7 +171,18 @@ def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tup
     cls = target_class(settings, base, group)
     renamed = getattr(cls, "renamed_settings", {})  # names of earlier versions
     given = {renamed.get(k, k): v for k, v in settings.items() if k != "_target_"}
-    return cls, build(cls.Config, given, f"{group}.", per_lane=True)
+    cfg = build(cls.Config, given, f"{group}.", per_lane=True)
+    _check_least(cfg, group)
+    return cls, cfg
+
+
+def _check_least(cfg: Any, group: str) -> None:
+    """Raise OffrlError for a count below 0, or below what the dataclass's `least: ClassVar[dict[str, int]]` says of it."""
+    least = getattr(cfg, "least", {})
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if isinstance(value, int) and f.name != "seed" and value < least.get(f.name, 0):
+            raise OffrlError(f"{group}.{f.name}={value} should be at least {least.get(f.name, 0)}.")
 
 
 def lane_lists(cfg: Any) -> dict[str, list[float]]:

@@ -128,7 +128,7 @@ def test_every_setting_of_an_agent_is_explained(name: str, capsys: pytest.Captur
         (["~updates"], "~updates: an option can't be removed; leave the word out"),
         (["+"], "+ can't be read; give key=value"),
         (["[]"], "[] can't be read; give key=value"),
-        (["updates=${nope}"], "the configuration can't be resolved: Interpolation key 'nope' not found"),
+        (["updates=${nope}"], "the configuration can't be resolved (Interpolation key 'nope' not found"),
         (["updates=choice(1,2)"], "updates=choice(1,2) has several values; sweep over them with -m."),
         (["seed=0,1"], "seed=0,1 has several values; sweep over them with -m, or give lanes: seeds=[0,1]."),
         (["hydra/launcher=nope"], "In 'hydra/config': Could not find 'hydra/launcher/nope'"),
@@ -136,6 +136,9 @@ def test_every_setting_of_an_agent_is_explained(name: str, capsys: pytest.Captur
         (["updates=１０x"], "updates=１０x can't be read; put a value"),
         (["updates=1e30"], "updates=1e+30 should have at most 63 bits."),
         (["agent.hidden=[-1]"], "agent.hidden=[-1] should be a list of whole numbers of at least 1."),
+        (["agent=[-1]"], "argument of type 'int' is not iterable"),
+        (["--resolve"], "The --resolve flag can only be used in conjunction with --cfg"),
+        (["two\nlines"], "two lines can't be read; give key=value"),
         (["agent.hidden=[0]"], "agent.hidden=[0] should be a list of whole numbers of at least 1."),
     ],
     ids=str,
@@ -162,6 +165,29 @@ def test_datasets_under_any_name(name: str, toy_file: Path) -> None:
 def test_evaluate_refuses_what_would_hang(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main("evaluate", "nothing", *arguments) == 2
     assert re.search(rf"{arguments[0]} {arguments[1]} should be between \d+ and \d+\.", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["agent=dt", "agent.layers=1e9"],
+            "the agent would have more than 20,000 tensors of parameters; make it smaller.",
+        ),
+        (["agent=dt", "agent.context=1e12"], "batch_size=64 windows of 1000000000000 timesteps needs at least"),
+        (["agent=dt", "agent.heads=3"], "agent.embed=128 should be a multiple of heads=3."),
+        (["agent=sac_n", "agent.members=1e9"], "the agent with 1 lanes and hidden=[256, 256, 256] needs at least"),
+        (["agent=doc", "agent.energy_steps=1e9"], "agent.energy_steps=1000000000 should be at most 1000."),
+    ],
+    ids=str,
+)
+def test_counts_that_no_machine_serves(
+    arguments: list[str], message: str, toy_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before a loop of that length is begun."""
+    assert main("train", f"dataset={toy_file}", "batch_size=64", *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"offrl: error: {message}")
+    assert not list(Path().rglob("checkpoint*"))
 
 
 def test_bad_words_in_a_process_of_their_own() -> None:

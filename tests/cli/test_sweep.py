@@ -248,17 +248,25 @@ def test_a_sweep_into_a_folder_that_cant_be_written(
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["result", "failed"])
-@pytest.mark.parametrize("text", ["{", "[]", '{"step": "x"}', "[" * 100_000, '{"message": 3, "step": 1e400}'])
-def test_status_shows_damage_in_its_row(name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+WRONG = {
+    "result": '{"step": "x"}',
+    "failed": '{"message": 3}',
+    "config": '{"updates": "x"}',
+    "manifest": '{"critic": 1}',
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, None])
+def test_status_shows_damage_in_its_row(name: str, text: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     """The other runs are shown as ever."""
     make_run(Path("runs/bc/toy/a"), 100, result={"step": 100, "returns": [7.0], "scores": None})
     make_run(Path("runs/bc/toy/b"), 40)
-    Path(f"runs/bc/toy/b/{name}.json").write_text(text)
+    Path(f"runs/bc/toy/b/{name}.json").write_text(text or WRONG[name])
     assert main("status", "runs") == 0
     shown = capsys.readouterr().out
     assert "2 runs: 1 finished, 1 damaged" in shown
-    assert re.search(rf"^damaged .*b/{name}\.json: .*; remove it\.$", shown, re.M)
+    assert re.search(rf"^damaged .*b/{name}\.json: .*; (remove it|restore it or leave the run out)\.$", shown, re.M)
 
 
 # ---- with processes -------------------------------------------------------------------------------------------

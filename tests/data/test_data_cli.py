@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -163,6 +164,15 @@ def test_bad_inputs_are_one_sentence(source: Path, tmp_path: Path) -> None:
         with pytest.raises(OffrlError, match=message) as caught:
             run(*words)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.hdf5", "x.safetensors", "x"])
+def test_pipes_and_devices_are_no_datasets(name: str, tmp_path: Path) -> None:
+    """Nobody writes to the pipe: opening it must not wait."""
+    os.mkfifo(tmp_path / name)
+    for path in (str(tmp_path / name), "/dev/zero"):
+        with pytest.raises(OffrlError, match="a pipe, a device or a folder; give a file"):
+            run("info", path)
 
 
 def test_the_command_line_leaves_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import scipy.stats
 
 from offrl import results
+from offrl.cli.main import main
 from offrl.cli.report import add_parser
 from offrl.results import figures, tables
 from offrl.results import report as reporting
@@ -463,6 +464,37 @@ def test_command_prints_a_table_and_writes_beside_the_runs(tmp_path, capsys):
     assert re.search(r"bc +5\d\.\d ± \d\.\d +\d", printed)
     assert "last 2" in printed
     assert (tmp_path / "runs" / "report" / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config", "{"),
+        ("config", "[]"),
+        ("config", '{"updates": -1}'),
+        ("manifest", '{"dataset_info": 3}'),
+        ("manifest", "{"),
+    ]
+    + [("manifest", '{"non_default": "lr"}'), ("episodes", "nonsense\n")],
+)
+def test_a_damaged_run_is_left_out_and_said(name, text, tmp_path, capsys):
+    """The report is that of the other runs alone."""
+    make_run(tmp_path / "runs" / "a", "bc")
+    alone, _ = reporting.summary([tmp_path / "runs"], tmp_path / "out")
+    make_run(tmp_path / "runs" / "b", "bc", seeds=(7, 8))
+    path = next((tmp_path / "runs" / "b").glob(f"{name}.json*"))
+    path.write_text(text)
+    for copy in (tmp_path / "runs" / "b").glob("*.parquet"):
+        copy.unlink()
+    made, _ = reporting.summary([tmp_path / "runs"], tmp_path / "out")
+    assert [(c.seeds, c.mean, c.std) for c in made.cells] == [(c.seeds, c.mean, c.std) for c in alone.cells]
+    assert len(made.damage) == 1
+    assert path.name in made.damage[0]
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("offrl: error: left out of the report: ")
+    assert shown.err.count("\n") == 1
+    assert "bc" in shown.out
 
 
 def test_errors_say_what_to_do(tmp_path):
