@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,19 @@ def test_npz_files_that_are_none(tmp_path: Path) -> None:
     torch.save(arrays()["rewards"], tmp_path / "c.pt")
     with pytest.raises(OffrlError, match="pickled PyTorch file"):
         load(tmp_path / "c.pt")
+
+
+def test_npz_files_with_damaged_members(tmp_path: Path) -> None:
+    """A member whose header ends within brackets, and one that says it is encrypted."""
+    whole = tmp_path / "x.npz"
+    np.savez(whole, **arrays())
+    with zipfile.ZipFile(tmp_path / "header.npz", "w") as file:
+        text = b"{'descr': '<f4', 'fortran_order': False, 'shape': (((\n"
+        for key in arrays():
+            file.writestr(f"{key}.npy", b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text)
+    data = bytearray(whole.read_bytes())
+    data[data.find(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "encrypted.npz").write_bytes(data)
+    for name in ("header.npz", "encrypted.npz"):
+        with pytest.raises(OffrlError, match=rf"{name}: the file is cut off or damaged"):
+            read_npz(tmp_path / name)
