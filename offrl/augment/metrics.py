@@ -123,7 +123,7 @@ class OneLane(Agent):
         nn.Module.__init__(self)
         if not 0 <= lane < agent.spec.lanes:
             raise OffrlError(f"lane {lane}: the agent has lanes 0 to {agent.spec.lanes - 1}.")
-        self.agent, self.lane = agent, lane
+        self.agent, self.lane, self.box = agent, lane, agent.box
 
     def normalize(self, obs: Tensor) -> Tensor:
         return self.agent.normalize(obs)

@@ -132,6 +132,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "return_scale": 1.0,
         "lr": 1e-3,
         "hidden": (1024, 1024),
+        "orthogonal_init": False,
         **NOT_SAMPLED,
         "normalize_obs": False,
     },
