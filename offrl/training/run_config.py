@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -185,15 +186,24 @@ def _check_common(common: Mapping[str, Any]) -> None:
     if not common:
         return
     known: set[str] = set()
-    for group in ("agent", "augment"):
-        for path in sorted((conf_dir() / group).glob("*.yaml")):
-            if target := OmegaConf.select(OmegaConf.load(path), "_target_"):
-                known |= {f.name for f in fields(target_class({"_target_": target}, object, group).Config)}
+    for path in (path for group in ("agent", "augment") for path in sorted((conf_dir() / group).glob("*.yaml"))):
+        known |= _settings_in(path, path.stat().st_mtime_ns)
+        if known.issuperset(common):
+            return
     for key in common:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean common.{near[0]}?" if near else "`offrl agents NAME` lists settings."
             raise OffrlError(f"common.{key}: no agent and no augmentation has this setting; {hint}")
+
+
+@lru_cache(maxsize=256)
+def _settings_in(path: Path, modified: int) -> frozenset[str]:
+    """Names of the settings of a choice's class; `modified` only tells versions of the file apart."""
+    target = OmegaConf.select(OmegaConf.load(path), "_target_")
+    if not target:
+        return frozenset()
+    return frozenset(f.name for f in fields(target_class({"_target_": target}, object, path.parent.name).Config))
 
 
 def check_tables(tables: Tables | None, cls: type[Any]) -> None:
