@@ -159,6 +159,10 @@ class CQL(Agent[CQLConfig]):
         soft_maximum = temperature * ((q_proposed - log_density.unsqueeze(1)) / temperature).logsumexp(-1, keepdim=True)
         return (soft_maximum.squeeze(-1) - q_data).clamp(min=per_lane(self.cfg.diff_min, 2)).mean(-1)
 
+    def lower_bounded(self, q_proposed: Tensor, batch: Batch) -> Tensor:
+        """The values `[lanes, 2, batch, 3 n]` that the conservative term lowers; Cal-QL bounds them from below."""
+        return q_proposed
+
     def multiplier(self, difference: Tensor) -> Tensor:
         """alpha' `[lanes]` before its step; the step raises it where the difference exceeds the gap."""
         alpha_prime = self.log_alpha_prime.detach().exp().clamp(max=1e6)
@@ -175,7 +179,8 @@ class CQL(Agent[CQLConfig]):
         q = self.critics.q_of_actions(batch.obs, torch.cat([batch.action.unsqueeze(2), actions], 2))
         q_data, q_proposed = q[..., 0], q[..., 1:]
         error = (q_data - target.unsqueeze(1)).square().mean(-1).sum(-1)
-        difference = self.conservative_difference(q_data, q_proposed, log_density)
+        bounded = self.lower_bounded(q_proposed, batch)
+        difference = self.conservative_difference(q_data, bounded, log_density)
         metrics = {"bellman_error": error, "cql_diff": difference.mean(-1)}
         penalty = difference
         if self.cfg.lagrange:

@@ -27,6 +27,28 @@ def add_table(online: dict[str, Any], key: str, value: Any) -> None:
         online.setdefault(key, value)
 
 
+def add_all(online: dict[str, Any], always: Any, settings: type[Any]) -> None:
+    """Set what the method's yaml says under `online:`, for all datasets, where nobody has said otherwise.
+
+    Args:
+        settings: the method's dataclass of settings.
+    """
+    try:
+        if not isinstance(always, Mapping | None):
+            raise OffrlError(f"{always} should be a table of settings, not a single value.")
+        flat: dict[str, Any] = {}
+        for key, value in (always or {}).items():
+            group = isinstance(value, Mapping)
+            flat |= (
+                {f"online.{key}.{name}": each for name, each in value.items()} if group else {f"online.{key}": value}
+            )
+        check_row(flat, settings)
+    except OffrlError as error:
+        raise OffrlError(f"agent.online: {error}") from error
+    for key, value in flat.items():
+        add_table(online, key.removeprefix("online."), value)
+
+
 def check_row(row: Mapping[str, Any], settings: type[Any]) -> None:
     """Raise OffrlError for a wrong `online.` key or value in a row of a method's table.
 

@@ -20,7 +20,7 @@ from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, augmentation_config
 from offrl.data.catalogue import namesake
 from offrl.sampling import sampler_config
-from offrl.training.online_config import add_table, check_online, check_row
+from offrl.training.online_config import add_all, add_table, check_online, check_row
 from offrl.training.schema import TABLED, DataConfig, TrainConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.memory import require_bytes
@@ -136,6 +136,7 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
     tables, dataset = agent.pop("settings", None), str(values.get("dataset", ""))
+    always_online = agent.pop("online", None)
     cls, _ = agent_config(agent)  # a typing error should not wait for the data
     check_tables(tables, cls.Config)
     rows = matching_rows(tables, dataset, namesake(dataset))
@@ -150,6 +151,7 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
             values.setdefault(key, value)
         else:
             agent.setdefault(key, value)
+    add_all(online, always_online, cls.Config)
     train = build(TrainConfig, {**values, "data": given_data, "online": online}, others=groups)
     _check_train(train)
     lanes = len(train.lane_seeds())

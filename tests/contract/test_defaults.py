@@ -61,6 +61,41 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     # corl-team/CORL `awac.py` and its locomotion configurations.
     "awac": {"temperature": 0.3333, "max_weight": 100.0, **BACKUP, **ADAM, "hidden": THREE, "normalize_obs": True},
+    # ikostrikov/rlpd, `configs/rlpd_config.py` and the commands of its README for locomotion; the target entropy is minus half
+    # the number of actions.
+    "rlpd": {
+        "members": 10,
+        "subset": 2,
+        "critic_updates": 20,
+        "backup_entropy": True,
+        "target_entropy": None,
+        **BACKUP,
+        **ADAM,
+        "alpha_lr": 3e-4,
+        "hidden": TWO,
+        "critic_norm": True,
+        "normalize_obs": False,
+    },
+    # corl-team/CORL `finetune/cal_ql.py`, whose settings for AntMaze the table has.
+    "cal_ql": {
+        "cql_alpha": 10.0,
+        "actions": 10,
+        "temperature": 1.0,
+        "diff_min": -math.inf,
+        "lagrange": False,
+        "gap": 5.0,
+        "max_backup": False,
+        "backup_entropy": False,
+        "bc_steps": 0,
+        **BACKUP,
+        "actor_lr": 3e-5,
+        "critic_lr": 3e-4,
+        "hidden": THREE,
+        "critic_hidden": None,
+        "normalize_obs": True,
+        "calibrate": True,
+        "sparse_rewards": False,
+    },
     # corl-team/CORL `cql.py` and its locomotion configurations; the gap is that of its Maze2D ones, where alone it is used.
     "cql": {
         "cql_alpha": 10.0,
