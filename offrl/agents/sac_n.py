@@ -42,7 +42,7 @@ class SACNConfig:
 class SACN(Agent[SACNConfig]):
     """max_pi E [min_i Q_i(s, a) - alpha log pi(a|s)], a ~ pi(.|s)."""
 
-    Config = SACNConfig
+    Config: ClassVar[type] = SACNConfig
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
