@@ -8,7 +8,8 @@ follow every environment step, and one of the actor.
 There is no offline phase: `updates=0 online.steps=N` (docs/online.md). conf/agent/rlpd.yaml sets symmetric sampling, 20 updates
 a step and 5,000 random steps. Trained offline, it is soft actor-critic without any pessimism, and diverges on most datasets.
 
-Deviations: initial weights are PyTorch's, where the authors have Xavier's and zero biases; the target evaluates all critics
+Deviations: initial weights are PyTorch's, those of the policy's last layer within 1e-3, where the authors have Xavier's and
+zero biases; the policy's log std is at least -5, as in SAC-N, and not -20; the target evaluates all critics
 and picks the subset's values, where the authors evaluate the subset; the numbers are the same. The critics learn from
 batches of 256 drawn one after another, where the authors draw the 20 batches of a step at once.
 """
@@ -57,7 +58,7 @@ class RLPD(SACN):
         if cfg.critic_updates < 1:
             raise ValueError(f"critic_updates={cfg.critic_updates} should be at least 1.")
         self.period = cfg.critic_updates  # type: ignore[misc]
-        self.actor = TanhGaussianActor.of(spec, cfg.hidden)
+        self.actor = TanhGaussianActor.of(spec, cfg.hidden, log_std=(-5.0, 2.0), last=1e-3)
         self.critics = Critics.of(spec, cfg.hidden, members=cfg.members, norm=cfg.critic_norm, norm_first=True)
         self.critics_target = make_target(self.critics)
         self.log_alpha = nn.Parameter(torch.zeros(spec.lanes))

@@ -48,7 +48,7 @@ class Plain:
 
     def sample(self, s: Tensor, name: str) -> tuple[Tensor, Tensor]:
         mean, log_sigma = self.actor(s).split(2, 1)
-        sigma = log_sigma.clip(-20, 2).exp()
+        sigma = log_sigma.clip(-5, 2).exp()
         law = TransformedDistribution(Normal(mean, sigma), TanhTransform(cache_size=1))
         inside = law.transforms[0](mean + sigma * self.random.normal(name, mean.unsqueeze(0))[0])
         return self.box.centre + self.box.half * inside, law.log_prob(inside).sum(1)
