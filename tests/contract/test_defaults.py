@@ -61,6 +61,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     # corl-team/CORL `awac.py` and its locomotion configurations.
     "awac": {"temperature": 0.3333, "max_weight": 100.0, **BACKUP, **ADAM, "hidden": THREE, "normalize_obs": True},
+    # corl-team/CORL `finetune/spot.py` and its configurations; lambda is that of the hands.
+    "spot": {
+        "weight": 1.0,
+        "kl_weight": 0.5,
+        "vae_updates": 100_000,
+        **BACKUP,
+        **SMOOTHING,
+        "actor_lr": 1e-4,
+        "critic_lr": 3e-4,
+        "vae_lr": 1e-3,
+        "hidden": TWO,
+        "vae_hidden": (750, 750),
+        "normalize_obs": False,
+    },
     # ikostrikov/rlpd, `configs/rlpd_config.py` and the commands of its README for locomotion; the target entropy is minus half
     # the number of actions.
     "rlpd": {
@@ -197,7 +211,7 @@ def test_defaults_are_the_published_ones(name: str) -> None:
 def test_what_no_setting_says() -> None:
     """The actor's delay of TD3, and what is added to the observations' deviation before dividing by it."""
     delayed = {name for name in PUBLISHED if agent_class(name).period == 2}
-    assert delayed == {"td3_bc", "prdc", "a2pr", "rebrac"}
+    assert delayed == {"td3_bc", "prdc", "a2pr", "rebrac", "spot"}
     assert all(agent_class(name).period == 1 for name in PUBLISHED if name not in delayed)
     eps = {name: agent_class(name).obs_eps for name in PUBLISHED}
     assert {name for name, value in eps.items() if value == 1e-6} == {"dt", "esper"}  # kzl/decision-transformer
