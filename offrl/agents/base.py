@@ -48,6 +48,8 @@ class Agent(nn.Module, Generic[ConfigT]):
         takes_discrete: whether the agent supports discrete actions; others refuse a dataset of discrete actions.
         pretrain_updates: number of updates before the policy's first one.
         dataset_index: what `setup` keeps of the dataset; neither saved nor copied.
+        explore_noise: std of the noise with which a deterministic policy explores an environment, in units of half the box,
+            which is clipped at `explore_clip`; with discrete actions, the probability of a uniform one.
         obs_eps: term added to the observations' standard deviation; 1e-3 in TD3+BC and its descendants.
     """
 
@@ -56,6 +58,8 @@ class Agent(nn.Module, Generic[ConfigT]):
     batch_fields: ClassVar[tuple[str, ...]] = ()
     takes_discrete: ClassVar[bool] = False
     obs_eps: ClassVar[float] = 1e-3
+    explore_noise: float = 0.1
+    explore_clip: ClassVar[float] = 0.5
     window: int | None = None
     pretrain_updates: int = 0
     dataset_index: Any = None
@@ -173,6 +177,29 @@ class Agent(nn.Module, Generic[ConfigT]):
     def select_action(self, obs: Tensor, state: Any = None) -> Tensor:
         """The action for raw observations `[lanes, n, O]`: deterministic and within bounds."""
         return self.within_bounds(self.act(self.normalize(obs)))
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
+        """The action with which the agent gathers data, for raw observations `[lanes, n, O]`; within bounds.
+
+        A Gaussian policy is sampled, a deterministic one gets clipped noise, and a discrete one takes a uniform action now
+        and then. A policy with another distribution overrides it.
+
+        Args:
+            random: its `step` is the number of the environment step.
+        """
+        state = self.normalize(obs)
+        gaussian = self.policy_gaussian(state)
+        if gaussian is not None:
+            mean, std = gaussian
+            return self.within_bounds(mean + std * random.normal("explore", mean))
+        action = self.act(state)
+        if self.spec.discrete:
+            chance = random.uniform("explore/chance", action.shape[1:])
+            uniform = random.integers("explore", self.spec.action_dim, action.shape[1:])
+            return torch.where(chance < self.explore_noise, uniform, action)
+        noise = (random.normal("explore", action) * self.explore_noise).clamp(-self.explore_clip, self.explore_clip)
+        return self.within_bounds(action + noise * self.box.half_width)
 
     def within_bounds(self, action: Tensor) -> Tensor:
         """Continuous actions clipped to their bounds; discrete ones as they are."""

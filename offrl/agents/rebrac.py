@@ -48,6 +48,7 @@ class ReBRAC(TD3BC):
     cfg: ReBRACConfig  # type: ignore[assignment]  # TD3+BC's settings without alpha
     batch_fields = ("next_action",)
     actor_turn = 0
+    explore_noise = 0.0  # the authors' fine-tuning acts without noise
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,13 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from offrl.cli.agents import field_comments
+from offrl.cli.finetune import value_of
 from offrl.training.compose import choices, compose_words, groups, named, plain, register, sentence, to_hydra_overrides
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import print_result
-from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
+from offrl.training.schema import DataConfig, EvalConfig, OnlineConfig, TrainConfig
 from offrl.training.sweep import Sweep, import_path, run_job
 from offrl.training.trainer import resume, train
-from offrl.utils.errors import OffrlError, one_line
+from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir, config_dir_of, without_config_dir
 
 
@@ -42,7 +42,7 @@ def run(words: list[str]) -> int:
         if odd := [w for w in words if not re.match(r"[a-z]", w) or "=" not in w]:
             raise OffrlError(f"{odd[0]} can't stand beside resume=RUN; only key=value can.")
         changes = dict(w.split("=", 1) for w in words if not w.startswith("resume="))
-        return print_result(resume(folder, {key: _value(text) for key, text in changes.items()}))
+        return print_result(resume(folder, {key: value_of(text) for key, text in changes.items()}))
     if several := next((word for word in words if re.match(r"\+?(experiment|suite)=.*[,([]", word)), None):
         key = several.split("=")[0]
         raise OffrlError(f"{key}= takes one name: each brings a sweep of its own, so give each its own command.")
@@ -151,7 +151,7 @@ def _help(extra: Path | None) -> str:
     lines = ["offrl train [key=value ...] [-m] [--config-dir DIR] [--cfg job]", "", "Options:"]
     rows = [
         (f"{prefix}{name}={default}", comment)
-        for prefix, cls in (("", TrainConfig), ("data.", DataConfig), ("eval.", EvalConfig))
+        for prefix, cls in (("", TrainConfig), ("data.", DataConfig), ("eval.", EvalConfig), ("online.", OnlineConfig))
         for name, default, comment in field_comments(cls)
     ]
     rows.append(("agent.KEY=VALUE", "a setting of the method; a list gives one value per lane (offrl agents NAME)"))
@@ -160,11 +160,3 @@ def _help(extra: Path | None) -> str:
     lines += [f"  {option:30} {comment}".rstrip() for option, comment in rows] + [""]
     lines += [f"{group}=  {', '.join(names)}" for group in sorted(groups(extra)) if (names := choices(group, extra))]
     return "\n".join(lines)
-
-
-def _value(text: str) -> Any:
-    """What Hydra reads behind `key=`."""
-    try:
-        return OverridesParser.create().parse_override(f"key={text}").value()
-    except HydraException as error:
-        raise OffrlError(f"{text} can't be read as a value: {one_line(error)}") from error

@@ -86,6 +86,7 @@ class MLP(nn.Module):
         bias: initial value of all hidden biases; None: PyTorch's default.
         last: bound of the last layer's uniform initial weights and biases; None: PyTorch's default.
         norm: layer normalisation after every hidden ReLU.
+        norm_first: before them instead.
 
     Weights are `[lanes, (members,) out, in]`, biases `[lanes, (members,) out]`.
     """
@@ -99,8 +100,10 @@ class MLP(nn.Module):
         bias: float | None = None,
         last: float | None = None,
         norm: bool = False,
+        norm_first: bool = False,
     ) -> None:
         super().__init__()
+        self.norm_first = norm_first
         generators = lane_generators(seeds, name)
         self.name, self.members = name, members
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
@@ -151,10 +154,12 @@ class MLP(nn.Module):
         self, x: Tensor, layers: Sequence[Tensor], norms: Sequence[Tensor], drop: Drop | None
     ) -> Tensor:
         for i in range(0, len(layers) - 2, 2):
-            x = _ReluMLP.apply(x, *layers[i : i + 2]).relu()
+            x = _ReluMLP.apply(x, *layers[i : i + 2])
+            x = x if self.norm_first else x.relu()
             if norms:
                 gain, offset = (p.flatten(0, -2) for p in norms[i : i + 2])
                 x = layer_norm(x, gain, offset, eps=1e-6)  # Flax's default: the authors' networks are Flax's
+            x = x.relu() if self.norm_first else x
             if drop is not None:
                 x = drop(f"{self.name}/{i // 2}", x)
         return _ReluMLP.apply(x, *layers[-2:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from offrl.results.stats import Array
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from offrl.results.finetuning import FineTuning
 
 ENOUGH_SEEDS = 10  # seeds below which a difference between methods is not called one
 
@@ -87,6 +89,7 @@ class Report:
     comparisons: list[Comparison]
     tunings: list[Tuning]
     notes: list[str]
+    fine_tunings: list[FineTuning] = field(default_factory=list)
 
 
 def summarise(folder: Path, cells: list[Cell], rows: pl.DataFrame, notes: Sequence[str] = ()) -> Report:

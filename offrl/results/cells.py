@@ -17,6 +17,7 @@ from offrl import results
 from offrl.results import stats
 from offrl.results.labels import _method, label_lanes, scale_of
 from offrl.results.published import Published, lookup
+from offrl.results.rows import budget_of
 from offrl.results.stats import Array
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
             evaluations=pl.len(),
         )
         here = [by_folder[folder] for folder in lanes["folder"]]
-        budgets = [int(run.config.get("updates") or 0) for run in here]
+        budgets = [budget_of(run.config) for run in here]
         k, average = int(lanes["k"].to_numpy().min()), lanes["average"].to_numpy()
         normalized = lanes["scale"][0].endswith("score")
         cells.append(

@@ -15,6 +15,7 @@ from offrl import results
 from offrl.results import figures, html, stats, tables
 from offrl.results.aggregates import Report, profiles, summarise
 from offrl.results.cells import METRICS, Cell, build
+from offrl.results.finetuning import collapsed, fine_tunings
 from offrl.results.style import save
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Figure file (without .png): title. The profiles are drawn where a family has several datasets.
-FIGURES = {"curves": "Learning curves", "scores": "Last scores", "profiles": "Performance profiles"}
+FIGURES = {
+    "curves": "Learning curves",
+    "online": "Fine-tuning",
+    "scores": "Last scores",
+    "profiles": "Performance profiles",
+}
 FILES = ("report.html", "report.md", "report.tex", "report.csv", "episodes.parquet", *(f"{f}.png" for f in FIGURES))
 
 
@@ -69,7 +75,10 @@ def summary(
         where = ", ".join(map(str, paths)) or "no folder"
         raise OffrlError(f"no run with an evaluation in {where}: give the folder of a run that has evaluated a policy.")
     cells, rows, notes = build(rows, runs, last_k, metric)
-    return summarise(Path(out), cells, rows, notes), rows
+    tuned = fine_tunings(cells, rows, runs)
+    made = summarise(Path(out), cells, rows, [*notes, *filter(None, [collapsed(tuned)])])
+    made.fine_tunings = tuned
+    return made, rows
 
 
 def show_tables(made: Report) -> None:
@@ -122,6 +131,9 @@ def _write(made: Report, rows: pl.DataFrame) -> list[str]:
 def draw(made: Report) -> dict[str, Figure]:
     """The figures of a report, by the names in `FIGURES`."""
     drawn = {"curves": figures.draw_curves(made.cells), "scores": figures.draw_scores(made.cells)}
+    if made.fine_tunings:
+        cells = [tuned.cell for tuned in made.fine_tunings]
+        drawn["online"] = figures.draw_curves(cells, "environment steps (0: the switch from offline training)")
     if groups := profiles(made.cells):
         drawn["profiles"] = figures.draw_profiles(groups)
     return drawn

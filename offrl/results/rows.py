@@ -139,7 +139,7 @@ def progress(folder: Path) -> Progress:
     """Progress of a run from its files; cheap, and never an error, because the run may be writing them."""
     step, rate, updates = 0, None, 0
     with contextlib.suppress(OSError, OffrlError):
-        updates = read_json(folder / "config.json", _Budget, "restore it").updates or 0
+        updates = budget_of(read_json(folder / "config.json", dict[str, Any], "restore it"))
     with contextlib.suppress(OSError, OffrlError):
         last = parse_json(_last_line(folder / "metrics.jsonl"), _Rate, "metrics.jsonl", "restore it")
         step = last.step
@@ -147,10 +147,29 @@ def progress(folder: Path) -> Progress:
     return Progress(step, updates, rate)
 
 
+class _Online(BaseModel):
+    steps: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+    updates_per_step: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+    random_steps: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+
+
 class _Budget(BaseModel):
     """What `config.json` says of a run's length."""
 
     updates: Annotated[int, Field(ge=0, lt=2**63, strict=True)] | None = None
+    online: _Online | None = None
+
+
+def budget_of(config: dict[str, Any]) -> int:
+    """Updates that a configuration asks for, those of an online phase included; 0 where it does not say.
+
+    Raises:
+        OffrlError: the numbers are none.
+    """
+    asked = parse_json(json.dumps(config), _Budget, "config.json", "restore it")
+    online = asked.online
+    later = online.updates_per_step * max(0, online.steps - online.random_steps) if online else 0
+    return (asked.updates or 0) + later
 
 
 class _Rate(BaseModel):

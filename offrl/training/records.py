@@ -51,6 +51,15 @@ class SpecRecord(_Record):
         return self
 
 
+class OnlineRecord(_Record):
+    """Where an online phase stands."""
+
+    step: Count  # environment steps of every lane
+    episodes: list[Count]  # number of each lane's episode under way
+    lengths: list[Count]  # steps of it so far
+    metrics: dict[str, list[float]] = {}  # the latest of each name
+
+
 class RunRecord(_Record):
     """The facts of a run's checkpoint."""
 
@@ -59,6 +68,7 @@ class RunRecord(_Record):
     config: dict[str, Any]
     spec: SpecRecord
     info: DatasetInfo
+    online: OnlineRecord | None = None
 
     @field_validator("config")
     @classmethod

@@ -21,6 +21,7 @@ from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, augmentation_config
 from offrl.data.catalogue import namesake
 from offrl.sampling import sampler_config
+from offrl.training.online_config import add_all, add_table, check_online, check_row
 from offrl.training.schema import TABLED, DataConfig, TrainConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.memory import require_bytes
@@ -64,11 +65,14 @@ class RunConfig:
         lanes = len(self.train.lane_seeds())
         cls, cfg = sampler_config(self.sampler, lanes)
         augmentation = augmentation_config(self.augment, lanes)[0].name if self.augment else ""
-        return "+".join(filter(None, (self.agent_name, cls.label(cfg), augmentation)))
+        online = "online" if self.train.online.steps else ""
+        return "+".join(filter(None, (self.agent_name, cls.label(cfg), augmentation, online)))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is kept with the run; `resolve_config` reads it back."""
         train = asdict(self.train)
+        if not self.train.online.steps:
+            del train["online"]
         augment = {"augment": self.augment} if self.augment else {}
         names = {"method": self.train.label or self.method, "agent_name": self.agent_name}
         return {**names, "agent": self.agent, "sampler": self.sampler, **augment, **train}
@@ -89,6 +93,8 @@ class RunConfig:
         Defaults count: an edited default, or one that a later release changes, makes another run.
         """
         settings = {k: v for k, v in self.to_dict().items() if k not in FREE | NAMES}
+        if self.train.online.steps:
+            settings["updates"] = self.train.updates  # they say where the online phase begins
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
 
     def folder(self) -> Path:
@@ -125,12 +131,13 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     if "sizes" in values:
         warnings.warn("`sizes` is now called `common`; the old name will go.", DeprecationWarning, stacklevel=4)
         values["common"] = _table(values, "common") | _table(values, "sizes")
-    agent, sampler, augment, given_data, common = (
-        _table(values, name) for name in ("agent", "sampler", "augment", "data", "common")
+    agent, sampler, augment, given_data, common, online = (
+        _table(values, name) for name in ("agent", "sampler", "augment", "data", "common", "online")
     )
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
     tables, dataset = agent.pop("settings", None), str(values.get("dataset", ""))
+    always_online = agent.pop("online", None)
     cls, _ = agent_config(agent)  # a typing error should not wait for the data
     check_tables(tables, cls.Config)
     rows = matching_rows(tables, dataset, namesake(dataset))
@@ -139,11 +146,14 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     for key, value in chosen_settings(tables, dataset, namesake(dataset)).items():
         if key.startswith("data."):
             given_data.setdefault(key.removeprefix("data."), value)
+        elif key.startswith("online."):
+            add_table(online, key.removeprefix("online."), value)
         elif key in TABLED:
             values.setdefault(key, value)
         else:
             agent.setdefault(key, value)
-    train = build(TrainConfig, {**values, "data": given_data}, others=groups)
+    add_all(online, always_online, cls.Config)
+    train = build(TrainConfig, {**values, "data": given_data, "online": online}, others=groups)
     _check_train(train)
     lanes = len(train.lane_seeds())
     agent = resolved(agent, agent_config(agent)[1])
@@ -157,6 +167,7 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
         _take_common(augment, target_class(augment, Augmentation, "augment").Config, common)
         augment = resolved(augment, augmentation_config(augment, lanes)[1])
     _check_common(common)
+    check_online(train, cls.Config, agent, augment)
     return RunConfig(train, agent, sampler, augment, name, rows)
 
 
@@ -220,7 +231,12 @@ def check_tables(tables: Tables | None, cls: type[Any]) -> None:
             training = {key: value for key, value in row.items() if key in TABLED}
             build(DataConfig, data, "data.")
             build(TrainConfig, training)
-            own = {key: value for key, value in row.items() if key not in TABLED and not key.startswith("data.")}
+            check_row({key: value for key, value in row.items() if key.startswith("online.")}, cls)
+            own = {
+                key: value
+                for key, value in row.items()
+                if key not in TABLED and not key.startswith(("data.", "online."))
+            }
             build(cls, own, "agent.", per_lane=True)
         except OffrlError as error:
             raise OffrlError(f"agent.settings, row {pattern}: {error}") from error
@@ -237,8 +253,9 @@ def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
 def _check_train(train: TrainConfig) -> None:
     if not train.dataset:
         raise OffrlError("dataset is empty; name one with dataset=ID, `offrl data list` shows the known ones.")
-    positive = ("updates", "batch_size", "lanes", "updates_per_launch", "log_every", "checkpoint_every", "threads")
+    positive = ("batch_size", "lanes", "updates_per_launch", "log_every", "checkpoint_every", "threads")
     least = dict.fromkeys(positive, 1) | {"eval.workers": 1, "eval.slots": 1}
+    least["updates"] = 0 if train.online.steps else 1
     least |= dict.fromkeys(("eval.every", "eval.episodes", "eval.final_episodes", "eval.seed"), 0)
     for key, smallest in least.items():
         value = attrgetter(key)(train)

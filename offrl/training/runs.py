@@ -85,6 +85,8 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that change a training's numbers, seeds apart, by dotted key; `augment`: whether there is an augmentation."""
     flat: dict[str, Any] = {"augment": bool(config.get("augment"))}
     for key, value in config.items():
+        if key == "updates" and config.get("online"):  # they say where the online phase begins
+            flat[key] = value
         if key in FREE | NAMES or (key == "augment" and not value):
             continue
         if isinstance(value, Mapping):
@@ -103,7 +105,7 @@ def done_before(job: RunConfig) -> Result | None:
     if job.train.fresh:
         return None
     _check_same(job, job.folder())
-    return finished(job.folder(), job.train.updates)
+    return finished(job.folder(), job.train.total_updates)
 
 
 def finished(folder: Path, updates: int) -> Result | None:
@@ -157,9 +159,28 @@ def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> 
     tensors, kept = checkpoint.load(path, RunRecord)
     with trusting(trust):
         agent = make_agent(kept.config["agent"], _spec_from(kept.spec, device))
-    checkpoint.restore(agent, tensors, path)
+    restore_agent(agent, tensors, path)
     agent.random.step.fill_(kept.step)
     return agent.eval()
+
+
+def restore_agent(agent: Agent, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy a checkpoint's tensors into an agent made from the same configuration.
+
+    Raises:
+        OffrlError: names, shapes or types are others than the agent's, or a number is not finite.
+    """
+    if "obs_mean" in tensors and tensors["obs_mean"].ndim > agent.obs_mean.ndim:
+        spread_statistics(agent)
+    checkpoint.restore(agent, tensors, path)
+
+
+def spread_statistics(agent: Agent) -> None:
+    """Give every lane observation statistics of its own, `[lanes, 1, O]` in place of `[O]`."""
+    if agent.obs_mean.ndim == 1:
+        agent.obs_mean, agent.obs_scale = (
+            buffer.expand(agent.spec.lanes, 1, -1).clone() for buffer in (agent.obs_mean, agent.obs_scale)
+        )
 
 
 def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:

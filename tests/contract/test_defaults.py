@@ -61,6 +61,55 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     # corl-team/CORL `awac.py` and its locomotion configurations.
     "awac": {"temperature": 0.3333, "max_weight": 100.0, **BACKUP, **ADAM, "hidden": THREE, "normalize_obs": True},
+    # corl-team/CORL `finetune/spot.py` and its configurations; lambda is that of the hands.
+    "spot": {
+        "weight": 1.0,
+        "kl_weight": 0.5,
+        "vae_updates": 100_000,
+        **BACKUP,
+        **SMOOTHING,
+        "actor_lr": 1e-4,
+        "critic_lr": 3e-4,
+        "vae_lr": 1e-3,
+        "hidden": TWO,
+        "vae_hidden": (750, 750),
+        "normalize_obs": False,
+    },
+    # ikostrikov/rlpd, `configs/rlpd_config.py` and the commands of its README for locomotion; the target entropy is minus half
+    # the number of actions.
+    "rlpd": {
+        "members": 10,
+        "subset": 2,
+        "critic_updates": 20,
+        "backup_entropy": True,
+        "target_entropy": None,
+        **BACKUP,
+        **ADAM,
+        "alpha_lr": 3e-4,
+        "hidden": TWO,
+        "critic_norm": True,
+        "normalize_obs": False,
+    },
+    # corl-team/CORL `finetune/cal_ql.py`, whose settings for AntMaze the table has.
+    "cal_ql": {
+        "cql_alpha": 10.0,
+        "actions": 10,
+        "temperature": 1.0,
+        "diff_min": -math.inf,
+        "lagrange": False,
+        "gap": 5.0,
+        "max_backup": False,
+        "backup_entropy": False,
+        "bc_steps": 0,
+        **BACKUP,
+        "actor_lr": 3e-5,
+        "critic_lr": 3e-4,
+        "hidden": THREE,
+        "critic_hidden": None,
+        "normalize_obs": True,
+        "calibrate": True,
+        "sparse_rewards": False,
+    },
     # corl-team/CORL `cql.py` and its locomotion configurations; the gap is that of its Maze2D ones, where alone it is used.
     "cql": {
         "cql_alpha": 10.0,
@@ -163,7 +212,7 @@ def test_defaults_are_the_published_ones(name: str) -> None:
 def test_what_no_setting_says() -> None:
     """The actor's delay of TD3, and what is added to the observations' deviation before dividing by it."""
     delayed = {name for name in PUBLISHED if agent_class(name).period == 2}
-    assert delayed == {"td3_bc", "prdc", "a2pr", "rebrac"}
+    assert delayed == {"td3_bc", "prdc", "a2pr", "rebrac", "spot"}
     assert all(agent_class(name).period == 1 for name in PUBLISHED if name not in delayed)
     eps = {name: agent_class(name).obs_eps for name in PUBLISHED}
     assert {name for name, value in eps.items() if value == 1e-6} == {"dt", "esper"}  # kzl/decision-transformer
