@@ -11,9 +11,9 @@ the actor from before its step.
 
 Settings that are off by default: an ensemble whose value is mean - `pessimism` std, in the target and for the actor, as in
 ColinQiyangLi/qam (`members`, `pooling: lcb`); GELU networks with Glorot's initial weights, as seohongpark/fql has them on
-OGBench (`activation: gelu`); and TD3-AWR (`awr`), after EmptyJackson/unifloral, which weighs the actor's distance by the action's
-advantage over a V that regresses to an expectile of Q. There a step is one update of the actor, two of the critics and one of V,
-with Adam's eps at 1e-5; here the order, the counts and Adam are ReBRAC's, and V steps last.
+OGBench (`activation: gelu`); and TD3-AWR (`awr`), after EmptyJackson/unifloral, which weighs the actor's distance by the
+action's advantage over a V that regresses to an expectile of Q. There a step is one update of the actor, two of the critics and
+one of V, with Adam's eps at 1e-5; here the order, the counts and Adam are ReBRAC's, and V steps last.
 
 Deviations, none of which changes a number where the dataset has a': a row without a' (the last one before a cut) has no
 penalty in its target, where the authors take the action that follows in the file. The critics are one batched ensemble, and
