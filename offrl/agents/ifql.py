@@ -1,7 +1,7 @@
 """IFQL and IDQL: IQL's critics, a generative policy that clones the data, and the best of N of its actions.
 
-IFQL: Park, Li & Levine, "Flow Q-Learning", ICML 2025 (arXiv 2502.02538), authors' code seohongpark/fql, whose update this is step
-for step. It is the counterpart with a flow of IDQL: Hansen-Estruch, Kostrikov, Janner, Kuba & Levine, "IDQL: Implicit
+IFQL: Park, Li & Levine, "Flow Q-Learning", ICML 2025 (arXiv 2502.02538), authors' code seohongpark/fql, whose update this is
+step for step. It is the counterpart with a flow of IDQL: Hansen-Estruch, Kostrikov, Janner, Kuba & Levine, "IDQL: Implicit
 Q-Learning as an Actor-Critic Method with Diffusion Policies", 2023 (arXiv 2304.10573), authors' code philippe-eecs/IDQL.
 V regresses to an upper expectile of Q over the dataset's actions and Q to r + gamma V(s'); the policy knows neither. Acting
 draws N actions and takes the one with the largest min_i Q_i.

@@ -105,10 +105,10 @@ def test_schedule() -> None:
 class Exact(DenoisingPolicy):
     """The noise of data that are one point: eps = (x_t - sqrt(abar_t) a) / sqrt(1 - abar_t)."""
 
-    point = torch.tensor([0.3, -0.6]).double()
+    point = torch.tensor([0.3, -0.6], dtype=torch.float64)
 
     def predict(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        abar = torch.tensor(self.abar).double()[t.long()]
+        abar = torch.tensor(self.abar, dtype=torch.float64)[t.long()]
         return (x - abar.sqrt() * self.point) / (1 - abar).sqrt()
 
 
@@ -127,7 +127,7 @@ class Normal(DenoisingPolicy):
     variance = 0.01
 
     def predict(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        abar = torch.tensor(self.abar).double()[t.long()]
+        abar = torch.tensor(self.abar, dtype=torch.float64)[t.long()]
         return (1 - abar).sqrt() * x / (abar * self.variance + 1 - abar)
 
 
