@@ -232,11 +232,13 @@ class RecurrentAgent(Agent[ConfigT]):
     Attributes:
         stream: prefix of the names of random numbers.
         uses_history: whether the action depends on the episode so far; if False, only sampling actions needs a state.
+        samples_continuous: whether the setting `sample_actions` holds for continuous actions too.
         episode_batches: number of batches of episodes so far, which have different random numbers.
     """
 
     stream: ClassVar[str]
     uses_history: ClassVar[bool] = True
+    samples_continuous: ClassVar[bool] = False
     episode_batches: int = 0
 
     def act(self, obs: Tensor, state: Any = None) -> Tensor:
@@ -262,9 +264,18 @@ class RecurrentAgent(Agent[ConfigT]):
             return choose(logits)
         return choose(logits, self.random.uniform(f"{state.stream}/{state.timestep}", logits.shape[1:2]))
 
+    def acting_noise(self, obs: Tensor, state: ActingState | None, width: int) -> Tensor | None:
+        """Standard normals `[lanes, envs, width]` of the timestep; None where the policy samples nothing.
+
+        An episode's numbers depend on its lane, its place and its timestep, and not on how many others run beside it.
+        """
+        if not self._samples_actions or state is None or not state.stream:
+            return None
+        return self.random.normal_rows(f"{state.stream}/{state.timestep}", obs.shape[1], width).to(obs.dtype)
+
     @property
     def _samples_actions(self) -> bool:
-        return self.spec.discrete and getattr(self.cfg, "sample_actions", False)
+        return (self.spec.discrete or self.samples_continuous) and getattr(self.cfg, "sample_actions", False)
 
     @torch.no_grad()
     def select_action(self, obs: Tensor, state: Any = None) -> Tensor:

@@ -41,7 +41,20 @@ VAE_BC = {"latent": "categorical", "latent_size": 16, "suffix": 64, "candidates"
 VAE_BC |= {"kl_weight": 1.0, "lr": 3e-4, "weight_decay": 1e-4, "grad_clip": 0.25, "hidden": TWO, **NOT_SAMPLED}
 VAE_BC |= {"normalize_obs": True}
 
+# seohongpark/fql. Ours: a normalised Q with alpha 1, which the authors advise for new tasks; lcb and its weight are those of
+# ColinQiyangLi/qam.
+FOUR, SAMPLED = (512, 512, 512, 512), {"sample_actions": True, "normalize_obs": False}
+FLOW_BC = {"flow_steps": 10, "lr": 3e-4, "hidden": FOUR, **SAMPLED}
+FQL = {**FLOW_BC, "alpha": 1.0, "normalize_q": True, "target": "mean", "pessimism": 0.5, "members": 2, **BACKUP}
+FQL |= {"critic_norm": True}
+IFQL = {"policy": "flow", "candidates": 32, "expectile": 0.9, "denoising_steps": 5, **BACKUP, "norm": True, **FLOW_BC}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "flow_bc": FLOW_BC,
+    "fql": FQL,
+    "ifql": IFQL,
+    # philippe-eecs/IDQL sweeps N over 16, 64 and 256; the networks and rates are those of IFQL.
+    "idql": {**IFQL, "policy": "denoising", "candidates": 64},
     # corl-team/CORL `any_percent_bc.py`.
     "bc": {"lr": 3e-4, "hidden": TWO, **NOT_SAMPLED, "normalize_obs": True},
     "td3_bc": TD3_BC,
@@ -134,6 +147,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "beta": 3.0,
         "max_weight": 100.0,
         **BACKUP,
+        "value_fit": "expectile",
+        "regularization": 1.0,  # of ryanxhr/IVR, SQL on locomotion
         "deterministic": False,
         "dropout": 0.0,
         **ADAM,
@@ -152,6 +167,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "hidden": THREE,
         "critic_norm": True,
         "normalize_obs": False,
+        # Off: ColinQiyangLi/qam's ensembles, seohongpark/fql's networks, EmptyJackson/unifloral's TD3-AWR.
+        "members": 2,
+        "pooling": "min",
+        "pessimism": 0.5,
+        "activation": "relu",
+        "actor_norm": False,
+        "awr": False,
+        "awr_beta": 3.0,
+        "expectile": 0.7,
     },
     "sac_n": SAC_N,
     # corl-team/CORL `edac.py`: N and eta of most locomotion sets.
