@@ -35,6 +35,7 @@ from offrl.envs.tabular_env import features
 from offrl.utils.errors import OffrlError
 
 MakeEnv = Callable[[], Any]
+ARMS = ("cube", "scene", "puzzle")  # of OGBench: making one takes a second
 Array = NDArray[Any]
 
 
@@ -44,7 +45,8 @@ class Episodes:
 
     Attributes:
         returns: `[lanes, episodes]` undiscounted returns; lengths: `[lanes, episodes]` steps.
-        normalized: `[lanes, episodes]` scores by the dataset's references; None when it has none.
+        normalized: `[lanes, episodes]` scores by the dataset's references, or 100 for a success and 0 else where the dataset
+            is scored by success; None when it has neither.
         seeds: `[episodes]` environment seeds.
         predicted: `[lanes, episodes]` returns that the policy predicts at the episodes' starts; None: it predicts none.
     """
@@ -90,7 +92,7 @@ class Envs:
     Args:
         make_env: constructor of one environment with flat observations.
         rows: rows of the arrays that belong to these environments.
-        arrays: `observation`, `action`, `reward` and `done` of all environments; an object writes its own rows only.
+        arrays: `observation`, `action`, `reward`, `done` and `success` of all environments; an object writes its own rows only.
     """
 
     def __init__(self, make_env: MakeEnv, rows: range, arrays: dict[str, Array]) -> None:
@@ -101,6 +103,7 @@ class Envs:
         """Start an episode in each environment; one with seed None is not used in this batch."""
         for env, row, seed in zip(self.envs, self.rows, seeds):
             self.arrays["done"][row] = seed is None
+            self.arrays["success"][row] = False
             if seed is not None:
                 self.arrays["observation"][row] = env.reset(seed=seed)[0]
 
@@ -111,10 +114,11 @@ class Envs:
             if arrays["done"][row]:
                 continue
             action = arrays["action"][row]
-            observation, reward, terminated, truncated, _ = env.step(action if action.ndim else int(action))
+            observation, reward, terminated, truncated, info = env.step(action if action.ndim else int(action))
             arrays["observation"][row] = observation
             arrays["reward"][row] = reward
             arrays["done"][row] = terminated or truncated
+            arrays["success"][row] = info.get("success", False)
 
     def close(self) -> None:
         for env in self.envs:
@@ -189,7 +193,8 @@ class Evaluator:
         info: the dataset's info, with environment and reference scores.
         lanes: number of lanes of the agents.
         workers: number of processes that step environments; 1: this process. None: one per usable core.
-        slots: number of environments, over all lanes; None: 100, or 1000 for vectorised tabular tasks.
+        slots: number of environments, over all lanes; None: 100, or 1000 for vectorised tabular tasks, or 16 robot
+            arms.
         make_env: constructor of one environment; the default follows `info`.
 
     Raises:
@@ -206,7 +211,8 @@ class Evaluator:
     ) -> None:
         self.info, self.lanes = info, lanes
         self.vector = make_env is None and make_vector_env(info, 1) is not None
-        self.width = max(1, (slots or (1000 if self.vector else 100)) // lanes)  # environments of each lane
+        usual = 1000 if self.vector else 16 if (info.env_id or "").startswith(ARMS) else 100
+        self.width = max(1, (slots or usual) // lanes)  # environments of each lane
         self.make_env: MakeEnv = make_env or partial(make_env_of, info)  # picklable, for a fresh interpreter
         probe = self.make_env()
         self.obs_shape = tuple(probe.observation_space.shape or ())
@@ -242,7 +248,7 @@ class Evaluator:
             dtype: precision of the policy.
         """
         policy = copy.deepcopy(agent).to(dtype)
-        parts: list[tuple[Array, Array, Array | None]] = []
+        parts: list[tuple[Array, Array, Array, Array | None]] = []
         try:
             self._open(min(self.width, episodes))
             for start in range(0, episodes, self.width):
@@ -250,17 +256,20 @@ class Evaluator:
         except BaseException:
             self.close()  # the processes may be in the middle of a step: the next run needs new ones
             raise
-        returns, lengths, predicted = zip(*parts)
+        returns, lengths, successes, predicted = zip(*parts)
         total = np.concatenate(returns, 1)
+        scores = 100.0 * np.concatenate(successes, 1) if self.info.scored_by_success else self.info.normalized(total)
         together = None if predicted[0] is None else np.concatenate(predicted, 1)
         seeds = [seed + k for k in range(episodes)]
-        return Episodes(total, np.concatenate(lengths, 1), self.info.normalized(total), seeds, together)
+        return Episodes(total, np.concatenate(lengths, 1), scores, seeds, together)
 
     # ---- one batch of episodes, one in each environment -------------------------------------------------------
 
     @torch.no_grad()
-    def _rollout(self, policy: Agent, seed: int, count: int, dtype: torch.dtype) -> tuple[Array, Array, Array | None]:
-        """Returns, lengths and predicted returns `[lanes, count]` of a batch of episodes."""
+    def _rollout(
+        self, policy: Agent, seed: int, count: int, dtype: torch.dtype
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """Returns, lengths, successes and predicted returns `[lanes, count]` of a batch of episodes."""
         width = len(self.arrays["done"]) // self.lanes
         self._all("reset", [seed + k if k < count else None for k in range(width)] * self.lanes)
         observation, action, reward, done = (self.arrays[k] for k in ("observation", "action", "reward", "done"))
@@ -281,7 +290,9 @@ class Evaluator:
             returns[running] += reward[running]
             lengths[running] += 1
             state = policy.update_state(state, chosen, by_lane(reward))
-        return returns.reshape(shape)[:, :count], lengths.reshape(shape)[:, :count], predicted
+        success = self.arrays["success"].copy()  # the next batch of episodes writes over it
+        totals, steps, successes = (array.reshape(shape)[:, :count] for array in (returns, lengths, success))
+        return totals, steps, successes, predicted
 
     def _all(self, command: str, argument: list[int | None] | None = None) -> None:
         if self.local:
@@ -306,6 +317,7 @@ class Evaluator:
             "action": ((total, *self.action_shape), "d" if self.action_shape else "q"),
             "reward": ((total,), "d"),
             "done": ((total,), "?"),
+            "success": ((total,), "?"),
         }
         workers = min(self.workers, total)
         if workers == 1 or self.vector:

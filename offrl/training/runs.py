@@ -222,6 +222,8 @@ def read_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
         action_bound=options.action_bound,
         unfinished=options.unfinished,
         goals=options.goals,
+        task=options.task,
+        success_timing=options.success_timing,
         size=options.size,
         seed=options.seed,
         progress=job.progress,
