@@ -29,6 +29,7 @@ from torch import Tensor
 
 from offrl.agents.base import Agent
 from offrl.data.dataset import DatasetInfo
+from offrl.data.lane_tasks import lane_infos
 from offrl.envs import make_env as make_env_of
 from offrl.envs import make_vector_env
 from offrl.envs.tabular_env import features
@@ -90,13 +91,13 @@ class Envs:
     """Some environments of a batch, stepped one after another.
 
     Args:
-        make_env: constructor of one environment with flat observations.
+        makers: constructors of environments with flat observations, one for each row of the arrays.
         rows: rows of the arrays that belong to these environments.
         arrays: `observation`, `action`, `reward`, `done` and `success` of all environments; an object writes its own rows only.
     """
 
-    def __init__(self, make_env: MakeEnv, rows: range, arrays: dict[str, Array]) -> None:
-        self.envs = [make_env() for _ in rows]
+    def __init__(self, makers: Sequence[MakeEnv], rows: range, arrays: dict[str, Array]) -> None:
+        self.envs = [makers[row]() for row in rows]
         self.rows, self.arrays = rows, arrays
 
     def reset(self, seeds: Sequence[int | None]) -> None:
@@ -125,7 +126,9 @@ class Envs:
             env.close()
 
 
-def _worker(ours: Connection, theirs: Connection, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
+def _worker(
+    ours: Connection, theirs: Connection, makers: Sequence[MakeEnv], rows: range, shared: dict[str, Any]
+) -> None:
     """Main function of a process with some environments: runs (command, argument) messages, answers each with "" or an error.
 
     The process ends with its parent, even a killed one: it closes its own copy of the parent's end of the pipe, so that the
@@ -137,7 +140,7 @@ def _worker(ours: Connection, theirs: Connection, make_env: MakeEnv, rows: range
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     envs: Envs | None = None
     try:
-        envs = Envs(make_env, rows, {name: _as_array(*value) for name, value in shared.items()})
+        envs = Envs(makers, rows, {name: _as_array(*value) for name, value in shared.items()})
         while True:
             command, argument = ours.recv()
             if command == "close":
@@ -157,9 +160,9 @@ def _worker(ours: Connection, theirs: Connection, make_env: MakeEnv, rows: range
 class _Process:
     """`Envs` in another process; each call is split into request and wait."""
 
-    def __init__(self, context: Any, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
+    def __init__(self, context: Any, makers: Sequence[MakeEnv], rows: range, shared: dict[str, Any]) -> None:
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, self.connection, make_env, rows, shared)
+        arguments = (theirs, self.connection, makers, rows, shared)
         self.process = context.Process(target=_worker, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -190,7 +193,8 @@ class Evaluator:
     The environments, and the processes that hold them, live until `close`; use it as a context manager.
 
     Args:
-        info: the dataset's info, with environment and reference scores.
+        info: the dataset's info, with environment and reference scores; under `data.tasks` each lane has an environment of
+            its own.
         lanes: number of lanes of the agents.
         workers: number of processes that step environments; 1: this process. None: one per usable core.
         slots: number of environments, over all lanes; None: 100, or 1000 for vectorised tabular tasks, or 16 robot
@@ -211,10 +215,12 @@ class Evaluator:
     ) -> None:
         self.info, self.lanes = info, lanes
         self.vector = make_env is None and make_vector_env(info, 1) is not None
-        usual = 1000 if self.vector else 16 if (info.env_id or "").startswith(ARMS) else 100
+        infos = lane_infos(info, lanes)
+        usual = 1000 if self.vector else 16 if (infos[0].env_id or "").startswith(ARMS) else 100
         self.width = max(1, (slots or usual) // lanes)  # environments of each lane
-        self.make_env: MakeEnv = make_env or partial(make_env_of, info)  # picklable, for a fresh interpreter
-        probe = self.make_env()
+        # One of each lane; picklable, for a fresh interpreter.
+        self.makers: list[MakeEnv] = [make_env or partial(make_env_of, one) for one in infos]
+        probe = self.makers[0]()
         self.obs_shape = tuple(probe.observation_space.shape or ())
         self.action_shape = tuple(probe.action_space.shape or ())
         probe.close()
@@ -312,6 +318,7 @@ class Evaluator:
         self.close()
         atexit.register(self.close)  # before Python waits for the processes
         total = width * self.lanes
+        makers = [maker for maker in self.makers for _ in range(width)]
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
             "observation": ((total, *self.obs_shape), "d"),
             "action": ((total, *self.action_shape), "d" if self.action_shape else "q"),
@@ -325,7 +332,7 @@ class Evaluator:
             if self.vector:
                 self.local = VectorEnvs(make_vector_env(self.info, total), self.arrays)
             else:
-                self.local = Envs(self.make_env, range(total), self.arrays)
+                self.local = Envs(makers, range(total), self.arrays)
             return
         # Forking is instant, and the children use neither torch nor CUDA; elsewhere a fresh interpreter is safe.
         can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
@@ -336,9 +343,7 @@ class Evaluator:
         }
         self.arrays = {k: _as_array(*value) for k, value in shared.items()}
         # Every process gets episodes of every lane, so that a lane of long episodes is shared.
-        self.processes = [
-            _Process(context, self.make_env, range(first, total, workers), shared) for first in range(workers)
-        ]
+        self.processes = [_Process(context, makers, range(first, total, workers), shared) for first in range(workers)]
 
 
 def usable_cores() -> int:
