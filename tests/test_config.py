@@ -12,7 +12,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from offrl.agents.base import Spec
-from offrl.data import catalogue
+from offrl.data import catalogue, ogbench_names
 from offrl.data.mixtures import D4RL_MIXTURE
 from offrl.forge import registry as forge
 from offrl.results import published
@@ -320,7 +320,7 @@ def test_values_from_python_arrive_unchanged(value: Any) -> None:
         ("+experiment=awac/gim", "experiment=awac/gim is unknown; did you mean experiment=awac/gym?"),
         ("experiment=", "experiment= is unknown"),
         ("suite=gym_9", "suite=gym_9 is unknown; did you mean suite=gym9?"),
-        ("preset=xyzzy", "preset=xyzzy is unknown; there are d4rl, demo, laptop, paper."),
+        ("preset=xyzzy", "preset=xyzzy is unknown; there are d4rl, demo, laptop, ogbench, paper."),
     ],
 )
 def test_unknown_choices_are_refused_with_the_nearest_name(word: str, message: str) -> None:
@@ -445,7 +445,7 @@ def test_percentile_bc_is_bc_under_a_sampler() -> None:
 
 
 def test_every_preset_composes() -> None:
-    for preset in ("paper", "d4rl", "laptop", "demo"):
+    for preset in ("paper", "d4rl", "laptop", "demo", "ogbench"):
         for agent in ("bc", "td3_bc"):
             assert isinstance(resolve_config(compose({"preset": preset, "agent": agent})).train, TrainConfig)
 
@@ -498,7 +498,7 @@ def test_every_recipe_composes_to_plans(name: str) -> None:
 def test_every_suite_names_datasets_that_there_are(name: str) -> None:
     params = swept(f"suite={name}")
     assert list(params) == ["dataset"]
-    assert set(params["dataset"]) <= {*catalogue.d4rl(), *forge.names()}
+    assert set(params["dataset"]) <= {*catalogue.d4rl(), *forge.names(), *ogbench_names.names()}
     assert len(set(params["dataset"])) == len(params["dataset"])
 
 

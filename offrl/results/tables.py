@@ -254,9 +254,31 @@ def _fine_tuning_table(report: Report) -> Table:
     return Table("Offline to online", columns, rows)
 
 
+def _success_table(report: Report) -> Table:
+    """Of sets that are scored by success: what OGBench's protocol reports, and how well the episodes tell the rate."""
+    rows = []
+    for cell in report.cells:
+        if cell.successes is not None:
+            low, high = stats.wilson_interval(cell.successes, cell.trials)
+            rate = 100.0 * cell.successes / cell.trials if cell.trials else math.nan
+            rows.append(
+                [
+                    *(cell.dataset, cell.method, f"{_plus_minus(*stats.mean_std(cell.average))} ({cell.k})"),
+                    *(number(rate), f"{cell.successes} of {cell.trials}", _interval((100 * low, 100 * high))),
+                ]
+            )
+    columns = ["dataset", "method", "protocol", "last, %", "successes", "95 % interval (Wilson)"]
+    return Table("Success rates", columns, rows)
+
+
 def all_tables(report: Report) -> list[Table]:
     """The tables that a terminal shows; those without rows are left out."""
-    made = [_score_table(report, _footnotes(report)), _aggregate_table(report), _comparison_table(report)]
+    made = [
+        _score_table(report, _footnotes(report)),
+        _success_table(report),
+        _aggregate_table(report),
+        _comparison_table(report),
+    ]
     return [table for table in [*made, _tuning_table(report), _fine_tuning_table(report)] if table.rows]
 
 
@@ -303,6 +325,12 @@ def legend(report: Report) -> list[str]:
         lines.append("† runs that have not reached their budget of updates.")
     if any(cell.unstable for cell in report.cells):
         lines.append(f"‡ unstable: the last score is more than 2 standard deviations from that of the last {most}.")
+    if any(cell.successes is not None for cell in report.cells):
+        lines.append(
+            "protocol: OGBench's, the mean of a seed's last evaluations (their number behind it), mean ± std over seeds; it is "
+            "what the difference compares. Wilson's interval is that of the last evaluation's episodes, of all seeds "
+            "together: it tells nothing of other seeds."
+        )
     if report.aggregates:
         lines.append(
             "IQM: interquartile mean of all seeds of all datasets; intervals by stratified bootstrap (2,000 resamples). "

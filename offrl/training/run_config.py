@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
+from fnmatch import fnmatch
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from omegaconf import OmegaConf
 
 from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, augmentation_config
-from offrl.data.catalogue import namesake
+from offrl.data.catalogue import d4rl, namesake
+from offrl.data.ogbench_names import of_file, parse
 from offrl.sampling import sampler_config
 from offrl.training.online_config import add_all, add_table, check_online, check_row
 from offrl.training.schema import TABLED, DataConfig, TrainConfig
@@ -140,6 +142,7 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     always_online = agent.pop("online", None)
     cls, _ = agent_config(agent)  # a typing error should not wait for the data
     check_tables(tables, cls.Config)
+    tables = _rows_for(tables, dataset)
     rows = matching_rows(tables, dataset, namesake(dataset))
     name = str(values.pop("agent_name", "") or _name_of(str(agent["_target_"])))
     _take_common(agent, cls.Config, common)
@@ -168,7 +171,19 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
         augment = resolved(augment, augmentation_config(augment, lanes)[1])
     _check_common(common)
     check_online(train, cls.Config, agent, augment)
+    _check_tasks(train, sampler, bool(augment))
     return RunConfig(train, agent, sampler, augment, name, rows)
+
+
+def _rows_for(tables: Tables | None, dataset: str) -> Tables | None:
+    """The rows of a method's table that may match a dataset: those for D4RL's AntMaze don't mean OGBench's mazes."""
+    if not (parse(dataset) or of_file(Path(dataset))):
+        return tables
+    return {
+        pattern: row
+        for pattern, row in (tables or {}).items()
+        if pattern == "*" or not any(fnmatch(name, pattern) for name in d4rl())
+    }
 
 
 def _name_of(target: str) -> str:
@@ -268,6 +283,22 @@ def _check_train(train: TrainConfig) -> None:
         if train.lanes != 1:
             raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
         train.lanes = len(train.seeds)
+
+
+def _check_tasks(train: TrainConfig, sampler: Mapping[str, Any], augmented: bool) -> None:
+    """Raise OffrlError where a task for each lane does not go with the other settings."""
+    tasks = train.data.tasks
+    if tasks is None:
+        return
+    if train.data.task is not None:
+        raise OffrlError("data.task is one task for all lanes, data.tasks one for each; leave out one of them.")
+    if len(tasks) != train.lanes:
+        raise OffrlError(f"data.tasks={tasks} has {len(tasks)} tasks for lanes={train.lanes}; give one per lane.")
+    if augmented or not str(sampler["_target_"]).endswith(".Uniform"):
+        raise OffrlError(
+            "data.tasks goes with sampler=uniform and without an augmentation, since each lane has rewards of its own; train "
+            "one task at a time with data.task."
+        )
 
 
 def _check_sizes(train: TrainConfig) -> None:

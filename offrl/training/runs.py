@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
 from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.lane_tasks import with_tasks
 from offrl.datasets import load
 from offrl.training.compose import choice_file, choices
 from offrl.training.records import ResultRecord, RunRecord, SpecRecord
@@ -234,19 +236,23 @@ def load_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
 def read_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
     """The dataset as it was recorded."""
     options = job.data
-    return load(
+    read = partial(
+        load,
         job.dataset,
-        device=device,
         semantics=options.semantics,
         cache=options.cache,
         clip_actions=options.clip_actions,
         action_bound=options.action_bound,
         unfinished=options.unfinished,
         goals=options.goals,
+        success_timing=options.success_timing,
         size=options.size,
         seed=options.seed,
         progress=job.progress,
     )
+    if options.tasks:
+        return with_tasks(lambda task: read(task=task), options.tasks).to(device)
+    return read(task=options.task, device=device)
 
 
 def transform_rewards(store: OfflineDataset, options: DataConfig) -> OfflineDataset:

@@ -14,6 +14,9 @@ class DataConfig:
     unfinished: bool = False  # accept a file that marks no episode's end, as one episode
     goals: bool = False  # keep a maze's goal in the observation (Minari)
     cache: bool = True  # keep a flat copy that loads in a fraction of a second
+    task: int | None = None  # single task of an OGBench set, 0 the default one; None: as the id says
+    tasks: list[int] | None = None  # the same with a task for each lane, over one copy of the data
+    success_timing: Literal["pre", "post"] = "pre"  # OGBench's environment looks for success before a step or behind it
     size: int | None = None  # transitions of a forge dataset that has to be built; None: its default
     seed: int = 0  # of a forge dataset that has to be built
     reward_scale: float = 1.0  # r <- scale * r + shift

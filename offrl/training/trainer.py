@@ -15,6 +15,7 @@ from offrl import results
 from offrl.agents.base import Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import OfflineDataset, concatenate
+from offrl.data.lane_tasks import lane_infos
 from offrl.data.statistics import return_spread
 from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.nets import Critics
@@ -92,7 +93,7 @@ class Trainer:
         names = [self.cfg.dataset, *further_datasets(job.sampler)]
         parts = [read_data(replace(self.cfg, dataset=name), self.device) for name in names]
         recorded = parts[0] if len(parts) == 1 else concatenate(parts)
-        self.spread = return_spread(recorded)
+        self.spread = None if self.cfg.data.tasks else return_spread(recorded)
         self.store = transform_rewards(recorded, self.cfg.data)
         self.seeds = self.cfg.lane_seeds()
         mean, std = self.store.observation_statistics()
@@ -394,6 +395,9 @@ class Trainer:
             "method": self.job.to_dict()["method"],
             "dataset": self.store.info.id,
             "env_id": self.store.info.env_id,
+            "by_lane": [
+                {"dataset": info.id, "env_id": info.env_id} for info in lane_infos(self.store.info, len(self.seeds))
+            ],
             "updates": self.cfg.total_updates,
         }
 
