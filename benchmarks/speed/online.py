@@ -2,7 +2,7 @@
 
     python benchmarks/speed/online.py --corl PATH --steps 2000
 
-IQL on Hopper-v5 with one update per step (networks of 256 x 256, batches of 256), one and several lanes, one thread. CORL's side
+IQL on Hopper-v5 with one update per step (networks of 256 x 256, batches of 256), one and several lanes, one thread. CORL
 has its own networks, optimisers, replay and update, in the order of `train` of `algorithms/finetune/iql.py`; neither evaluates.
 """
 
@@ -18,7 +18,6 @@ from statistics import median
 from typing import Any
 
 import gymnasium
-import numpy as np
 import torch
 
 import offrl
@@ -93,7 +92,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # rows that follow no other row
-    np.random.seed(0)
     cases: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "random.npz"
