@@ -293,14 +293,14 @@ class Killed(BaseException):
     """The process dies here."""
 
 
-@pytest.mark.parametrize("target", ["td3_bc.TD3BC", "iql.IQL", "rebrac.ReBRAC"])
+SYMMETRIC: dict[str, Any] = {"agent": {"discount": 0.9}, "noise": 0.2}
+UNION = {"updates_per_step": 2, "burst": 4, "random_steps": 9, "offline_share": None, "recompute_every": 10}
+
+
 @pytest.mark.parametrize(
-    "online",
-    [
-        {"agent": {"discount": 0.9}, "noise": 0.2},
-        {"updates_per_step": 2, "burst": 4, "random_steps": 9, "offline_share": None, "recompute_every": 10},
-    ],
-    ids=["symmetric", "union"],
+    ("target", "online"),
+    [("td3_bc.TD3BC", UNION), ("iql.IQL", SYMMETRIC), ("rebrac.ReBRAC", SYMMETRIC)],
+    ids=["td3_bc", "iql", "rebrac"],
 )
 def test_killed_anywhere_it_ends_as_an_undisturbed_run(
     target: str, online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
