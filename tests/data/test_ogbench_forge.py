@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from offrl.datasets import load
+from offrl.envs.generators import global_generator, seeded
 from offrl.forge import ogbench as forge
 from offrl.forge import registry
 
@@ -37,13 +38,12 @@ def test_without_noise_a_walk_takes_the_shortest_way(goal: tuple[int, int]) -> N
     walker = forge.Walker("pointmaze-medium", "path", noise=0.0)
     walker.away = lambda start: [goal]  # type: ignore[method-assign]
     walker.cells = [(1, 1)]
-    walker.reset(3, np.random.default_rng(0))
+    with global_generator(seeded(1)):  # the package draws the places in start and goal cell from it
+        walker.reset(3, np.random.default_rng(0))
     _, distance = walker.env.get_oracle_subgoal(walker.env.get_xy(), walker.env.cur_goal_xy)
-    steps = 0
-    while not walker.step(walker.act())[1]["success"]:
-        steps += 1
     # 4 m a cell at 0.2 m a step, and a cell of slack for corners and for places off the centre
-    assert steps <= (distance[1, 1] + 1) * 4 / 0.2
+    allowed = int((distance[1, 1] + 1) * 4 / 0.2)
+    assert any(walker.step(walker.act())[1]["success"] for _ in range(allowed))
 
 
 def test_cells_four_moves_away_and_corridors() -> None:
