@@ -189,7 +189,7 @@ def test_facts_of_another_kind(key: str, value: Any, tmp_path: Path) -> None:
     path = tmp_path / checkpoint.NAME
     checkpoint.write(path, agent_of().state_dict(), facts)
     for opened in (load_agent, dataset_info):
-        with pytest.raises(OffrlError, match=rf"{checkpoint.NAME}: .*({key}|spec=.*{name}).*; remove it") as raised:
+        with pytest.raises(OffrlError, match=rf"{checkpoint.NAME}: .*{key}.*; remove it") as raised:
             opened(path)
         assert len(str(raised.value)) < 400
         assert "\n" not in str(raised.value)

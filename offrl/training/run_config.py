@@ -16,8 +16,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, augmentation_config
 from offrl.data.catalogue import d4rl, namesake
@@ -35,6 +33,7 @@ from offrl.utils.settings import (
     build,
     canonical,
     chosen_settings,
+    class_in,
     from_target,
     matching_rows,
     target_class,
@@ -226,10 +225,8 @@ def _check_common(common: Mapping[str, Any]) -> None:
 @lru_cache(maxsize=256)
 def _settings_in(path: Path, modified: int) -> frozenset[str]:
     """Names of the settings of a choice's class; `modified` only tells versions of the file apart."""
-    target = OmegaConf.select(OmegaConf.load(path), "_target_")
-    if not target:
-        return frozenset()
-    return frozenset(f.name for f in fields(target_class({"_target_": target}, object, path.parent.name).Config))
+    cls = class_in(path, object)
+    return frozenset(f.name for f in fields(cls.Config)) if cls else frozenset()
 
 
 def check_tables(tables: Tables | None, cls: type[Any]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
@@ -29,7 +28,7 @@ from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
 from offrl.utils.memory import require_bytes
-from offrl.utils.settings import FREE, NAMES, canonical, lane_lists, target_class, trusting
+from offrl.utils.settings import FREE, NAMES, canonical, class_in, lane_lists, trusting
 
 
 @dataclass
@@ -202,12 +201,7 @@ def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
 
 def discrete_agents() -> list[str]:
     """Names of our agents that take discrete actions."""
-    targets = {
-        name: OmegaConf.select(OmegaConf.load(choice_file("agent", name)), "_target_") for name in choices("agent")
-    }
-    return [
-        name for name, target in targets.items() if target_class({"_target_": target}, Agent, "agent").takes_discrete
-    ]
+    return [name for name in choices("agent") if class_in(choice_file("agent", name), Agent).takes_discrete]
 
 
 def _check_size(cls: type[Agent], cfg: Any, spec: Spec) -> None:
