@@ -11,9 +11,9 @@ from typing import Any
 REPOSITORY = "corl-team/CORL"
 
 
-def load(checkout: Path, name: str) -> Any:
-    """The module `algorithms/offline/NAME.py`; its imports of D4RL, Gym, wandb and the like are empty stand-ins."""
-    path = checkout / "algorithms" / "offline" / f"{name}.py"
+def load(checkout: Path, name: str, folder: str = "offline") -> Any:
+    """The module `algorithms/FOLDER/NAME.py`; its imports of D4RL, Gym, wandb and the like are empty stand-ins."""
+    path = checkout / "algorithms" / folder / f"{name}.py"
     if not path.exists():
         raise SystemExit(f"{path} is missing; name a checkout of {REPOSITORY}.")
     stubs: dict[str, dict[str, Any]] = {

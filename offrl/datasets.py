@@ -4,6 +4,7 @@ store = load("forge/hopper/medium-replay-v0")   # built on the spot from shipped
 store = load("hopper-medium-v2")                # D4RL, after `offrl data fetch hopper-medium-v2`
 store = load("hopper-random-expert-0.1-v2")     # a mixture of two D4RL sets, drawn on the spot
 store = load("D4RL/pen/human-v2")               # Minari, after `offrl data fetch D4RL/pen/human-v2`
+store = load("cube-single-play-singletask-task2-v0")  # OGBench, after `offrl data fetch` of it
 store = load("my.hdf5")                         # a file in D4RL's layout, .npz, or a Minari folder
 """
 
@@ -13,10 +14,11 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from offrl.data import catalogue
+from offrl.data import catalogue, ogbench_names
 from offrl.data.arrays import read_npz
 from offrl.data.cache import cached, read_flat
 from offrl.data.catalogue import MINARI_ID, unknown
@@ -25,6 +27,7 @@ from offrl.data.d4rl import read_d4rl, read_d4rl_package
 from offrl.data.dataset import Bound, OfflineDataset
 from offrl.data.minari import data_folder, local_datasets, local_folder, read_minari, read_noise
 from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
+from offrl.data.ogbench import holds_trajectories, read_ogbench, with_success_timing
 from offrl.forge import registry
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
@@ -47,6 +50,8 @@ def load(
     action_low: Bound | None = None,
     action_high: Bound | None = None,
     family: str | None = None,
+    task: int | None = None,
+    success_timing: Literal["pre", "post"] = "pre",
     size: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -54,12 +59,14 @@ def load(
     """Load a dataset as float32 tensors on `device`.
 
     Args:
-        name: a D4RL id, a Minari id, a `forge/...` id, or the path of an HDF5 (also `.gz`), NPZ or flat safetensors
-            file or of a Minari folder. An id of the catalogue goes before a path of the same name.
+        name: a D4RL id, a Minari id, an OGBench id, a `forge/...` id, or the path of an HDF5 (also `.gz`), NPZ or flat
+            safetensors file or of a Minari folder. An id of the catalogue goes before a path of the same name.
         semantics: `exact` (stored successors, time-limit rows kept where their successor is known) or `d4rl` (the
             rows of D4RL's `qlearning_dataset`); `offrl.data.episodes` tells the difference.
         cache: keep a flat copy in the cache folder, which loads a million steps in a fraction of a second.
         clip_actions, action_bound, unfinished, goals, action_low, action_high, family: see `ReadOptions`.
+        task: number of an OGBench set's single task, 0 the default one; None: as the id says.
+        success_timing: whether OGBench's environment looks at the state before a step, as the data, or behind it.
         size, seed, progress: of a forge dataset that has to be built: transitions, seed, and whether a bar is shown.
 
     Raises:
@@ -67,7 +74,15 @@ def load(
             that gets it), or a bad file.
     """
     options = ReadOptions(semantics, clip_actions, action_bound, unfinished, goals, action_low, action_high, family)
-    if isinstance(name, str) and name.startswith("forge/"):
+    ogbench, path = _ogbench(name)
+    if ogbench is not None:
+        ogbench = ogbench.with_task(task)
+        path = path or _ogbench_file(ogbench, size, seed, progress)
+        read = partial(read_ogbench, path, ogbench, options)
+        store = with_success_timing(_cached(path, ogbench.id, options, cache, read), success_timing)
+    elif task is not None:
+        raise OffrlError(f"{name}: data.task={task} chooses a task of an OGBench set, which this is not; leave it out.")
+    elif isinstance(name, str) and name.startswith("forge/"):
         built = cache_dir() / name  # what was built with another size or seed lies under an id of its own
         there = size is None and not seed and data_folder(built)
         folder = built if there else registry.ensure(name, size=size, seed=seed, progress=progress)
@@ -101,6 +116,38 @@ def _load(name: str | Path, options: ReadOptions, cache: bool) -> OfflineDataset
     if store is None:
         raise unknown(text, [*registry.names(), *local_datasets()])
     return store
+
+
+def _ogbench(name: str | Path) -> tuple[ogbench_names.Name | None, Path | None]:
+    """The parts of an OGBench id, or of the name of an OGBench file, and that file; None of everything else.
+
+    Raises:
+        OffrlError: a file of OGBench whose name does not tell which.
+    """
+    if isinstance(name, str) and (found := ogbench_names.parse(name)):
+        return found, None
+    path = Path(os.path.expanduser(name))
+    if path.suffix != ".npz" or not os.path.isfile(path) or not holds_trajectories(path):
+        return None, None
+    if found := ogbench_names.of_file(path):
+        return found, path
+    raise OffrlError(
+        f"{path}: it holds trajectories of OGBench's form, but its name does not tell of which environment; call it as they "
+        "are published, cube-single-play-v0.npz, say."
+    )
+
+
+def _ogbench_file(name: ogbench_names.Name, size: int | None, seed: int, progress: bool) -> Path:
+    """Where the file of an OGBench id lies; one of the forge's is built."""
+    if name.prefix:
+        return registry.ensure(f"{name.prefix}{name.file}", size=size, seed=seed, progress=progress)
+    for path in name.files():
+        if path.is_file():
+            return path
+    raise OffrlError(
+        f"{name.id}: not on this machine yet; get it with `offrl data fetch {name.id}`, or put {name.file}.npz into the folder "
+        "that OGBENCH_DATASET_DIR names."
+    )
 
 
 def exogenous_noise(store: OfflineDataset) -> torch.Tensor:

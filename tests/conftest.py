@@ -43,7 +43,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     home = tmp_path_factory.getbasetemp() / "offrl-home"
     monkeypatch.setenv("OFFRL_HOME", str(home))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
-    for name in ("D4RL_DATASET_DIR", "OFFRL_D4RL_URL"):
+    for name in ("D4RL_DATASET_DIR", "OFFRL_D4RL_URL", "OGBENCH_DATASET_DIR", "OFFRL_OGBENCH_URL"):
         monkeypatch.delenv(name, raising=False)
 
 

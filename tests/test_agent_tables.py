@@ -21,6 +21,10 @@ AGENTS = {path.stem: path for path in sorted((conf_dir() / "agent").glob("*.yaml
 IDS = [*catalogue.d4rl(), *catalogue.minari(), *forge.names()]
 # Patterns for data that no list names: a user's own, called like Gymnasium's environments.
 UNLISTED = {"*HalfCheetah*", "forge/toy/*", "forge/mstoy/*"}
+# OGBench's environments.
+UNLISTED |= {f"*antmaze-{size}-navigate*" for size in ("large", "giant", "*")} | {"*antmaze-giant-navigate-*"}
+UNLISTED |= {"*humanoidmaze-*", "*antsoccer-*", "*scene-play*", "*puzzle-*-play*"}
+UNLISTED |= {f"*cube-{kind}-play*" for kind in ("single", "double", "*")}
 
 
 @cache
@@ -84,6 +88,8 @@ def test_a_row_for_both_names_keeps_its_place_in_the_table() -> None:
 # ---- what is chosen -------------------------------------------------------------------------------------------
 
 MAZE = {"data.reward_shift": -1.0}
+OGBENCH = {"activation": "gelu", "hidden": [512, 512, 512, 512]}
+UNSHAPED = {"critic_lr": 0.0003, "data.reward_scale": 1.0, "actor_bc": 0.003, "critic_bc": 0.01}
 REBRAC = {"actor_lr": 0.001, "critic_lr": 0.001, "batch_size": 1024}
 
 
@@ -120,6 +126,21 @@ REBRAC = {"actor_lr": 0.001, "critic_lr": 0.001, "batch_size": 1024}
         ("sac_n", "forge/walker2d/medium-replay-v0", {"members": 20}),
         ("sac_n", "D4RL/hammer/human-v2", {"members": 100}),
         ("bc", "forge/hopper/medium-v0", {}),
+        ("fql", "D4RL/antmaze/umaze-v1", {"alpha": 10.0, "normalize_q": False, **MAZE}),
+        ("fql", "antmaze-large-play-v2", {"alpha": 3.0, "normalize_q": False, **MAZE}),
+        ("fql", "D4RL/pen/expert-v2", {"alpha": 3000.0, "normalize_q": False, "target": "min"}),
+        ("fql", "D4RL/hammer/cloned-v2", {"alpha": 10000.0, "normalize_q": False, "target": "min"}),
+        ("fql", "relocate-human-v1", {"alpha": 10000.0, "normalize_q": False, "target": "min"}),
+        ("fql", "cube-single-play-singletask-v0", {"alpha": 300.0, "normalize_q": False}),
+        ("fql", "forge/hopper/medium-v0", {}),
+        (
+            "fql",
+            "antmaze-giant-navigate-singletask-task1-v0",
+            {"alpha": 10.0, "normalize_q": False, "target": "min", "discount": 0.995, "data.reward_shift": 0.0},
+        ),
+        ("ifql", "antsoccer-arena-navigate-singletask-v0", {"discount": 0.995, "candidates": 64}),
+        ("rebrac", "antmaze-giant-navigate-singletask-v0", {**OGBENCH, **UNSHAPED, "discount": 0.995}),
+        ("rebrac", "cube-double-play-singletask-v0", {**OGBENCH, "actor_bc": 0.1, "critic_bc": 0.0}),
     ],
 )
 def test_chosen_settings(agent: str, dataset: str, expected: dict[str, Any]) -> None:

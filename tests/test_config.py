@@ -14,7 +14,7 @@ from hydra import initialize_config_dir
 
 from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC as TD3BC_CLASS
-from offrl.data import catalogue
+from offrl.data import catalogue, ogbench_names
 from offrl.data.mixtures import D4RL_MIXTURE
 from offrl.forge import registry as forge
 from offrl.results import published
@@ -331,7 +331,7 @@ def test_values_from_python_arrive_unchanged(value: Any) -> None:
         ("suite=gym_9", "suite=gym_9 is unknown; did you mean suite=gym9?"),
         (
             "preset=xyzzy",
-            "preset=xyzzy is unknown; there are d4rl, demo, laptop, paper. Of a folder of your own: --config-",
+            "preset=xyzzy is unknown; there are d4rl, demo, laptop, ogbench, paper. Of a folder of your own: --config-",
         ),
     ],
 )
@@ -457,7 +457,7 @@ def test_percentile_bc_is_bc_under_a_sampler() -> None:
 
 
 def test_every_preset_composes() -> None:
-    for preset in ("paper", "d4rl", "laptop", "demo"):
+    for preset in ("paper", "d4rl", "laptop", "demo", "ogbench"):
         for agent in ("bc", "td3_bc"):
             assert isinstance(resolve_config(compose({"preset": preset, "agent": agent})).train, TrainConfig)
 
@@ -510,7 +510,7 @@ def test_every_recipe_composes_to_plans(name: str) -> None:
 def test_every_suite_names_datasets_that_there_are(name: str) -> None:
     params = swept(f"suite={name}")
     assert list(params) == ["dataset"]
-    assert set(params["dataset"]) <= {*catalogue.d4rl(), *forge.names()}
+    assert set(params["dataset"]) <= {*catalogue.d4rl(), *forge.names(), *ogbench_names.names()}
     assert len(set(params["dataset"])) == len(params["dataset"])
 
 

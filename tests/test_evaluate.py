@@ -23,6 +23,8 @@ from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
 from offrl.agents.bc import BC, BCConfig
+from offrl.agents.flow_bc import FlowBC
+from offrl.agents.ifql import IDQL
 from offrl.data.dataset import DatasetInfo
 from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.utils.errors import OffrlError
@@ -384,3 +386,17 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@pytest.mark.parametrize("cls", [FlowBC, IDQL])
+def test_policies_that_sample_repeat_their_episodes(cls: Any) -> None:
+    """Also beside other lanes and among more environments: what is drawn depends on lane, episode and timestep alone."""
+    info, found = DatasetInfo(id="x", action_low=-2.0, action_high=2.0), []
+    for seeds, slots in (((4, 9), 4), ((9,), 3), ((4, 9), 20)):
+        agent = cls(Spec(3, 1, seeds, action_low=-2.0, action_high=2.0), cls.Config(hidden=(8,)))
+        with Evaluator(
+            info, len(seeds), 1, slots, lambda: gymnasium.make("Pendulum-v1", max_episode_steps=20)
+        ) as evaluator:
+            found.append(evaluator.run(agent, 2, 5).returns[-1])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-9)
+    np.testing.assert_allclose(found[0], found[2], rtol=1e-9)

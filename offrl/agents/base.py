@@ -48,6 +48,8 @@ class Agent(nn.Module, Generic[ConfigT]):
         takes_discrete: whether the agent supports discrete actions; others refuse a dataset of discrete actions.
         pretrain_updates: number of updates before the policy's first one.
         dataset_index: what `setup` keeps of the dataset; neither saved nor copied.
+        explore_noise: std of the noise with which a deterministic policy explores an environment, in units of half the box,
+            which is clipped at `explore_clip`; with discrete actions, the probability of a uniform one.
         obs_eps: term added to the observations' standard deviation; 1e-3 in TD3+BC and its descendants.
     """
 
@@ -56,6 +58,8 @@ class Agent(nn.Module, Generic[ConfigT]):
     batch_fields: ClassVar[tuple[str, ...]] = ()
     takes_discrete: ClassVar[bool] = False
     obs_eps: ClassVar[float] = 1e-3
+    explore_noise: float = 0.1
+    explore_clip: ClassVar[float] = 0.5
     window: int | None = None
     pretrain_updates: int = 0
     dataset_index: Any = None
@@ -174,6 +178,29 @@ class Agent(nn.Module, Generic[ConfigT]):
         """The action for raw observations `[lanes, n, O]`: deterministic and within bounds."""
         return self.within_bounds(self.act(self.normalize(obs)))
 
+    @torch.no_grad()
+    def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
+        """The action with which the agent gathers data, for raw observations `[lanes, n, O]`; within bounds.
+
+        A Gaussian policy is sampled, a deterministic one gets clipped noise, and a discrete one takes a uniform action now
+        and then. A policy with another distribution overrides it.
+
+        Args:
+            random: its `step` is the number of the environment step.
+        """
+        state = self.normalize(obs)
+        gaussian = self.policy_gaussian(state)
+        if gaussian is not None:
+            mean, std = gaussian
+            return self.within_bounds(mean + std * random.normal("explore", mean))
+        action = self.act(state)
+        if self.spec.discrete:
+            chance = random.uniform("explore/chance", action.shape[1:])
+            uniform = random.integers("explore", self.spec.action_dim, action.shape[1:])
+            return torch.where(chance < self.explore_noise, uniform, action)
+        noise = (random.normal("explore", action) * self.explore_noise).clamp(-self.explore_clip, self.explore_clip)
+        return self.within_bounds(action + noise * self.box.half_width)
+
     def within_bounds(self, action: Tensor) -> Tensor:
         """Continuous actions clipped to their bounds; discrete ones as they are."""
         return action if self.spec.discrete else self.box.clip(action)
@@ -205,11 +232,13 @@ class RecurrentAgent(Agent[ConfigT]):
     Attributes:
         stream: prefix of the names of random numbers.
         uses_history: whether the action depends on the episode so far; if False, only sampling actions needs a state.
+        samples_continuous: whether the setting `sample_actions` holds for continuous actions too.
         episode_batches: number of batches of episodes so far, which have different random numbers.
     """
 
     stream: ClassVar[str]
     uses_history: ClassVar[bool] = True
+    samples_continuous: ClassVar[bool] = False
     episode_batches: int = 0
 
     def act(self, obs: Tensor, state: Any = None) -> Tensor:
@@ -235,9 +264,18 @@ class RecurrentAgent(Agent[ConfigT]):
             return choose(logits)
         return choose(logits, self.random.uniform(f"{state.stream}/{state.timestep}", logits.shape[1:2]))
 
+    def acting_noise(self, obs: Tensor, state: ActingState | None, width: int) -> Tensor | None:
+        """Standard normals `[lanes, envs, width]` of the timestep; None where the policy samples nothing.
+
+        An episode's numbers depend on its lane, its place and its timestep, and not on how many others run beside it.
+        """
+        if not self._samples_actions or state is None or not state.stream:
+            return None
+        return self.random.normal_rows(f"{state.stream}/{state.timestep}", obs.shape[1], width).to(obs.dtype)
+
     @property
     def _samples_actions(self) -> bool:
-        return self.spec.discrete and getattr(self.cfg, "sample_actions", False)
+        return (self.spec.discrete or self.samples_continuous) and getattr(self.cfg, "sample_actions", False)
 
     @torch.no_grad()
     def select_action(self, obs: Tensor, state: Any = None) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Agent, Batch
 from offrl.nets import Adam, Bound, Critics, TanhGaussian, TanhGaussianActor, make_target, orthogonal_, per_lane, polyak
+from offrl.utils.random import LaneRandom
 
 
 @dataclass
@@ -94,6 +95,13 @@ class CQL(Agent[CQLConfig]):
         """Mean and standard deviation of the squashed policy's actions: the nearest Gaussian, not the policy itself."""
         return self.actor(obs).moments()
 
+    @torch.no_grad()
+    def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
+        """A sample of the squashed policy."""
+        policy = self.actor(self.normalize(obs))
+        action, _ = policy.sample(random.normal("explore", policy.mean))
+        return self.within_bounds(action)
+
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.actor(obs).log_prob(action)
 
@@ -151,6 +159,10 @@ class CQL(Agent[CQLConfig]):
         soft_maximum = temperature * ((q_proposed - log_density.unsqueeze(1)) / temperature).logsumexp(-1, keepdim=True)
         return (soft_maximum.squeeze(-1) - q_data).clamp(min=per_lane(self.cfg.diff_min, 2)).mean(-1)
 
+    def lower_bounded(self, q_proposed: Tensor, batch: Batch) -> Tensor:
+        """The values `[lanes, 2, batch, 3 n]` that the conservative term lowers; Cal-QL bounds them from below."""
+        return q_proposed
+
     def multiplier(self, difference: Tensor) -> Tensor:
         """alpha' `[lanes]` before its step; the step raises it where the difference exceeds the gap."""
         alpha_prime = self.log_alpha_prime.detach().exp().clamp(max=1e6)
@@ -167,7 +179,8 @@ class CQL(Agent[CQLConfig]):
         q = self.critics.q_of_actions(batch.obs, torch.cat([batch.action.unsqueeze(2), actions], 2))
         q_data, q_proposed = q[..., 0], q[..., 1:]
         error = (q_data - target.unsqueeze(1)).square().mean(-1).sum(-1)
-        difference = self.conservative_difference(q_data, q_proposed, log_density)
+        bounded = self.lower_bounded(q_proposed, batch)
+        difference = self.conservative_difference(q_data, bounded, log_density)
         metrics = {"bellman_error": error, "cql_diff": difference.mean(-1)}
         penalty = difference
         if self.cfg.lagrange:

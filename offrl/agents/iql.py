@@ -9,6 +9,10 @@ ikostrikov/implicit_q_learning. The two differ in four things. Order: here V(s')
 step, there from V after it. Critic loss: here the mean over the two critics, there the sum. Initial weights: the authors' are
 orthogonal. Normalisation: here of states, there of rewards (conf/agent/iql.yaml has the datasets whose rewards are, too).
 
+`value_fit` switches to two relatives: Xu, Jiang, Li, Yang, Wang, Chan & Zhan, "Offline RL with No OOD Actions: In-Sample
+Learning via Implicit Value Regularization", ICLR 2023 (arXiv 2303.15810), authors' code ryanxhr/IVR. SQL (`sparse`) and EQL
+(`exponential`) have other losses of V and other weights of the policy; V, critics and policy keep IQL's order and networks.
+
 Deviations from CORL, none of which changes the mathematics: the twin critics are one batched ensemble; dropout uses the lane's
 random numbers, at rates that are multiples of 2^-16; checkpoints hold the target critics; the actor's learning rate is a
 function of the step number, not of the previous rate.
@@ -17,6 +21,7 @@ function of the step number, not of the previous rate.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +49,8 @@ class IQLConfig:
     max_weight: float = 100.0  # upper bound of the policy's weights
     discount: float = 0.99  # gamma
     tau: float = 0.005  # step size of the target critics
+    value_fit: Literal["expectile", "sparse", "exponential"] = "expectile"  # V's loss: IQL's, SQL's, EQL's
+    regularization: float = 1.0  # alpha of SQL and EQL, weight of the distance from the data
     deterministic: bool = False  # train a deterministic policy by weighted squared error instead of a Gaussian one
     dropout: float = 0.0  # dropout rate of the actor's hidden layers
     actor_lr: float = 3e-4  # initial learning rate of the actor
@@ -76,10 +83,12 @@ class IQL(Agent[IQLConfig]):
     def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor] | None:
         return None if self.cfg.deterministic else self.actor(obs)
 
-    def value_loss(self, advantage: Tensor) -> Tensor:
-        """`[lanes]`: mean of |t - 1[u < 0]| u^2 with u = Q - V (equation 5), smallest where V is the t-expectile of Q."""
-        t = per_lane(self.cfg.expectile)
-        return (torch.where(advantage < 0, 1 - t, t) * advantage.square()).mean(-1)
+    def value_loss(self, advantage: Tensor, value: Tensor) -> Tensor:
+        """`[lanes]`: expectile regression of V `[lanes, batch]` by u = Q - V `[lanes, batch]`, or SQL's or EQL's loss."""
+        if self.cfg.value_fit == "expectile":
+            return expectile_loss(advantage, self.cfg.expectile)
+        fit = sparse_loss if self.cfg.value_fit == "sparse" else exponential_loss
+        return fit(advantage, value, self.cfg.regularization)
 
     def critic_loss(self, batch: Batch, next_value: Tensor) -> Tensor:
         """`[lanes]`: squared error to r + gamma (1 - d) V(s'), averaged over batch and critics (equation 6)."""
@@ -87,8 +96,16 @@ class IQL(Agent[IQLConfig]):
         return (self.critics(batch.obs, batch.action) - target.unsqueeze(1)).square().mean((-2, -1))
 
     def policy_weight(self, advantage: Tensor) -> Tensor:
-        """`[lanes, batch]`: w = min(exp(beta (Q - V)), max_weight), without a gradient."""
-        weight = (per_lane(self.cfg.beta) * advantage.detach()).exp()
+        """`[lanes, batch]`: w = min(exp(beta (Q - V)), max_weight), without a gradient.
+
+        SQL's weight is max(Q - V, 0) and EQL's exp(10 (Q - V) / regularization), with the same bound.
+        """
+        if self.cfg.value_fit == "sparse":
+            weight = advantage.detach().relu()
+        elif self.cfg.value_fit == "exponential":
+            weight = (10 / per_lane(self.cfg.regularization) * advantage.detach()).exp()
+        else:
+            weight = (per_lane(self.cfg.beta) * advantage.detach()).exp()
         return weight.clamp(max=per_lane(self.cfg.max_weight))
 
     def policy_loss(self, batch: Batch, weight: Tensor) -> Tensor:
@@ -113,7 +130,7 @@ class IQL(Agent[IQLConfig]):
             q = self.critics_target(batch.obs, batch.action).amin(1)
         value = self.value(batch.obs).squeeze(-1)
         advantage = q - value
-        value_loss = self.value_loss(advantage)
+        value_loss = self.value_loss(advantage, value)
         self.value_optimizer.step(value_loss)
 
         critic_loss = self.critic_loss(batch, next_value)
@@ -132,3 +149,29 @@ class IQL(Agent[IQLConfig]):
             "weight": weight.mean(-1),
             "clipped": (weight >= per_lane(self.cfg.max_weight)).to(q.dtype).mean(-1),
         }
+
+
+def expectile_loss(advantage: Tensor, expectile: float | Tensor) -> Tensor:
+    """`[lanes]`: mean of |t - 1[u < 0]| u^2 with u = Q - V (equation 5), smallest where V is the t-expectile of Q."""
+    t = per_lane(expectile)
+    return (torch.where(advantage < 0, 1 - t, t) * advantage.square()).mean(-1)
+
+
+def sparse_loss(advantage: Tensor, value: Tensor, alpha: float | Tensor) -> Tensor:
+    """`[lanes]`: SQL's mean of max(1 + u / (2 alpha), 0)^2 + V / alpha with u = Q - V.
+
+    At its minimum E max(1 + u / (2 alpha), 0) = 1.
+    """
+    alpha = per_lane(alpha)
+    return ((1 + advantage / (2 * alpha)).relu().square() + value / alpha).mean(-1)
+
+
+def exponential_loss(advantage: Tensor, value: Tensor, alpha: float | Tensor) -> Tensor:
+    """`[lanes]`: EQL's mean of exp(z) + V / alpha with z = min((Q - V) / alpha, 5), times exp(-m) of m = max(max z, -1).
+
+    The factor, a constant, keeps the exponentials finite. Where no z is cut the minimum is V = alpha log E exp(Q / alpha).
+    """
+    alpha = per_lane(alpha)
+    z = (advantage / alpha).clamp(max=5)
+    largest = z.detach().amax(-1, keepdim=True).clamp(min=-1)
+    return ((z - largest).exp() + (-largest).exp() * value / alpha).mean(-1)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Agent, Batch
 from offrl.nets import Adam, Critics, TanhGaussianActor, make_target, per_lane, polyak
+from offrl.utils.random import LaneRandom
 
 
 @dataclass
@@ -41,7 +42,7 @@ class SACNConfig:
 class SACN(Agent[SACNConfig]):
     """max_pi E [min_i Q_i(s, a) - alpha log pi(a|s)], a ~ pi(.|s)."""
 
-    Config = SACNConfig
+    Config: ClassVar[type] = SACNConfig
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
@@ -62,6 +63,13 @@ class SACN(Agent[SACNConfig]):
     def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the squashed policy's actions: the nearest Gaussian, not the policy itself."""
         return self.actor(obs).moments()
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
+        """A sample of the squashed policy."""
+        policy = self.actor(self.normalize(obs))
+        action, _ = policy.sample(random.normal("explore", policy.mean))
+        return self.within_bounds(action)
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.actor(obs).log_prob(action)

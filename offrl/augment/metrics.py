@@ -13,7 +13,7 @@ The measures of Jackson et al. 2024 as this project defines them (their code for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,8 @@ class OneLane(Agent):
         nn.Module.__init__(self)
         if not 0 <= lane < agent.spec.lanes:
             raise OffrlError(f"lane {lane}: the agent has lanes 0 to {agent.spec.lanes - 1}.")
-        self.agent, self.lane = agent, lane
+        self.agent, self.lane, self.box = agent, lane, agent.box
+        self.spec = replace(agent.spec, seeds=agent.spec.seeds[lane : lane + 1])
 
     def normalize(self, obs: Tensor) -> Tensor:
         return self.agent.normalize(obs)

@@ -12,13 +12,11 @@ import tokenize
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from offrl.agents.base import Agent
 from offrl.training.compose import choice_file, choices
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import use_config_dir
-from offrl.utils.settings import target_class
+from offrl.utils.settings import class_in
 
 
 def add_parser(subparsers: Any) -> None:
@@ -71,11 +69,10 @@ def _command(arguments: argparse.Namespace) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
         raise OffrlError(f"agent {arguments.name} is unknown; {hint}")
     for name in [arguments.name] if arguments.name else names:
-        cls = target_class(
-            {"_target_": OmegaConf.select(OmegaConf.load(choice_file("agent", name, extra)), "_target_")},
-            Agent,
-            "agent",
-        )
+        file = choice_file("agent", name, extra)
+        cls = class_in(file, Agent)
+        if cls is None:
+            raise OffrlError(f"{file}: it names no class; write `_target_: MODULE.Class`.")
         documentation = inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or ""
         if not arguments.name:
             print(f"{name:12} {documentation.partition(chr(10))[0]}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offrl.cli.dataset_info import describe, plot, print_info
-from offrl.data import catalogue
+from offrl.data import catalogue, ogbench_names
 from offrl.data.dataset import OfflineDataset
 from offrl.data.fetch import fetch
 from offrl.data.minari import data_folder, local_datasets, local_folder
@@ -18,7 +18,7 @@ from offrl.forge import registry
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 
-SOURCES = ("d4rl", "minari", "forge", "local")
+SOURCES = ("d4rl", "minari", "ogbench", "forge", "local")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,10 +38,14 @@ def add_parser(subparsers: Any) -> None:
     _add_reading(info)
     info.set_defaults(run=run_info)
 
-    fetching = commands.add_parser("fetch", help="download a D4RL or Minari dataset")
+    fetching = commands.add_parser("fetch", help="download a D4RL, Minari or OGBench dataset")
     fetching.add_argument("dataset", help="id, e.g. hopper-medium-v2 or D4RL/pen/human-v2")
     fetching.add_argument("--dest", type=Path, metavar="FILE", help="where to put it (default: the cache folder)")
-    fetching.add_argument("--base-url", metavar="URL", help="mirror of D4RL's files (default: OFFRL_D4RL_URL)")
+    fetching.add_argument(
+        "--base-url",
+        metavar="URL",
+        help="mirror of D4RL's or OGBench's files (default: OFFRL_D4RL_URL, OFFRL_OGBENCH_URL)",
+    )
     fetching.add_argument("--force", action="store_true", help="download again even if it is there")
     fetching.set_defaults(run=run_fetch)
 
@@ -76,6 +80,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--unfinished", action="store_true", help="accept one trajectory without any episode end")
     parser.add_argument("--goals", action="store_true", help="keep a maze's goal in the observation")
+    parser.add_argument("--task", type=int, metavar="N", help="single task of an OGBench set; 0: the default one")
     parser.add_argument("--no-cache", action="store_true", help="neither use nor write the flat cache")
 
 
@@ -91,6 +96,7 @@ def _load(arguments: argparse.Namespace) -> OfflineDataset:
         action_low=arguments.action_low,
         action_high=arguments.action_high,
         family=arguments.as_family,
+        task=arguments.task,
     )
 
 
@@ -109,7 +115,7 @@ def run_list(arguments: argparse.Namespace) -> int:
 
     rows = [
         row
-        for source, rows_of in (("forge", _forge_rows), ("d4rl", _d4rl_rows), ("minari", _minari_rows))
+        for source, rows_of in SOURCE_ROWS.items()
         if arguments.source in (None, "local", source)
         for row in rows_of()
     ]
@@ -138,7 +144,10 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 def _forge_rows() -> list[tuple[str, ...]]:
     folders = {cache_dir() / name: name for name in local_datasets(cache_dir()) if name.startswith("forge/")}
-    here = {name: folders.pop(registry.folder_of(name), None) is not None for name in registry.names()}
+    here = {
+        name: folders.pop(folder := registry.folder_of(name), None) is not None or folder.is_file()
+        for name in registry.names()
+    }
     here |= dict.fromkeys(folders.values(), True)  # of another size or seed
     return [(name, "forge", registry.family(name), "", "yes" if built else "") for name, built in here.items()]
 
@@ -164,6 +173,17 @@ def _minari_rows() -> list[tuple[str, ...]]:
     ]
     names = {local_folder(name) for name in known}
     return rows + [(name, "minari", "", "", "yes") for name in local_datasets() if local_folder(name) not in names]
+
+
+def _ogbench_rows() -> list[tuple[str, ...]]:
+    parsed = [(text, name) for text in ogbench_names.names() if (name := ogbench_names.parse(text))]
+    return [
+        (text, "ogbench", ogbench_names.FAMILY, name.env_id, "yes" if any(f.is_file() for f in name.files()) else "")
+        for text, name in parsed
+    ]
+
+
+SOURCE_ROWS = {"forge": _forge_rows, "d4rl": _d4rl_rows, "minari": _minari_rows, "ogbench": _ogbench_rows}
 
 
 # ---- info, fetch, build ------------------------------------------------------------------------------------------

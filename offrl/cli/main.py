@@ -22,6 +22,7 @@ from offrl.utils.settings import trusting
 # Subcommand: (usage, what it does). `offrl.cli.NAME` has `add_parser(subparsers)`.
 COMMANDS = {
     "train": ("train [key=value ...]", "train and score a policy; -m sweeps comma-separated values (Hydra's multirun)"),
+    "finetune": ("finetune RUN [key=value ...]", "continue a finished offline run with environment steps"),
     "evaluate": ("evaluate RUN", "play episodes with a run's policy"),
     "data": ("data list|info|build|fetch|convert", "datasets: which there are, what is in them, how to get them"),
     "status": ("status RUNS...", "how far runs are, and what failed"),
@@ -101,7 +102,7 @@ def _run(words: list[str]) -> int:
     if words[:1] == ["train"]:  # Hydra reads the rest
         status: int = importlib.import_module("offrl.cli.train").run(words[1:])
         return status
-    if words[:1] not in (["agents"], ["augment"]):  # for the others it is a place of modules
+    if words[:1] not in (["agents"], ["augment"], ["finetune"]):  # for the others it is a place of modules
         config_dir_of(words)
         words = without_config_dir(words)
     arguments = _parse(words)

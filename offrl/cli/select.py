@@ -119,7 +119,9 @@ def _rank(
         for path in _checkpoints(run.folder, all_checkpoints):
             metadata, agent = checkpoint.metadata(path), load_agent(path, device)
             if agent.initial_state(1) is not None:
-                notes.append(f"Left out, its policy depends on the history: {run.folder.name}.")
+                notes.append(
+                    f"Left out, its policy needs more than the observation (the history, or a draw): {run.folder.name}."
+                )
                 break
             # Rewards as recorded: methods transform them differently.
             store = store or read_data(resolve_config(metadata["config"], trusted=False).train, device)

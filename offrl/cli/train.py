@@ -9,16 +9,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from offrl.cli.agents import field_comments
+from offrl.cli.finetune import value_of
 from offrl.training.compose import (
     choices,
     compose_words,
@@ -32,10 +31,10 @@ from offrl.training.compose import (
 )
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import print_result
-from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
+from offrl.training.schema import DataConfig, EvalConfig, OnlineConfig, TrainConfig
 from offrl.training.sweep import Sweep, import_path, run_job
 from offrl.training.trainer import resume, train
-from offrl.utils.errors import OffrlError, one_line
+from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir, config_dir_of, without_config_dir
 
 
@@ -51,7 +50,7 @@ def run(words: list[str]) -> int:
         if odd := [w for w in words if not re.match(r"[a-z]", w) or "=" not in w]:
             raise OffrlError(f"{odd[0]} can't stand beside resume=RUN; only key=value can.")
         changes = dict(w.split("=", 1) for w in words if not w.startswith("resume="))
-        return print_result(resume(folder, {key: _value(text) for key, text in changes.items()}))
+        return print_result(resume(folder, {key: value_of(text) for key, text in changes.items()}))
     if several := next((word for word in words if re.match(r"\+?(experiment|suite)=.*[,([]", word)), None):
         key = several.split("=")[0]
         raise OffrlError(f"{key}= takes one name: each brings a sweep of its own, so give each its own command.")
@@ -162,7 +161,7 @@ def _help(extra: Path | None) -> str:
     lines = ["offrl train [key=value ...] [-m] [--config-dir DIR] [--cfg job]", "", "Options:"]
     rows = [
         (f"{prefix}{name}={default}", comment)
-        for prefix, cls in (("", TrainConfig), ("data.", DataConfig), ("eval.", EvalConfig))
+        for prefix, cls in (("", TrainConfig), ("data.", DataConfig), ("eval.", EvalConfig), ("online.", OnlineConfig))
         for name, default, comment in field_comments(cls)
     ]
     rows.append(("agent.KEY=VALUE", "a setting of the method; a list gives one value per lane (offrl agents NAME)"))
@@ -171,11 +170,3 @@ def _help(extra: Path | None) -> str:
     lines += [f"  {option:30} {comment}".rstrip() for option, comment in rows] + [""]
     lines += [f"{group}=  {', '.join(names)}" for group in sorted(groups(extra)) if (names := choices(group, extra))]
     return "\n".join(lines)
-
-
-def _value(text: str) -> Any:
-    """What Hydra reads behind `key=`."""
-    try:
-        return OverridesParser.create().parse_override(f"key={text}").value()
-    except HydraException as error:
-        raise OffrlError(f"{text} can't be read as a value ({one_line(error)}).") from error

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from offrl.data.dataset import DatasetInfo
+from offrl.data.ogbench_names import names as ogbench_ids
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 
@@ -205,7 +206,7 @@ def info_of_file(path: Path) -> DatasetInfo:
 
 def near(name: str, more: Iterable[str] = ()) -> list[str]:
     """Up to three known ids that look like `name`."""
-    known = [*d4rl(), *minari(), *more]
+    known = [*d4rl(), *minari(), *ogbench_ids(), *more]
     return difflib.get_close_matches(name, known, n=3, cutoff=0.6)
 
 

@@ -1,7 +1,9 @@
 """The dataset: a dataset as flat tensors on the training device, and gathers of transitions and windows.
 
-Every row is a transition that may be sampled. Two rules hold everywhere: a truncation (time limit) is never a
-termination, and nothing crosses an episode's end.
+Every row is a transition that may be sampled. Three things are told apart: where bootstrapping stops (`terminations`,
+mask 0), where an episode ends (`offsets`; windows and returns stop there), and whether the file holds that end
+(`complete`). A time limit is an end without a termination. A termination within an episode does not end it:
+AntMaze's and OGBench's trajectories go on behind their goal. Nothing crosses an episode's end.
 """
 
 from __future__ import annotations
@@ -70,6 +72,11 @@ class DatasetInfo:
         """The least and the largest bound of any dimension."""
         return float(np.min(self.action_low)), float(np.max(self.action_high))
 
+    @property
+    def scored_by_success(self) -> bool:
+        """Whether an episode's score is 100 if the environment tells of a success at its last step, else 0 (OGBench)."""
+        return self.family == "ogbench"
+
     def normalized(self, returns: Any) -> Any:
         """100 (R - ref_min) / (ref_max - ref_min), the score of D4RL (Fu et al. 2020); None without references."""
         if self.ref_min is None or self.ref_max is None:
@@ -84,7 +91,8 @@ class OfflineDataset:
         observations, next_observations: `[N, O]` float32.
         actions: `[N, A]` float32, or `[N]` int64 when `info.discrete`.
         rewards: `[N]` float32.
-        terminations: `[N]` bool or float32; 1 only where the episode truly ended, never at a time limit.
+        terminations: `[N]` bool or float32; 1 where nothing is bootstrapped, never at a time limit; it need not end an
+            episode.
         offsets: `[E + 1]` int64, rows `offsets[e]:offsets[e + 1]` are episode e; every episode has a row.
         complete: `[E]` bool, False for an episode that the file cut off (neither terminal nor timeout).
         tail_rewards, tail_actions: `[E]`, `[E, A]`: reward and action of a last step that is no transition since its

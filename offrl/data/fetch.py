@@ -1,4 +1,4 @@
-"""Downloads of D4RL files (HTTP, resumed where they stopped) and of Minari datasets (through the minari package).
+"""Downloads of D4RL's and OGBench's files (HTTP, resumed where they stopped) and of Minari datasets (through its package).
 
 The HTTP client is urllib's: pooch starts a broken download of gigabytes from the beginning, and knows no locks.
 """
@@ -10,17 +10,19 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse, responses
 from pathlib import Path
 from urllib import request
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
-from offrl.data import catalogue
+from offrl.data import catalogue, ogbench_names
 from offrl.data.d4rl import check_complete
 from offrl.data.minari import local_datasets, local_folder
+from offrl.data.ogbench import check_trajectories
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import cache_dir, one_at_a_time, replacing
 from offrl.utils.progress import Bar
@@ -29,10 +31,34 @@ D4RL_BASE = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 BLOCK = 1 << 18  # bytes
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 4  # connections in a row that bring nothing new before we give up
-WAY_OUT = "name a mirror with --base-url or OFFRL_D4RL_URL, or put the file into the folder that D4RL_DATASET_DIR names"
 
 
-def candidates(url: str, base: str | None) -> list[str]:
+@dataclass(frozen=True)
+class Publisher:
+    """Who publishes files, and what we know of them.
+
+    Attributes:
+        base: address below which the files lie. mirror, folder: environment variables that name a mirror's address and a
+            folder with files. check: reads a file once; raises OffrlError where it is none of the publisher's.
+    """
+
+    base: str
+    mirror: str
+    folder: str
+    check: Callable[[Path], None]
+
+    @property
+    def way_out(self) -> str:
+        return (
+            f"name a mirror with --base-url or {self.mirror}, or put the file into the folder that {self.folder} names"
+        )
+
+
+D4RL = Publisher(D4RL_BASE, "OFFRL_D4RL_URL", "D4RL_DATASET_DIR", check_complete)
+OGBENCH = Publisher(ogbench_names.BASE, "OFFRL_OGBENCH_URL", "OGBENCH_DATASET_DIR", check_trajectories)
+
+
+def candidates(url: str, base: str | None, publisher: Publisher = D4RL) -> list[str]:
     """Where to ask for a file: its published place, or below the mirror `base` at the same path or without folders."""
     if not base:
         return [url]
@@ -42,8 +68,10 @@ def candidates(url: str, base: str | None) -> list[str]:
     except ValueError:
         usable = False
     if not usable:
-        raise OffrlError(f"--base-url or OFFRL_D4RL_URL: {base!r} is no web address; use one like https://host/path.")
-    base, path = base.rstrip("/") + "/", url.removeprefix(D4RL_BASE)
+        raise OffrlError(
+            f"--base-url or {publisher.mirror}: {base!r} is no web address; use one like https://host/path."
+        )
+    base, path = base.rstrip("/") + "/", url.removeprefix(publisher.base)
     return list(dict.fromkeys([base + path, base + path.rsplit("/", 1)[-1]]))
 
 
@@ -59,9 +87,10 @@ def fetch(
     Another process that fetches the same file is waited for.
 
     Args:
-        name: a D4RL id or a Minari id.
-        dest: file to write (D4RL only); default: `d4rl/<id>.hdf5` in the cache folder.
-        base_url: mirror of D4RL's files instead of D4RL's host; default: the environment variable `OFFRL_D4RL_URL`.
+        name: a D4RL id, an OGBench id (one file serves all tasks) or a Minari id.
+        dest: file to write (not of Minari); default: `d4rl/<id>.hdf5` or `ogbench/<file>.npz` in the cache folder.
+        base_url: mirror of the publisher's files instead of its host; default: the environment variable `OFFRL_D4RL_URL` or
+            `OFFRL_OGBENCH_URL`.
             Below it a file may lie at its published path (`gym_mujoco_v2/...`) or directly.
         progress: show a bar with rate and time left.
         force: download again even when the file is there.
@@ -70,32 +99,37 @@ def fetch(
         OffrlError: unknown id, no connection, refused or missing file, no room, content that is no D4RL dataset, or a
             download that stays incomplete (what has come is kept and the next call continues it).
     """
-    entry = catalogue.d4rl().get(name)
-    if entry is None:
+    if name.startswith("forge/"):
+        raise OffrlError(f"{name}: forge datasets are built, not fetched; use `offrl data build {name}`.")
+    if entry := catalogue.d4rl().get(name):
+        publisher, url, place = D4RL, entry.url, f"d4rl/{name}.hdf5"
+    elif ogbench := ogbench_names.parse(name):
+        publisher, url, place = OGBENCH, f"{OGBENCH.base}{ogbench.file}.npz", f"ogbench/{ogbench.file}.npz"
+    else:
         return _fetch_minari(name, force)
-    target = dest or cache_dir() / "d4rl" / f"{name}.hdf5"
-    urls = candidates(entry.url, base_url or os.environ.get("OFFRL_D4RL_URL"))
+    target = dest or cache_dir() / place
+    urls = candidates(url, base_url or os.environ.get(publisher.mirror), publisher)
     try:
         if target.exists() and not target.is_file():
             raise OffrlError(f"--dest {target}: this is a folder or a device; give the name of a file.")
-        if force or not _is_intact(target):
+        if force or not _is_intact(target, publisher):
             target.parent.mkdir(parents=True, exist_ok=True)
             with one_at_a_time(target.with_name(f".{target.name}.lock")):
-                if force or not _is_intact(target):  # another process may have fetched it meanwhile
-                    _fetch_d4rl(name, urls, target, progress)
+                if force or not _is_intact(target, publisher):  # another process may have fetched it meanwhile
+                    _fetch_file(name, publisher, urls, target, progress)
     except OSError as error:
         reason = error.strerror or error
         raise OffrlError(f"{target}: cannot be written ({reason}); free some space or give another --dest.") from error
     return target
 
 
-def _fetch_d4rl(name: str, urls: list[str], target: Path, progress: bool) -> None:
+def _fetch_file(name: str, publisher: Publisher, urls: list[str], target: Path, progress: bool) -> None:
     """Put the file from the first of `urls` that has it, and its sum, at `target`; on an error what was there stays."""
     part = target.with_name(target.name + ".part")
     with Bar(progress, name, _size(part), None, unit="bytes") as bar:
-        url = _download(urls, part, bar)
+        url = _download(urls, part, bar, publisher.way_out)
     try:
-        check_complete(part)
+        publisher.check(part)
     except OffrlError as error:
         part.unlink()
         reason = str(error).removeprefix(f"{part}: ")
@@ -113,13 +147,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_intact(path: Path) -> bool:
+def _is_intact(path: Path, publisher: Publisher) -> bool:
     """Whether a file is there; one that differs from its recorded sum, or has none and can't be read, is refused."""
     if not path.is_file():
         return False
     sums = path.with_name(path.name + ".sha256")
     if not sums.is_file():
-        check_complete(path)
+        publisher.check(path)
     elif sums.read_bytes().split()[:1] != [sha256(path).encode()]:
         why = f"it changed since it was fetched (its SHA-256 is not that of {sums.name})"
         raise OffrlError(f"{path}: {why}; fetch it again with --force.")
@@ -145,7 +179,7 @@ def _network() -> Iterator[None]:
         raise _Broken(one_line(reason)) from error
 
 
-def _download(urls: list[str], part: Path, bar: Bar) -> str:
+def _download(urls: list[str], part: Path, bar: Bar, way_out: str) -> str:
     """Fill `part` from the first of `urls` (two at most) that exists, taking up broken connections; returns that URL."""
     url, most, failures, reason = urls[0], _size(part), 0, ""
     while failures < ATTEMPTS:
@@ -155,7 +189,7 @@ def _download(urls: list[str], part: Path, bar: Bar) -> str:
         except HTTPError as error:
             error.close()
             if error.code != 404 or url == urls[-1]:
-                raise OffrlError(_refusal(url, error)) from error
+                raise OffrlError(_refusal(url, error, way_out)) from error
             url = urls[-1]  # the mirror may keep its files without folders
         except _Broken as error:
             reason, size = str(error), _size(part)
@@ -164,18 +198,18 @@ def _download(urls: list[str], part: Path, bar: Bar) -> str:
             if 0 < failures < ATTEMPTS:
                 time.sleep(0.2 * 2**failures)
     kept = f"{_size(part):,} bytes are kept and the same command continues, or " if _size(part) else ""
-    raise OffrlError(f"{url}: the download stopped ({reason}); {kept}{WAY_OUT}.")
+    raise OffrlError(f"{url}: the download stopped ({reason}); {kept}{way_out}.")
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _refusal(url: str, error: HTTPError) -> str:
+def _refusal(url: str, error: HTTPError, way_out: str) -> str:
     what = {404: "there is no such file", 403: "access is refused"}.get(error.code)
     if error.code // 100 == 3:
         what = f"it redirects to {str(error.headers.get('Location'))[:200]!r}, which is not followed"
-    return f"{url}: {what or f'the server says {responses.get(error.code)}'} (HTTP {error.code}); {WAY_OUT}."
+    return f"{url}: {what or f'the server says {responses.get(error.code)}'} (HTTP {error.code}); {way_out}."
 
 
 def _open(url: str, start: int) -> HTTPResponse:
@@ -239,8 +273,6 @@ def _receive(url: str, part: Path, bar: Bar) -> None:
 
 
 def _fetch_minari(name: str, force: bool) -> Path:
-    if name.startswith("forge/"):
-        raise OffrlError(f"{name}: forge datasets are built, not fetched; use `offrl data build {name}`.")
     if name not in catalogue.minari() and not ("/" in name and catalogue.MINARI_ID.fullmatch(name)):
         raise catalogue.unknown(name, local_datasets())
     try:

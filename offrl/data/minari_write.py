@@ -139,6 +139,8 @@ def _write_hdf5(path: Path, episodes: Sequence[Episode]) -> None:
             ends = np.zeros((2, len(episode)), np.bool_)
             if episode.complete:
                 ends[0 if episode.terminated else 1, -1] = True
+            if episode.terminations is not None:
+                ends[0, :-1] = episode.terminations[:-1]
             arrays = {"observations": episode.observations, "actions": episode.actions, "rewards": episode.rewards}
             arrays |= {"terminations": ends[0], "truncations": ends[1]}
             if episode.noise is not None:
@@ -210,6 +212,7 @@ class Episode:
         noise: `[T, ...]` draws of the environment's noise at each step; None where nobody recorded it.
         complete: whether the episode ended with its last step; False: the recording stopped in the middle of it, and no
             end is written.
+        terminations: `[T]` bool where terminations stand within an episode, which goes on behind them; None: nowhere.
     """
 
     observations: Any
@@ -219,6 +222,7 @@ class Episode:
     seed: int | None = None
     noise: NDArray[Any] | None = None
     complete: bool = True
+    terminations: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -238,11 +242,13 @@ def episodes_of(dataset: OfflineDataset) -> Iterator[Episode]:
     bounds = arrays["offsets"].tolist()
     for complete, start, stop in zip(arrays["complete"].tolist(), bounds[:-1], bounds[1:]):
         last = arrays["next_observations"][stop - 1 : stop]
-        terminated = bool(arrays["terminations"][stop - 1] > 0)
+        terminations = arrays["terminations"][start:stop] > 0
+        terminated = bool(terminations[-1])
         yield Episode(
             observations=np.concatenate((arrays["observations"][start:stop], last)),
             actions=arrays["actions"][start:stop],
             rewards=arrays["rewards"][start:stop],
             terminated=terminated,
             complete=terminated or complete,
+            terminations=terminations if terminations[:-1].any() else None,
         )

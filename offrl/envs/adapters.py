@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from offrl.data.catalogue import d4rl, flat_keys
 from offrl.data.dataset import DatasetInfo
+from offrl.data.ogbench_names import KINDS as OGBENCH
+from offrl.envs.generators import OwnGenerators
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
 from offrl.utils.errors import OffrlError, one_line
 
@@ -64,6 +66,8 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
 
     kwargs = _kwargs(info)
     env = make_gymnasium(info.env_id, **kwargs)
+    if info.scored_by_success:
+        env = OwnGenerators(env)
     if re.search(r"AdroitHand(Door|Hammer|Relocate)-v1$", info.env_id) and kwargs.get("reward_type") != "sparse":
         env = AdroitReward(env)
     if name and name.startswith("pen-"):
@@ -117,8 +121,8 @@ def _texts(value: Any) -> Iterator[str]:
 def make_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:
     """`gymnasium.make` with the packages registered that an id needs, and errors that say what to install."""
     module, _, plain = env_id.rpartition(":")
-    robotics = plain.startswith(ROBOTICS)
-    extra = "robotics" if robotics else "mujoco"
+    robotics, ogbench = plain.startswith(ROBOTICS), plain.startswith(tuple(OGBENCH))
+    extra = "robotics" if robotics else "ogbench" if ogbench else "mujoco"
     try:
         # v4 is announced as out of date and Adroit v1 as changed; both are known here and used with a purpose.
         with warnings.catch_warnings(), _own_temporary_folder():
@@ -128,6 +132,10 @@ def make_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:
                     import gymnasium_robotics
 
                 gymnasium.register_envs(gymnasium_robotics)
+            if ogbench:
+                import ogbench as registers
+
+                gymnasium.register_envs(registers)
             if module and plain not in gymnasium.registry:
                 raise OffrlError(
                     f"{env_id}: the dataset asks to import {module} for its environment, and modules that a dataset names "

@@ -30,12 +30,14 @@ from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
 from offrl.data.dataset import DatasetInfo
+from offrl.data.lane_tasks import lane_infos
 from offrl.envs import make_env as make_env_of
 from offrl.envs import make_vector_env
 from offrl.envs.tabular_env import features
 from offrl.utils.errors import OffrlError
 
 MakeEnv = Callable[[], Any]
+ARMS = ("cube", "scene", "puzzle")  # of OGBench: making one takes a second
 Array = NDArray[Any]
 
 
@@ -45,7 +47,8 @@ class Episodes:
 
     Attributes:
         returns: `[lanes, episodes]` undiscounted returns; lengths: `[lanes, episodes]` steps.
-        normalized: `[lanes, episodes]` scores by the dataset's references; None when it has none.
+        normalized: `[lanes, episodes]` scores by the dataset's references, or 100 for a success and 0 else where the dataset
+            is scored by success; None when it has neither.
         seeds: `[episodes]` environment seeds.
         predicted: `[lanes, episodes]` returns that the policy predicts at the episodes' starts; None: it predicts none.
     """
@@ -89,19 +92,20 @@ class Envs:
     """Some environments of a batch, stepped one after another.
 
     Args:
-        make_env: constructor of one environment with flat observations.
+        makers: constructors of environments with flat observations, one for each row of the arrays.
         rows: rows of the arrays that belong to these environments.
-        arrays: `observation`, `action`, `reward` and `done` of all environments; an object writes its own rows only.
+        arrays: `observation`, `action`, `reward`, `done` and `success` of all environments; an object writes its own rows only.
     """
 
-    def __init__(self, make_env: MakeEnv, rows: range, arrays: dict[str, Array]) -> None:
-        self.envs = [make_env() for _ in rows]
+    def __init__(self, makers: Sequence[MakeEnv], rows: range, arrays: dict[str, Array]) -> None:
+        self.envs = [makers[row]() for row in rows]
         self.rows, self.arrays = rows, arrays
 
     def reset(self, seeds: Sequence[int | None]) -> None:
         """Start an episode in each environment; one with seed None is not used in this batch."""
         for env, row, seed in zip(self.envs, self.rows, seeds):
             self.arrays["done"][row] = seed is None
+            self.arrays["success"][row] = False
             if seed is not None:
                 self.arrays["observation"][row] = env.reset(seed=seed)[0]
 
@@ -112,17 +116,20 @@ class Envs:
             if arrays["done"][row]:
                 continue
             action = arrays["action"][row]
-            observation, reward, terminated, truncated, _ = env.step(action if action.ndim else int(action))
+            observation, reward, terminated, truncated, info = env.step(action if action.ndim else int(action))
             arrays["observation"][row] = observation
             arrays["reward"][row] = reward
             arrays["done"][row] = terminated or truncated
+            arrays["success"][row] = info.get("success", False)
 
     def close(self) -> None:
         for env in self.envs:
             env.close()
 
 
-def _worker(ours: Connection, theirs: Connection, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
+def _worker(
+    ours: Connection, theirs: Connection, makers: Sequence[MakeEnv], rows: range, shared: dict[str, Any]
+) -> None:
     """Main function of a process with some environments: runs (command, argument) messages, answers each with "" or an error.
 
     The process ends with its parent, even a killed one: it closes its own copy of the parent's end of the pipe, so that the
@@ -134,7 +141,7 @@ def _worker(ours: Connection, theirs: Connection, make_env: MakeEnv, rows: range
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     envs: Envs | None = None
     try:
-        envs = Envs(make_env, rows, {name: _as_array(*value) for name, value in shared.items()})
+        envs = Envs(makers, rows, {name: _as_array(*value) for name, value in shared.items()})
         while True:
             command, argument = ours.recv()
             if command == "close":
@@ -154,9 +161,9 @@ def _worker(ours: Connection, theirs: Connection, make_env: MakeEnv, rows: range
 class _Process:
     """`Envs` in another process; each call is split into request and wait."""
 
-    def __init__(self, context: Any, make_env: MakeEnv, rows: range, shared: dict[str, Any]) -> None:
+    def __init__(self, context: Any, makers: Sequence[MakeEnv], rows: range, shared: dict[str, Any]) -> None:
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, self.connection, make_env, rows, shared)
+        arguments = (theirs, self.connection, makers, rows, shared)
         self.process = context.Process(target=_worker, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -187,10 +194,12 @@ class Evaluator:
     The environments, and the processes that hold them, live until `close`; use it as a context manager.
 
     Args:
-        info: the dataset's info, with environment and reference scores.
+        info: the dataset's info, with environment and reference scores; under `data.tasks` each lane has an environment of
+            its own.
         lanes: number of lanes of the agents.
         workers: number of processes that step environments; 1: this process. None: one per usable core.
-        slots: number of environments, over all lanes; None: 100, or 1000 for vectorised tabular tasks.
+        slots: number of environments, over all lanes; None: 100, or 1000 for vectorised tabular tasks, or 16 robot
+            arms.
         make_env: constructor of one environment; the default follows `info`.
 
     Raises:
@@ -207,9 +216,12 @@ class Evaluator:
     ) -> None:
         self.info, self.lanes = info, lanes
         self.vector = make_env is None and make_vector_env(info, 1) is not None
-        self.width = max(1, (slots or (1000 if self.vector else 100)) // lanes)  # environments of each lane
-        self.make_env: MakeEnv = make_env or partial(make_env_of, info)  # picklable, for a fresh interpreter
-        probe = self.make_env()
+        infos = lane_infos(info, lanes)
+        usual = 1000 if self.vector else 16 if (infos[0].env_id or "").startswith(ARMS) else 100
+        self.width = max(1, (slots or usual) // lanes)  # environments of each lane
+        # One of each lane; picklable, for a fresh interpreter.
+        self.makers: list[MakeEnv] = [make_env or partial(make_env_of, one) for one in infos]
+        probe = self.makers[0]()
         self.obs_shape = tuple(probe.observation_space.shape or ())
         self.action_shape = tuple(probe.action_space.shape or ())
         self.actions = int(getattr(probe.action_space, "n", 0))  # number of discrete ones; 0: they are continuous
@@ -255,7 +267,7 @@ class Evaluator:
         """
         self.check(agent.spec)
         policy = copy.deepcopy(agent).to(dtype)
-        parts: list[tuple[Array, Array, Array | None]] = []
+        parts: list[tuple[Array, Array, Array, Array | None]] = []
         try:
             self._open(min(self.width, episodes))
             for start in range(0, episodes, self.width):
@@ -263,17 +275,20 @@ class Evaluator:
         except BaseException:
             self.close()  # the processes may be in the middle of a step: the next run needs new ones
             raise
-        returns, lengths, predicted = zip(*parts)
+        returns, lengths, successes, predicted = zip(*parts)
         total = np.concatenate(returns, 1)
+        scores = 100.0 * np.concatenate(successes, 1) if self.info.scored_by_success else self.info.normalized(total)
         together = None if predicted[0] is None else np.concatenate(predicted, 1)
         seeds = [seed + k for k in range(episodes)]
-        return Episodes(total, np.concatenate(lengths, 1), self.info.normalized(total), seeds, together)
+        return Episodes(total, np.concatenate(lengths, 1), scores, seeds, together)
 
     # ---- one batch of episodes, one in each environment -------------------------------------------------------
 
     @torch.no_grad()
-    def _rollout(self, policy: Agent, seed: int, count: int, dtype: torch.dtype) -> tuple[Array, Array, Array | None]:
-        """Returns, lengths and predicted returns `[lanes, count]` of a batch of episodes."""
+    def _rollout(
+        self, policy: Agent, seed: int, count: int, dtype: torch.dtype
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """Returns, lengths, successes and predicted returns `[lanes, count]` of a batch of episodes."""
         width = len(self.arrays["done"]) // self.lanes
         self._all("reset", [seed + k if k < count else None for k in range(width)] * self.lanes)
         observation, action, reward, done = (self.arrays[k] for k in ("observation", "action", "reward", "done"))
@@ -294,7 +309,9 @@ class Evaluator:
             returns[running] += reward[running]
             lengths[running] += 1
             state = policy.update_state(state, chosen, by_lane(reward))
-        return returns.reshape(shape)[:, :count], lengths.reshape(shape)[:, :count], predicted
+        success = self.arrays["success"].copy()  # the next batch of episodes writes over it
+        totals, steps, successes = (array.reshape(shape)[:, :count] for array in (returns, lengths, success))
+        return totals, steps, successes, predicted
 
     def _all(self, command: str, argument: list[int | None] | None = None) -> None:
         if self.local:
@@ -314,11 +331,13 @@ class Evaluator:
         self.close()
         atexit.register(self.close)  # before Python waits for the processes
         total = width * self.lanes
+        makers = [maker for maker in self.makers for _ in range(width)]
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
             "observation": ((total, *self.obs_shape), "d"),
             "action": ((total, *self.action_shape), "d" if self.action_shape else "q"),
             "reward": ((total,), "d"),
             "done": ((total,), "?"),
+            "success": ((total,), "?"),
         }
         workers = min(self.workers, total)
         if workers == 1 or self.vector:
@@ -326,7 +345,7 @@ class Evaluator:
             if self.vector:
                 self.local = VectorEnvs(make_vector_env(self.info, total), self.arrays)
             else:
-                self.local = Envs(self.make_env, range(total), self.arrays)
+                self.local = Envs(makers, range(total), self.arrays)
             return
         # Forking is instant, and the children use neither torch nor CUDA; elsewhere a fresh interpreter is safe.
         can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
@@ -337,9 +356,7 @@ class Evaluator:
         }
         self.arrays = {k: _as_array(*value) for k, value in shared.items()}
         # Every process gets episodes of every lane, so that a lane of long episodes is shared.
-        self.processes = [
-            _Process(context, self.make_env, range(first, total, workers), shared) for first in range(workers)
-        ]
+        self.processes = [_Process(context, makers, range(first, total, workers), shared) for first in range(workers)]
 
 
 def _words(obs_dim: int, action_dim: int, discrete: bool) -> str:

@@ -71,7 +71,7 @@ def fitted_q(
         track: wrapper of the iteration over updates that shows progress.
 
     Raises:
-        ValueError: the policy of an agent depends on the history.
+        ValueError: the policy of an agent depends on the history, or samples.
     """
     cfg = cfg or FQEConfig()
     if any(agent.initial_state(1) is not None for agent in agents):

@@ -14,7 +14,7 @@ from offrl.data.dataset import DatasetInfo
 from offrl.data.minari import read_metadata, read_minari
 from offrl.data.minari_write import box, discrete, episodes_of
 from offrl.data.mixtures import build_mixture
-from offrl.forge import mazes, noisy, tabular
+from offrl.forge import mazes, noisy, ogbench, tabular
 from offrl.forge.metadata import dataset_info, provenance_of, seed_sequence, write_dataset
 from offrl.forge.names import DEFAULT_SIZE, PREFIX, SUFFIX, recipe_of, subject_and_level
 from offrl.forge.robots import ROBOTS, Robot, segments
@@ -25,7 +25,7 @@ Progress = Callable[[int], None]
 
 
 def build(folder: Path, name: str, size: int | None, seed: int, progress: bool, sources: Sequence[Path] = ()) -> None:
-    """Build the dataset `name` in `folder`.
+    """Build the dataset `name` in `folder` (an OGBench set: as that file).
 
     Args:
         size, seed, progress: as of `offrl.forge.registry.ensure`.
@@ -42,7 +42,10 @@ def build(folder: Path, name: str, size: int | None, seed: int, progress: bool, 
         _build_mixture(folder, name, sources, float(level.rsplit("-", 1)[1]), size, seed)
         return
     with Bar(progress, name, 0, size, "steps") as bar, one_thread():
-        if subject == "pointmaze":
+        if subject == "ogbench":
+            made_by = provenance_of(size, seed, also=("ogbench", "dm_control"))
+            ogbench.build_file(folder, level, size, seed, made_by, bar.update)
+        elif subject == "pointmaze":
             _build_maze(folder, name, level, size, seed, bar.update)
         elif recipe is None:
             _build_robot(folder, name, subject, level, size, seed, bar.update)

@@ -73,10 +73,10 @@ def _env_spec(info: DatasetInfo) -> str:
     return replace(spec, kwargs={**spec.kwargs, **info.env_kwargs}).to_json()
 
 
-def provenance_of(size: int | None, seed: int, **more: Any) -> dict[str, Any]:
-    """How a dataset was made: size, seed, versions of the packages that its numbers depend on, and `more`."""
+def provenance_of(size: int | None, seed: int, also: Sequence[str] = (), **more: Any) -> dict[str, Any]:
+    """How a dataset was made: size, seed, versions of the packages that its numbers depend on (and `also`), and `more`."""
     packages = {}
-    for name in ("gymnasium", "mujoco", "numpy", "torch"):
+    for name in ("gymnasium", "mujoco", "numpy", "torch", *also):
         with suppress(PackageNotFoundError):  # finite tasks need no simulator
             packages[name] = version(name)
     return {"made_by": "offrl forge", "size": size, "seed": seed, "versions": packages} | more

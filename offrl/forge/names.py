@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from offrl.envs import TABULAR_IDS
-from offrl.forge import mazes, noisy, tabular
+from offrl.forge import mazes, noisy, ogbench, tabular
 from offrl.forge.robots import LEVELS, MIXTURES, REPLAY_V1, ROBOTS
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
@@ -21,7 +21,9 @@ def names() -> list[str]:
     robots = [f"{robot}/{level}" for robot in ROBOTS for level in (*LEVELS, *MIXTURES)]
     replays = [f"{PREFIX}{robot}/{REPLAY_V1}" for robot, spec in ROBOTS.items() if spec.replay]
     pointmaze = [f"pointmaze/{maze}{kind}" for maze in mazes.MAZES for kind in ("", "-dense")]
-    first = [f"{PREFIX}{name}{SUFFIX}" for name in (*robots, *pointmaze, *noisy.names(), *tabular.names())]
+    first = [
+        f"{PREFIX}{name}{SUFFIX}" for name in (*robots, *pointmaze, *noisy.names(), *tabular.names(), *ogbench.names())
+    ]
     return first + replays
 
 
@@ -32,12 +34,13 @@ def family(name: str) -> str:
         return "tabular"
     if subject.startswith("noisy-"):
         return "noisy-mujoco"
-    return "maze2d" if subject == "pointmaze" else "gym-mujoco"
+    return {"pointmaze": "maze2d", "ogbench": "ogbench"}.get(subject, "gym-mujoco")
 
 
 def folder_of(name: str, size: int | None = None, seed: int = 0) -> Path:
-    """Where a dataset lies; a size or seed other than the default is part of the folder's name."""
-    return cache_dir() / minari_id(known(name), size, seed)
+    """Where a dataset lies; a size or seed other than the default is part of the name. OGBench's sets are NPZ files."""
+    folder = cache_dir() / minari_id(known(name), size, seed)
+    return folder.with_name(f"{folder.name}.npz") if family(name) == "ogbench" else folder
 
 
 def known(name: str) -> str:

@@ -6,6 +6,7 @@ Same id, size and seed give the same bytes on the same machine with the same ver
 Robots (`forge/hopper/medium-v0`): Gymnasium's v5 Hopper, Walker2d and HalfCheetah; see `offrl.forge.robots`.
 Mazes (`forge/pointmaze/umaze-v0`, `...-dense-v0`): see `offrl.forge.mazes`.
 Robots with unseen noise (`forge/noisy-hopper/medium-replay-s0.2-v0`): see `offrl.forge.noisy`.
+OGBench's sets (`forge/ogbench/cube-single-play-v0`), as NPZ files of its form: see `offrl.forge.ogbench`.
 Finite stochastic tasks (`forge/bandit/p0.1-v0`, `forge/lake/p0.7-eps0.4-n1000-v0`): see `offrl.forge.tabular`.
 """
 
@@ -24,7 +25,7 @@ __all__ = ["DEFAULT_SIZE", "LEVELS", "REPLAY_V1", "ROBOTS", "ensure", "family", 
 
 
 def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = False, progress: bool = True) -> Path:
-    """Folder of a forge dataset in Minari's format (it holds `data/`), built when it is missing.
+    """Folder of a forge dataset in Minari's format (it holds `data/`), or file of an OGBench set, built when it is missing.
 
     With `MINARI_DATASETS_PATH` set to the cache folder, `minari.load_dataset` finds it as well.
 
@@ -53,4 +54,4 @@ def ensure(name: str, *, size: int | None = None, seed: int = 0, force: bool = F
 
 
 def _is_built(folder: Path) -> bool:
-    return (folder / "data" / "metadata.json").is_file()
+    return folder.is_file() if folder.suffix == ".npz" else (folder / "data" / "metadata.json").is_file()

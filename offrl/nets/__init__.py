@@ -14,24 +14,31 @@ from offrl.nets.actors import (
     one_hot,
 )
 from offrl.nets.box import ActionBox
-from offrl.nets.critics import Critics
+from offrl.nets.critics import Critics, Pooling, pool
+from offrl.nets.denoising import DenoisingPolicy
+from offrl.nets.flow import FlowPolicy
 from offrl.nets.lanes import apply_no_compile, lane_generators, no_compile, per_lane
-from offrl.nets.mlp import MLP, Drop, dropout, layer_norm, orthogonal_, pad_hidden_
+from offrl.nets.mlp import MLP, Activation, Drop, activate, dropout, layer_norm, orthogonal_, pad_hidden_
 from offrl.nets.optim import Adam, clip_by_lane, make_target, polyak
 from offrl.nets.spec import Bound, Spec
 
 __all__ = [
     "MLP",
     "ActionBox",
+    "Activation",
     "Adam",
     "Bound",
     "Critics",
+    "DenoisingPolicy",
     "DeterministicActor",
     "Drop",
+    "FlowPolicy",
     "GaussianActor",
+    "Pooling",
     "Spec",
     "TanhGaussian",
     "TanhGaussianActor",
+    "activate",
     "apply_no_compile",
     "categorical_log_prob",
     "choose",
@@ -47,6 +54,7 @@ __all__ = [
     "pad_hidden_",
     "per_lane",
     "polyak",
+    "pool",
 ]
 
 # Names of version 0.1; agents outside this package may still import them.

@@ -137,13 +137,16 @@ class TanhGaussian:
         inside = (2 * action - (self.high + self.low)) / (self.high - self.low)
         u = inside.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
         density = self._log_density((u - self.mean) * (-self.log_std).exp(), u)
-        half_width = (self.high - self.low) / 2
-        if isinstance(half_width, Tensor):
-            return density - half_width.log().sum()
-        return density - action.shape[-1] * math.log(half_width)
+        if isinstance(self._half_width, Tensor):
+            return density - self._half_width.log().sum()
+        return density - action.shape[-1] * math.log(self._half_width)
+
+    @property
+    def _half_width(self) -> float | Tensor:
+        return (self.high - self.low) / 2
 
     def _to_box(self, x: Tensor) -> Tensor:
-        return x * ((self.high - self.low) / 2) + (self.high + self.low) / 2
+        return x * self._half_width + (self.high + self.low) / 2
 
     def _log_density(self, noise: Tensor, u: Tensor) -> Tensor:
         """log N(noise) - log std - log(1 - tanh^2 u), the last as 2 (log 2 - u - softplus(-2 u)), which can't overflow."""
@@ -157,7 +160,7 @@ class TanhGaussian:
         values = (self.mean.unsqueeze(-1) + self.log_std.exp().unsqueeze(-1) * nodes).tanh()
         mean = (values * weights).sum(-1)
         variance = ((values - mean.unsqueeze(-1)).square() * weights).sum(-1)
-        return self._to_box(mean), variance.sqrt() * ((self.high - self.low) / 2)
+        return self._to_box(mean), variance.sqrt() * self._half_width
 
 
 class TanhGaussianActor(_Actor):

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from offrl.nets.lanes import per_lane
 from offrl.nets.mlp import MLP
 from offrl.nets.spec import Spec
+
+Pooling = Literal["mean", "min", "lcb"]
+
+
+def pool(q: Tensor, how: Pooling, pessimism: float | Tensor = 0.0) -> Tensor:
+    """One value of an ensemble's, `[lanes, members, batch]` to `[lanes, batch]`.
+
+    Args:
+        how: the members' mean, their minimum, or the lower confidence bound mean - `pessimism` std.
+        pessimism: weight of the members' (population) standard deviation.
+    """
+    if how == "min":
+        return q.amin(1)
+    if how == "mean":
+        return q.mean(1)
+    return q.mean(1) - per_lane(pessimism) * q.std(1, correction=0)
 
 
 class Critics(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from offrl.nets.lanes import lane_generators, per_lane
 from offrl.utils.random import LaneRandom
 
 Drop = Callable[[str, Tensor], Tensor]  # (name, x) -> x after dropout
+Activation = Literal["relu", "gelu", "mish"]
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The activation's value; GELU in its tanh form, which is Flax's default and not PyTorch's."""
+    if activation == "gelu":
+        return nn.functional.gelu(x, approximate="tanh")
+    return nn.functional.mish(x) if activation == "mish" else x.relu()
 
 
 class _ReluMLP(torch.autograd.Function):
@@ -75,17 +83,20 @@ def _weight_gradient(grad: Tensor, h: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """ReLU multilayer perceptron for every lane, and every member of an ensemble, at once.
+    """Multilayer perceptron for every lane, and every member of an ensemble, at once.
 
     Args:
-        seeds: one seed per lane; it fixes the initial weights, which are PyTorch's default of `nn.Linear`
+        seeds: one seed per lane; it fixes the initial weights, which by default are PyTorch's of `nn.Linear`
             (weights and biases uniform on +-1/sqrt(fan_in)).
         sizes: widths from input to output.
         members: size of the ensemble; None for a single network.
         name: name of the initial weights' random stream, so that a lane's networks differ.
         bias: initial value of all hidden biases; None: PyTorch's default.
         last: bound of the last layer's uniform initial weights and biases; None: PyTorch's default.
-        norm: layer normalisation after every hidden ReLU.
+        norm: layer normalisation after every hidden activation.
+        norm_first: before them instead.
+        activation: of the hidden layers; `gelu` is its tanh form.
+        glorot: weights uniform on +-sqrt(6 / (fan_in + fan_out)) and biases 0, in every layer; `bias` and `last` are unused.
 
     Weights are `[lanes, (members,) out, in]`, biases `[lanes, (members,) out]`.
     """
@@ -99,10 +110,15 @@ class MLP(nn.Module):
         bias: float | None = None,
         last: float | None = None,
         norm: bool = False,
+        norm_first: bool = False,
+        activation: Activation = "relu",
+        glorot: bool = False,
     ) -> None:
         super().__init__()
+        self.norm_first = norm_first
         generators = lane_generators(seeds, name)
-        self.name, self.members = name, members
+        self.name, self.members, self.activation = name, members, activation
+        bias = 0.0 if glorot else bias
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         self.layers: list[nn.Parameter] = []  # weights and biases in turn: a look-up by name would cost microseconds
         self.gains, self.offsets = nn.ParameterList(), nn.ParameterList()  # scale and shift of the layer normalisation
@@ -110,9 +126,11 @@ class MLP(nn.Module):
         for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
             final = i == len(sizes) - 2
             bound = last if final and last is not None else 1 / math.sqrt(fan_in)
+            if glorot:
+                bound = math.sqrt(6 / (fan_in + fan_out))
             for shape, where in (((*lead, fan_out, fan_in), self.weights), ((*lead, fan_out), self.biases)):
                 lanes = [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
-                if where is self.biases and bias is not None and not final:
+                if where is self.biases and bias is not None and (glorot or not final):
                     lanes = [torch.full(shape, bias) for _ in generators]
                 where.append(nn.Parameter(torch.stack(lanes)))
                 self.layers.append(where[-1])
@@ -131,7 +149,7 @@ class MLP(nn.Module):
             drop: function applied to each hidden layer's output, such as dropout; single networks only.
         """
         layers, norms = self._of(self.layers, member, frozen), self._of(self.norms, member, frozen)
-        run = self._layer_by_layer if norms or drop else _fused
+        run = self._layer_by_layer if norms or drop or self.activation != "relu" else _fused
         if self.members is None or member is not None:
             return run(x, layers, norms, drop)
         return run(self._for_each_member(x), layers, norms, drop).unflatten(0, (len(x), self.members))
@@ -151,16 +169,18 @@ class MLP(nn.Module):
         self, x: Tensor, layers: Sequence[Tensor], norms: Sequence[Tensor], drop: Drop | None
     ) -> Tensor:
         for i in range(0, len(layers) - 2, 2):
-            x = _ReluMLP.apply(x, *layers[i : i + 2]).relu()
+            x = _ReluMLP.apply(x, *layers[i : i + 2])
+            x = x if self.norm_first else activate(x, self.activation)
             if norms:
                 gain, offset = (p.flatten(0, -2) for p in norms[i : i + 2])
                 x = layer_norm(x, gain, offset, eps=1e-6)  # Flax's default: the authors' networks are Flax's
+            x = x.relu() if self.norm_first else x
             if drop is not None:
                 x = drop(f"{self.name}/{i // 2}", x)
         return _ReluMLP.apply(x, *layers[-2:])
 
     def with_input_gradient(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Outputs of an ensemble without norms, and the gradient of their sum by columns `first`, `first + 1`, ... of `x`.
+        """Outputs of a ReLU ensemble without norms, and the gradient of their sum by columns `first`, `first + 1`, ... of `x`.
 
         The gradient is written out as W_1^T (m_1 * W_2^T (m_2 * ...)) with m = [h > 0]. That costs as much as
         differentiating twice and, unlike it, can be compiled.

@@ -1,5 +1,6 @@
 """Rows of results: written by a run, read by everything else."""
 
+from offrl.results.online import OnlineRows
 from offrl.results.rows import (
     EPISODE_COLUMNS,
     METRIC_COLUMNS,
@@ -16,6 +17,7 @@ from offrl.results.writer import RunWriter
 __all__ = [
     "EPISODE_COLUMNS",
     "METRIC_COLUMNS",
+    "OnlineRows",
     "Progress",
     "Run",
     "RunWriter",

@@ -18,6 +18,8 @@ from offrl.results.stats import Array
 if TYPE_CHECKING:
     import polars as pl
 
+    from offrl.results.finetuning import FineTuning
+
 ENOUGH_SEEDS = 10  # seeds below which a difference between methods is not called one
 
 
@@ -92,6 +94,7 @@ class Report:
     tunings: list[Tuning]
     notes: list[str]
     damage: list[str] = field(default_factory=list)
+    fine_tunings: list[FineTuning] = field(default_factory=list)
 
 
 def summarise(folder: Path, cells: list[Cell], rows: pl.DataFrame, notes: Sequence[str] = ()) -> Report:

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 
 from offrl import results
 from offrl.results import stats
-from offrl.results.labels import _method, label_lanes, scale_of
+from offrl.results.labels import SUCCESS, _method, label_lanes, scale_of
 from offrl.results.published import Published, lookup
+from offrl.results.rows import ConfigRecord
 from offrl.results.stats import Array
 
 if TYPE_CHECKING:
     import polars as pl
 
 METRICS = ("score", "return", "length")
+OGBENCH_K = 3  # evaluations that OGBench's protocol averages: at 800k, 900k and 1M updates
 BOLD_SEEDS = 5  # seeds below which an interval is too wide to mark a cell by
 
 
@@ -51,6 +53,8 @@ class Cell:
         budget: configured updates, 0 when unknown. short: number of lanes that have made fewer.
         critic: whether the agent learns a critic.
         enough_evaluations: whether the last k evaluations are at most half of all, so that they describe the end of training.
+        successes, trials: successful episodes, and all, of all lanes at their last evaluation; successes is None where scores
+            are no success rates.
         bold: whether the interval overlaps that of the dataset's best mean.
     """
 
@@ -73,11 +77,18 @@ class Cell:
     enough_evaluations: bool
     curve: Curve
     published: list[Published]
+    successes: int | None = None
+    trials: int = 0
     bold: bool = False
 
     @property
     def normalized(self) -> bool:
-        return self.scale.endswith("score")
+        return self.scale.endswith("score") or self.scale == SUCCESS
+
+    @property
+    def reported(self) -> Array:
+        """`[S]` the scores that stand beside published ones: OGBench's protocol takes the mean of the last evaluations."""
+        return self.average if self.scale == SUCCESS else self.last
 
     @property
     def mean(self) -> float:
@@ -100,8 +111,9 @@ class Cell:
         if not self.published:
             return math.nan, math.nan
         theirs = self.published[0]
-        points = self.mean - theirs.mean
-        error = math.hypot(self.std / math.sqrt(len(self.last)), theirs.standard_error)
+        mean, std = stats.mean_std(self.reported)
+        points = mean - theirs.mean
+        error = math.hypot(std / math.sqrt(len(self.last)), theirs.standard_error)
         return points, points / error if error else math.nan
 
     @property
@@ -198,18 +210,20 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
     )
     cells = []
     for (label, dataset), group in sorted(evaluations.partition_by(["label", "dataset"], as_dict=True).items()):
+        success = group["scale"][0] == SUCCESS
+        last = min(last_k, OGBENCH_K) if success else last_k
         lanes = group.group_by("folder", "lane", "seed", maintain_order=True).agg(
             pl.col("scale", "value", "step", "episodes").last(),
-            average=pl.col("value").tail(last_k).mean(),
+            average=pl.col("value").tail(last).mean(),
             best=pl.col("value").max(),
             online=pl.col("episodes").sum(),
-            k=pl.col("value").tail(last_k).len(),
+            k=pl.col("value").tail(last).len(),
             evaluations=pl.len(),
         )
         here = [by_folder[folder] for folder in lanes["folder"]]
-        budgets = [int(run.config.get("updates") or 0) for run in here]
+        budgets = [ConfigRecord.model_validate(run.config).budget for run in here]
         k, average = int(lanes["k"].to_numpy().min()), lanes["average"].to_numpy()
-        normalized = lanes["scale"][0].endswith("score")
+        normalized = success or lanes["scale"][0].endswith("score")
         cells.append(
             Cell(
                 method=label,
@@ -231,6 +245,8 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
                 enough_evaluations=int(lanes["evaluations"].to_numpy().min()) >= 2 * k,
                 curve=_curve(group),
                 published=lookup(_method(here[0]) or label, dataset) if normalized else [],
+                successes=round(float((lanes["value"] * lanes["episodes"]).sum()) / 100) if success else None,
+                trials=int(lanes["episodes"].sum()),
             )
         )
     # Without the version, so that hopper-medium stands before hopper-medium-replay.

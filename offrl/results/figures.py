@@ -27,8 +27,8 @@ def _legend_lines(looks: Mapping[str, tuple[str, Any]]) -> list[Any]:
     return [Line2D([], [], color=colour, linestyle=style, linewidth=1.5) for colour, style in looks.values()]
 
 
-def draw_curves(cells: list[Cell]) -> Figure:
-    """A panel per dataset: mean over seeds against updates, with the 95 % t interval as a band."""
+def draw_curves(cells: list[Cell], of: str = "updates") -> Figure:
+    """A panel per dataset: mean over seeds against updates (or what `of` says), with the 95 % t interval as a band."""
     from matplotlib.lines import Line2D
 
     datasets = list(dict.fromkeys(cell.dataset for cell in cells))
@@ -47,7 +47,7 @@ def draw_curves(cells: list[Cell]) -> Figure:
             panel.xaxis.set_major_formatter(lambda x, _: count(x))
             if len(scales) > 1:
                 panel.set_ylabel(here[0].scale)
-        figure.supxlabel("updates", fontsize=8)
+        figure.supxlabel(of, fontsize=8)
         if len(scales) == 1:
             figure.supylabel(scales.pop(), fontsize=8)
         lines, names = _legend_lines(looks), list(looks)

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     import polars as pl
 
 
+SUCCESS = "success rate, %"
+
+
 def scale_of(dataset: str) -> str:
     """Whose reference returns: scores of different collections are not comparable."""
+    if re.search(r"-singletask-task\d+-v0", dataset):
+        return SUCCESS
     if dataset.startswith("forge/"):
         return "forge-normalised score"
     return "Minari-normalised score" if "/" in dataset else "D4RL-normalised score"
@@ -23,7 +28,7 @@ def scale_of(dataset: str) -> str:
 
 # Parts of a configuration that do not change what is learned, or that a cell averages over.
 DEFAULT = "default"  # stands for what a run of an earlier version did not write down
-NOT_SETTINGS = FREE - {"updates"} | NAMES | {"cache"}
+NOT_SETTINGS = FREE - {"updates"} | NAMES | {"cache", "task", "tasks"}  # a task is part of the dataset's id
 
 
 def _method(run: results.Run) -> str | None:

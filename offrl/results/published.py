@@ -53,6 +53,34 @@ def lookup_tuned(method: str, family: str) -> dict[int, Published]:
     return _tuned().get((_same_name(method), f"d4rl-{family}"), {})
 
 
+@dataclass(frozen=True)
+class OnlinePublished:
+    """What somebody published of a method's fine-tuning on a dataset; regret is None where they give none."""
+
+    before: Published
+    after: Published
+    regret: Published | None
+
+
+def lookup_online(method: str, dataset: str) -> OnlinePublished | None:
+    """Published scores before and after an online phase, and the regret in it; never those of offline training."""
+    rows = _online().get((_same_name(method), dataset), [])
+
+    def first(pattern: str) -> Published | None:
+        return next((number for number in rows if re.search(pattern, number.protocol)), None)
+
+    before, after = first("offline phase end"), first("online phase end")
+    return OnlinePublished(before, after, first("REGRET")) if before and after else None
+
+
+@lru_cache(maxsize=1)
+def _online() -> dict[tuple[str, str], list[Published]]:
+    found: dict[tuple[str, str], list[Published]] = {}
+    for _, number in _rows("online"):
+        found.setdefault((_same_name(number.method), number.dataset), []).append(number)
+    return found
+
+
 def _same_name(method: str) -> str:
     """One spelling of a method: `td3_bc`, `TD3+BC` and `TD3+BC+Uniform` are the same."""
     name = re.sub(r"[^a-z0-9%()]", "", re.sub(r"\+uniform$", "", method.lower()))
@@ -90,7 +118,7 @@ def _tuned() -> dict[tuple[str, str], dict[int, Published]]:
 def _table() -> dict[tuple[str, str], list[Published]]:
     """Published scores by method and dataset, those that state a last checkpoint first."""
     found: dict[tuple[str, str], list[Published]] = {}
-    for name in ("zoo", "prdc_a2pr", "doc", "weighting"):
+    for name in ("zoo", "prdc_a2pr", "doc", "weighting", "ogbench"):
         for _, number in _rows(name):
             if _NOT_COMPARABLE.search(number.protocol):
                 continue

@@ -16,6 +16,7 @@ from offrl import results
 from offrl.results import figures, html, stats, tables
 from offrl.results.aggregates import Report, profiles, summarise
 from offrl.results.cells import METRICS, Cell, build
+from offrl.results.finetuning import collapsed, fine_tunings
 from offrl.results.rows import folders, run_of
 from offrl.results.style import save
 from offrl.utils.errors import OffrlError
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Figure file (without .png): title. The profiles are drawn where a family has several datasets.
-FIGURES = {"curves": "Learning curves", "scores": "Last scores", "profiles": "Performance profiles"}
+FIGURES = {
+    "curves": "Learning curves",
+    "online": "Fine-tuning",
+    "scores": "Last scores",
+    "profiles": "Performance profiles",
+}
 FILES = ("report.html", "report.md", "report.tex", "report.csv", "episodes.parquet", *(f"{f}.png" for f in FIGURES))
 
 
@@ -74,7 +80,9 @@ def summary(
         raise OffrlError(f"no run with an evaluation in {where}: give the folder of a run that has evaluated a policy.")
     cells, rows, notes = build(rows, runs, last_k, metric)
     notes += [f"Left out, damaged: {sentence}" for sentence in damage]
-    return replace(summarise(Path(out), cells, rows, notes), damage=damage), rows
+    tuned = fine_tunings(cells, rows, runs)
+    made = summarise(Path(out), cells, rows, [*notes, *filter(None, [collapsed(tuned)])])
+    return replace(made, fine_tunings=tuned, damage=damage), rows
 
 
 def _readable(paths: Iterable[Path | str]) -> tuple[list[results.Run], pl.DataFrame, list[str]]:
@@ -151,6 +159,9 @@ def _write(made: Report, rows: pl.DataFrame) -> list[str]:
 def draw(made: Report) -> dict[str, Figure]:
     """The figures of a report, by the names in `FIGURES`."""
     drawn = {"curves": figures.draw_curves(made.cells), "scores": figures.draw_scores(made.cells)}
+    if made.fine_tunings:
+        cells = [tuned.cell for tuned in made.fine_tunings]
+        drawn["online"] = figures.draw_curves(cells, "environment steps (0: the switch from offline training)")
     if groups := profiles(made.cells):
         drawn["profiles"] = figures.draw_profiles(groups)
     return drawn

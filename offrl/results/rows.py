@@ -86,14 +86,29 @@ class Run:
     damage: str = ""
 
 
+class _OnlineRecord(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    steps: Annotated[int, Field(ge=0, lt=2**63)]
+    updates_per_step: Annotated[int, Field(ge=0, lt=2**63)]
+    random_steps: Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class ConfigRecord(BaseModel):
     """What reports and `offrl status` read of `config.json`; a run that goes on checks the rest."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     updates: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    online: _OnlineRecord | None = None
     label: str | None = None
     method: str | None = None
     dataset: str | None = None
+
+    @property
+    def budget(self) -> int:
+        """Updates, those of an online phase included; 0 where the configuration does not say."""
+        online = self.online
+        later = online.updates_per_step * max(0, online.steps - online.random_steps) if online else 0
+        return (self.updates or 0) + later
 
 
 class _DatasetRecord(BaseModel):
@@ -184,7 +199,7 @@ def progress(folder: Path) -> Progress:
     """Progress of a run from its files; cheap, and never an error, because the run may be writing them."""
     step, rate, updates = 0, None, 0
     with contextlib.suppress(OSError, OffrlError):
-        updates = read_json(folder / "config.json", ConfigRecord, "restore it").updates or 0
+        updates = read_json(folder / "config.json", ConfigRecord, "restore it").budget
     with contextlib.suppress(OSError, OffrlError):
         last = parse_json(_last_line(folder / "metrics.jsonl"), _Rate, "metrics.jsonl", "restore it")
         step = last.step

@@ -49,6 +49,19 @@ def t_half_width(std: ArrayLike, count: ArrayLike, confidence: float = 0.95) -> 
     return np.where(n > 1, quantile * np.asarray(std, dtype=np.float64) / np.sqrt(n), np.nan)
 
 
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927, JASA 22): shares in [0, 1]; (NaN, NaN) without a trial.
+
+    The p at which |share - p| is z standard errors sqrt(p (1 - p) / trials); it is right near 0 and 1 as well.
+    """
+    if trials == 0:
+        return math.nan, math.nan
+    z, share = float(scipy.stats.norm.ppf(0.5 + confidence / 2)), successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 # ---- aggregates over tasks -----------------------------------------------------------------------------------
 
 

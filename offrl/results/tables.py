@@ -236,10 +236,50 @@ def _online_table(report: Report) -> Table:
     return Table("What the best checkpoint would say", columns, rows)
 
 
+def _fine_tuning_table(report: Report) -> Table:
+    """Scores before and after an online phase, for every seed too: a mean hides the ones that collapsed."""
+    rows = []
+    for tuned in report.fine_tunings:
+        digits, theirs = _digits(tuned.cell), tuned.published
+        before, after = (_plus_minus(*stats.mean_std(part), digits) for part in (tuned.before, tuned.after))
+        pairs = zip(tuned.before, tuned.after)
+        published = f"{theirs.before.mean:.1f} → {theirs.after.mean:.1f}" if theirs else ""
+        if theirs and theirs.regret:
+            published += f" ({theirs.regret.mean:.2f})"
+        row = [tuned.dataset, tuned.method, f"{before} → {after}"]
+        row.append(", ".join(f"{number(b, 0)}→{number(a, 0)}" for b, a in pairs))
+        row.append(_plus_minus(*stats.mean_std(tuned.regret), 2) + ("" if tuned.by_success else " (score)"))
+        rows.append([*row, f"{tuned.steps:,}", published])
+    columns = ["dataset", "method", "offline → online", "seeds", "regret", "environment steps", "published (regret)"]
+    return Table("Offline to online", columns, rows)
+
+
+def _success_table(report: Report) -> Table:
+    """Of sets that are scored by success: what OGBench's protocol reports, and how well the episodes tell the rate."""
+    rows = []
+    for cell in report.cells:
+        if cell.successes is not None:
+            low, high = stats.wilson_interval(cell.successes, cell.trials)
+            rate = 100.0 * cell.successes / cell.trials if cell.trials else math.nan
+            rows.append(
+                [
+                    *(cell.dataset, cell.method, f"{_plus_minus(*stats.mean_std(cell.average))} ({cell.k})"),
+                    *(number(rate), f"{cell.successes} of {cell.trials}", _interval((100 * low, 100 * high))),
+                ]
+            )
+    columns = ["dataset", "method", "protocol", "last, %", "successes", "95 % interval (Wilson)"]
+    return Table("Success rates", columns, rows)
+
+
 def all_tables(report: Report) -> list[Table]:
     """The tables that a terminal shows; those without rows are left out."""
-    made = [_score_table(report, _footnotes(report)), _aggregate_table(report), _comparison_table(report)]
-    return [table for table in [*made, _tuning_table(report)] if table.rows]
+    made = [
+        _score_table(report, _footnotes(report)),
+        _success_table(report),
+        _aggregate_table(report),
+        _comparison_table(report),
+    ]
+    return [table for table in [*made, _tuning_table(report), _fine_tuning_table(report)] if table.rows]
 
 
 def full_tables(report: Report) -> list[Table]:
@@ -264,7 +304,8 @@ def _footnotes(report: Report) -> list[str]:
     first = [cell.published[0].cite() for cell in report.cells if cell.published]
     others = [number.cite() for cell in report.cells for number in cell.published[1:]]
     tuned = [t.published[min(t.published)].cite() for t in report.tunings if t.published]
-    return list(dict.fromkeys(first + tuned + others))
+    online = [n.cite() for t in report.fine_tunings if t.published for n in (t.published.before, t.published.after)]
+    return list(dict.fromkeys(first + tuned + others + online))
 
 
 def legend(report: Report) -> list[str]:
@@ -284,6 +325,12 @@ def legend(report: Report) -> list[str]:
         lines.append("† runs that have not reached their budget of updates.")
     if any(cell.unstable for cell in report.cells):
         lines.append(f"‡ unstable: the last score is more than 2 standard deviations from that of the last {most}.")
+    if any(cell.successes is not None for cell in report.cells):
+        lines.append(
+            "protocol: OGBench's, the mean of a seed's last evaluations (their number behind it), mean ± std over seeds; it is "
+            "what the difference compares. Wilson's interval is that of the last evaluation's episodes, of all seeds "
+            "together: it tells nothing of other seeds."
+        )
     if report.aggregates:
         lines.append(
             "IQM: interquartile mean of all seeds of all datasets; intervals by stratified bootstrap (2,000 resamples). "
@@ -293,6 +340,12 @@ def legend(report: Report) -> list[str]:
         lines.append(
             "published: others' numbers under their protocols, sources in report.md; never averaged with ours. difference: "
             "ours minus theirs, and in standard errors (ours alone where they give no std or seeds)."
+        )
+    if report.fine_tunings:
+        lines.append(
+            "offline → online: mean ± std of the deterministic policy's scores at the switch and after the last environment "
+            "step. regret: 1 - mean success over the episodes of the exploring policy; (score): of its score clipped to [0, "
+            "100], where the environment tells no success. published: others' under their protocols, sources in report.md."
         )
     if report.tunings:
         lines.append(

@@ -27,8 +27,8 @@ class RunWriter:
     Args:
         folder: folder of the run, created if necessary.
         run: values that all rows share. Required: `method` (or `agent`) and `dataset`; optional: `run_id` (default: the
-            folder's name), `env_id`, `policy_mode` (default "deterministic") and `updates`, the budget: rows at that step
-            have the checkpoint "last", others their step.
+            folder's name), `env_id`, `policy_mode` (default "deterministic"), `updates`, the budget: rows at that step
+            have the checkpoint "last", others their step; and `by_lane`, for each lane what differs from the shared values.
         resume_step: update from which training continues. Rows after it, and a line torn by a kill, are dropped, so that
             nothing counts twice; -1 drops all rows. None is a new run: rows of a killed run are dropped, but a folder whose
             run was closed is refused.
@@ -54,7 +54,7 @@ class RunWriter:
             raise OffrlError(
                 f"{self.folder} already holds the rows of a run: resume that run or choose another folder."
             )
-        self._budget = run.get("updates")
+        self._budget, self._by_lane = run.get("updates"), run.get("by_lane")
         self._shared = {
             "run_id": str(run.get("run_id") or self.folder.name),
             "method": str(run.get("method") or run["agent"]),
@@ -96,6 +96,7 @@ class RunWriter:
         self._episodes.append(
             {
                 **self._shared,
+                **(self._by_lane[lane] if self._by_lane else {}),
                 "lane": lane,
                 "seed": int(seed),
                 "step": int(step),

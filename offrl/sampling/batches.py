@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class BatchLoader:
     dataset, and -1 in rows of the others.
 
     Args:
-        sources: (store, sampler, share) triples; shares are rounded to whole rows, the first source takes the rest.
+        sources: (store, sampler, share) triples; a store is an `OfflineDataset`, or anything else with `transitions` (such as a
+            `Replay`) where there are no windows; shares are rounded to whole rows, the first source takes the rest.
         batch: rows per lane and update.
         window: length of windows; None for transitions.
         fields: further fields of the batch.
@@ -29,7 +31,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        sources: Sequence[tuple[OfflineDataset, Sampler, float]],
+        sources: Sequence[tuple[Any, Sampler, float]],
         batch: int,
         window: int | None = None,
         fields: tuple[str, ...] = (),
@@ -53,10 +55,12 @@ class BatchLoader:
                     parts[-1].index = torch.full_like(parts[-1].index, -1)
         return parts[0] if len(parts) == 1 else _join(parts)
 
-    def _gather(self, store: OfflineDataset, index: Tensor) -> Batch:
+    def _gather(self, store: Any, index: Tensor) -> Batch:
         if self.window is None:
-            return store.transitions(index, self.fields)
-        return store.windows(index, self.window, self.fields)
+            batch: Batch = store.transitions(index, self.fields)
+        else:
+            batch = store.windows(index, self.window, self.fields)
+        return batch
 
 
 def _join(parts: list[Batch]) -> Batch:

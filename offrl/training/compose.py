@@ -51,7 +51,7 @@ def register() -> None:
 
 def _defaults() -> dict[str, Any]:
     """All but those that a method's table for the dataset fills in where nobody has given them."""
-    return {key: value for key, value in asdict(TrainConfig()).items() if key not in ("data", *TABLED)}
+    return {key: value for key, value in asdict(TrainConfig()).items() if key not in ("data", "online", *TABLED)}
 
 
 def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> list[str]:

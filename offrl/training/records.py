@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+import math
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
 
 from offrl.data.dataset import DatasetInfo
-from offrl.nets.spec import check_bounds
+from offrl.nets.spec import Bound, check_bounds
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**31)]
@@ -40,15 +41,27 @@ class SpecRecord(_Record):
     obs_dim: Size
     action_dim: Size
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    discrete: bool = False
     action_low: FiniteFloat | tuple[FiniteFloat, ...] = -1.0
     action_high: FiniteFloat | tuple[FiniteFloat, ...] = 1.0
-    discrete: bool = False
 
-    @model_validator(mode="after")
-    def _is_a_box(self) -> Self:
-        if not self.discrete:
-            check_bounds(self.action_low, self.action_high, self.action_dim)
-        return self
+    @field_validator("action_low", "action_high")
+    @classmethod
+    def _is_a_box(cls, bound: Bound, info: ValidationInfo) -> Bound:
+        """Bounds that fit `action_dim`, the lower below the upper; those above in this record, if they are right, are known."""
+        known = {"action_low": -math.inf, "action_high": math.inf} | info.data | {str(info.field_name): bound}
+        if "action_dim" in known and not known.get("discrete"):
+            check_bounds(known["action_low"], known["action_high"], known["action_dim"])
+        return bound
+
+
+class OnlineRecord(_Record):
+    """Where an online phase stands."""
+
+    step: Count  # environment steps of every lane
+    episodes: list[Count]  # number of each lane's episode under way
+    lengths: list[Count]  # steps of it so far
+    metrics: dict[str, list[float]] = {}  # the latest of each name
 
 
 class RunRecord(_Record):
@@ -59,6 +72,7 @@ class RunRecord(_Record):
     config: dict[str, Any]
     spec: SpecRecord
     info: DatasetInfo
+    online: OnlineRecord | None = None
 
     @field_validator("config")
     @classmethod

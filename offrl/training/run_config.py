@@ -10,16 +10,18 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from fnmatch import fnmatch
+from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, augmentation_config
-from offrl.data.catalogue import namesake
+from offrl.data.catalogue import d4rl, namesake
+from offrl.data.ogbench_names import of_file, parse
 from offrl.sampling import sampler_config
+from offrl.training.online_config import add_all, add_table, check_online, check_row
 from offrl.training.schema import TABLED, DataConfig, TrainConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.memory import require_bytes
@@ -31,6 +33,7 @@ from offrl.utils.settings import (
     build,
     canonical,
     chosen_settings,
+    class_in,
     from_target,
     matching_rows,
     target_class,
@@ -63,11 +66,14 @@ class RunConfig:
         lanes = len(self.train.lane_seeds())
         cls, cfg = sampler_config(self.sampler, lanes)
         augmentation = augmentation_config(self.augment, lanes)[0].name if self.augment else ""
-        return "+".join(filter(None, (self.agent_name, cls.label(cfg), augmentation)))
+        online = "online" if self.train.online.steps else ""
+        return "+".join(filter(None, (self.agent_name, cls.label(cfg), augmentation, online)))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is kept with the run; `resolve_config` reads it back."""
         train = asdict(self.train)
+        if not self.train.online.steps:
+            del train["online"]
         augment = {"augment": self.augment} if self.augment else {}
         names = {"method": self.train.label or self.method, "agent_name": self.agent_name}
         return {**names, "agent": self.agent, "sampler": self.sampler, **augment, **train}
@@ -91,6 +97,8 @@ class RunConfig:
         Defaults count: an edited default, or one that a later release changes, makes another run.
         """
         settings = {k: v for k, v in self.to_dict().items() if k not in FREE | NAMES}
+        if self.train.online.steps:
+            settings["updates"] = self.train.updates  # they say where the online phase begins
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
 
     def folder(self) -> Path:
@@ -127,25 +135,30 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     if "sizes" in values:
         warnings.warn("`sizes` is now called `common`; the old name will go.", DeprecationWarning, stacklevel=4)
         values["common"] = _table(values, "common") | _table(values, "sizes")
-    agent, sampler, augment, given_data, common = (
-        _table(values, name) for name in ("agent", "sampler", "augment", "data", "common")
+    agent, sampler, augment, given_data, common, online = (
+        _table(values, name) for name in ("agent", "sampler", "augment", "data", "common", "online")
     )
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
     tables, dataset = agent.pop("settings", None), str(values.get("dataset", ""))
+    always_online = agent.pop("online", None)
     cls, _ = agent_config(agent)  # a typing error should not wait for the data
     check_tables(tables, cls.Config)
+    tables = _rows_for(tables, dataset)
     rows = matching_rows(tables, dataset, namesake(dataset))
     name = str(values.pop("agent_name", "") or _name_of(str(agent["_target_"])))
     _take_common(agent, cls.Config, common)
     for key, value in chosen_settings(tables, dataset, namesake(dataset)).items():
         if key.startswith("data."):
             given_data.setdefault(key.removeprefix("data."), value)
+        elif key.startswith("online."):
+            add_table(online, key.removeprefix("online."), value)
         elif key in TABLED:
             values.setdefault(key, value)
         else:
             agent.setdefault(key, value)
-    train = build(TrainConfig, {**values, "data": given_data}, others=groups)
+    add_all(online, always_online, cls.Config)
+    train = build(TrainConfig, {**values, "data": given_data, "online": online}, others=groups)
     _check_train(train)
     lanes = len(train.lane_seeds())
     agent = resolved(agent, agent_config(agent)[1])
@@ -159,7 +172,20 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
         _take_common(augment, target_class(augment, Augmentation, "augment").Config, common)
         augment = resolved(augment, augmentation_config(augment, lanes)[1])
     _check_common(common)
+    check_online(train, cls.Config, agent, augment)
+    _check_tasks(train, sampler, bool(augment))
     return RunConfig(train, agent, sampler, augment, name, rows)
+
+
+def _rows_for(tables: Tables | None, dataset: str) -> Tables | None:
+    """The rows of a method's table that may match a dataset: those for D4RL's AntMaze don't mean OGBench's mazes."""
+    if not (parse(dataset) or of_file(Path(dataset))):
+        return tables
+    return {
+        pattern: row
+        for pattern, row in (tables or {}).items()
+        if pattern == "*" or not any(fnmatch(name, pattern) for name in d4rl())
+    }
 
 
 def _name_of(target: str) -> str:
@@ -199,15 +225,22 @@ def _check_common(common: Mapping[str, Any]) -> None:
     if not common:
         return
     known: set[str] = set()
-    for group in ("agent", "augment"):
-        for path in sorted((conf_dir() / group).glob("*.yaml")):
-            if target := OmegaConf.select(OmegaConf.load(path), "_target_"):
-                known |= {f.name for f in fields(target_class({"_target_": target}, object, group).Config)}
+    for path in (path for group in ("agent", "augment") for path in sorted((conf_dir() / group).glob("*.yaml"))):
+        known |= _settings_in(path, path.stat().st_mtime_ns)
+        if known.issuperset(common):
+            return
     for key in common:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean common.{near[0]}?" if near else "`offrl agents NAME` lists settings."
             raise OffrlError(f"common.{key}: no agent and no augmentation has this setting; {hint}")
+
+
+@lru_cache(maxsize=256)
+def _settings_in(path: Path, modified: int) -> frozenset[str]:
+    """Names of the settings of a choice's class; `modified` only tells versions of the file apart."""
+    cls = class_in(path, object)
+    return frozenset(f.name for f in fields(cls.Config)) if cls else frozenset()
 
 
 def check_tables(tables: Tables | None, cls: type[Any]) -> None:
@@ -224,7 +257,12 @@ def check_tables(tables: Tables | None, cls: type[Any]) -> None:
             training = {key: value for key, value in row.items() if key in TABLED}
             build(DataConfig, data, "data.")
             build(TrainConfig, training)
-            own = {key: value for key, value in row.items() if key not in TABLED and not key.startswith("data.")}
+            check_row({key: value for key, value in row.items() if key.startswith("online.")}, cls)
+            own = {
+                key: value
+                for key, value in row.items()
+                if key not in TABLED and not key.startswith(("data.", "online."))
+            }
             build(cls, own, "agent.", per_lane=True)
         except OffrlError as error:
             raise OffrlError(f"agent.settings, row {pattern}: {error}") from error
@@ -241,8 +279,9 @@ def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
 def _check_train(train: TrainConfig) -> None:
     if not train.dataset:
         raise OffrlError("dataset is empty; name one with dataset=ID, `offrl data list` shows the known ones.")
-    positive = ("updates", "batch_size", "lanes", "updates_per_launch", "log_every", "checkpoint_every", "threads")
+    positive = ("batch_size", "lanes", "updates_per_launch", "log_every", "checkpoint_every", "threads")
     least = dict.fromkeys(positive, 1) | {"eval.workers": 1, "eval.slots": 1}
+    least["updates"] = 0 if train.online.steps else 1
     least |= dict.fromkeys(("eval.every", "eval.episodes", "eval.final_episodes", "eval.seed"), 0)
     for key, smallest in least.items():
         value = attrgetter(key)(train)
@@ -255,6 +294,22 @@ def _check_train(train: TrainConfig) -> None:
         if train.lanes != 1:
             raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
         train.lanes = len(train.seeds)
+
+
+def _check_tasks(train: TrainConfig, sampler: Mapping[str, Any], augmented: bool) -> None:
+    """Raise OffrlError where a task for each lane does not go with the other settings."""
+    tasks = train.data.tasks
+    if tasks is None:
+        return
+    if train.data.task is not None:
+        raise OffrlError("data.task is one task for all lanes, data.tasks one for each; leave out one of them.")
+    if len(tasks) != train.lanes:
+        raise OffrlError(f"data.tasks={tasks} has {len(tasks)} tasks for lanes={train.lanes}; give one per lane.")
+    if augmented or not str(sampler["_target_"]).endswith(".Uniform"):
+        raise OffrlError(
+            "data.tasks goes with sampler=uniform and without an augmentation, since each lane has rewards of its own; train "
+            "one task at a time with data.task."
+        )
 
 
 def _check_sizes(train: TrainConfig) -> None:

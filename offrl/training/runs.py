@@ -8,16 +8,17 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
 from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.lane_tasks import with_tasks
 from offrl.datasets import load
 from offrl.training.compose import choice_file, choices
 from offrl.training.records import ResultRecord, RunRecord, SpecRecord
@@ -27,7 +28,7 @@ from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
 from offrl.utils.memory import counting_parameters, require_bytes
-from offrl.utils.settings import FREE, NAMES, canonical, lane_lists, target_class, trusting
+from offrl.utils.settings import FREE, NAMES, canonical, class_in, lane_lists, trusting
 
 
 @dataclass
@@ -85,6 +86,8 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that change a training's numbers, seeds apart, by dotted key; `augment`: whether there is an augmentation."""
     flat: dict[str, Any] = {"augment": bool(config.get("augment"))}
     for key, value in config.items():
+        if key == "updates" and config.get("online"):  # they say where the online phase begins
+            flat[key] = value
         if key in FREE | NAMES or (key == "augment" and not value):
             continue
         if isinstance(value, Mapping):
@@ -103,7 +106,7 @@ def done_before(job: RunConfig) -> Result | None:
     if job.train.fresh:
         return None
     _check_same(job, job.folder())
-    return finished(job.folder(), job.train.updates)
+    return finished(job.folder(), job.train.total_updates)
 
 
 def finished(folder: Path, updates: int) -> Result | None:
@@ -157,9 +160,28 @@ def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> 
     tensors, kept = checkpoint.load(path, RunRecord)
     with trusting(trust):
         agent = make_agent(kept.config["agent"], _spec_from(kept.spec, device))
-    checkpoint.restore(agent, tensors, path)
+    restore_agent(agent, tensors, path)
     agent.random.step.fill_(kept.step)
     return agent.eval()
+
+
+def restore_agent(agent: Agent, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy a checkpoint's tensors into an agent made from the same configuration.
+
+    Raises:
+        OffrlError: names, shapes or types are others than the agent's, or a number is not finite.
+    """
+    if "obs_mean" in tensors and tensors["obs_mean"].ndim > agent.obs_mean.ndim:
+        spread_statistics(agent)
+    checkpoint.restore(agent, tensors, path)
+
+
+def spread_statistics(agent: Agent) -> None:
+    """Give every lane observation statistics of its own, `[lanes, 1, O]` in place of `[O]`."""
+    if agent.obs_mean.ndim == 1:
+        agent.obs_mean, agent.obs_scale = (
+            buffer.expand(agent.spec.lanes, 1, -1).clone() for buffer in (agent.obs_mean, agent.obs_scale)
+        )
 
 
 def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
@@ -179,12 +201,7 @@ def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
 
 def discrete_agents() -> list[str]:
     """Names of our agents that take discrete actions."""
-    targets = {
-        name: OmegaConf.select(OmegaConf.load(choice_file("agent", name)), "_target_") for name in choices("agent")
-    }
-    return [
-        name for name, target in targets.items() if target_class({"_target_": target}, Agent, "agent").takes_discrete
-    ]
+    return [name for name in choices("agent") if class_in(choice_file("agent", name), Agent).takes_discrete]
 
 
 def _check_size(cls: type[Agent], cfg: Any, spec: Spec) -> None:
@@ -215,19 +232,23 @@ def load_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
 def read_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
     """The dataset as it was recorded."""
     options = job.data
-    return load(
+    read = partial(
+        load,
         job.dataset,
-        device=device,
         semantics=options.semantics,
         cache=options.cache,
         clip_actions=options.clip_actions,
         action_bound=options.action_bound,
         unfinished=options.unfinished,
         goals=options.goals,
+        success_timing=options.success_timing,
         size=options.size,
         seed=options.seed,
         progress=job.progress,
     )
+    if options.tasks:
+        return with_tasks(lambda task: read(task=task), options.tasks).to(device)
+    return read(task=options.task, device=device)
 
 
 def transform_rewards(store: OfflineDataset, options: DataConfig) -> OfflineDataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -14,6 +14,9 @@ class DataConfig:
     unfinished: bool = False  # accept a file that marks no episode's end, as one episode
     goals: bool = False  # keep a maze's goal in the observation (Minari)
     cache: bool = True  # keep a flat copy that loads in a fraction of a second
+    task: int | None = None  # single task of an OGBench set, 0 the default one; None: as the id says
+    tasks: list[int] | None = None  # the same with a task for each lane, over one copy of the data
+    success_timing: Literal["pre", "post"] = "pre"  # OGBench's environment looks for success before a step or behind it
     size: int | None = None  # transitions of a forge dataset that has to be built; None: its default
     seed: int = 0  # of a forge dataset that has to be built
     reward_scale: float = 1.0  # r <- scale * r + shift
@@ -29,6 +32,25 @@ class EvalConfig:
     seed: int = 1_000_000  # environment seed of the first episode, apart from training's seeds
     workers: int | None = None  # processes that step environments; None: one per usable core
     slots: int | None = None  # environments at once; None: 100, or 1000 where one call steps them all
+
+
+@dataclass
+class OnlineConfig:
+    steps: int = 0  # environment steps of every lane after the offline updates; 0: none
+    updates_per_step: int = 1  # updates that follow each environment step (the update-to-data ratio)
+    burst: int = 1  # environment steps in a row under one policy, before the updates that they are due
+    offline_share: float | None = 0.5  # dataset's share of every batch; 0: online rows alone; null: the union of both
+    random_steps: int = 0  # first environment steps, with uniform actions and without updates
+    noise: float | None = (
+        None  # std of a deterministic policy's exploration noise, in units of half the box; null: the agent's
+    )
+    recompute_every: int = 0  # environment steps between recomputations of observation statistics; 0: frozen
+    reset_optimizers: bool = False  # start the online phase with fresh moments of Adam
+    eval_every: int = 5000  # environment steps between evaluations; 0: only at both ends
+    agent: dict[str, Any] = field(default_factory=dict)  # settings of the agent that change at the switch
+    anneal: dict[str, float] = field(
+        default_factory=dict
+    )  # weights of the agent that change linearly: their factor at the end
 
 
 TABLED = ("batch_size",)  # options of training, besides those of `data`, that a method's table may set for a dataset
@@ -58,6 +80,16 @@ class TrainConfig:
     tracker: str | list[str] | None = None  # tensorboard, wandb, or [tensorboard,wandb]
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+
+    @property
+    def total_updates(self) -> int:
+        """Gradient steps of every lane, those of an online phase included."""
+        return self.updates + self.updates_after(self.online.steps)
+
+    def updates_after(self, steps: int) -> int:
+        """Gradient steps that belong to the first `steps` environment steps of the online phase."""
+        return self.online.updates_per_step * max(0, steps - self.online.random_steps)
 
     def lane_seeds(self) -> list[int]:
         return list(self.seeds) if self.seeds else [self.seed + lane for lane in range(self.lanes)]

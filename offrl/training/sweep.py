@@ -66,7 +66,7 @@ def run_job(values: Mapping[str, Any], note: Path, env: Mapping[str, str] | None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILURE).unlink(missing_ok=True)
         status = _train_in_child(values, folder / LOG, lambda pid: _note(note, "running", folder, pid=pid), env or {})
-        done = finished(folder, job.train.updates) if status == 0 else None
+        done = finished(folder, job.train.total_updates) if status == 0 else None
     except (OffrlError, OSError) as error:
         fail(note, folder, str(error))
         return 1

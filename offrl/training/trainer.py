@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from offrl import results
 from offrl.agents.base import Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import OfflineDataset, concatenate
+from offrl.data.lane_tasks import lane_infos
 from offrl.data.statistics import return_spread
 from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.nets import Critics
 from offrl.results.writer import check_rows
 from offrl.sampling import BatchLoader, further_datasets, make_sampler
 from offrl.training.engine import make_engine
-from offrl.training.records import RunRecord
+from offrl.training.online import EnvironmentFailure, OnlinePhase
+from offrl.training.records import OnlineRecord, RunRecord
 from offrl.training.run_config import RunConfig, resolve_config
 from offrl.training.runs import (
     Result,
@@ -31,6 +34,7 @@ from offrl.training.runs import (
     make_agent,
     read_config,
     read_data,
+    restore_agent,
     reward_transform,
     transform_rewards,
 )
@@ -77,7 +81,7 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
     job = resolve_config({**values, "out": str(folder.parent), "name": folder.name, "fresh": False}, trusted=False)
     with _locked(folder):
         _check_same(job, folder)
-        return finished(folder, job.train.updates) or Trainer(job, folder).run()
+        return finished(folder, job.train.total_updates) or Trainer(job, folder).run()
 
 
 class Trainer:
@@ -90,7 +94,7 @@ class Trainer:
         names = [self.cfg.dataset, *further_datasets(job.sampler)]
         parts = [read_data(replace(self.cfg, dataset=name), self.device) for name in names]
         recorded = parts[0] if len(parts) == 1 else concatenate(parts)
-        self.spread = return_spread(recorded)
+        self.spread = None if self.cfg.data.tasks else return_spread(recorded)
         self.store = transform_rewards(recorded, self.cfg.data)
         self.seeds = self.cfg.lane_seeds()
         mean, std = self.store.observation_statistics()
@@ -107,7 +111,7 @@ class Trainer:
             device=self.device,
         )
         self.agent = make_agent(job.agent, self.spec)
-        if self.cfg.updates <= self.agent.pretrain_updates:
+        if self.cfg.updates <= self.agent.pretrain_updates and (self.cfg.updates or self.agent.pretrain_updates):
             raise OffrlError(
                 f"updates={self.cfg.updates}: {job.agent_name} prepares for {self.agent.pretrain_updates} updates before its "
                 "policy learns anything; make more, or shorten its first stages (`offrl agents` names them)."
@@ -121,7 +125,9 @@ class Trainer:
         self.engine = make_engine(
             self.cfg.engine, self.agent, self.loader, self.cfg.precision, self.cfg.updates_per_launch
         )
+        self.online = self._online_phase(recorded)
         self.step, self.stop = 0, False
+        self.kept_online: OnlineRecord | None = None  # where the checkpoint's online phase stands
         self.last: Episodes | None = None
 
     def _check_window(self) -> None:
@@ -137,6 +143,13 @@ class Trainer:
         augmentation = make_augmentation(self.job.augment, recorded, self.seeds)
         rewards = reward_transform(recorded, self.cfg.data)
         return Synthetic(augmentation, (self.store, self.sampler), rewards, self.folder)
+
+    def _online_phase(self, recorded: OfflineDataset) -> OnlinePhase | None:
+        if not self.cfg.online.steps:
+            return None
+        rewards = reward_transform(recorded, self.cfg.data)
+        source = (self.store, self.sampler)
+        return OnlinePhase(self.cfg, self.job.agent, self.agent, source, rewards, self.folder)
 
     # ---- the run ----------------------------------------------------------------------------------------------
 
@@ -159,15 +172,21 @@ class Trainer:
         self._describe()
         with playing as evaluator, _stopping(self._request_stop), _no_collector():
             try:
-                self._loop(evaluator)
+                if self.kept_online is None:
+                    self._loop(evaluator)
+                if self.online and self.step >= self.cfg.updates and not self.stop:
+                    self._fine_tune(self.online, evaluator)
             finally:
+                if self.online:
+                    self.online.close()
                 self.tracker.close()
                 self.writer.close()
         return self._finish()
 
     def _open_rows(self, resumed: bool) -> results.RunWriter:
         """Continue the rows at the checkpoint; the last evaluation comes behind the last checkpoint, so it is repeated."""
-        repeated = self.step - 1 if self.step >= self.cfg.updates else self.step
+        last = self.cfg.total_updates if self.kept_online else self.cfg.updates
+        repeated = self.step - 1 if self.step >= last else self.step
         metadata = self._row_metadata()
         return results.RunWriter(self.folder, metadata, self.step if resumed else -1, repeated if resumed else None)
 
@@ -209,6 +228,52 @@ class Trainer:
             self._save()
             if self.step >= cfg.updates and evaluator:
                 self._evaluate(evaluator, cfg.eval.final_episodes, bar)
+
+    def _fine_tune(self, phase: OnlinePhase, evaluator: Evaluator | None) -> None:
+        """The online phase: bursts of environment steps, each followed by the updates that it is due."""
+        cfg, kept = self.cfg, self.kept_online
+        self.agent = phase.begin(self.agent, kept)
+        launch = min(cfg.updates_per_launch, cfg.online.burst * cfg.online.updates_per_step)
+        self.engine = make_engine(cfg.engine, self.agent, phase.loader, cfg.precision, launch)
+        self.metrics = {name: torch.tensor(lanes) for name, lanes in (kept.metrics if kept else {}).items()}
+        rows = results.OnlineRows(self.folder, self.seeds, self.store.info.normalized, phase.step)
+        title = "/".join(self.folder.parts[-3:-1])
+        with rows, Bar(cfg.progress, title, phase.step, cfg.online.steps, "environment steps") as bar:
+            since, mark = self.step, time.perf_counter()
+            while phase.step < cfg.online.steps and not self.stop:
+                made, step = phase.step, self.step
+                if updates := self._collect(phase):
+                    self.metrics |= self.engine.run(self.step, updates)
+                    self.step += updates
+                rows.add(phase.ended)
+                ends = phase.step >= cfg.online.steps
+                if ends or self.step // cfg.log_every > step // cfg.log_every:
+                    values = {name: value.tolist() for name, value in self.metrics.items()}
+                    self._log(values, (self.step - since) / (time.perf_counter() - mark))
+                    since, mark = self.step, time.perf_counter()
+                bar.update(phase.step)
+                paused = time.perf_counter()
+                if evaluator and phase.crossed(made, cfg.online.eval_every) and self.step > cfg.updates and not ends:
+                    self._evaluate(evaluator, cfg.eval.episodes, bar)
+                if self.step // cfg.checkpoint_every > step // cfg.checkpoint_every and not ends:
+                    rows.flush()
+                    self._save()
+                mark += time.perf_counter() - paused
+            rows.flush()
+            self._save()
+            if phase.step >= cfg.online.steps and evaluator:
+                self._evaluate(evaluator, cfg.eval.final_episodes, bar)
+
+    def _collect(self, phase: OnlinePhase) -> int:
+        """Environment steps; where an environment fails, the run is saved as it was before them."""
+        try:
+            return phase.collect()
+        except EnvironmentFailure as failure:
+            self._save()
+            raise OffrlError(
+                f"{self.folder}: the environment failed at step {phase.step} of the online phase ({failure}); everything up to "
+                f"there is saved, and goes on with: offrl train resume={self.folder}"
+            ) from failure
 
     def _next_burst(self, wanted: int) -> int:
         """About `wanted` updates, but none past the next event, and whole periods where that is possible.
@@ -265,6 +330,9 @@ class Trainer:
             "info": asdict(self.store.info),
         }
         learnt = self.sampler.tensors()
+        if self.online and self.online.begun:
+            metadata["online"] = self.online.record(self.metrics)
+            self.online.files.save(self.online.replay)
         if self.synthetic:
             self.synthetic.save()
         if self.cfg.keep_checkpoints:  # first: a kill between the two then repeats these updates, and loses no copy
@@ -290,10 +358,10 @@ class Trainer:
             )
         learnt = checkpoint.of_sampler(tensors)
         checkpoint.check_fits(self.sampler.tensors(), learnt, path, "sampler")
-        checkpoint.restore(self.agent, tensors, path)
+        restore_agent(self.agent, tensors, path)
         if learnt:
             self.sampler.restore(learnt)
-        self.step = kept.step
+        self.step, self.kept_online = kept.step, kept.online
         return True
 
     def _clear(self) -> None:
@@ -303,6 +371,8 @@ class Trainer:
                 old.unlink(missing_ok=True)
         if self.synthetic:
             self.synthetic.clear()
+        if self.online:
+            self.online.files.clear()
         (self.folder / "result.json").unlink(missing_ok=True)
 
     def _describe(self) -> None:
@@ -333,18 +403,22 @@ class Trainer:
             "method": self.job.to_dict()["method"],
             "dataset": self.store.info.id,
             "env_id": self.store.info.env_id,
-            "updates": self.cfg.updates,
+            "by_lane": [
+                {"dataset": info.id, "env_id": info.env_id} for info in lane_infos(self.store.info, len(self.seeds))
+            ],
+            "updates": self.cfg.total_updates,
         }
 
     def _finish(self) -> Result:
         returns = [] if self.last is None else self.last.returns.mean(-1).tolist()
         normalized = None if self.last is None else self.last.normalized
         scores = None if normalized is None else normalized.mean(-1).tolist()
-        if self.step >= self.cfg.updates:
+        done = self.step >= self.cfg.total_updates
+        if done:
             if not all((self.folder / name).is_file() for name in ("config.json", "manifest.json")):
                 self._describe()  # somebody removed them
             write_json(self.folder / "result.json", {"step": self.step, "returns": returns, "scores": scores})
-        status = "finished" if self.step >= self.cfg.updates else "interrupted"
+        status = "finished" if done else "interrupted"
         return Result(self.folder, self.step, returns, scores, status)
 
     def _evaluator(self) -> Any:

@@ -91,6 +91,12 @@ class LaneRandom:
         """`[*steps, lanes, *shape]` int64, uniform on 0 ... high - 1 (bias below high / 2^53)."""
         return (self.uniform(name, shape, steps) * high).to(torch.int64)
 
+    def normal_rows(self, name: str, rows: int, width: int, steps: Tensor | None = None) -> Tensor:
+        """Standard normals `[*steps, lanes, rows, width]` in float64; a row doesn't depend on how many there are."""
+        uniform = self.uniform(name, (rows, 2, width), steps)
+        radius, angle = (-2 * torch.log1p(-uniform[..., 0, :])).sqrt(), 2 * math.pi * uniform[..., 1, :]
+        return radius * angle.cos()
+
     def normal(self, name: str, like: Tensor) -> Tensor:
         """Standard normals with the shape and type of `like` (`[lanes, ...]`), by Box and Muller's transform.
 

@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import MISSING, fields, is_dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, Literal
+
+from omegaconf import OmegaConf
 
 from offrl.utils.errors import OffrlError, one_line
 
@@ -156,6 +159,12 @@ def target_class(settings: Mapping[str, Any], base: type[Any], group: str) -> An
         wanted = f"{base.__module__}.{base.__qualname__}"
         raise OffrlError(f"{group}._target_={target} is no {wanted}; name a class that is.")
     return cls
+
+
+def class_in(path: Path, base: type[Any]) -> Any:
+    """The class that the file of a choice names, `GROUP/NAME.yaml`; None where it names none. Errors are `target_class`'s."""
+    target = OmegaConf.select(OmegaConf.load(path), "_target_")
+    return target_class({"_target_": target}, base, path.parent.name) if target else None
 
 
 def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tuple[Any, Any]:

@@ -71,7 +71,8 @@ def test_the_gradient_is_autograds(low: float, high: float, std: float | None) -
     guide = PerStep(policy, model, config(normalize=False, policy_std=0.7))
     x = samples()
     coded = x[..., 2:4].clone().requires_grad_()
-    action = model.codec.box.from_unit((coded * model.codec.std[2:4] + model.codec.mean[2:4]).tanh())
+    unit = (coded * model.codec.std[2:4] + model.codec.mean[2:4]).tanh()
+    action = unit * (high - low) / 2 + (high + low) / 2
     obs = x[..., :2] * model.codec.std[:2] + model.codec.mean[:2]
     mean = (obs.flatten(1, 2) @ WEIGHTS.transpose(1, 2)).tanh().unflatten(1, (3, 5))
     density = torch.distributions.Normal(mean, 0.7 if std is None else std).log_prob(action).sum()

@@ -41,7 +41,20 @@ VAE_BC = {"latent": "categorical", "latent_size": 16, "suffix": 64, "candidates"
 VAE_BC |= {"kl_weight": 1.0, "lr": 3e-4, "weight_decay": 1e-4, "grad_clip": 0.25, "hidden": TWO, **NOT_SAMPLED}
 VAE_BC |= {"normalize_obs": True}
 
+# seohongpark/fql. Ours: a normalised Q with alpha 1, which the authors advise for new tasks; lcb and its weight are those of
+# ColinQiyangLi/qam.
+FOUR, SAMPLED = (512, 512, 512, 512), {"sample_actions": True, "normalize_obs": False}
+FLOW_BC = {"flow_steps": 10, "lr": 3e-4, "hidden": FOUR, **SAMPLED}
+FQL = {**FLOW_BC, "alpha": 1.0, "normalize_q": True, "target": "mean", "pessimism": 0.5, "members": 2, **BACKUP}
+FQL |= {"critic_norm": True}
+IFQL = {"policy": "flow", "candidates": 32, "expectile": 0.9, "denoising_steps": 5, **BACKUP, "norm": True, **FLOW_BC}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "flow_bc": FLOW_BC,
+    "fql": FQL,
+    "ifql": IFQL,
+    # philippe-eecs/IDQL sweeps N over 16, 64 and 256; the networks and rates are those of IFQL.
+    "idql": {**IFQL, "policy": "denoising", "candidates": 64},
     # corl-team/CORL `any_percent_bc.py`.
     "bc": {"lr": 3e-4, "hidden": TWO, **NOT_SAMPLED, "normalize_obs": True},
     "td3_bc": TD3_BC,
@@ -61,6 +74,55 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     # corl-team/CORL `awac.py` and its locomotion configurations.
     "awac": {"temperature": 0.3333, "max_weight": 100.0, **BACKUP, **ADAM, "hidden": THREE, "normalize_obs": True},
+    # corl-team/CORL `finetune/spot.py` and its configurations; lambda is that of the hands.
+    "spot": {
+        "weight": 1.0,
+        "kl_weight": 0.5,
+        "vae_updates": 100_000,
+        **BACKUP,
+        **SMOOTHING,
+        "actor_lr": 1e-4,
+        "critic_lr": 3e-4,
+        "vae_lr": 1e-3,
+        "hidden": TWO,
+        "vae_hidden": (750, 750),
+        "normalize_obs": False,
+    },
+    # ikostrikov/rlpd, `configs/rlpd_config.py` and the commands of its README for locomotion; the target entropy is minus half
+    # the number of actions.
+    "rlpd": {
+        "members": 10,
+        "subset": 2,
+        "critic_updates": 20,
+        "backup_entropy": True,
+        "target_entropy": None,
+        **BACKUP,
+        **ADAM,
+        "alpha_lr": 3e-4,
+        "hidden": TWO,
+        "critic_norm": True,
+        "normalize_obs": False,
+    },
+    # corl-team/CORL `finetune/cal_ql.py`, whose settings for AntMaze the table has.
+    "cal_ql": {
+        "cql_alpha": 10.0,
+        "actions": 10,
+        "temperature": 1.0,
+        "diff_min": -math.inf,
+        "lagrange": False,
+        "gap": 5.0,
+        "max_backup": False,
+        "backup_entropy": False,
+        "bc_steps": 0,
+        **BACKUP,
+        "actor_lr": 3e-5,
+        "critic_lr": 3e-4,
+        "hidden": THREE,
+        "critic_hidden": None,
+        "normalize_obs": True,
+        "calibrate": True,
+        "sparse_rewards": False,
+    },
     # corl-team/CORL `cql.py` and its locomotion configurations; the gap is that of its Maze2D ones, where alone it is used.
     "cql": {
         "cql_alpha": 10.0,
@@ -85,6 +147,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "beta": 3.0,
         "max_weight": 100.0,
         **BACKUP,
+        "value_fit": "expectile",
+        "regularization": 1.0,  # of ryanxhr/IVR, SQL on locomotion
         "deterministic": False,
         "dropout": 0.0,
         **ADAM,
@@ -103,6 +167,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "hidden": THREE,
         "critic_norm": True,
         "normalize_obs": False,
+        # Off: ColinQiyangLi/qam's ensembles, seohongpark/fql's networks, EmptyJackson/unifloral's TD3-AWR.
+        "members": 2,
+        "pooling": "min",
+        "pessimism": 0.5,
+        "activation": "relu",
+        "actor_norm": False,
+        "awr": False,
+        "awr_beta": 3.0,
+        "expectile": 0.7,
     },
     "sac_n": SAC_N,
     # corl-team/CORL `edac.py`: N and eta of most locomotion sets.
@@ -132,6 +205,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "return_scale": 1.0,
         "lr": 1e-3,
         "hidden": (1024, 1024),
+        "orthogonal_init": False,
         **NOT_SAMPLED,
         "normalize_obs": False,
     },
@@ -162,7 +236,7 @@ def test_defaults_are_the_published_ones(name: str) -> None:
 def test_what_no_setting_says() -> None:
     """The actor's delay of TD3, and what is added to the observations' deviation before dividing by it."""
     delayed = {name for name in PUBLISHED if agent_class(name).period == 2}
-    assert delayed == {"td3_bc", "prdc", "a2pr", "rebrac"}
+    assert delayed == {"td3_bc", "prdc", "a2pr", "rebrac", "spot"}
     assert all(agent_class(name).period == 1 for name in PUBLISHED if name not in delayed)
     eps = {name: agent_class(name).obs_eps for name in PUBLISHED}
     assert {name for name, value in eps.items() if value == 1e-6} == {"dt", "esper"}  # kzl/decision-transformer

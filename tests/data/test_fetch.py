@@ -583,3 +583,49 @@ def test_minari_ids_go_through_the_package(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(minari, "download_dataset", fail)
     with pytest.raises(OffrlError, match="no route"):
         fetch("D4RL/pen/human-v2")
+
+
+# ---- OGBench ------------------------------------------------------------------------------------------------------
+
+
+def trajectories() -> bytes:
+    """A file of pointmaze-medium: three trajectories of 20 transitions."""
+    rng, memory = np.random.default_rng(0), io.BytesIO()
+    places = rng.uniform(0, 20, (63, 2)).astype("f4")
+    ends = np.arange(63) % 21 == 20
+    np.savez(memory, observations=places, actions=places / 20, terminals=ends, qpos=places, qvel=0 * places)
+    return memory.getvalue()
+
+
+@pytest.mark.parametrize("below", ["", "mirror/of/"])
+def test_an_ogbench_file_is_fetched_once_for_all_its_tasks(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    name = "pointmaze-medium-navigate"
+    host.files, host.cut, host.cuts = {f"{below}{name}-v0.npz": trajectories()}, 700, 1  # the first connection breaks
+    monkeypatch.setenv("OFFRL_OGBENCH_URL", f"{host.url}/{below}")
+    path = fetch(f"{name}-singletask-task2-v0", progress=False)
+    assert path == tmp_path / f"ogbench/{name}-v0.npz"
+    assert path.read_bytes() == trajectories()
+    assert [wanted for _, wanted in host.requests] == [None, "bytes=700-"]
+    assert fetch(f"{name}-singletask-v0", progress=False) == path
+    assert len(host.requests) == 2
+    assert len(load(f"{name}-singletask-task5-v0")) == 60
+
+
+def test_where_ogbench_s_files_are_published_and_what_is_no_such_file(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert candidates(f"{fetch_module.OGBENCH.base}cube-single-play-v0.npz", None, fetch_module.OGBENCH) == [
+        "https://rail.eecs.berkeley.edu/datasets/ogbench/cube-single-play-v0.npz"
+    ]
+    monkeypatch.setenv("OFFRL_OGBENCH_URL", host.url)
+    with pytest.raises(OffrlError, match=r"no such file .* OFFRL_OGBENCH_URL, .* OGBENCH_DATASET_DIR names"):
+        fetch("scene-play-singletask-v0", progress=False)
+    for content, reason in ((b"<html>no</html>", "no NPZ file"), (trajectories()[:-200], "cut off or damaged")):
+        host.files = {"scene-play-v0.npz": content}
+        with pytest.raises(OffrlError, match=rf"is not the dataset: .*{reason}"):
+            fetch("scene-play-singletask-v0", progress=False)
+        assert not list(tmp_path.glob("ogbench/scene*.npz*"))
+    with pytest.raises(OffrlError, match="forge datasets are built"):
+        fetch("forge/ogbench/cube-single-play-v0", progress=False)

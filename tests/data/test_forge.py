@@ -203,7 +203,7 @@ def test_halfcheetah_has_one_replay() -> None:
 
 def test_names_and_folders_are_distinct() -> None:
     names = forge.names()
-    assert len(names) == len(set(names)) == 3 * (5 + 8) + 2 + 6 + len(noisy.names()) + len(stochastic.names())
+    assert len(names) == len(set(names)) == 3 * (5 + 8) + 2 + 6 + 6 + len(noisy.names()) + len(stochastic.names())
     assert "forge/hopper/random-expert-0.1-v0" in names
     folders = [forge.folder_of(n, size, seed) for n in names for size in (None, 5000) for seed in (0, 1)]
     assert len(set(folders)) == len(folders)

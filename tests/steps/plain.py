@@ -106,3 +106,37 @@ def batches(store: OfflineDataset, random: LaneRandom, updates: int, size: int) 
     for t, rows in drawn(store, random, updates, size):
         s, s2 = ((x[rows] - mean) / (std + 1e-3) for x in (store.observations, store.next_observations))
         yield t, (s, store.actions[rows], store.rewards[rows], s2, 1 - store.terminations[rows])
+
+
+class SmoothMLP(nn.Module):
+    """One lane (and member) of an MLP with tanh-GELU, or Mish, and layer normalisation after it, from its definition."""
+
+    def __init__(self, mlp: nn.Module, lane: int = 0, member: int | None = None) -> None:
+        super().__init__()
+        at = (lane,) if member is None else (lane, member)
+        for name in ("weights", "biases", "gains", "offsets"):
+            parameters = [nn.Parameter(p[at].detach().clone()) for p in getattr(mlp, name)]
+            setattr(self, name, nn.ParameterList(parameters))
+        self.activation = mlp.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = x @ weight.T + bias
+            if i == len(self.weights) - 1:
+                return x
+            if self.activation == "gelu":
+                x = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+            else:
+                x = x * torch.tanh(torch.log1p(torch.exp(x)))
+            if len(self.gains):
+                mean, variance = x.mean(-1, keepdim=True), x.var(-1, correction=0, keepdim=True)
+                x = (x - mean) / torch.sqrt(variance + 1e-6) * self.gains[i] + self.offsets[i]
+        raise AssertionError("an MLP has a last layer")
+
+
+def pool(q: Tensor, how: str, pessimism: float) -> Tensor:
+    """`[members, batch]` to `[batch]`."""
+    if how == "lcb":
+        mean = q.sum(0) / len(q)
+        return mean - pessimism * ((q - mean) ** 2).mean(0).sqrt()
+    return q.min(0).values if how == "min" else q.mean(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from offrl.agents.base import Spec
-from offrl.agents.iql import IQL, IQLConfig
+from offrl.agents.iql import IQL, IQLConfig, expectile_loss, exponential_loss, sparse_loss
 from offrl.data.batch import Batch
 from offrl.nets import dropout
 from offrl.sampling import BatchLoader, Uniform
@@ -128,11 +129,11 @@ def test_the_value_loss_is_least_at_the_expectile() -> None:
     q = (torch.arange(1000) < 1000 * p).double().expand(4, -1)
     best = t * p / (t * p + (1 - t) * (1 - p))
     value = best.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(agent.value_loss(q - value.unsqueeze(1)).sum(), value)
+    (gradient,) = torch.autograd.grad(expectile_loss(q - value.unsqueeze(1), agent.cfg.expectile).sum(), value)
     torch.testing.assert_close(gradient, torch.zeros(4).double(), rtol=0, atol=1e-12)
-    least = agent.value_loss(q - best.unsqueeze(1))
+    least = expectile_loss(q - best.unsqueeze(1), agent.cfg.expectile)
     for other in (best - 0.01, best + 0.01):
-        assert (agent.value_loss(q - other.unsqueeze(1)) > least).all()
+        assert (expectile_loss(q - other.unsqueeze(1), agent.cfg.expectile) > least).all()
     torch.testing.assert_close(best[0].item(), p)  # t = 0.5: the mean
 
 
@@ -218,3 +219,42 @@ def test_lanes_may_drop_different_shares() -> None:
     for many, one in zip(both.actor.parameters(), none.actor.parameters()):
         torch.testing.assert_close(many[0], one[0], rtol=0, atol=1e-10)
     assert not torch.equal(both.actor.mlp.weights[0][0], both.actor.mlp.weights[0][1])
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_sql_and_eql_have_their_minima(alpha: float) -> None:
+    """SQL's V solves E max(1 + (Q - V) / (2 alpha), 0) = 1; EQL's is alpha log E exp(Q / alpha) where no exponent is cut."""
+    q = torch.randn(1, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for loss, kind in ((sparse_loss, "sparse"), (exponential_loss, "exponential")):
+        low, high = q.min().item() - 1, q.max().item() + 1
+        for _ in range(60):  # the loss is convex in V: bisection by its slope
+            v = torch.full((1, 1), (low + high) / 2, dtype=torch.float64, requires_grad=True)
+            (slope,) = torch.autograd.grad(loss(q - v, v.expand_as(q), alpha).sum(), v)
+            low, high = (low, v.item()) if slope > 0 else (v.item(), high)
+        if kind == "sparse":
+            assert abs((1 + (q - low) / (2 * alpha)).clamp(min=0).mean().item() - 1) < 1e-9
+        elif ((q - low) / alpha).max() < 5:
+            assert abs(low - alpha * ((q / alpha).exp().mean().log()).item()) < 1e-9
+    assert ((q - low) / alpha).max() < 5 or alpha < 1  # EQL's closed form was looked at
+
+
+@pytest.mark.parametrize("kind", ["sparse", "exponential"])
+def test_sql_and_eql_weigh_their_policies(kind: Any) -> None:
+    agent = IQL(Spec(3, 2), IQLConfig(hidden=(8,), value_fit=kind, regularization=2.0))
+    u = torch.tensor([[-1.0, 0.0, 0.5, 300.0]], dtype=torch.float64)
+    expected = {"sparse": [0, 0, 0.5, 100], "exponential": [math.exp(-5), 1, math.exp(2.5), 100]}[kind]
+    torch.testing.assert_close(agent.policy_weight(u)[0], torch.tensor(expected, dtype=torch.float64))
+    plain = IQL(Spec(3, 2), IQLConfig(hidden=(8,), regularization=7.0))  # off: IQL's, whatever alpha is
+    torch.testing.assert_close(plain.policy_weight(u)[0], (3 * u[0]).exp().clamp(max=100))
+    value, q = torch.randn(2, 1, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain.value_loss(q - value, value), expectile_loss(q - value, 0.7))
+    loss = sparse_loss if kind == "sparse" else exponential_loss
+    assert torch.equal(agent.value_loss(q - value, value), loss(q - value, value, 2.0))
+
+
+def test_eql_stays_finite_where_exponentials_do_not() -> None:
+    value = torch.zeros(1, 3, requires_grad=True)
+    loss = exponential_loss(torch.tensor([[1e4, -1e4, 0.0]]) - value, value, 0.1)
+    (slope,) = torch.autograd.grad(loss.sum(), value)
+    assert loss.isfinite().all()
+    assert slope.isfinite().all()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy
-from plain import BOXES, Bounds, Box, boxed, difference, drawn, sequential, spec_of
+from plain import BOXES, Bounds, Box, boxed, difference, drawn, pool, sequential, spec_of
 from torch import Tensor, nn
 
 from offrl.agents.base import Spec
@@ -21,15 +21,16 @@ from offrl.utils.random import LaneRandom
 BATCH = 64
 
 
-def normalised(mlp: nn.Module, member: int) -> nn.Sequential:
-    """One critic of lane 0 with its layer normalisation, as ordinary layers."""
+def normalised(mlp: nn.Module, member: int | None) -> nn.Sequential:
+    """One critic, or V, of lane 0 with its layer normalisation, as ordinary layers."""
     layers: list[nn.Module] = []
+    at = (0,) if member is None else (0, member)
     for i, layer in enumerate(sequential(mlp, 0, member)):
         layers.append(layer)
         if isinstance(layer, nn.ReLU) and len(mlp.gains):
             norm = nn.LayerNorm(layers[-2].out_features, eps=1e-6).double()
-            norm.weight.data = mlp.gains[i // 2][0, member].detach().clone()
-            norm.bias.data = mlp.offsets[i // 2][0, member].detach().clone()
+            norm.weight.data = mlp.gains[i // 2][at].detach().clone()
+            norm.bias.data = mlp.offsets[i // 2][at].detach().clone()
             layers.append(norm)
     return nn.Sequential(*layers)
 
@@ -40,11 +41,17 @@ class Plain:
     def __init__(self, agent: ReBRAC) -> None:
         self.cfg, self.box = agent.cfg, Box(agent.spec)
         self.actor = sequential(agent.actor.mlp, 0)
-        self.critics = [normalised(agent.critics.mlp, member) for member in (0, 1)]
+        self.critics = [normalised(agent.critics.mlp, member) for member in range(self.cfg.members)]
         self.actor_target, self.critics_target = copy.deepcopy(self.actor), copy.deepcopy(self.critics)
         both = [p for critic in self.critics for p in critic.parameters()]
+        if self.cfg.awr:
+            self.value = normalised(agent.value, None)
+            self.value_adam = torch.optim.Adam(self.value.parameters(), lr=self.cfg.critic_lr)
         self.actor_adam = torch.optim.Adam(self.actor.parameters(), lr=self.cfg.actor_lr)
         self.critic_adam = torch.optim.Adam(both, lr=self.cfg.critic_lr)
+
+    def pool(self, q: Tensor) -> Tensor:
+        return pool(q, self.cfg.pooling, self.cfg.pessimism)
 
     def q(self, critics: list[nn.Sequential], s: Tensor, a: Tensor) -> Tensor:
         return torch.stack([critic(torch.cat([s, a], 1)).squeeze(1) for critic in critics])
@@ -65,18 +72,29 @@ class Plain:
             eps = torch.clip(noise * cfg.policy_noise, -cfg.noise_clip, cfg.noise_clip)
             a2 = self.box.clip(self.box.squash(self.actor_target(rows["s2"])) + eps * self.box.half)
             penalty = ((a2 - rows["a2"]) ** 2).sum(1) * rows["known"]
-            next_q = self.q(self.critics_target, rows["s2"], a2).min(0).values - cfg.critic_bc * penalty
+            next_q = self.pool(self.q(self.critics_target, rows["s2"], a2)) - cfg.critic_bc * penalty
             y = rows["r"] + (1 - rows["d"]) * cfg.discount * next_q
         self.minimise(self.critic_adam, ((self.q(self.critics, s, a) - y) ** 2).mean(1).sum(0))
         if i % 2 == 0:
             pi = self.box.squash(self.actor(s))
-            q = self.q(self.critics, s, pi).min(0).values
+            q = self.pool(self.q(self.critics, s, pi))
             lam = 1 / q.abs().mean().item()
             before = copy.deepcopy(self.actor)
-            self.minimise(self.actor_adam, (cfg.actor_bc * ((pi - a) ** 2).sum(1) - lam * q).mean())
+            weight = self.weight(s, a) if cfg.awr else 1.0
+            self.minimise(self.actor_adam, (cfg.actor_bc * weight * ((pi - a) ** 2).sum(1) - lam * q).mean())
             self.follow(self.actor_target, before)
             for target, online in zip(self.critics_target, self.critics):
                 self.follow(target, online)
+
+        if cfg.awr:
+            u = self.advantage(s, a)
+            self.minimise(self.value_adam, (torch.where(u > 0, cfg.expectile, 1 - cfg.expectile) * u**2).mean())
+
+    def advantage(self, s: Tensor, a: Tensor) -> Tensor:
+        return self.q(self.critics, s, a).min(0).values.detach() - self.value(s).squeeze(1)
+
+    def weight(self, s: Tensor, a: Tensor) -> Tensor:
+        return torch.clip(torch.exp(self.cfg.awr_beta * self.advantage(s, a).detach()), max=100)
 
     def distance(self, agent: ReBRAC) -> float:
         """Largest difference of any parameter from lane 0 of the agent."""
@@ -86,6 +104,8 @@ class Plain:
         for network, mines in ((agent.critics, self.critics), (agent.critics_target, self.critics_target)):
             for member, mine in enumerate(mines):
                 largest = max(largest, difference(normalised(network.mlp, member), mine))
+        if self.cfg.awr:
+            largest = max(largest, difference(normalised(agent.value, None), self.value))
         return largest
 
 
@@ -108,6 +128,8 @@ def make(store: OfflineDataset, **settings: Any) -> ReBRAC:
         {"actor_lr": 1e-3, "critic_lr": 1e-3},
         {"actor_bc": 0.1, "critic_bc": 0.5, "discount": 0.999},
         {"critic_norm": False, "critic_bc": 0.0},
+        {"members": 10, "pooling": "lcb", "pessimism": 0.5},
+        {"awr": True, "awr_beta": 20.0, "expectile": 0.9, "actor_bc": 0.3},
     ],
     ids=str,
 )
@@ -208,3 +230,33 @@ def test_initial_weights_are_the_authors() -> None:
         assert mlp.biases[-1].abs().max() <= bound
         assert 0.9 / 8 < mlp.weights[1].abs().max() <= 1 / 8
     assert torch.equal(agent.obs_scale, torch.ones(3))
+
+
+def test_options_that_are_off_change_nothing() -> None:
+    """Their numbers are unused while `pooling` is min and `awr` false; and there is no V."""
+    store, agents = cut_store(), []
+    for settings in ({}, {"pessimism": 3.0, "awr_beta": 9.0, "expectile": 0.9}):
+        agent = make(store, **settings)
+        Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, fields=agent.batch_fields)).run(0, 4)
+        agents.append(agent.state_dict())
+    assert all(torch.equal(tensor, agents[1][key]) for key, tensor in agents[0].items())
+    assert not any("value" in key for key in agents[0])
+
+
+def test_awr_weights_have_an_upper_bound_and_grow_with_the_advantage() -> None:
+    store = cut_store()
+    agent = make(store, awr=True, awr_beta=50.0)
+    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, fields=agent.batch_fields)).run(0, 50)
+    batch = agent.prepare(store.transitions(torch.arange(64).unsqueeze(0), agent.batch_fields))
+    weight, order = agent.awr_weight(batch)[0], agent.advantage(batch)[0].argsort()
+    assert weight.max() <= 100
+    assert (weight[order].diff() >= 0).all()
+    assert weight.max() > weight.min()
+
+
+def test_gelu_networks_start_from_glorots_weights() -> None:
+    agent = ReBRAC(Spec(3, 2), ReBRACConfig(hidden=(64, 64), activation="gelu"))
+    for mlp in (agent.actor.mlp, agent.critics.mlp):
+        assert mlp.activation == "gelu"
+        assert all((bias == 0).all() for bias in mlp.biases)
+        assert 0.97 < mlp.weights[1].abs().max() / (6 / 128) ** 0.5 <= 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_toy
 from gymnasium import spaces
-from test_agents import SETTINGS, advance, every_agent, small
+from test_agents import SETTINGS, advance, small
 from torch.distributions import AffineTransform, Normal, TanhTransform, TransformedDistribution
 
 from offrl.agents.base import Agent, Spec
@@ -26,6 +26,7 @@ from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 
 BOX: tuple[Bound, Bound] = ((0.0, -0.78), (5.0, 0.78))
+every_agent = pytest.mark.parametrize("name", sorted(SETTINGS))
 boxes = pytest.mark.parametrize(("low", "high"), [BOX, (0.0, 100.0), (-1.0, (1.0, 3.0))], ids=str)
 
 

@@ -1,0 +1,104 @@
+"""The table of fine-tuned runs: regret in closed form, scores at both ends, every seed, and whose numbers stand beside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offrl.cli import main as cli
+from offrl.results import OnlineRows, RunWriter
+from offrl.results.finetuning import OnlineRow, regret_of
+from offrl.results.published import lookup, lookup_online
+from offrl.results.report import report
+from offrl.results.rows import budget_of
+
+ONLINE = {"steps": 1000, "updates_per_step": 2, "random_steps": 100}
+
+
+class Ended:
+    """An episode of a lane."""
+
+    def __init__(self, lane: int, number: int, ret: float, success: bool | None) -> None:
+        self.lane, self.number, self.ret, self.success, self.seed, self.length = lane, number, ret, success, 7, 10
+
+
+def make_run(
+    folder: Path, method: str, before: list[float], after: list[float], success: list[bool] | None = None
+) -> None:
+    """A run of 500 offline updates and 1,000 environment steps; every lane's episodes return 25 and then 75."""
+    seeds, config = list(range(len(before))), {"updates": 500, "online": ONLINE, "agent": {"_target_": "x"}}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").write_text(json.dumps({"method": method, "dataset_info": {"family": "antmaze"}}))
+    run = {"method": method, "dataset": "antmaze-large-play-v2", "updates": 2300}
+    with RunWriter(folder, run) as writer:
+        for step, scores in ((250, before), (500, before), (1400, before), (2300, after)):
+            values = np.array(scores)[:, None] + [[-1.0, 1.0]]
+            writer.episodes(step, seeds, values, np.ones_like(values), values, [0, 1])
+    with OnlineRows(folder, seeds, lambda ret: ret, 0) as rows:
+        told = success or [None, None]
+        rows.add((10, Ended(lane, 0, 25.0, told[0])) for lane in seeds)
+        rows.add((20, Ended(lane, 1, 75.0, told[1])) for lane in seeds)
+
+
+def rows_of(returns: list[float], success: list[bool] | None = None) -> list[OnlineRow]:
+    told: list[Any] = list(success or [None] * len(returns))
+    return [
+        OnlineRow(lane=0, step=i, return_raw=r, normalized=r, success=s) for i, (r, s) in enumerate(zip(returns, told))
+    ]
+
+
+def test_regret_is_one_minus_the_mean_over_episodes() -> None:
+    assert regret_of(rows_of([0.0] * 3, [True] * 3), 0) == (0.0, True)
+    assert regret_of(rows_of([9.0] * 3, [False] * 3), 0) == (1.0, True)
+    assert regret_of(rows_of([-50.0, 50.0, 200.0, 100.0]), 0) == (1 - (0 + 50 + 100 + 100) / 400, False)  # clipped
+    assert np.isnan(regret_of([], 0)[0])
+    assert np.isnan(regret_of(rows_of([1.0]), 1)[0])
+
+
+def test_the_table_has_both_ends_every_seed_and_the_published(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs/a", "rebrac+online", [70.0, 68.0, 69.0], [88.0, 17.0, 0.0])
+    make_run(tmp_path / "runs/b", "iql+online", [40.0, 40.0], [60.0, 60.0], success=[False, True])
+    made = report([tmp_path / "runs"], tmp_path / "report", show=False)
+    iql, rebrac = made.fine_tunings
+    assert rebrac.before.tolist() == [70.0, 68.0, 69.0]
+    assert rebrac.after.tolist() == [88.0, 17.0, 0.0]
+    assert rebrac.regret.tolist() == [0.5] * 3
+    assert not rebrac.by_success
+    assert iql.regret.tolist() == [0.5, 0.5]
+    assert iql.by_success
+    # Updates 500, 1400 and 2300 are environment steps 0, 550 and 1000: two updates a step after 100 random ones.
+    assert rebrac.cell.curve.steps.tolist() == [0, 550, 1000]
+    assert rebrac.steps == 1000
+    text = (tmp_path / "report/report.md").read_text()
+    published = lookup_online("rebrac", "antmaze-large-play-v2")
+    assert published is not None
+    assert published.regret is not None
+    shown = f"{published.before.mean:.1f} → {published.after.mean:.1f} ({published.regret.mean:.2f})"
+    assert f"69.0 ± 1.0 → 35.0 ± 46.7 | 70→88, 68→17, 69→0 | 0.50 ± 0.00 (score) | 1,000 | {shown} |" in text
+    assert "below half of the score before: rebrac+online on antmaze-large-play-v2 (seeds 1, 2)" in text
+    assert (tmp_path / "report/online.png").exists()
+    assert not any(cell.published for cell in made.cells)  # an offline number is another protocol
+
+
+def test_published_scores_are_those_of_the_file() -> None:
+    found = lookup_online("cal_ql", "antmaze-large-play-v2")
+    assert found is not None
+    assert (round(found.before.mean), round(found.after.mean)) == (32, 97)
+    assert found.regret is not None
+    assert 0 < found.regret.mean < 1
+    assert lookup_online("td3_bc", "antmaze-large-play-v2") is None
+    for method in ("iql", "SPOT", "rebrac"):  # none of them stands in an offline table
+        assert not any("offline-to-online" in number.protocol for number in lookup(method, "antmaze-large-play-v2"))
+
+
+def test_a_runs_budget_counts_its_online_updates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert budget_of({"updates": 500, "online": ONLINE}) == 500 + 2 * 900
+    assert budget_of({"updates": 500}) == 500
+    make_run(tmp_path / "runs/a", "iql+online", [1.0], [2.0])
+    assert cli.main(["status", str(tmp_path / "runs")]) == 0
+    assert "2300" in capsys.readouterr().out
