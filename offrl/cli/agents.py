@@ -32,8 +32,9 @@ def field_comments(cls: type[Any]) -> list[tuple[str, str, str]]:
     comments: dict[str, str] = {}
     for base in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
         comments |= _comments(base)
-    plain = [f for f in fields(cls) if f.default is not MISSING]
-    return [(f.name, _shown(f.default), comments.get(f.name, "")) for f in plain]
+    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(cls)}
+    plain = {name: value for name, value in defaults.items() if value is not MISSING and not is_dataclass(value)}
+    return [(name, _shown(value), comments.get(name, "")) for name, value in plain.items()]
 
 
 def _comments(cls: type[Any]) -> dict[str, str]:

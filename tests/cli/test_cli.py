@@ -20,7 +20,7 @@ import offrl
 from offrl.cli import main as cli
 from offrl.training.compose import compose
 from offrl.training.run_config import resolve_config
-from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
+from offrl.training.schema import DataConfig, EvalConfig, OnlineConfig, TrainConfig
 from offrl.training.trainer import Trainer
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
@@ -63,16 +63,17 @@ def test_the_version() -> None:
 def test_help_of_train_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("train", "--help") == 0
     shown = capsys.readouterr().out
-    for prefix, cls in (("", TrainConfig), ("data.", DataConfig), ("eval.", EvalConfig)):
+    sections = {"data": DataConfig, "eval": EvalConfig, "online": OnlineConfig}
+    for prefix, cls in {"": TrainConfig, **{f"{name}.": section for name, section in sections.items()}}.items():
         for name in cls.__dataclass_fields__:
-            if name in ("data", "eval"):
+            if name in sections:
                 continue
             (line,) = [line for line in shown.splitlines() if line.startswith(f"  {prefix}{name}=")]
             assert len(line.split(maxsplit=1)) == 2, f"{prefix}{name} is not explained"
     (agents,) = [line for line in shown.splitlines() if line.startswith("agent=  ")]
     assert {"bc", "td3_bc"} <= set(agents.removeprefix("agent=  ").split(", "))
     assert "sampler=  advantage_weighted, density_weighted, mixture, return_weighted, top_percent, uniform" in shown
-    assert "preset=  d4rl, demo, laptop, paper" in shown
+    assert "preset=  d4rl, demo, laptop, ogbench, paper" in shown
 
 
 def test_agents_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +117,7 @@ def test_every_setting_of_an_agent_is_explained(name: str, capsys: pytest.Captur
         (["experiment=td3_bc/gmy"], "experiment=td3_bc/gmy is unknown; did you mean experiment=td3_bc/gym?"),
         (["-m", "suite=gim9"], "suite=gim9 is unknown; did you mean suite=gym9?"),
         (["agent=td3bc"], "agent=td3bc is unknown; did you mean agent=td3_bc?"),
-        (["preset=big"], "preset=big is unknown; there are d4rl, demo, laptop, paper."),
+        (["preset=big"], "preset=big is unknown; there are d4rl, demo, laptop, ogbench, paper."),
         (["resume=gone", "-m"], "-m can't stand beside resume=RUN"),
         (["resume=gone", "fresh"], "fresh can't stand beside resume=RUN"),
         (["resume=gone", "updates=["], "[ can't be read as a value"),
