@@ -170,7 +170,7 @@ def test_every_row_could_be_used(agent: str) -> None:
     """Its keys and values are settings, and its pattern matches some dataset that there is."""
     rows = table(agent)
     cls, _ = agent_config({"_target_": OmegaConf.load(AGENTS[agent])["_target_"]})
-    check_tables(rows, cls.Config)
+    check_tables(rows, cls.Config, {})
     idle = {pattern for pattern in rows if not any(fnmatch(dataset, pattern) for dataset in IDS)}
     assert idle <= UNLISTED
 
@@ -200,6 +200,6 @@ def test_a_wrong_row_is_found_though_no_dataset_matches_it(row: Any, message: st
 def test_a_setting_that_training_has_is_none_of_a_methods_table() -> None:
     """Of training's options a table may set the batch size alone."""
     cls, _ = agent_config({"_target_": "offrl.agents.td3_bc.TD3BC"})
-    check_tables({"*": {"batch_size": 8}}, cls.Config)
+    check_tables({"*": {"batch_size": 8}}, cls.Config, {})
     with pytest.raises(OffrlError, match=r"agent\.updates is no option"):
-        check_tables({"*": {"updates": 8}}, cls.Config)
+        check_tables({"*": {"updates": 8}}, cls.Config, {})

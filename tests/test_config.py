@@ -18,7 +18,7 @@ from offrl.data import catalogue, ogbench_names
 from offrl.data.mixtures import D4RL_MIXTURE
 from offrl.forge import registry as forge
 from offrl.results import published
-from offrl.training.compose import choices, compose, compose_words, register, to_hydra_overrides
+from offrl.training.compose import choices, compose, compose_words, groups, register, to_hydra_overrides
 from offrl.training.schema import TrainConfig
 from offrl.training.trainer import RunConfig, make_agent, resolve_config
 from offrl.utils.errors import OffrlError
@@ -497,13 +497,17 @@ def test_every_recipe_composes_to_plans(name: str) -> None:
     """
     params = swept(f"experiment={name}")
     first = {key: values[0] for key, values in params.items()}
-    others = [(key, value) for key, values in params.items() for value in values if key != "dataset"]
-    for key, value in others or [("dataset", first["dataset"])]:
+    known = groups()
+    chosen = [(key, value) for key, values in params.items() for value in values[1:] if key in known]
+    for key, value in [("dataset", first["dataset"]), *chosen]:
         values = compose({"experiment": name, **first, key: value})
         for dataset in params["dataset"]:
             made = resolve_config({**values, "dataset": dataset}).train
             on_d4rl = dataset in catalogue.d4rl() or D4RL_MIXTURE.fullmatch(dataset)
             assert made.data.semantics == ("d4rl" if on_d4rl and name not in WINDOWS else "exact")
+    plain = {key: values[1:] for key, values in params.items() if key not in {"dataset", "seed", *known}}
+    for key, value in ((key, value) for key, values in plain.items() for value in values):
+        resolve_config(compose({"experiment": name, **first, key: value}))
 
 
 @pytest.mark.parametrize("name", choices("suite"))

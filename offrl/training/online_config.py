@@ -27,11 +27,11 @@ def add_table(online: dict[str, Any], key: str, value: Any) -> None:
         online.setdefault(key, value)
 
 
-def add_all(online: dict[str, Any], always: Any, settings: type[Any]) -> None:
+def add_all(online: dict[str, Any], always: Any, settings: type[Any], agent: Mapping[str, Any]) -> None:
     """Set what the method's yaml says under `online:`, for all datasets, where nobody has said otherwise.
 
     Args:
-        settings: the method's dataclass of settings.
+        settings: the method's dataclass of settings. agent: the settings that are given so far.
     """
     try:
         if not isinstance(always, Mapping | None):
@@ -42,24 +42,25 @@ def add_all(online: dict[str, Any], always: Any, settings: type[Any]) -> None:
             flat |= (
                 {f"online.{key}.{name}": each for name, each in value.items()} if group else {f"online.{key}": value}
             )
-        check_row(flat, settings)
+        check_row(flat, settings, agent)
     except OffrlError as error:
         raise OffrlError(f"agent.online: {error}") from error
     for key, value in flat.items():
         add_table(online, key.removeprefix("online."), value)
 
 
-def check_row(row: Mapping[str, Any], settings: type[Any]) -> None:
+def check_row(row: Mapping[str, Any], settings: type[Any], agent: Mapping[str, Any]) -> None:
     """Raise OffrlError for a wrong `online.` key or value in a row of a method's table.
 
     Args:
-        settings: the method's dataclass of settings.
+        settings: the method's dataclass of settings. agent: those that are given so far.
     """
     online: dict[str, Any] = {"steps": 1}
     for key, value in row.items():
         add_table(online, key.removeprefix("online."), value)
     checked = build(OnlineConfig, online, "online.")
-    _check_agent(checked, settings, {})
+    if checked.agent or checked.anneal:
+        _check_agent(checked, settings, agent)
 
 
 def check_online(train: TrainConfig, settings: type[Any], agent: Mapping[str, Any], augment: Mapping[str, Any]) -> None:
@@ -86,13 +87,14 @@ def check_online(train: TrainConfig, settings: type[Any], agent: Mapping[str, An
         )
     if augment:
         raise OffrlError("augment: synthetic trajectories can't be mixed with an online phase; set augment=none.")
-    _check_agent(online, settings, {k: v for k, v in agent.items() if k != "_target_"})
+    _check_agent(online, settings, agent)
     require_bytes(16 * train.lanes * online.steps, f"a replay of online.steps={online.steps} for {train.lanes} lanes")
 
 
 def _check_agent(online: OnlineConfig, settings: type[Any], agent: Mapping[str, Any]) -> None:
     """The settings that change must be the agent's, and those that are annealed must be numbers."""
-    build(settings, {**agent, **online.agent}, "online.agent.", per_lane=True)
+    own = {key: value for key, value in agent.items() if key != "_target_"}
+    build(settings, {**own, **online.agent}, "online.agent.", per_lane=True)
     types_of = typing.get_type_hints(settings)
     for key, factor in online.anneal.items():
         if types_of.get(key) is not float:

@@ -143,7 +143,7 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     tables, dataset = agent.pop("settings", None), str(values.get("dataset", ""))
     always_online = agent.pop("online", None)
     cls, _ = agent_config(agent)  # a typing error should not wait for the data
-    check_tables(tables, cls.Config)
+    check_tables(tables, cls.Config, agent)
     tables = _rows_for(tables, dataset)
     rows = matching_rows(tables, dataset, namesake(dataset))
     name = str(values.pop("agent_name", "") or _name_of(str(agent["_target_"])))
@@ -157,7 +157,7 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
             values.setdefault(key, value)
         else:
             agent.setdefault(key, value)
-    add_all(online, always_online, cls.Config)
+    add_all(online, always_online, cls.Config, agent)
     train = build(TrainConfig, {**values, "data": given_data, "online": online}, others=groups)
     _check_train(train)
     lanes = len(train.lane_seeds())
@@ -243,12 +243,13 @@ def _settings_in(path: Path, modified: int) -> frozenset[str]:
     return frozenset(f.name for f in fields(cls.Config)) if cls else frozenset()
 
 
-def check_tables(tables: Tables | None, cls: type[Any]) -> None:
+def check_tables(tables: Tables | None, cls: type[Any], agent: Mapping[str, Any]) -> None:
     """Raise OffrlError for a wrong key or value in any row of a method's table, whether or not a dataset matches it.
 
     Args:
-        cls: the method's dataclass of settings.
+        cls: the method's dataclass of settings. agent: the settings that are given beside the table.
     """
+    beside = {key: value for key, value in agent.items() if key != "_target_"}
     for pattern, row in (tables or {}).items():
         try:
             if not isinstance(row, Mapping):
@@ -257,13 +258,13 @@ def check_tables(tables: Tables | None, cls: type[Any]) -> None:
             training = {key: value for key, value in row.items() if key in TABLED}
             build(DataConfig, data, "data.")
             build(TrainConfig, training)
-            check_row({key: value for key, value in row.items() if key.startswith("online.")}, cls)
+            check_row({key: value for key, value in row.items() if key.startswith("online.")}, cls, agent)
             own = {
                 key: value
                 for key, value in row.items()
                 if key not in TABLED and not key.startswith(("data.", "online."))
             }
-            build(cls, own, "agent.", per_lane=True)
+            build(cls, {**beside, **own}, "agent.", per_lane=True)
         except OffrlError as error:
             raise OffrlError(f"agent.settings, row {pattern}: {error}") from error
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 from offrl.utils.paths import PACKAGE
@@ -38,6 +39,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -45,6 +47,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache  # what runs is the code that was imported, whatever happens to the checkout later
 def _git_state() -> dict[str, Any] | None:
     # An installed copy may lie inside a checkout of something else: only a tracked package counts.
     if not _git("ls-files", "__init__.py"):
