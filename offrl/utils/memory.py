@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from offrl.utils.errors import OffrlError
 
 _CGROUP = Path("/sys/fs/cgroup")
-MOST_PARAMETERS = 20_000  # tensors of parameters in a model; a transformer of a thousand layers has fewer
+MOST_PARAMETERS = 2_000  # tensors of parameters in a model; a transformer of 150 layers has fewer
 
 
 def require_bytes(needed: int, purpose: str, device: torch.device | str = "cpu") -> None:

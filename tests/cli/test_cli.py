@@ -173,7 +173,7 @@ def test_evaluate_refuses_what_would_hang(arguments: list[str], capsys: pytest.C
     [
         (
             ["agent=dt", "agent.layers=1e9"],
-            "the agent would have more than 20,000 tensors of parameters; make it smaller.",
+            "the agent would have more than 2,000 tensors of parameters; make it smaller.",
         ),
         (["agent=dt", "agent.context=1e12"], "batch_size=64 windows of 1000000000000 timesteps needs at least"),
         (["agent=dt", "agent.heads=3"], "agent.embed=128 should be a multiple of heads=3."),

