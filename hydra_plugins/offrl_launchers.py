@@ -1,8 +1,7 @@
 """Hydra launchers that run the jobs of a sweep side by side: `local` on this machine, `ray` where Ray schedules them.
 
 Hydra takes launchers only from the namespace package `hydra_plugins`. It imports this module in every Hydra application of the
-environment, so nothing heavy is imported at the top, and `register` alone, which offrl calls, makes the launchers selectable.
-An entry in `sys.modules`, where postponed annotations of dataclasses are looked up, is missing then: they are not postponed.
+environment, so nothing heavy is imported at the top; `offrl.training.launchers` makes the launchers selectable in ours.
 
 Hydra composes each job's configuration (its own `run_job`) in the sweep's process, since it keeps the current job in global
 state. What remains, `offrl.training.sweep.run_job`, waits for a training process: a thread is enough for that.
@@ -12,51 +11,16 @@ import os
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core import utils
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
-
-
-@dataclass
-class LocalConf:
-    """Options of `hydra/launcher=local`."""
-
-    _target_: str = "hydra_plugins.offrl_launchers.LocalLauncher"
-    n_jobs: int = -1  # jobs at once; -1: one a core, -2: all cores but one
-
-
-@dataclass
-class RayOptions:
-    """Arguments of Ray's functions; `+hydra.launcher.ray.init.KEY=VALUE` adds one that is not listed."""
-
-    init: dict[str, Any] = field(default_factory=lambda: {"address": None, "num_cpus": None, "num_gpus": None})
-    remote: dict[str, Any] = field(default_factory=dict)  # what a job needs, such as num_gpus
-
-
-@dataclass
-class RayConf:
-    """Options of `hydra/launcher=ray`."""
-
-    _target_: str = "hydra_plugins.offrl_launchers.RayLauncher"
-    ray: RayOptions = field(default_factory=RayOptions)
-
-
-def register() -> None:
-    """Make the launchers selectable; `joblib` is another name of `local`."""
-    Plugins.instance()  # imports third-party launchers, which may register the same names: ours come last
-    store = ConfigStore.instance().store
-    for name, conf in (("local", LocalConf), ("joblib", LocalConf), ("ray", RayConf)):
-        store(group="hydra/launcher", name=name, node=conf, provider="offrl")
 
 
 class Job(NamedTuple):

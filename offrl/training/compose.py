@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hydra_plugins import offrl_launchers
+from offrl.training import launchers
 from offrl.training.schema import TABLED, TrainConfig
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.files import read_bytes
@@ -46,7 +46,7 @@ def choice_file(group: str, name: str, extra: Path | None = None) -> Path:
 def register() -> None:
     """Let `conf/train.yaml` build on the defaults of the dataclasses, which so stand in one place; name our launchers."""
     ConfigStore.instance().store(name="options", node=_defaults())
-    offrl_launchers.register()
+    launchers.register()
 
 
 def _defaults() -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 from offrl.training.schema import OnlineConfig, TrainConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.memory import require_bytes
-from offrl.utils.settings import build
+from offrl.utils.settings import build, types_in
 
 
 def add_table(online: dict[str, Any], key: str, value: Any) -> None:
@@ -95,7 +94,7 @@ def _check_agent(online: OnlineConfig, settings: type[Any], agent: Mapping[str, 
     """The settings that change must be the agent's, and those that are annealed must be numbers."""
     own = {key: value for key, value in agent.items() if key != "_target_"}
     build(settings, {**own, **online.agent}, "online.agent.", per_lane=True)
-    types_of = typing.get_type_hints(settings)
+    types_of = types_in(settings)
     for key, factor in online.anneal.items():
         if types_of.get(key) is not float:
             raise OffrlError(

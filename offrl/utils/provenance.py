@@ -47,7 +47,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-@cache  # what runs is the code that was imported, whatever happens to the checkout later
 def _git_state() -> dict[str, Any] | None:
     # An installed copy may lie inside a checkout of something else: only a tracked package counts.
     if not _git("ls-files", "__init__.py"):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import MISSING, fields, is_dataclass
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ def build(
         OffrlError: an unknown key (with the nearest known one) or a value of the wrong type.
     """
     known = {f.name: f for f in fields(cls)}
-    types_of = typing.get_type_hints(cls)
+    types_of = types_in(cls)
     kwargs = {}
     for key, value in values.items():
         if key not in known:
@@ -52,6 +53,12 @@ def build(
     if lacking := [f"{where}{name}" for name in lacking if name not in kwargs]:
         raise OffrlError(f"{lacking[0]} has no default; give {lacking[0]}=...")
     return cls(**kwargs)
+
+
+@lru_cache(256)
+def types_in(cls: type[Any]) -> dict[str, Any]:
+    """Types of a dataclass's fields; a module may or may not postpone its annotations, and reading them takes most of a check."""
+    return typing.get_type_hints(cls)
 
 
 def _convert(value: Any, wanted: Any, key: str, per_lane: bool) -> Any:
@@ -196,7 +203,7 @@ def _check_least(cfg: Any, group: str) -> None:
 
 def lane_lists(cfg: Any) -> dict[str, list[float]]:
     """The settings that hold one number per lane where a single one would do."""
-    types_of = typing.get_type_hints(type(cfg))  # a module may or may not postpone its annotations
+    types_of = types_in(type(cfg))  # a module may or may not postpone its annotations
     values = {f.name: getattr(cfg, f.name) for f in fields(cfg) if types_of[f.name] is float}
     return {name: value for name, value in values.items() if isinstance(value, list)}
 

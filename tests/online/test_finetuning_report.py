@@ -14,7 +14,7 @@ from offrl.results import OnlineRows, RunWriter
 from offrl.results.finetuning import OnlineRow, regret_of
 from offrl.results.published import lookup, lookup_online
 from offrl.results.report import report
-from offrl.results.rows import budget_of
+from offrl.results.rows import ConfigRecord
 
 ONLINE = {"steps": 1000, "updates_per_step": 2, "random_steps": 100}
 
@@ -97,8 +97,8 @@ def test_published_scores_are_those_of_the_file() -> None:
 
 
 def test_a_runs_budget_counts_its_online_updates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert budget_of({"updates": 500, "online": ONLINE}) == 500 + 2 * 900
-    assert budget_of({"updates": 500}) == 500
+    assert ConfigRecord(updates=500, online=ONLINE).budget == 500 + 2 * 900
+    assert ConfigRecord(updates=500).budget == 500
     make_run(tmp_path / "runs/a", "iql+online", [1.0], [2.0])
     assert cli.main(["status", str(tmp_path / "runs")]) == 0
     assert "2300" in capsys.readouterr().out
