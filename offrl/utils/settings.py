@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import MISSING, fields, is_dataclass
 from fnmatch import fnmatch
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,10 +54,14 @@ def build(
     return cls(**kwargs)
 
 
-@lru_cache(256)
-def types_in(cls: type[Any]) -> dict[str, Any]:
-    """Types of a dataclass's fields; a module may or may not postpone its annotations, and reading them takes most of a check."""
-    return typing.get_type_hints(cls)
+def types_in(cls: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields; a module may or may not postpone its annotations. Reading them takes most of a check."""
+    if cls not in _types:
+        _types[cls] = typing.get_type_hints(cls)
+    return _types[cls]
+
+
+_types: dict[Any, dict[str, Any]] = {}
 
 
 def _convert(value: Any, wanted: Any, key: str, per_lane: bool) -> Any:
