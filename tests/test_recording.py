@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from offrl.agents.acting import lane_named
 from offrl.agents.base import Agent, Spec
 from offrl.agents.bc import BC, BCConfig
-from offrl.cli.evaluate import lane_of
 from offrl.cli.main import main
 from offrl.data.dataset import DatasetInfo
 from offrl.datasets import load
@@ -168,10 +168,10 @@ def test_the_renderer_of_a_machine_without_a_display(
 def test_a_lane_is_named_by_number_or_as_the_best() -> None:
     agent = policy(3)
     agent.lane_scores = [1.0, 5.0, float("nan")]
-    assert (lane_of(agent, "2"), lane_of(agent, "best")) == (2, 1)
+    assert (lane_named(agent, "2"), lane_named(agent, "best")) == (2, 1)
     for word in ("3", "-1", "second"):
         with pytest.raises(OffrlError, match="lane"):
-            lane_of(agent, word)
+            lane_named(agent, word)
 
 
 def test_a_lane_is_evaluated_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

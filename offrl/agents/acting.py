@@ -141,6 +141,15 @@ def best_lane(agent: Agent[Any]) -> int:
     return scores.index(max(scores))
 
 
+def lane_named(agent: Agent[Any], word: str) -> int:
+    """The lane that a number or `best` names on the command line."""
+    if word == "best":
+        return best_lane(agent)
+    if not word.isdecimal():
+        raise OffrlError(f"--lane {one_line(word)}: give the number of a lane, or best.")
+    return checked_lane(agent, int(word))
+
+
 @torch.no_grad()
 def one_lane(agent: Agent[Any], lane: int) -> Agent[Any]:
     """`Agent.lane`, which explains it."""

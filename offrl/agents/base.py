@@ -308,7 +308,7 @@ class RecurrentAgent(Agent[ConfigT]):
         return ActingState()
 
     def initial_state(self, envs: int) -> Any:
-        if not self.uses_history and not self._samples_actions:
+        if not self.uses_history and not self.samples_actions:
             return None
         self.episode_batches += 1
         return replace(self.init(envs), stream=f"{self.stream}/act/{self.episode_batches}")
@@ -318,7 +318,7 @@ class RecurrentAgent(Agent[ConfigT]):
 
     def discrete_action(self, logits: Tensor, state: ActingState | None) -> Tensor:
         """An action of logits `[lanes, envs, actions]`: a sample if the settings say so, else the most likely one."""
-        if not self._samples_actions or state is None or not state.stream:
+        if not self.samples_actions or state is None or not state.stream:
             return choose(logits)
         return choose(logits, self.random.uniform(f"{state.stream}/{state.timestep}", logits.shape[1:2]))
 
@@ -327,12 +327,13 @@ class RecurrentAgent(Agent[ConfigT]):
 
         An episode's numbers depend on its lane, its place and its timestep, and not on how many others run beside it.
         """
-        if not self._samples_actions or state is None or not state.stream:
+        if not self.samples_actions or state is None or not state.stream:
             return None
         return self.random.normal_rows(f"{state.stream}/{state.timestep}", obs.shape[1], width).to(obs.dtype)
 
     @property
-    def _samples_actions(self) -> bool:
+    def samples_actions(self) -> bool:
+        """Whether actions are drawn at random when the agent is evaluated."""
         return (self.spec.discrete or self.samples_continuous) and getattr(self.cfg, "sample_actions", False)
 
     @torch.no_grad()

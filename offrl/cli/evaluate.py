@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from offrl.agents.acting import best_lane, checked_lane
+from offrl.agents.acting import lane_named
 from offrl.agents.base import Agent
 from offrl.data.dataset import DatasetInfo
 from offrl.envs import make_env
 from offrl.evaluation.evaluator import Evaluator
 from offrl.evaluation.recording import check_record, check_video, film, play, record
 from offrl.training.runs import dataset_info, load_agent
-from offrl.utils.errors import OffrlError, one_line
+from offrl.utils.errors import OffrlError
 from offrl.utils.process import tune_process
 from offrl.utils.progress import Bar
 
@@ -60,7 +60,7 @@ def _command(arguments: argparse.Namespace) -> int:
     tune_process(1)
     agent, info = load_agent(arguments.run_folder), dataset_info(arguments.run_folder)
     if arguments.lane is not None:
-        agent = agent.lane(lane_of(agent, arguments.lane))
+        agent = agent.lane(lane_named(agent, arguments.lane))
     if arguments.video:
         check_video(arguments.video, info)
     if arguments.record:
@@ -99,15 +99,6 @@ def _command(arguments: argparse.Namespace) -> int:
     Console().print(table)
     print(*noted, sep="\n", end="\n" * bool(noted))
     return 0
-
-
-def lane_of(agent: Agent, word: str) -> int:
-    """The lane that a number or `best` names."""
-    if word == "best":
-        return best_lane(agent)
-    if not word.isdecimal():
-        raise OffrlError(f"--lane {one_line(word)}: give the number of a lane, or best.")
-    return checked_lane(agent, int(word))
 
 
 def _keep(arguments: argparse.Namespace, agent: Agent, info: DatasetInfo, scores: NDArray[Any]) -> list[str]:

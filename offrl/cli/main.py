@@ -24,6 +24,7 @@ COMMANDS = {
     "train": ("train [key=value ...]", "train and score a policy; -m sweeps comma-separated values (Hydra's multirun)"),
     "finetune": ("finetune RUN [key=value ...]", "continue a finished offline run with environment steps"),
     "evaluate": ("evaluate RUN", "play episodes with a run's policy"),
+    "export": ("export RUN", "a policy as an ONNX or TorchScript file"),
     "data": ("data list|info|build|fetch|convert", "datasets: which there are, what is in them, how to get them"),
     "status": ("status RUNS...", "how far runs are, and what failed"),
     "augment": ("augment train|sample|metrics", "synthetic trajectories: fit a model, write them, measure them"),
