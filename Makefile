@@ -6,21 +6,30 @@ READY := $(VENV)/.ready
 # Runs of the demo and what they need stay in the checkout.
 DEMO := demo
 export OMP_NUM_THREADS ?= 1
+# pip's progress bar: in a terminal; elsewhere it names the packages alone.
+BAR ?= $(shell test -t 2 && echo on || echo off)
 
-.PHONY: setup demo test test-slow test-cuda contract fuzz fuzz-kills lint wheel clean
+# Of the virtual environment with the extra dev; PyTorch's CUDA build is larger.
+SIZE := 3 GB
+
+.PHONY: setup demo test test-slow test-cuda contract fuzz fuzz-kills lint wheel docs clean
 
 setup: $(READY)
 
 # torch goes first: once the pinned build is there, no other package pulls in another.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "offrl needs Python 3.11 to 3.13; set PYTHON=..."'
+	@echo "Setting up $(VENV): about $(SIZE), 3 to 10 minutes with a good connection. Once; later calls of make start at once."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar $(BAR) $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar $(BAR) -c constraints.txt -e ".[dev]"
 	touch $@
 
 # BC and TD3+BC on HalfCheetah, trained on a dataset that is built here from shipped policies: a table, curves, the runs.
-demo: $(READY)
+demo:
+	@echo "The demo: sets up $(VENV) unless it is there, builds a dataset (1 minute), trains twice (2 minutes each on two idle"
+	@echo "cores), and leaves some 50 MB in $(DEMO)/. Open $(DEMO)/report/report.html afterwards."
+	@$(MAKE) --no-print-directory $(READY)
 	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl data build forge/halfcheetah/medium-replay-v0
 	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl train agent=bc preset=demo lanes=3 out=$(DEMO)/runs
 	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl train agent=td3_bc preset=demo lanes=3 out=$(DEMO)/runs
@@ -61,8 +70,12 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/deptry offrl hydra_plugins
 
+# The documentation as a site: site/index.html.
+docs: $(READY)
+	$(BIN)/mkdocs build --quiet --site-dir site
+
 wheel: $(READY)
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist runs multirun
+	rm -rf $(VENV) $(DEMO) build dist site runs multirun

@@ -5,7 +5,7 @@ Train from Python as from the command line, with the same options:
     import offrl
     result = offrl.fit(agent="td3_bc", dataset="forge/hopper/medium-replay-v0", preset="laptop", lanes=5)
     agent = offrl.load_agent(result.folder)
-    action = agent.select_action(observations)    # [lanes, n, obs] -> [lanes, n, action]
+    action, _ = agent.predict(observation)    # arrays: [obs] -> [action], or a batch
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def fit(config_dir: Path | str | None = None, **options: Any) -> Result:
 
 
 def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> Agent:
-    """The agent of a run's last checkpoint; `agent.select_action(obs)` maps `[lanes, n, O]` to `[lanes, n, A]`.
+    """The agent of a run's last checkpoint; `agent.predict(obs)` maps an array `[O]` or `[n, O]` to actions.
 
     Args:
         trust: import the module of an agent that is not offrl's; only for folders whose origin you know.

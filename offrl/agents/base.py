@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from offrl.agents.acting import PredictState, one_lane, predict
 from offrl.data.batch import Batch, WindowBatch
 from offrl.nets.actors import choose, normal_log_prob
 from offrl.nets.box import ActionBox
@@ -51,6 +53,7 @@ class Agent(nn.Module, Generic[ConfigT]):
         explore_noise: std of the noise with which a deterministic policy explores an environment, in units of half the box,
             which is clipped at `explore_clip`; with discrete actions, the probability of a uniform one.
         obs_eps: term added to the observations' standard deviation; 1e-3 in TD3+BC and its descendants.
+        lane_scores: each lane's score at the run's last evaluation (the return where there is no score); None: unknown.
     """
 
     Config: ClassVar[type]
@@ -63,6 +66,7 @@ class Agent(nn.Module, Generic[ConfigT]):
     window: int | None = None
     pretrain_updates: int = 0
     dataset_index: Any = None
+    lane_scores: Sequence[float] | None = None
     cfg: ConfigT
     obs_mean: Tensor
     obs_scale: Tensor
@@ -175,8 +179,60 @@ class Agent(nn.Module, Generic[ConfigT]):
 
     @torch.no_grad()
     def select_action(self, obs: Tensor, state: Any = None) -> Tensor:
-        """The action for raw observations `[lanes, n, O]`: deterministic and within bounds."""
-        return self.within_bounds(self.act(self.normalize(obs)))
+        """The action for raw observations `[lanes, n, O]`: deterministic and within bounds.
+
+        Raises:
+            OffrlError: the observations have another shape.
+        """
+        return self.within_bounds(self.act(self.normalize(self._checked(obs))))
+
+    def _checked(self, obs: Tensor) -> Tensor:
+        wanted = (self.spec.lanes, self.spec.obs_dim)
+        if not isinstance(obs, Tensor) or obs.ndim != 3 or (obs.shape[0], obs.shape[2]) != wanted:
+            got = f"shape {list(obs.shape)}" if isinstance(obs, Tensor) else type(obs).__name__
+            raise OffrlError(
+                f"select_action takes a tensor [lanes, n, obs] = [{wanted[0]}, n, {wanted[1]}], not {got}; "
+                "agent.predict(obs) takes an array of one observation or of a batch."
+            )
+        return obs
+
+    def predict(
+        self,
+        obs: ArrayLike,
+        state: PredictState | None = None,
+        episode_start: ArrayLike | None = None,
+        deterministic: bool = False,
+        *,
+        lane: int | None = None,
+        reward: ArrayLike | None = None,
+    ) -> tuple[NDArray[Any], PredictState | None]:
+        """Act on arrays, with arguments and results as Stable-Baselines3's `predict` has them.
+
+        Args:
+            obs: one raw observation `[O]`, or a batch `[n, O]` of episodes side by side.
+            state: what the call before returned; None: the episodes start. Methods that neither remember nor sample
+                anything need none.
+            episode_start: `[n]`, whether an episode starts with this observation.
+            deterministic: take the most likely action where the method samples its actions in evaluations.
+            lane: number of the lane that acts; None: the one with the highest `lane_scores`.
+            reward: `[n]` rewards of the actions before, which policies conditioned on a return need; Stable-Baselines3 has no
+                such argument.
+
+        Returns:
+            The action `[A]` or actions `[n, A]` within their bounds (an integer, or `[n]`, if discrete), and the state.
+
+        Raises:
+            OffrlError: a shape is wrong, the reward is missing, or no lane is named where none has a score.
+        """
+        return predict(self, obs, state, episode_start, deterministic, lane, reward)
+
+    def lane(self, lane: int) -> Self:
+        """A copy of one lane, as an agent of one lane that acts and learns as that lane would.
+
+        Raises:
+            OffrlError: there is no such lane.
+        """
+        return cast(Self, one_lane(self, lane))
 
     @torch.no_grad()
     def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
@@ -233,12 +289,14 @@ class RecurrentAgent(Agent[ConfigT]):
         stream: prefix of the names of random numbers.
         uses_history: whether the action depends on the episode so far; if False, only sampling actions needs a state.
         samples_continuous: whether the setting `sample_actions` holds for continuous actions too.
+        uses_reward: whether `update_state` of a policy with a history reads the reward.
         episode_batches: number of batches of episodes so far, which have different random numbers.
     """
 
     stream: ClassVar[str]
     uses_history: ClassVar[bool] = True
     samples_continuous: ClassVar[bool] = False
+    uses_reward: ClassVar[bool] = True
     episode_batches: int = 0
 
     def act(self, obs: Tensor, state: Any = None) -> Tensor:
@@ -250,7 +308,7 @@ class RecurrentAgent(Agent[ConfigT]):
         return ActingState()
 
     def initial_state(self, envs: int) -> Any:
-        if not self.uses_history and not self._samples_actions:
+        if not self.uses_history and not self.samples_actions:
             return None
         self.episode_batches += 1
         return replace(self.init(envs), stream=f"{self.stream}/act/{self.episode_batches}")
@@ -260,7 +318,7 @@ class RecurrentAgent(Agent[ConfigT]):
 
     def discrete_action(self, logits: Tensor, state: ActingState | None) -> Tensor:
         """An action of logits `[lanes, envs, actions]`: a sample if the settings say so, else the most likely one."""
-        if not self._samples_actions or state is None or not state.stream:
+        if not self.samples_actions or state is None or not state.stream:
             return choose(logits)
         return choose(logits, self.random.uniform(f"{state.stream}/{state.timestep}", logits.shape[1:2]))
 
@@ -269,18 +327,19 @@ class RecurrentAgent(Agent[ConfigT]):
 
         An episode's numbers depend on its lane, its place and its timestep, and not on how many others run beside it.
         """
-        if not self._samples_actions or state is None or not state.stream:
+        if not self.samples_actions or state is None or not state.stream:
             return None
         return self.random.normal_rows(f"{state.stream}/{state.timestep}", obs.shape[1], width).to(obs.dtype)
 
     @property
-    def _samples_actions(self) -> bool:
+    def samples_actions(self) -> bool:
+        """Whether actions are drawn at random when the agent is evaluated."""
         return (self.spec.discrete or self.samples_continuous) and getattr(self.cfg, "sample_actions", False)
 
     @torch.no_grad()
     def select_action(self, obs: Tensor, state: Any = None) -> Tensor:
         """The action for raw observations; without a state, that at the start of an episode."""
-        return self.within_bounds(self.act(self.normalize(obs), state))
+        return self.within_bounds(self.act(self.normalize(self._checked(obs)), state))
 
 
 def lane_coefficients(config: Any, spec: Spec) -> Any:

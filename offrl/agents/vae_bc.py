@@ -66,6 +66,7 @@ class VAEBC(RecurrentAgent[VAEBCConfig]):
     Config: ClassVar[type] = VAEBCConfig
     batch_fields = ("return_to_go", "timestep")
     takes_discrete = True
+    uses_reward = False
     stream = "doc"  # the names of random numbers, which DoC shares, begin with it
     value_shapes_latent: ClassVar[bool] = True  # the losses of value and prior reach the posterior
     horizon: Tensor

@@ -13,12 +13,12 @@ The measures of Jackson et al. 2024 as this project defines them (their code for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offrl.agents.base import Agent
 from offrl.augment.policy_guided import policy_gaussian
@@ -114,33 +114,6 @@ def dynamics_error(simulator: Simulator, synthetic: OfflineDataset, real: Offlin
     return DynamicsError(
         numbers, torch.from_numpy(states), torch.from_numpy(rewards), torch.from_numpy(flags), len(obs) - len(rows)
     )
-
-
-class OneLane(Agent):
-    """The policy of one lane of an agent, as an agent of one lane that can only act."""
-
-    def __init__(self, agent: Agent, lane: int) -> None:
-        nn.Module.__init__(self)
-        if not 0 <= lane < agent.spec.lanes:
-            raise OffrlError(f"lane {lane}: the agent has lanes 0 to {agent.spec.lanes - 1}.")
-        self.agent, self.lane, self.box = agent, lane, agent.box
-        self.spec = replace(agent.spec, seeds=agent.spec.seeds[lane : lane + 1])
-
-    def normalize(self, obs: Tensor) -> Tensor:
-        return self.agent.normalize(obs)
-
-    def act(self, obs: Tensor) -> Tensor:
-        return self._own(self.agent.act(self._all(obs)))
-
-    def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor] | None:
-        gaussian = self.agent.policy_gaussian(self._all(obs))
-        return None if gaussian is None else (self._own(gaussian[0]), self._own(gaussian[1]))
-
-    def _all(self, obs: Tensor) -> Tensor:
-        return obs.expand(self.agent.spec.lanes, *obs.shape[1:])
-
-    def _own(self, part: Tensor) -> Tensor:
-        return part[self.lane : self.lane + 1]
 
 
 @torch.no_grad()

@@ -191,7 +191,7 @@ def _recorded(job: RunConfig) -> OfflineDataset:
 
 
 def _policy(run: Path, lane: int) -> Agent:
-    return metrics.OneLane(load_agent(run, str(pick_device("auto"))), lane)
+    return load_agent(run, str(pick_device("auto"))).lane(lane)
 
 
 # ---- table and figure ----------------------------------------------------------------------------------------------------

@@ -19,19 +19,35 @@ from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import config_dir_of, without_config_dir
 from offrl.utils.settings import trusting
 
-# Subcommand: (usage, what it does). `offrl.cli.NAME` has `add_parser(subparsers)`.
-COMMANDS = {
-    "train": ("train [key=value ...]", "train and score a policy; -m sweeps comma-separated values (Hydra's multirun)"),
-    "finetune": ("finetune RUN [key=value ...]", "continue a finished offline run with environment steps"),
-    "evaluate": ("evaluate RUN", "play episodes with a run's policy"),
-    "data": ("data list|info|build|fetch|convert", "datasets: which there are, what is in them, how to get them"),
-    "status": ("status RUNS...", "how far runs are, and what failed"),
-    "augment": ("augment train|sample|metrics", "synthetic trajectories: fit a model, write them, measure them"),
-    "report": ("report RUNS...", "tables, statistics and curves of runs"),
-    "select": ("select RUNS...", "rank policies without the environment"),
-    "probe": ("probe RUN...", "predicted against achieved return, and label leakage"),
-    "agents": ("agents [NAME]", "the methods and their settings"),
+# Subcommands by purpose: (usage, what it does). `offrl.cli.NAME` has `add_parser(subparsers)`.
+GROUPS = {
+    "Train": {
+        "train": (
+            "train [key=value ...]",
+            "train and score a policy; -m sweeps comma-separated values (Hydra's multirun)",
+        ),
+        "finetune": ("finetune RUN [key=value ...]", "continue a finished offline run with environment steps"),
+        "status": ("status RUNS...", "how far runs are, and what failed"),
+    },
+    "Data": {
+        "data": ("data list|info|build|fetch|convert", "datasets: which there are, what is in them, how to get them"),
+        "augment": ("augment train|sample|metrics", "synthetic trajectories: fit a model, write them, measure them"),
+    },
+    "Results": {
+        "report": ("report RUNS...", "tables, statistics and curves of runs"),
+        "select": ("select RUNS...", "rank policies without the environment"),
+        "probe": ("probe RUN...", "predicted against achieved return, and label leakage"),
+    },
+    "Policies": {
+        "evaluate": ("evaluate RUN", "play episodes with a run's policy; --video films, --record keeps them"),
+        "export": ("export RUN", "a policy as an ONNX or TorchScript file"),
+    },
+    "Help": {
+        "agents": ("agents [NAME]", "the methods and their settings"),
+        "completion": ("completion bash|zsh", "completion of commands, options and keys in a shell"),
+    },
 }
+COMMANDS = {name: told for group in GROUPS.values() for name, told in group.items()}
 
 
 MOST_LETTERS = 1400  # of a sentence about bad input
@@ -119,13 +135,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
         return 2
 
     parser.set_defaults(run=usage)
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", prog="offrl")
-    for name, (_, description) in COMMANDS.items():
-        if name in words and name != "train":
+    subparsers = parser.add_subparsers(help=argparse.SUPPRESS, metavar="COMMAND", prog="offrl")
+    everything = words[:1] == ["completion"]
+    for name in COMMANDS:
+        if name != "train" and (name in words or everything):
             importlib.import_module(f"offrl.cli.{name}").add_parser(subparsers)
         else:
-            subparsers.add_parser(name, help=description)
+            subparsers.add_parser(name)
     arguments, rest = parser.parse_known_args(words)
+    if everything:
+        arguments.words_of = {name: _words_of(subparsers.choices[name]) for name in COMMANDS if name != "train"}
     if rest and not hasattr(arguments, "words"):
         parser.error(f"unrecognized arguments: {one_line(' '.join(rest))}")
     if rest:  # key=value words, which may stand behind options
@@ -133,8 +152,24 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
+def _words_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Options of a command and its subcommands, and the choices of its arguments."""
+    found: list[str] = []
+    for action in parser._actions:
+        found += action.option_strings
+        if isinstance(action.choices, dict):
+            found += [word for name, sub in action.choices.items() for word in (name, *_words_of(sub))]
+        elif not action.option_strings:
+            found += map(str, action.choices or ())
+    return sorted(set(found))
+
+
 def _usage() -> str:
-    return "\n".join(f"offrl {usage:34} {description}" for usage, description in COMMANDS.values()) + "\n"
+    lines = ["offrl COMMAND ...   (offrl COMMAND --help says more)"]
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [f"  offrl {usage:34} {description}" for usage, description in commands.values()]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from offrl.data.arrays import info_json, to_arrays, write_npz
 from offrl.data.cache import write_flat
-from offrl.data.dataset import OfflineDataset
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.hdf5 import create_hdf5
 from offrl.data.minari_write import box, discrete, episodes_of, write_minari
 from offrl.utils.errors import OffrlError
@@ -53,13 +54,23 @@ def write_minari_folder(store: OfflineDataset, folder: Path) -> None:
     if not re.fullmatch(r"[\w-]+-v\d+", folder.name):
         raise OffrlError(f"{folder}: a Minari dataset's name must end in -v0, -v1, ...; choose such a name.")
     info = replace(store.info, source="offrl")  # not a path on this machine
-    if info.discrete:
-        actions = discrete(info.discrete)
-    else:
-        low, high = (
-            np.broadcast_to(np.array(bound, np.float32), store.action_dim)
-            for bound in (info.action_low, info.action_high)
-        )
-        actions = box(low.tolist(), high.tolist())
     episodes = list(episodes_of(store))
-    write_minari(folder, episodes, info, folder.name, env_spec=None, action_space=actions, description=info.id)
+    write_minari(
+        folder,
+        episodes,
+        info,
+        folder.name,
+        env_spec=None,
+        action_space=space_of_actions(info, store.action_dim),
+        description=info.id,
+    )
+
+
+def space_of_actions(info: DatasetInfo, action_dim: int) -> dict[str, Any]:
+    """Minari's JSON form of the actions' space."""
+    if info.discrete:
+        return discrete(info.discrete)
+    low, high = (
+        np.broadcast_to(np.array(b, np.float32), action_dim).tolist() for b in (info.action_low, info.action_high)
+    )
+    return box(low, high)

@@ -39,11 +39,14 @@ KITCHEN_TASKS = {
 }
 
 
-def make_env(info: DatasetInfo) -> gymnasium.Env:
+def make_env(info: DatasetInfo, render: bool = False) -> gymnasium.Env:
     """One environment that evaluates policies trained on a dataset.
 
     Its observation is the flat vector `[O]` of the dataset, it clips actions into its box, and it truncates
     at `info.max_episode_steps`.
+
+    Args:
+        render: `env.render()` gives pictures, for environments that have the render mode `rgb_array`.
 
     Raises:
         OffrlError: the dataset names no environment, or one that is not installed, or one that is another robot.
@@ -65,7 +68,7 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
         return ClipAction(D4RLKitchen(name, info.max_episode_steps))
 
     kwargs = _kwargs(info)
-    env = make_gymnasium(info.env_id, **kwargs)
+    env = make_gymnasium(info.env_id, **kwargs, **({"render_mode": "rgb_array"} if render else {}))
     if info.scored_by_success:
         env = OwnGenerators(env)
     if re.search(r"AdroitHand(Door|Hammer|Relocate)-v1$", info.env_id) and kwargs.get("reward_type") != "sparse":

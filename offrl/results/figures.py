@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offrl.results import stats
-from offrl.results.cells import Cell, Curve, count
+from offrl.results.cells import BOLD_SEEDS, Cell, count
 from offrl.results.style import DOTTED, MARKS, band, grid, legend_above, looks_of, sheet, tidy
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def _legend_lines(looks: Mapping[str, tuple[str, Any]]) -> list[Any]:
 
 
 def draw_curves(cells: list[Cell], of: str = "updates") -> Figure:
-    """A panel per dataset: mean over seeds against updates (or what `of` says), with the 95 % t interval as a band."""
+    """A panel per dataset: mean over seeds against updates (or what `of` says), with a band that the figure explains."""
     from matplotlib.lines import Line2D
 
     datasets = list(dict.fromkeys(cell.dataset for cell in cells))
@@ -37,7 +37,7 @@ def draw_curves(cells: list[Cell], of: str = "updates") -> Figure:
         for dataset, panel in zip(datasets, panels):
             here = [cell for cell in cells if cell.dataset == dataset]
             for cell in here:
-                _draw_curve(panel, cell.curve, *looks[cell.method])
+                _draw_curve(panel, cell, *looks[cell.method])
             published = [(c.published[0].mean, looks[c.method][0]) for c in here if c.published]
             for mean, colour in published:
                 panel.axhline(mean, color=colour, linewidth=0.8, linestyle=DOTTED)
@@ -47,7 +47,7 @@ def draw_curves(cells: list[Cell], of: str = "updates") -> Figure:
             panel.xaxis.set_major_formatter(lambda x, _: count(x))
             if len(scales) > 1:
                 panel.set_ylabel(here[0].scale)
-        figure.supxlabel(of, fontsize=8)
+        figure.supxlabel(f"{of}\n{_explained(cells)}", fontsize=8)
         if len(scales) == 1:
             figure.supylabel(scales.pop(), fontsize=8)
         lines, names = _legend_lines(looks), list(looks)
@@ -58,18 +58,37 @@ def draw_curves(cells: list[Cell], of: str = "updates") -> Figure:
     return figure
 
 
-def _draw_curve(panel: Axes, curve: Curve, colour: str, style: str) -> None:
+def _draw_curve(panel: Axes, cell: Cell, colour: str, style: str) -> None:
+    curve = cell.curve
     alone = MARKS[style] if len(curve.steps) == 1 else None
     panel.plot(curve.steps, curve.mean, color=colour, linestyle=style, linewidth=1.4, marker=alone, markersize=3)
-    band(panel, curve.steps, curve.mean - curve.half_width, curve.mean + curve.half_width, colour)
+    band(panel, curve.steps, *_band(cell), colour)
+
+
+def _band(cell: Cell) -> tuple[Any, Any]:
+    """The 95 % t interval of the mean; below five seeds, where that is wider than the figure, the seeds' range."""
+    curve = cell.curve
+    if len(cell.last) < BOLD_SEEDS:
+        return curve.low, curve.high
+    return curve.mean - curve.half_width, curve.mean + curve.half_width
+
+
+def _explained(cells: list[Cell]) -> str:
+    """What lines and bands are."""
+    small = [len(cell.last) < BOLD_SEEDS for cell in cells]
+    spread = "lowest to highest seed" if all(small) else "95 % interval of the mean"
+    if any(small) and not all(small):
+        spread += f"; with fewer than {BOLD_SEEDS} seeds the lowest to the highest"
+    return f"Line: mean over seeds. Band: {spread}." if any(len(cell.last) > 1 for cell in cells) else "One seed each."
 
 
 def _fit(panel: Axes, cells: list[Cell], lines: Sequence[float]) -> None:
-    """Set the limits by the seeds' own scores: the interval of two or three seeds would squeeze everything else."""
-    values = np.concatenate([*(np.concatenate([c.curve.low, c.curve.high]) for c in cells), np.asarray(lines)])
+    """Set the limits by the curves, their bands and the published numbers: nothing is cut off."""
+    drawn = [array for cell in cells for array in (cell.curve.mean, *_band(cell))]
+    values = np.concatenate([*drawn, np.asarray(lines)])
     values = values[np.isfinite(values)]
     if values.size and values.min() < values.max():
-        margin = 0.12 * (values.max() - values.min())
+        margin = 0.06 * (values.max() - values.min())
         panel.set_ylim(values.min() - margin, values.max() + margin)
 
 
@@ -89,6 +108,7 @@ def draw_scores(cells: list[Cell]) -> Figure:
             _draw_points(panel, group, looks)
             panel.set_xlabel(scale)
             tidy(panel, grid="x")
+        figure.supxlabel("Mark: mean over seeds. Line: its 95 % interval. Faint dots: the seeds.", fontsize=7)
         marks, names = _legend_lines(looks), list(looks)
         for mark, (_, style) in zip(marks, looks.values()):
             mark.set(linestyle="-", marker=MARKS[style], markersize=4)

@@ -21,9 +21,10 @@ h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #e3e3e3; white-space: nowrap }
 th.word, td.word { text-align: left }
+td.word { white-space: normal; overflow-wrap: anywhere; min-width: 7em }
 th { position: sticky; top: 0; background: #f6f6f6; border-bottom: 1px solid #999; padding: 0 }
 th button { font: inherit; font-weight: 600; background: none; border: 0; padding: .35em .7em; cursor: pointer; width: 100%;
-  text-align: inherit }
+  text-align: inherit; white-space: normal }
 th button:hover { background: #e9e9e9 }
 th[aria-sort=ascending] button::after { content: " \\25B2" } th[aria-sort=descending] button::after { content: " \\25BC" }
 tbody tr:hover { background: #f9f9f2 }
@@ -49,10 +50,13 @@ for (const heading of document.querySelectorAll('th')) heading.querySelector('bu
 """
 
 
-def page(title: str, made: Sequence[Table], drawn: Sequence[tuple[str, Figure]], notes: Sequence[str]) -> str:
+def page(
+    title: str, made: Sequence[Table], drawn: Sequence[tuple[str, Figure]], notes: Sequence[str], introduction: str = ""
+) -> str:
     """The page's text.
 
     Args:
+        introduction: what was run and what the numbers mean.
         drawn: headings and figures, embedded as SVG.
         notes: meaning of marks and columns, and sources.
     """
@@ -62,7 +66,7 @@ def page(title: str, made: Sequence[Table], drawn: Sequence[tuple[str, Figure]],
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
-        f"<body>\n<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n"
+        f"<body>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(introduction)}</p>\n" + "\n".join(parts) + "\n"
         f'<h2>How to read this</h2>\n<ul class="note">\n{items}\n</ul>\n<script>{SCRIPT}</script>\n</body></html>\n'
     )
 

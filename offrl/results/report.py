@@ -112,6 +112,7 @@ def _rows(run: results.Run, damage: list[str]) -> pl.DataFrame | None:
 def show_tables(made: Report) -> None:
     """Print the tables, what their columns mean, and the notes."""
     console = Console()
+    console.print(tables.introduction(made), markup=False, highlight=False)
     for table in tables.all_tables(made):
         console.print(tables.layout(table), soft_wrap=True)
     for line in tables.legend(made):
@@ -147,7 +148,11 @@ def _write(made: Report, rows: pl.DataFrame) -> list[str]:
         "report.md": tables.markdown(made, titled),
         "report.tex": tables.latex(made),
         "report.html": html.page(
-            "Report", tables.full_tables(made), [(FIGURES[name], figure) for name, figure in drawn.items()], notes
+            "Report",
+            tables.full_tables(made),
+            [(FIGURES[name], figure) for name, figure in drawn.items()],
+            notes,
+            tables.introduction(made),
         ),
     }
     for name, text in texts.items():

@@ -271,6 +271,34 @@ def _success_table(report: Report) -> Table:
     return Table("Success rates", columns, rows)
 
 
+def introduction(report: Report) -> str:
+    """What was run, and what a score means, in a few sentences."""
+    cells = report.cells
+    methods, datasets = sorted({c.method for c in cells}), list(dict.fromkeys(c.dataset for c in cells))
+    seeds = _between((min(len(c.last) for c in cells), max(len(c.last) for c in cells)))
+    steps = _between((min(c.steps[0] for c in cells), max(c.steps[1] for c in cells)))
+    text = [
+        f"{_listed(methods, 'methods')} on {_listed(datasets, 'datasets')}: {seeds} seed{'' if seeds == '1' else 's'} each, "
+        f"scored after {steps} updates by episodes in the environment."
+    ]
+    if any(cell.scale.endswith("score") for cell in cells):
+        text.append(
+            "A score of 0 is the return of the dataset's lower reference, by custom a random policy, and 100 that of the upper "
+            "one, an expert; higher is better."
+        )
+    if any(cell.scale == "return" for cell in cells):
+        text.append(
+            "A return is the sum of an episode's rewards; returns of different datasets have nothing in common."
+        )
+    return " ".join(text)
+
+
+def _listed(names: Sequence[str], kind: str, most: int = 4) -> str:
+    return (
+        f"{len(names)} {kind}" if len(names) > most else " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    )
+
+
 def all_tables(report: Report) -> list[Table]:
     """The tables that a terminal shows; those without rows are left out."""
     made = [
@@ -390,7 +418,7 @@ def markdown(report: Report, figures: Mapping[str, str]) -> str:
     Args:
         figures: titles of the figures that lie beside it, by file name without .png.
     """
-    parts = ["# Report\n", *(table.markdown() for table in full_tables(report))]
+    parts = ["# Report\n", introduction(report) + "\n", *(table.markdown() for table in full_tables(report))]
     parts += ["\n".join(f"- {line}" for line in [*legend(report), *report.notes]) + "\n"]
     parts += ["## Figures\n", *(f"![{title}]({name}.png)\n" for name, title in figures.items())]
     footnotes = _footnotes(report)

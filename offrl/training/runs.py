@@ -148,7 +148,7 @@ def summary(result: Result) -> str:
 
 
 def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> Agent:
-    """The agent of a run, as its last checkpoint has it; `agent.select_action(obs)` acts on raw observations.
+    """The agent of a run, as its last checkpoint has it; `agent.predict(obs)` acts on raw observations.
 
     Args:
         folder: of the run, or a checkpoint's file.
@@ -162,7 +162,18 @@ def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> 
         agent = make_agent(kept.config["agent"], _spec_from(kept.spec, device))
     restore_agent(agent, tensors, path)
     agent.random.step.fill_(kept.step)
+    agent.lane_scores = _lane_scores(path.parent, kept.step, agent.spec.lanes)
     return agent.eval()
+
+
+def _lane_scores(folder: Path, step: int, lanes: int) -> list[float] | None:
+    """Each lane's score in the folder's result, if it is of update `step`: a run that goes on has an older one."""
+    try:
+        result = read_json(folder / "result.json", ResultRecord, "remove it, and the same command makes it again")
+    except FileNotFoundError:
+        return None
+    scores = _lanes(result.returns if result.scores is None else result.scores)
+    return scores if result.step == step and len(scores) == lanes else None
 
 
 def restore_agent(agent: Agent, tensors: dict[str, Tensor], path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -300,14 +300,23 @@ class Trainer:
         self.last = played = evaluator.run(self.agent, episodes, self.cfg.eval.seed)
         self.writer.episodes(self.step, self.seeds, played.returns, played.lengths, played.normalized, played.seeds)
         name, values = ("score", played.normalized) if played.normalized is not None else ("return", played.returns)
-        self.tracker.log(self.step, {f"eval/{name}": float(values.mean())})
+        self._show("eval", {name: values.mean(1).tolist()})
         bar.note(f"{name} {values.mean():.1f}")
 
     def _log(self, values: dict[str, list[float]], rate: float) -> None:
         self.writer.metrics(self.step, self.seeds, values, updates_per_second=rate)
         self._check_finite({name: bool(np.isfinite(lanes).all()) for name, lanes in values.items()})
-        means = {f"train/{name}": float(np.mean(lanes)) for name, lanes in values.items()}
-        self.tracker.log(self.step, {**means, "train/updates_per_second": rate})
+        self._show("train", values)
+        self.tracker.log(self.step, {"train/updates_per_second": rate})
+
+    def _show(self, kind: str, values: Mapping[str, Sequence[float]]) -> None:
+        """Each metric's mean over lanes and, of several lanes, each lane's own, in the tracker."""
+        for name, lanes in values.items():
+            shown = {f"{kind}/{name}": float(np.mean(lanes))}
+            if len(lanes) > 1:
+                own = enumerate(zip(self.seeds, lanes))
+                shown |= {f"{kind}_lanes/{name}/lane{lane}_seed{seed}": float(value) for lane, (seed, value) in own}
+            self.tracker.log(self.step, shown)
 
     def _check_finite(self, finite: Mapping[str, bool]) -> None:
         if broken := [name for name, good in finite.items() if not good]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offrl.augment import metrics
-from offrl.augment.metrics import OneLane, Simulator, along_horizon, coverage, dynamics_error, real_pieces
+from offrl.augment.metrics import Simulator, along_horizon, coverage, dynamics_error, real_pieces
 from offrl.cli.augment import draw
 from offrl.cli.main import main
 from offrl.data.dataset import DatasetInfo, OfflineDataset
@@ -167,12 +167,12 @@ def test_likelihoods(toy_file: Path, tmp_path: Path) -> None:
     store = load_dataset(str(toy_file))
     mean = both.act(both.normalize(store.observations.expand(2, -1, -1)))
     for lane in range(2):
-        got = metrics.log_likelihood(OneLane(both, lane), store, 0.5)
+        got = metrics.log_likelihood(both.lane(lane), store, 0.5)
         square = (store.actions - mean[lane]).square().sum(-1) / 0.25
         wanted = -0.5 * square - 2 * math.log(0.5 * math.sqrt(2 * math.pi))
         torch.testing.assert_close(got, wanted.double(), rtol=0, atol=1e-5)
     with pytest.raises(OffrlError, match="lanes 0 to 1"):
-        OneLane(both, 2)
+        both.lane(2)
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import functools
 import os
 import pickle
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import best_action, make_toy, tiny
@@ -330,6 +331,29 @@ def test_a_copy_acts_alike_and_carries_no_dataset(trained: Trained, toy: Offline
     for twin in (copy.deepcopy(agent), pickle.loads(pickle.dumps(agent))):
         assert torch.equal(twin.select_action(obs), agent.select_action(obs))
         assert twin.dataset_index is None
+
+
+def test_predict_is_the_evaluation_of_one_lane(trained: Trained, toy: OfflineDataset) -> None:
+    """Arrays of two episodes over three timesteps, by `predict` and by `select_action` and `update_state`; and one lane alone.
+
+    The tolerance is that of float32: a matrix product of another batch size rounds differently.
+    """
+    obs, rewards = toy.observations[:6].view(3, 2, 3), torch.tensor([0.5, -1.0])
+    agent = copy.deepcopy(trained.agent)
+    one = agent.lane(1)
+    own = trained.agent.state_dict()
+    assert all(torch.equal(t, own[k] if own[k].shape == t.shape else own[k][1:]) for k, t in one.state_dict().items())
+    state, lone, wanted = None, None, agent.initial_state(2)
+    wanted = wanted and replace(wanted, stream="")
+    for step in range(3):
+        action, state = agent.predict(
+            obs[step].numpy(), state, None, True, lane=1, reward=rewards.numpy() if step else None
+        )
+        alone, lone = one.predict(obs[step, 0].numpy(), lone, None, True, reward=rewards[:1].numpy() if step else None)
+        chosen = agent.select_action(obs[step].expand(2, -1, -1), wanted)
+        wanted = agent.update_state(wanted, chosen, rewards.expand(2, -1))
+        assert np.abs(action - chosen[1].numpy()).max() < 1e-5
+        assert np.abs(alone - action[0]).max() < 1e-5
 
 
 def test_saved_and_loaded_acts_alike(name: str, toy_file: Path, tmp_path: Path) -> None:

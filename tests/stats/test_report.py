@@ -322,6 +322,31 @@ def test_jump_at_the_end_is_flagged(tmp_path):
     assert "‡" in markdown(make(tmp_path, last_k=5))
 
 
+def test_the_report_says_what_was_run(tmp_path):
+    make_run(tmp_path / "runs" / "a", "bc", steps=(10, 20_000), updates=20_000)
+    make_run(tmp_path / "runs" / "b", "td3_bc", steps=(10, 20_000), updates=20_000)
+    made = make(tmp_path)
+    said = tables.introduction(made)
+    assert said.startswith(f"bc and td3_bc on {D4RL}: 3 seeds each, scored after 20k updates by episodes")
+    assert "random policy" in said
+    assert said in markdown(made)
+
+
+@pytest.mark.parametrize(("count", "words"), [(3, "lowest to highest seed"), (5, "95 % interval of the mean")])
+def test_nothing_of_a_curve_is_cut_off_and_its_band_is_explained(tmp_path, count, words):
+    """Three seeds far apart, whose interval would be six times their range; the limits hold all that is drawn."""
+    for method, level in (("a", np.linspace(0, 90, count)), ("b", np.linspace(20, 30, count))):
+        make_run(tmp_path / "runs" / method, method, seeds=range(count), level=level)
+    figure = figures.draw_curves(make(tmp_path).cells)
+    (panel,) = figure.axes
+    low, high = panel.get_ylim()
+    shaded = np.concatenate([path.vertices[:, 1] for band in panel.collections for path in band.get_paths()])
+    assert low < shaded.min()
+    assert shaded.max() < high
+    assert shaded.max() == pytest.approx(90, abs=5) or count == 5
+    assert words in figure.get_supxlabel()
+
+
 # ---- how provisional an order is ---------------------------------------------------------------------------------
 
 

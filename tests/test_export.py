@@ -1,0 +1,141 @@
+"""Exported policies: the same actions without offrl, metadata, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from offrl.agents.base import Agent, RecurrentAgent, Spec
+from offrl.agents.bc import BC, BCConfig
+from offrl.agents.iql import IQL, IQLConfig
+from offrl.cli.main import main
+from offrl.data.dataset import DatasetInfo
+from offrl.evaluation import export as module
+from offrl.evaluation.export import METADATA, check_exportable, compare, export
+from offrl.training.trainer import train
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import conf_dir
+
+INFO = DatasetInfo(id="mine", env_id="Pendulum-v1")
+AGENTS = {p.stem: get_class(OmegaConf.load(p)._target_) for p in sorted((conf_dir() / "agent").glob("*.yaml"))}
+SEQUENCES = {"dt", "doc", "esper", "rvs", "vae_bc"}
+SAMPLING = {"flow_bc", "fql", "idql", "ifql"}
+OBS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+
+
+def spec(**options: Any) -> Spec:
+    statistics = {"obs_mean": torch.tensor([3.0, -1.0, 0.0]), "obs_std": torch.tensor([0.1, 10.0, 1.0])}
+    return Spec(3, 2, (0, 1), **({"action_low": (-1.0, -2.0), "action_high": (1.0, 3.0)} | statistics | options))
+
+
+def test_what_can_be_exported() -> None:
+    """Every method but those with a history or random numbers, which say so."""
+    for name, cls in AGENTS.items():
+        agent = cls(spec(), cls.Config(**{**tiny(cls, 8)}))
+        if name in SEQUENCES | SAMPLING:
+            with pytest.raises(OffrlError, match="episode so far" if name in SEQUENCES else "sample_actions=false"):
+                check_exportable(agent)
+        else:
+            check_exportable(agent)
+
+
+def test_torchscript_acts_alike_with_numpy_alone(tmp_path: Path) -> None:
+    """Restated by hand for BC, from the file's input to its bounds; float32."""
+    agent = BC(spec(), BCConfig(hidden=(8,)))
+    agent.lane_scores = [1.0, 42.0]
+    made = export(agent, 1, INFO, tmp_path / "policy.pt", "torchscript", {"updates": 7})
+    extra = {METADATA: ""}
+    action = torch.jit.load(str(made.path), _extra_files=extra)(torch.from_numpy(OBS)).numpy()
+    w1, w2 = (w[1].double().detach().numpy() for w in agent.actor.mlp.weights)
+    b1, b2 = (b[1].double().detach().numpy() for b in agent.actor.mlp.biases)
+    z = (OBS - [3.0, -1.0, 0.0]) / (np.array([0.1, 10.0, 1.0]) + 1e-3)
+    wanted = np.tanh(np.maximum(z @ w1.T + b1, 0) @ w2.T + b2) * [1.0, 2.5] + [0.0, 0.5]
+    np.testing.assert_allclose(action, wanted, rtol=0, atol=2e-5)
+    facts = json.loads(extra[METADATA])
+    assert (facts["dataset"], facts["agent"], facts["score"], facts["seed"], facts["updates"]) == (
+        "mine",
+        "BC",
+        42.0,
+        1,
+        7,
+    )
+    assert made.path.stat().st_size < 40_000  # no optimiser, no second lane
+
+
+def test_onnx_acts_alike(tmp_path: Path) -> None:
+    """A Gaussian method: its mean, by ONNX Runtime; the critics stay out of the file."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    agent = IQL(spec(), IQLConfig(hidden=(64, 64)))
+    made = export(agent, 0, INFO, tmp_path / "policy.onnx", "onnx", {})
+    session = onnxruntime.InferenceSession(str(made.path))
+    action = session.run(None, {"obs": OBS})[0]
+    np.testing.assert_allclose(action, agent.predict(OBS, lane=0)[0], rtol=0, atol=2e-6)
+    facts = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
+    assert (facts["dataset"], facts["score"], facts["action_high"]) == ("mine", None, [1.0, 3.0])
+    assert made.path.stat().st_size < 4 * (3 * 64 + 64 * 64 + 64 * 2) + 12_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["onnx", "torchscript"])
+@pytest.mark.parametrize("name", sorted(set(AGENTS) - SEQUENCES - {"bc", "iql"}))
+def test_every_method_in_either_form(name: str, form: str, tmp_path: Path) -> None:
+    cls = AGENTS[name]
+    sample = {"sample_actions": False} if name in SAMPLING else {}
+    agent: Agent = cls(spec(), cls.Config(**tiny(cls, 16), **sample))
+    made = export(agent, 1, INFO, tmp_path / f"policy.{form}", form, {})
+    assert made.difference <= made.tolerance < 1e-4
+
+
+@pytest.mark.slow
+def test_integers(tmp_path: Path) -> None:
+    agent = BC(spec(discrete=True), BCConfig(hidden=(8,)))
+    made = export(agent, 1, INFO, tmp_path / "policy.onnx", "onnx", {})
+    assert made.difference == 0
+
+
+def test_the_check_can_fail() -> None:
+    one = BC(spec(), BCConfig(hidden=(8,))).lane(0)
+    close, limit = compare(one, lambda obs: one.predict(obs, lane=0)[0])
+    assert close == 0
+    assert 1e-6 <= limit < 1e-4
+    off, limit = compare(one, lambda obs: one.predict(obs, lane=0)[0] + np.float32(2e-4))
+    assert off > limit
+    raw, limit = compare(one, lambda obs: one.predict(obs * np.float32(0.999), lane=0)[0])
+    assert raw > limit
+    assert compare(one, lambda obs: np.full((len(obs), 2), np.nan))[0] == np.inf
+
+
+def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_read_torchscript", lambda path: lambda obs: np.zeros((len(obs), 2), np.float32))
+    with pytest.raises(OffrlError, match="differs from the agent by"):
+        export(BC(spec(), BCConfig(hidden=(8,))), 0, INFO, tmp_path / "policy.pt", "torchscript", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_users_agent_that_is_no_graph(tmp_path: Path) -> None:
+    class Odd(BC):
+        def act(self, obs: torch.Tensor, state: Any = None) -> torch.Tensor:
+            return super().act(obs) * float(obs.sum())
+
+    with pytest.raises(OffrlError, match="no fixed graph of tensors"):
+        export(Odd(spec(), BCConfig(hidden=(8,))), 0, INFO, tmp_path / "policy.pt", "torchscript", {})
+    assert issubclass(Odd, RecurrentAgent)
+
+
+def test_the_command(toy_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = {"progress": False, "eval": {"every": 0, "final_episodes": 0}, "out": str(tmp_path), "lanes": 2}
+    settings = {"_target_": "offrl.agents.bc.BC", "hidden": [8]}
+    folder = train({"agent": settings, "dataset": str(toy_file), "updates": 4, "batch_size": 8, **quiet}).folder
+    assert main(["export", str(folder), "--format", "torchscript"]) == 2
+    assert "name one: lane=0 to lane=1" in capsys.readouterr().err
+    assert main(["export", str(folder), "--format", "torchscript", "--lane", "1"]) == 0
+    assert "actions differ by at most" in capsys.readouterr().out
+    assert (folder / "policy.pt").is_file()
