@@ -201,7 +201,7 @@ def compose(options: Mapping[str, Any], config_dir: str | Path | None = None) ->
         OffrlError: an unknown choice, or a recipe or suite that sweeps over a key which `options` gives no value.
     """
     extra = use_config_dir(config_dir) if config_dir else None
-    known, flat = groups(extra), _dotted(options)
+    known, flat = groups(extra), dotted(options)
     words = [f"{key}={value if key in known else _literal(value)}" for key, value in flat.items()]
     values, swept = _composed(words, extra)
     if missing := [key for key in swept if key not in options]:
@@ -212,11 +212,11 @@ def compose(options: Mapping[str, Any], config_dir: str | Path | None = None) ->
     return values
 
 
-def _dotted(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted keys: `{"eval": {"every": 0}}` as `{"eval.every": 0}`."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
