@@ -1,4 +1,4 @@
-"""`offrl evaluate`: play episodes with the policy of a run."""
+"""`offrl evaluate`: play episodes with the policy of a run, and add them to its rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from offrl.evaluation.evaluator import Evaluator
-from offrl.training.runs import dataset_info, load_agent
+from offrl.cli.finetune import value_of
+from offrl.training.schema import EvalConfig
+from offrl.training.scoring import evaluate, keep
 from offrl.utils.errors import OffrlError
 from offrl.utils.process import tune_process
 
@@ -24,6 +25,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--episodes", type=int, default=10, help="per lane (default 10)")
     parser.add_argument("--seed", type=int, default=1_000_000, help="environment seed of the first episode")
     parser.add_argument("--workers", type=int, help="processes that step environments (default: one per core)")
+    parser.add_argument(
+        "--env", metavar="ID", help="environment: ID or MODULE:ID (default: the run's or the dataset's)"
+    )
+    parser.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the environment")
+    parser.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit of an episode")
+    parser.add_argument("--ref-min", type=float, metavar="R", help="return that scores 0")
+    parser.add_argument("--ref-max", type=float, metavar="R", help="return that scores 100")
+    parser.add_argument("--no-save", action="store_true", help="print only; add no rows to the run")
     parser.add_argument("--json", action="store_true", help="print JSON with every episode")
     parser.set_defaults(run=_command)
 
@@ -38,9 +47,9 @@ def _command(arguments: argparse.Namespace) -> int:
         if value is not None and not least <= value <= most:
             raise OffrlError(f"--{name} {value} should be between {least} and {most}.")
     tune_process(1)
-    agent, info = load_agent(arguments.run_folder), dataset_info(arguments.run_folder)
-    with Evaluator(info, agent.spec.lanes, arguments.workers) as evaluator:
-        played = evaluator.run(agent, arguments.episodes, arguments.seed)
+    options = _options(arguments)
+    seeds, info, played = evaluate(arguments.run_folder, options)
+    kept = "" if arguments.no_save else keep(arguments.run_folder, options, seeds, info, played)
     scores = played.returns if played.normalized is None else played.normalized
     if arguments.json:
         print(
@@ -48,7 +57,7 @@ def _command(arguments: argparse.Namespace) -> int:
                 {
                     "dataset": info.id,
                     "env_id": info.env_id,
-                    "lane_seeds": list(agent.spec.seeds),
+                    "lane_seeds": seeds,
                     "episode_seeds": played.seeds,
                     "returns": played.returns.tolist(),
                     "lengths": played.lengths.tolist(),
@@ -66,8 +75,28 @@ def _command(arguments: argparse.Namespace) -> int:
         "length",
     ):
         table.add_column(heading, justify="right")
-    for lane, seed in enumerate(agent.spec.seeds):
+    for lane, seed in enumerate(seeds):
         numbers = (scores[lane].mean(), scores[lane].std(), played.returns[lane].mean(), played.lengths[lane].mean())
         table.add_row(str(seed), *(f"{number:.1f}" for number in numbers))
     Console().print(table)
+    if kept:
+        print(kept)
     return 0
+
+
+def _options(arguments: argparse.Namespace) -> EvalConfig:
+    if odd := [word for word in arguments.env_kwargs if "=" not in word]:
+        raise OffrlError(f"--env-kwargs {odd[0]}: give KEY=VALUE.")
+    kwargs = dict(word.split("=", 1) for word in arguments.env_kwargs)
+    if (arguments.max_episode_steps or 1) < 1:
+        raise OffrlError(f"--max-episode-steps {arguments.max_episode_steps} should be at least 1.")
+    return EvalConfig(
+        episodes=arguments.episodes,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        env=arguments.env,
+        env_kwargs={key: value_of(text) for key, text in kwargs.items()},
+        max_episode_steps=arguments.max_episode_steps,
+        ref_min=arguments.ref_min,
+        ref_max=arguments.ref_max,
+    )
