@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hydra_plugins import offrl_launchers
+from hydra_plugins import offrl_launchers, offrl_optuna
 from offrl.training.schema import TABLED, TrainConfig
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.files import read_bytes
@@ -47,6 +47,7 @@ def register() -> None:
     """Let `conf/train.yaml` build on the defaults of the dataclasses, which so stand in one place; name our launchers."""
     ConfigStore.instance().store(name="options", node=_defaults())
     offrl_launchers.register()
+    offrl_optuna.register()
 
 
 def _defaults() -> dict[str, Any]:
@@ -61,12 +62,12 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
     sentence, and defaults need to stand nowhere else.
     """
     defaults = _defaults()
-    options = {*defaults, *(f"eval.{key}" for key in defaults["eval"])}
+    options = {*defaults, *(f"eval.{key}" for key, value in defaults["eval"].items() if not isinstance(value, dict))}
     extra = extra or config_dir_of(arguments)
     known = groups(extra)
     _check_choices(arguments, known, extra)
     words = []
-    for before, word in zip(["", *arguments], map(_quoted, arguments)):
+    for before, word in zip(["", *arguments], map(quoted, arguments)):
         if before not in WITH_VALUE:
             _check_word(word)
         key = word.split("=", 1)[0]
@@ -82,23 +83,29 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
 WITH_VALUE: tuple[str, ...] = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
 WITH_VALUE += ("--cfg", "-c", "--info", "-i", "--experimental-rerun")
 MOST_BYTES = 1 << 20  # of a user's file of settings
-TEXTS = ("dataset", "out", "name", "label")  # options whose values are paths and names, in any letters
+TEXTS = ("dataset", "out", "name", "label", "eval.env")  # options whose values are paths and names, in any letters
 
 
-def _quoted(word: str) -> str:
+def quoted(word: str) -> str:
     """`dataset=PATH` in quotes of Hydra's, where the path is there or Hydra could not read it otherwise."""
     key, _, text = word.partition("=")
-    if key not in TEXTS or not text or text[0] in "'\"[":
+    if key not in TEXTS or not text or text[0] in "'\"":
         return word
+    if key == "dataset" and not re.fullmatch(r"[\w./~-]+", text) and _exists(text):
+        return f"{key}={_literal(text)}"
     try:
         OverridesParser.create().parse_override(word)
         readable = True
-    except HydraException:
+    except Exception:  # HydraException, or its lexer's own
         readable = False
-    except Exception:  # its lexer's own
-        readable = False
-    there = key == "dataset" and re.search(r"[=,]", text) and Path(text).expanduser().exists()
-    return f"{key}={_literal(text)}" if there or not (readable or re.match(r"\w+\(", text)) else word
+    return word if readable or text[0] == "[" or re.match(r"\w+\(", text) else f"{key}={_literal(text)}"
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, no home, a zero in it
+        return False
 
 
 def _check_word(word: str) -> None:
@@ -139,14 +146,14 @@ def _check_choices(words: Sequence[str], known: set[str], extra: Path | None) ->
     What is more than names (`glob(*)`, a further search path) is left to Hydra.
     """
     given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
-    named = {group: text for group, text in given.items() if group in known and re.fullmatch(r"[\w./, -]*", text)}
+    named = {group: text for group, text in given.items() if group in known and re.fullmatch(r"[\w./, +&-]*", text)}
     if "hydra.searchpath" in given:
         return
     for group, text in named.items():
         there = choices(group, extra)
         for name in (part.strip().removesuffix(".yaml") for part in text.split(",")):
             if name not in (*there, "null"):
-                near = difflib.get_close_matches(name, there, 1, cutoff=0.5)
+                near = difflib.get_close_matches(re.sub(r"[\W_]+", "_", name.lower()), there, 1, cutoff=0.5)
                 own = (
                     "" if extra else f" Of a folder of your own: --config-dir DIR, with DIR/{group}/{name}.yaml in it."
                 )
