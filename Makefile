@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11 to 3.13, make and a C compiler; they set everything up themselves.
+# `make demo` and `make test` need Python 3.11 to 3.13 and make; they set everything up themselves.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -11,12 +11,14 @@ Train from Python as from the command line, with the same options:
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offrl.agents.base import Agent
     from offrl.data.dataset import OfflineDataset
+    from offrl.training.hooks import Evaluation
     from offrl.training.runs import Result
 
 __version__ = "0.1.0"
@@ -27,21 +29,34 @@ __all__ = ["fit", "load_agent", "load_data"]
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def fit(config_dir: Path | str | None = None, **options: Any) -> Result:
+def fit(
+    config_dir: Path | str | None = None,
+    *,
+    dataset: Any = None,
+    on_evaluation: Callable[[Evaluation], object] | None = None,
+    on_checkpoint: Callable[[int, Path], object] | None = None,
+    **options: Any,
+) -> Result:
     """Train, evaluate and save; `offrl train key=value ...` as a function.
 
     Nested options are tables, or dotted keys in a dictionary: `fit(agent="td3_bc", eval={"every": 0}, **{"agent.alpha": 1.0})`.
 
     Args:
         config_dir: a folder with agents, samplers, presets of your own, as `--config-dir` names it.
+        dataset: an id, a file or folder; or data in memory: what `load_data` returns, a dictionary of the arrays
+            `observations`, `actions`, `rewards`, `terminals` (docs/own_data.md has all names and shapes), or a Minari
+            dataset. Data in memory is kept below OFFRL_HOME, so that the run can be resumed.
+        on_evaluation: called after each evaluation with an `offrl.training.hooks.Evaluation`.
+        on_checkpoint: called after each checkpoint with the updates made and the checkpoint's file.
+        options: options of `offrl train`; `eval={"env": ...}` may also be a function that makes an environment.
 
     Raises:
         OffrlError: bad input, in one sentence.
     """
-    from offrl.training.compose import compose
-    from offrl.training.trainer import train
+    from offrl.training.fit import fit
+    from offrl.training.hooks import Hooks
 
-    return train(compose(options, config_dir))
+    return fit(dataset, options, config_dir, Hooks(on_evaluation, on_checkpoint))
 
 
 def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> Agent:

@@ -25,6 +25,7 @@ from offrl.data.catalogue import MINARI_ID, unknown
 from offrl.data.checks import ReadOptions, Semantics, file_kind, warn_of
 from offrl.data.d4rl import read_d4rl, read_d4rl_package
 from offrl.data.dataset import Bound, OfflineDataset
+from offrl.data.given import GIVEN, path_of
 from offrl.data.minari import data_folder, local_datasets, local_folder, read_minari, read_noise
 from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
 from offrl.data.ogbench import holds_trajectories, read_ogbench, with_success_timing
@@ -82,6 +83,8 @@ def load(
         store = with_success_timing(_cached(path, ogbench.id, options, cache, read), success_timing)
     elif task is not None:
         raise OffrlError(f"{name}: data.task={task} chooses a task of an OGBench set, which this is not; leave it out.")
+    elif isinstance(name, str) and GIVEN.fullmatch(name):
+        store = _given(name)
     elif isinstance(name, str) and name.startswith("forge/"):
         built = cache_dir() / name  # what was built with another size or seed lies under an id of its own
         there = size is None and not seed and data_folder(built)
@@ -94,6 +97,13 @@ def load(
     if moved is not store and "fingerprint" in store.__dict__:
         moved.__dict__["fingerprint"] = store.fingerprint
     return moved
+
+
+def _given(name: str) -> OfflineDataset:
+    """What Python handed over, as it was kept; how it is read was decided then."""
+    if not path_of(name).is_file():
+        raise OffrlError(f"{name}: the data that Python handed over is no longer kept; hand it to offrl.fit again.")
+    return read_flat(path_of(name))
 
 
 def _load(name: str | Path, options: ReadOptions, cache: bool) -> OfflineDataset:

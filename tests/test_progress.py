@@ -27,15 +27,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_lines_come_every_15_seconds_with_rate_and_time_left(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    """From step 1,000 on: 600 steps in 16 s are 37.5/s, so the other 1,400 take 37 s."""
+    """The first line comes after 3 s. From step 1,000 on: 700 steps in 20 s are 35/s, so the other 1,300 take 37 s."""
     with Bar(True, "job", 1000, 3000) as bar:
-        for seconds, step in ((10, 1400), (16, 1600), (20, 1700), (31.5, 2000)):
+        for seconds, step in ((1, 1040), (4, 1160), (16, 1600), (20, 1700), (36, 2000)):
             clock.now = 100 + seconds
             bar.update(step)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "job: 1,600/3,000 updates, 38/s, 37 s left",
-        "job: 2,000/3,000 updates, 32/s, 32 s left",
+        "job: 1,160/3,000 updates, 40/s, 46 s left",
+        "job: 1,700/3,000 updates, 35/s, 37 s left",
+        "job: 2,000/3,000 updates, 28/s, 36 s left",
     ]
 
 

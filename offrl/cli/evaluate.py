@@ -1,4 +1,4 @@
-"""`offrl evaluate`: play episodes with the policy of a run."""
+"""`offrl evaluate`: play episodes with the policy of a run, and add them to its rows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from offrl.agents.acting import lane_named
 from offrl.agents.base import Agent
+from offrl.cli.finetune import value_of
 from offrl.data.dataset import DatasetInfo
 from offrl.envs import make_env
-from offrl.evaluation.evaluator import Evaluator
 from offrl.evaluation.recording import check_record, check_video, film, play, record
-from offrl.training.runs import dataset_info, load_agent
+from offrl.training.schema import EvalConfig
+from offrl.training.scoring import evaluate, keep, policy_of
 from offrl.utils.errors import OffrlError
 from offrl.utils.process import tune_process
 from offrl.utils.progress import Bar
@@ -42,6 +42,14 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=1_000_000, help="environment seed of the first episode")
     parser.add_argument("--workers", type=int, help="processes that step environments (default: one per core)")
+    parser.add_argument(
+        "--env", metavar="ID", help="environment: ID or MODULE:ID (default: the run's or the dataset's)"
+    )
+    parser.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the environment")
+    parser.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit of an episode")
+    parser.add_argument("--ref-min", type=float, metavar="R", help="return that scores 0")
+    parser.add_argument("--ref-max", type=float, metavar="R", help="return that scores 100")
+    parser.add_argument("--no-save", action="store_true", help="print only; add no rows to the run")
     parser.add_argument("--json", action="store_true", help="print JSON with every episode")
     parser.set_defaults(run=_command)
 
@@ -58,15 +66,15 @@ def _command(arguments: argparse.Namespace) -> int:
         if value is not None and not least <= value <= most:
             raise OffrlError(f"--{name} {value} should be between {least} and {most}.")
     tune_process(1)
-    agent, info = load_agent(arguments.run_folder), dataset_info(arguments.run_folder)
-    if arguments.lane is not None:
-        agent = agent.lane(lane_named(agent, arguments.lane))
+    options = _options(arguments)
+    agent, info = policy_of(arguments.run_folder, options, arguments.lane)
     if arguments.video:
         check_video(arguments.video, info)
     if arguments.record:
         check_record(arguments.record)
-    with Evaluator(info, agent.spec.lanes, arguments.workers) as evaluator:
-        played = evaluator.run(agent, arguments.episodes, arguments.seed)
+    seeds, played = list(agent.spec.seeds), evaluate(agent, info, options)
+    whole = arguments.lane is None and not arguments.no_save
+    kept = keep(arguments.run_folder, options, seeds, info, played) if whole else ""
     scores = played.returns if played.normalized is None else played.normalized
     noted = _keep(arguments, agent, info, np.asarray(scores))
     if arguments.json:
@@ -75,7 +83,7 @@ def _command(arguments: argparse.Namespace) -> int:
                 {
                     "dataset": info.id,
                     "env_id": info.env_id,
-                    "lane_seeds": list(agent.spec.seeds),
+                    "lane_seeds": seeds,
                     "episode_seeds": played.seeds,
                     "returns": played.returns.tolist(),
                     "lengths": played.lengths.tolist(),
@@ -93,11 +101,11 @@ def _command(arguments: argparse.Namespace) -> int:
         "length",
     ):
         table.add_column(heading, justify="right")
-    for lane, seed in enumerate(agent.spec.seeds):
+    for lane, seed in enumerate(seeds):
         numbers = (scores[lane].mean(), scores[lane].std(), played.returns[lane].mean(), played.lengths[lane].mean())
         table.add_row(str(seed), *(f"{number:.1f}" for number in numbers))
     Console().print(table)
-    print(*noted, sep="\n", end="\n" * bool(noted))
+    print(*filter(None, [kept, *noted]), sep="\n", end="\n" * bool(kept or noted))
     return 0
 
 
@@ -123,3 +131,21 @@ def _keep(arguments: argparse.Namespace, agent: Agent, info: DatasetInfo, scores
             f"dataset: {arguments.record} ({sum(map(len, episodes)):,} steps; offrl train dataset={arguments.record})"
         )
     return noted
+
+
+def _options(arguments: argparse.Namespace) -> EvalConfig:
+    if odd := [word for word in arguments.env_kwargs if "=" not in word]:
+        raise OffrlError(f"--env-kwargs {odd[0]}: give KEY=VALUE.")
+    kwargs = dict(word.split("=", 1) for word in arguments.env_kwargs)
+    if (arguments.max_episode_steps or 1) < 1:
+        raise OffrlError(f"--max-episode-steps {arguments.max_episode_steps} should be at least 1.")
+    return EvalConfig(
+        episodes=arguments.episodes,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        env=arguments.env,
+        env_kwargs={key: value_of(text) for key, text in kwargs.items()},
+        max_episode_steps=arguments.max_episode_steps,
+        ref_min=arguments.ref_min,
+        ref_max=arguments.ref_max,
+    )

@@ -15,6 +15,7 @@ import re
 import sys
 
 import offrl
+from offrl.utils.advice import advising
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import config_dir_of, without_config_dir
 from offrl.utils.settings import trusting
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may lack letters, such as in a Latin-1 locale
     try:
-        with trusting(named):
+        with trusting(named), advising("train" if words[:1] in (["train"], ["finetune"]) else "flags"):
             status = _run(words)
         if sys.stdout is not None:  # closed before we began
             sys.stdout.flush()

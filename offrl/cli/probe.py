@@ -57,7 +57,7 @@ def probe(
         if not (agent.spec.discrete and hasattr(agent.cfg, "sample_actions")):
             raise OffrlError(f"{folder}: its policy does not sample discrete actions; leave --sampled out.")
         agent.cfg.sample_actions = True
-    store = load_data(job.train, agent.spec.device)
+    store = load_data(job.train, agent.spec.device, Path(folder))
     predicted = achieved = outcome = noise = None
     if episodes:
         with Evaluator(store.info, agent.spec.lanes) as evaluator:

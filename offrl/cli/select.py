@@ -124,7 +124,8 @@ def _rank(
                 )
                 break
             # Rewards as recorded: methods transform them differently.
-            store = store or read_data(resolve_config(metadata["config"], trusted=False).train, device)
+            train = resolve_config(metadata["config"], trusted=False).train
+            store = store or read_data(train, device, run.folder)
             if metadata["fingerprint"] != store.fingerprint:
                 notes.append(f"Left out, trained on other data than {dataset} holds: {run.folder.name}.")
                 break

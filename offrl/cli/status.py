@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import sys
@@ -17,9 +16,11 @@ import numpy as np
 
 from offrl import results
 from offrl.results.rows import FAILURE, folders, run_of
+from offrl.training.failed_jobs import read_failures
 from offrl.training.records import FailureRecord, ResultRecord
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
+from offrl.utils.locks import READ_ONLY, is_locked
 
 T = TypeVar("T")
 
@@ -42,7 +43,20 @@ def states(paths: Iterable[Path | str]) -> list[State]:
     Raises:
         OffrlError: a path is no folder.
     """
-    return [_state(run_of(folder)) for folder in folders(paths)]
+    paths = list(paths)
+    runs = [_state(run_of(folder)) for folder in folders(paths)]
+    return runs + [state for path in dict.fromkeys(map(Path, paths)) for state in _homeless(path)]
+
+
+def _homeless(out: Path) -> list[State]:
+    """The jobs of sweeps into a folder that failed before they had one of their own."""
+    found = []
+    for words, message in read_failures(out).items():
+        given = dict(word.split("=", 1) for word in words.split() if "=" in word)
+        names = given.get("agent", "?"), given.get("dataset", "?")
+        nothing = results.Progress(0, 0, None)
+        found.append(State(out, *names, "failed", nothing, f"before it had a folder: {message} ({words})"))
+    return found
 
 
 def _state(run: results.Run) -> State:
@@ -82,13 +96,12 @@ def _read(path: Path, schema: type[T]) -> T | None:
 def _held(lock: Path) -> bool:
     """Whether a process trains the run; a shared lock is tried and released at once."""
     try:
-        with open(os.open(lock, os.O_RDONLY | os.O_NONBLOCK)) as file:  # a named pipe doesn't wait for its writer
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with open(os.open(lock, READ_ONLY)) as file:
+            return is_locked(file)
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    return False
 
 
 def add_parser(subparsers: Any) -> None:

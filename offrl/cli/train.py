@@ -25,6 +25,7 @@ from offrl.training.compose import (
     groups,
     named,
     plain,
+    quoted,
     register,
     sentence,
     to_hydra_overrides,
@@ -35,6 +36,7 @@ from offrl.training.schema import DataConfig, EvalConfig, OnlineConfig, TrainCon
 from offrl.training.sweep import Sweep, import_path, run_job
 from offrl.training.trainer import resume, train
 from offrl.utils.errors import OffrlError
+from offrl.utils.locks import check_system
 from offrl.utils.paths import conf_dir, config_dir_of, without_config_dir
 
 
@@ -57,6 +59,7 @@ def run(words: list[str]) -> int:
     if shown := _shown_config(words):
         print(shown)
         return 0
+    check_system()
     if not {"-m", "--multirun"} & set(words):
         _check_single(words)
     return _hydra(to_hydra_overrides(words, extra))
@@ -66,10 +69,11 @@ def _check_single(words: list[str]) -> None:
     """Refuse several values where no sweep was asked for; a recipe or suite brings one of its own."""
     if any(re.match(r"\+?(experiment|suite|hydra\.mode)=", word) for word in words):
         return
-    for word in words:
+    for word in map(quoted, words):
         key, equals, text = word.partition("=")
         if equals and not word.startswith("-") and _sweeps(word):
-            listed = f", or give lanes: seeds=[{text}]" if key == "seed" else ""
+            numbers = key in ("seed", "seeds") and re.fullmatch(r"[\d,\s-]+", text)
+            listed = f", or give lanes: seeds=[{text}]" if numbers else ""
             raise OffrlError(f"{word} has several values; sweep over them with -m{listed}.")
 
 

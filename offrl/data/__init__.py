@@ -3,5 +3,6 @@
 from offrl.data.arrays import from_arrays
 from offrl.data.checks import ReadOptions
 from offrl.data.dataset import DatasetInfo, OfflineDataset, concatenate
+from offrl.data.frames import from_episodes, from_frame
 
-__all__ = ["DatasetInfo", "OfflineDataset", "ReadOptions", "concatenate", "from_arrays"]
+__all__ = ["DatasetInfo", "OfflineDataset", "ReadOptions", "concatenate", "from_arrays", "from_episodes", "from_frame"]

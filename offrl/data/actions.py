@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offrl.data.checks import ReadOptions
 from offrl.data.dataset import DatasetInfo
+from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError
 
 # A tanh policy's action may leave the box by rounding; more than this share of the bound is another action space.
@@ -145,6 +146,6 @@ def _outside(actions: Tensor, low: Tensor, high: Tensor, tolerance: Tensor, wher
         hint = "; store integers if they are class indices"
     return OffrlError(
         f"{where}: actions holds {float(actions[row, column]):.6g} in row {row}, column {column}, outside "
-        f"[{float(low[column]):g}, {float(high[column]):g}]; give the true bound (action_bound=B, --action-bound B, or "
-        f"action_low and action_high) or clip (clip_actions=True, --clip-actions){hint}."
+        f"[{float(low[column]):g}, {float(high[column]):g}]; give the true bound ({option('data.action_bound', 'B')}; arrays "
+        f"action_low and action_high in the file for other boxes) or clip ({option('data.clip_actions', True)}){hint}."
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from offrl.data.dataset import Bound, DatasetInfo
 from offrl.utils.errors import OffrlError
+from offrl.utils.locks import READ_ONLY
 
 Semantics = Literal["exact", "d4rl"]
 
@@ -125,7 +126,7 @@ def file_kind(path: Path) -> str:
         OffrlError: the file is empty, a pickle, or nothing that can be read.
     """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe doesn't wait for its writer
+        with open(os.open(path, READ_ONLY), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OffrlError(f"{path}: this is a pipe, a device or a folder; give a file, or a Minari folder.")
             head = file.read(16)

@@ -299,7 +299,10 @@ class OfflineDataset:
 
     def with_info(self, **changes: Any) -> OfflineDataset:
         """The same tensors under a changed `info`."""
-        return OfflineDataset(**self.tensors(), info=replace(self.info, **changes))
+        changed = OfflineDataset(**self.tensors(), info=replace(self.info, **changes))
+        if "fingerprint" in self.__dict__:  # of the numbers alone
+            changed.__dict__["fingerprint"] = self.fingerprint
+        return changed
 
     def with_rewards(self, scale: float = 1.0, shift: float = 0.0) -> OfflineDataset:
         """Rewards `scale * r + shift` in training rows; tails move along so that returns stay consistent."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from offrl.data.checks import ReadOptions
 from offrl.data.columns import Rows
 from offrl.data.dataset import DatasetInfo
+from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError
 
 # Successors that were computed on another way may differ by rounding; this share of a column's largest number.
@@ -148,6 +149,6 @@ def _no_end(rows: Rows, info: DatasetInfo, where: str) -> OffrlError:
         limit = info.max_episode_steps
         reason = f"terminals are never 1 and its {len(rows.terminals)} rows do not reach the time limit of {limit}"
     return OffrlError(
-        f"{where}: no episode ends ({reason}); mark the ends, or read it as one unfinished episode (unfinished=True, "
-        "--unfinished)."
+        f"{where}: no episode ends ({reason}); mark the ends, or read it as one unfinished episode "
+        f"({option('data.unfinished', True)})."
     )

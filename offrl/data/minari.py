@@ -33,7 +33,7 @@ from offrl.data.hdf5 import DENSEST, check_file, check_inside, keys, open_hdf5, 
 from offrl.data.memory import check_memory
 from offrl.data.schema import Box, EnvSpec, MinariMetadata, from_json, minari_metadata, own_info
 from offrl.data.spaces import Leaf, action_info, observation_leaves
-from offrl.utils.errors import OffrlError
+from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.files import MOST_BYTES, read_bytes
 
 SCALAR_KEYS = ("rewards", "terminations", "truncations")
@@ -100,6 +100,8 @@ def dataset_info(metadata: MinariMetadata, asked: str | None, path: Path, where:
         for key in ("algorithm_name", "author", "code_permalink", "minari_version", "requirements")
         if (value := getattr(metadata, key))
     }
+    if isinstance(spec.entry_point, str) and not entry:
+        provenance["entry_point"] = one_line(spec.entry_point)
     if entry and entry.note:
         provenance["note"] = entry.note
     ref_min, ref_max = metadata.ref_min_score, metadata.ref_max_score

@@ -191,9 +191,10 @@ for _model in (Dict, Tuple):
 
 
 class EnvSpec(Strict):
-    """The parts of a Gymnasium spec that are used; its `entry_point` is not."""
+    """The parts of a Gymnasium spec that are used; its `entry_point` only in a message, nothing imports it."""
 
     id: Name | None = None
+    entry_point: Any = None
     max_episode_steps: Count | None = None
     kwargs: dict[str, Any] | None = None
 

@@ -17,6 +17,7 @@ from offrl.data import schema
 from offrl.data.actions import bounds
 from offrl.data.catalogue import flat_keys
 from offrl.data.dataset import DatasetInfo
+from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError
 
 
@@ -115,8 +116,8 @@ def action_info(space: schema.Space, info: DatasetInfo, where: str) -> tuple[Dat
         raise OffrlError(f"{where}: actions are a box of {space.dtype}; store them as Discrete or as a box of float32.")
     if not (_finite(space.low) and _finite(space.high)):
         raise OffrlError(
-            f"{where}: its action space has no bounds; give them (action_bound=B, --action-bound B, or action_low and "
-            "action_high)."
+            f"{where}: its action space has no bounds; give them ({option('data.action_bound', 'B')}; other boxes: "
+            "action_low and action_high of offrl data convert)."
         )
     info = replace(info, discrete=None, **bounds(space.low, space.high, where))
     return info, int(np.prod(space.shape, dtype=np.int64)), 0

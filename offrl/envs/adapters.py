@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from offrl.data.catalogue import d4rl, flat_keys
 from offrl.data.dataset import DatasetInfo
 from offrl.data.ogbench_names import KINDS as OGBENCH
+from offrl.envs.chosen import PYTHON, is_chosen
 from offrl.envs.generators import OwnGenerators
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
+from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError, one_line
 
 Array = NDArray[np.float64]
@@ -51,8 +53,8 @@ def make_env(info: DatasetInfo, render: bool = False) -> gymnasium.Env:
     Raises:
         OffrlError: the dataset names no environment, or one that is not installed, or one that is another robot.
     """
-    name = info.id if info.id in d4rl() else None
-    if info.family == "antmaze" and (name or info.env_id is None):
+    name = info.id if info.id in d4rl() and not is_chosen(info) else None
+    if not is_chosen(info) and info.family == "antmaze" and (name or info.env_id is None):
         raise OffrlError(
             f"{info.id}: D4RL's AntMaze robot is in no maintained package (Gymnasium's ant has other motors), so its "
             "policies can't be scored; train on Minari's D4RL/antmaze/*-v2 instead."
@@ -62,13 +64,16 @@ def make_env(info: DatasetInfo, render: bool = False) -> gymnasium.Env:
         return gymnasium.wrappers.TimeLimit(ClipAction(env), info.max_episode_steps or 300)
     if info.env_id is None:
         raise OffrlError(
-            f"{info.id}: this dataset names no environment to evaluate in; train with eval.episodes=0 eval.final_episodes=0."
+            f"{info.id}: this dataset names no environment to evaluate in; name one with {option('eval.env', 'ID')} "
+            "(or MODULE:ID, whose module registers it), or train without evaluation: eval.every=0 eval.final_episodes=0."
         )
     if name and info.family == "kitchen":
         return ClipAction(D4RLKitchen(name, info.max_episode_steps))
 
     kwargs = _kwargs(info)
-    env = make_gymnasium(info.env_id, **kwargs, **({"render_mode": "rgb_array"} if render else {}))
+    if render:
+        kwargs["render_mode"] = "rgb_array"
+    env = make_gymnasium(info.env_id, info.provenance.get("entry_point"), **kwargs)
     if info.scored_by_success:
         env = OwnGenerators(env)
     if re.search(r"AdroitHand(Door|Hammer|Relocate)-v1$", info.env_id) and kwargs.get("reward_type") != "sparse":
@@ -121,8 +126,12 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def make_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:
-    """`gymnasium.make` with the packages registered that an id needs, and errors that say what to install."""
+def make_gymnasium(env_id: str, entry_point: str | None = None, **kwargs: Any) -> gymnasium.Env:
+    """`gymnasium.make` with the packages registered that an id needs, and errors that say what to install.
+
+    Args:
+        entry_point: what a dataset says of the environment's class; it is named in messages and never imported.
+    """
     module, _, plain = env_id.rpartition(":")
     robotics, ogbench = plain.startswith(ROBOTICS), plain.startswith(tuple(OGBENCH))
     extra = "robotics" if robotics else "ogbench" if ogbench else "mujoco"
@@ -140,24 +149,36 @@ def make_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:
 
                 gymnasium.register_envs(registers)
             if module and plain not in gymnasium.registry:
-                raise OffrlError(
-                    f"{env_id}: the dataset asks to import {module} for its environment, and modules that a dataset names "
-                    f"are never imported; import it in your own code, so that {plain} is registered, and call offrl from there."
-                )
+                raise _not_imported(env_id, module)
             return gymnasium.make(plain, disable_env_checker=True, **kwargs)
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise OffrlError(
             f'{env_id} needs a package ({error}); install it with `pip install "offrl[{extra}]"`.'
         ) from error
     except gymnasium.error.UnregisteredEnv as error:
+        if env_id.startswith(PYTHON):
+            raise OffrlError(
+                f"{env_id}: this environment was made by a function in Python; name one with {option('eval.env', 'MODULE:ID')}."
+            ) from error
+        if entry_point and (home := one_line(entry_point.partition(":")[0], 80)):
+            raise _not_imported(f"{home}:{env_id}", home) from error
         raise OffrlError(
-            f"{env_id}: Gymnasium doesn't know this environment ({error}); register it in your own code."
+            f"{env_id}: Gymnasium doesn't know this environment ({error}); name the module that registers it: "
+            f"{option('eval.env', f'MODULE:{env_id}')}."
         ) from error
     except (OffrlError, MemoryError):
         raise
     except Exception as error:  # whatever the environment raises at arguments that it does not like
         reason = one_line(f"{type(error).__name__}: {error}")
         raise OffrlError(f"{env_id} cannot be made ({reason}); check env_kwargs={one_line(kwargs)}.") from error
+
+
+def _not_imported(env_id: str, module: str) -> OffrlError:
+    """What to type where a file alone names a module."""
+    return OffrlError(
+        f"{env_id}: only a file asks to import {module} for its environment, and modules that files name are never imported; "
+        f"name it yourself: {option('eval.env', env_id)}, or import {module} before."
+    )
 
 
 @contextlib.contextmanager

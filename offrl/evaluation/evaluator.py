@@ -33,7 +33,9 @@ from offrl.data.dataset import DatasetInfo
 from offrl.data.lane_tasks import lane_infos
 from offrl.envs import make_env as make_env_of
 from offrl.envs import make_vector_env
+from offrl.envs.chosen import give, given, warn_of_no_limit
 from offrl.envs.tabular_env import features
+from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError
 
 MakeEnv = Callable[[], Any]
@@ -128,7 +130,12 @@ class Envs:
 
 
 def _worker(
-    ours: Connection, theirs: Connection, makers: Sequence[MakeEnv], rows: range, shared: dict[str, Any]
+    ours: Connection,
+    theirs: Connection,
+    makers: Sequence[MakeEnv],
+    rows: range,
+    shared: dict[str, Any],
+    environments: tuple[Any, Any],
 ) -> None:
     """Main function of a process with some environments: runs (command, argument) messages, answers each with "" or an error.
 
@@ -141,6 +148,7 @@ def _worker(
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     envs: Envs | None = None
     try:
+        give(*environments)
         envs = Envs(makers, rows, {name: _as_array(*value) for name, value in shared.items()})
         while True:
             command, argument = ours.recv()
@@ -163,7 +171,9 @@ class _Process:
 
     def __init__(self, context: Any, makers: Sequence[MakeEnv], rows: range, shared: dict[str, Any]) -> None:
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, self.connection, makers, rows, shared)
+        # A forked process has them already, and can have functions that can't be sent.
+        environments = ([], {}) if context.get_start_method() == "fork" else given()
+        arguments = (theirs, self.connection, makers, rows, shared, environments)
         self.process = context.Process(target=_worker, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -222,6 +232,7 @@ class Evaluator:
         # One of each lane; picklable, for a fresh interpreter.
         self.makers: list[MakeEnv] = [make_env or partial(make_env_of, one) for one in infos]
         probe = self.makers[0]()
+        warn_of_no_limit(info, probe)
         self.obs_shape = tuple(probe.observation_space.shape or ())
         self.action_shape = tuple(probe.action_space.shape or ())
         self.actions = int(getattr(probe.action_space, "n", 0))  # number of discrete ones; 0: they are continuous
@@ -253,8 +264,9 @@ class Evaluator:
         ours = _words(spec.obs_dim, spec.action_dim, spec.discrete)
         if theirs != ours:
             raise OffrlError(
-                f"{self.info.env_id or 'the environment'} has {theirs}, and the agent learns from {ours}; give the dataset the "
-                "env_id that it was recorded in, or train without evaluation (eval.every=0 eval.final_episodes=0)."
+                f"{self.info.env_id or 'the environment'} has {theirs}, and the agent learns from {ours}; name the "
+                f"environment that the data was recorded in ({option('eval.env', 'ID')}), or train without evaluation "
+                "(eval.every=0 eval.final_episodes=0)."
             )
 
     def run(self, agent: Agent, episodes: int, seed: int = 1_000_000, dtype: torch.dtype = torch.float64) -> Episodes:

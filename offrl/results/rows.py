@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import parse_json, read_bytes, read_json
+from offrl.utils.locks import READ_ONLY
 
 if TYPE_CHECKING:
     import polars as pl
@@ -217,7 +218,7 @@ class _Rate(BaseModel):
 
 def _last_line(path: Path) -> bytes:
     """The last whole line of a file of rows, which a process may be writing; empty where there is none."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+    with open(os.open(path, READ_ONLY), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - 4096))
         return b"".join(file.read(4096).split(b"\n")[-2:-1])

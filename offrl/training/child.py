@@ -19,10 +19,12 @@ def main() -> int:
 
     from offrl.training.runs import print_result
     from offrl.training.trainer import train
+    from offrl.utils.advice import advising
     from offrl.utils.errors import OffrlError
 
     try:
-        return print_result(train(json.load(sys.stdin)))  # from the sweep's own process, not from a file
+        with advising("train"):
+            return print_result(train(json.load(sys.stdin)))  # from the sweep's own process, not from a file
     except OffrlError as error:
         print(f"offrl: error: {error}", file=sys.stderr)
         return 2

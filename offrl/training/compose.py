@@ -61,12 +61,12 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
     sentence, and defaults need to stand nowhere else.
     """
     defaults = _defaults()
-    options = {*defaults, *(f"eval.{key}" for key in defaults["eval"])}
+    options = {*defaults, *(f"eval.{key}" for key, value in defaults["eval"].items() if not isinstance(value, dict))}
     extra = extra or config_dir_of(arguments)
     known = groups(extra)
     _check_choices(arguments, known, extra)
     words = []
-    for before, word in zip(["", *arguments], map(_quoted, arguments)):
+    for before, word in zip(["", *arguments], map(quoted, arguments)):
         if before not in WITH_VALUE:
             _check_word(word)
         key = word.split("=", 1)[0]
@@ -82,23 +82,29 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
 WITH_VALUE: tuple[str, ...] = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
 WITH_VALUE += ("--cfg", "-c", "--info", "-i", "--experimental-rerun")
 MOST_BYTES = 1 << 20  # of a user's file of settings
-TEXTS = ("dataset", "out", "name", "label")  # options whose values are paths and names, in any letters
+TEXTS = ("dataset", "out", "name", "label", "eval.env")  # options whose values are paths and names, in any letters
 
 
-def _quoted(word: str) -> str:
+def quoted(word: str) -> str:
     """`dataset=PATH` in quotes of Hydra's, where the path is there or Hydra could not read it otherwise."""
     key, _, text = word.partition("=")
-    if key not in TEXTS or not text or text[0] in "'\"[":
+    if key not in TEXTS or not text or text[0] in "'\"":
         return word
+    if key == "dataset" and not re.fullmatch(r"[\w./~-]+", text) and _exists(text):
+        return f"{key}={_literal(text)}"
     try:
         OverridesParser.create().parse_override(word)
         readable = True
-    except HydraException:
+    except Exception:  # HydraException, or its lexer's own
         readable = False
-    except Exception:  # its lexer's own
-        readable = False
-    there = key == "dataset" and re.search(r"[=,]", text) and Path(text).expanduser().exists()
-    return f"{key}={_literal(text)}" if there or not (readable or re.match(r"\w+\(", text)) else word
+    return word if readable or text[0] == "[" or re.match(r"\w+\(", text) else f"{key}={_literal(text)}"
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, no home, a zero in it
+        return False
 
 
 def _check_word(word: str) -> None:
@@ -139,14 +145,14 @@ def _check_choices(words: Sequence[str], known: set[str], extra: Path | None) ->
     What is more than names (`glob(*)`, a further search path) is left to Hydra.
     """
     given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
-    named = {group: text for group, text in given.items() if group in known and re.fullmatch(r"[\w./, -]*", text)}
+    named = {group: text for group, text in given.items() if group in known and re.fullmatch(r"[\w./, +&-]*", text)}
     if "hydra.searchpath" in given:
         return
     for group, text in named.items():
         there = choices(group, extra)
         for name in (part.strip().removesuffix(".yaml") for part in text.split(",")):
             if name not in (*there, "null"):
-                near = difflib.get_close_matches(name, there, 1, cutoff=0.5)
+                near = difflib.get_close_matches(re.sub(r"[\W_]+", "_", name.lower()), there, 1, cutoff=0.5)
                 own = (
                     "" if extra else f" Of a folder of your own: --config-dir DIR, with DIR/{group}/{name}.yaml in it."
                 )
@@ -201,7 +207,7 @@ def compose(options: Mapping[str, Any], config_dir: str | Path | None = None) ->
         OffrlError: an unknown choice, or a recipe or suite that sweeps over a key which `options` gives no value.
     """
     extra = use_config_dir(config_dir) if config_dir else None
-    known, flat = groups(extra), _dotted(options)
+    known, flat = groups(extra), dotted(options)
     words = [f"{key}={value if key in known else _literal(value)}" for key, value in flat.items()]
     values, swept = _composed(words, extra)
     if missing := [key for key in swept if key not in options]:
@@ -212,11 +218,11 @@ def compose(options: Mapping[str, Any], config_dir: str | Path | None = None) ->
     return values
 
 
-def _dotted(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted keys: `{"eval": {"every": 0}}` as `{"eval.every": 0}`."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

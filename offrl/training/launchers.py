@@ -1,4 +1,4 @@
-"""Options of our own Hydra launchers, which `hydra_plugins.offrl_launchers` holds; Hydra imports them by name."""
+"""Options of our own Hydra launchers and sweeper, which `hydra_plugins` holds; Hydra imports them by name."""
 
 from __future__ import annotations
 
@@ -33,9 +33,24 @@ class RayConf:
     ray: RayOptions = field(default_factory=RayOptions)
 
 
+@dataclass
+class OptunaConf:
+    """Options of `hydra/sweeper=optuna`."""
+
+    _target_: str = "hydra_plugins.offrl_optuna.OptunaSweeper"
+    n_trials: int = 20  # finished trials of the study at the end; the same command continues it
+    n_jobs: int = 1  # trials at once; they know nothing of each other
+    objective: str = "score"  # what is maximised: score (a return without references), or fqe, from the dataset alone
+    fqe_updates: int = 20_000  # of fitted Q evaluation
+    seed: int = 0  # of Optuna's sampler
+    study: str = "offrl"  # name of the study
+    params: dict[str, Any] = field(default_factory=dict)  # settings and ranges of a recipe
+
+
 def register() -> None:
-    """Make the launchers selectable; `joblib` is another name of `local`."""
+    """Make launchers and sweeper selectable; `joblib` is another name of `local`."""
     Plugins.instance()  # imports third-party launchers, which may register the same names: ours come last
     store = ConfigStore.instance().store
     for name, conf in (("local", LocalConf), ("joblib", LocalConf), ("ray", RayConf)):
         store(group="hydra/launcher", name=name, node=conf, provider="offrl")
+    store(group="hydra/sweeper", name="optuna", node=OptunaConf, provider="offrl")

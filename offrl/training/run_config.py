@@ -19,7 +19,9 @@ from typing import Any
 from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, augmentation_config
 from offrl.data.catalogue import d4rl, namesake
+from offrl.data.given import plain_name
 from offrl.data.ogbench_names import of_file, parse
+from offrl.envs.chosen import import_environment
 from offrl.sampling import sampler_config
 from offrl.training.online_config import add_all, add_table, check_online, check_row
 from offrl.training.schema import TABLED, DataConfig, TrainConfig
@@ -35,6 +37,7 @@ from offrl.utils.settings import (
     chosen_settings,
     class_in,
     from_target,
+    is_trusted,
     matching_rows,
     target_class,
     trusting,
@@ -109,7 +112,7 @@ class RunConfig:
         text = f"{seeds[0]}-{seeds[-1]}" if run else "_".join(map(str, seeds))
         if len(text) > 40:
             text = f"{text[:30]}...{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
-        dataset = re.sub(r"[^\w.-]+", "_", self.train.dataset).strip("._")
+        dataset = re.sub(r"[^\w.-]+", "_", plain_name(self.train.dataset)).strip("._")
         method = re.sub(r"[^\w.+-]+", "", self.method)
         return Path(self.train.out) / method / dataset / f"seed{text}-{self.config_hash()}"
 
@@ -140,7 +143,7 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     )
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
-    tables, dataset = agent.pop("settings", None), str(values.get("dataset", ""))
+    tables, dataset = agent.pop("settings", None), plain_name(str(values.get("dataset", "")))
     always_online = agent.pop("online", None)
     cls, _ = agent_config(agent)  # a typing error should not wait for the data
     check_tables(tables, cls.Config, agent)
@@ -174,6 +177,8 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     _check_common(common)
     check_online(train, cls.Config, agent, augment)
     _check_tasks(train, sampler, bool(augment))
+    if train.eval.env and is_trusted():  # a file's is not imported
+        import_environment(train.eval.env)
     return RunConfig(train, agent, sampler, augment, name, rows)
 
 
@@ -283,6 +288,7 @@ def _check_train(train: TrainConfig) -> None:
     positive = ("batch_size", "lanes", "updates_per_launch", "log_every", "checkpoint_every", "threads")
     least = dict.fromkeys(positive, 1) | {"eval.workers": 1, "eval.slots": 1}
     least["updates"] = 0 if train.online.steps else 1
+    least["eval.max_episode_steps"] = 1
     least |= dict.fromkeys(("eval.every", "eval.episodes", "eval.final_episodes", "eval.seed"), 0)
     for key, smallest in least.items():
         value = attrgetter(key)(train)
@@ -304,6 +310,8 @@ def _check_tasks(train: TrainConfig, sampler: Mapping[str, Any], augmented: bool
         return
     if train.data.task is not None:
         raise OffrlError("data.task is one task for all lanes, data.tasks one for each; leave out one of them.")
+    if train.eval.env:
+        raise OffrlError("data.tasks has an environment for each lane; leave out eval.env.")
     if len(tasks) != train.lanes:
         raise OffrlError(f"data.tasks={tasks} has {len(tasks)} tasks for lanes={train.lanes}; give one per lane.")
     if augmented or not str(sampler["_target_"]).endswith(".Uniform"):

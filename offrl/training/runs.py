@@ -14,16 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.lane_tasks import with_tasks
 from offrl.datasets import load
+from offrl.envs.chosen import with_environment
+from offrl.training.answered import is_answered
 from offrl.training.compose import choice_file, choices
 from offrl.training.records import ResultRecord, RunRecord, SpecRecord
 from offrl.training.run_config import RunConfig, agent_config
-from offrl.training.schema import DataConfig, TrainConfig
+from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
@@ -105,8 +108,10 @@ def done_before(job: RunConfig) -> Result | None:
     """
     if job.train.fresh:
         return None
-    _check_same(job, job.folder())
-    return finished(job.folder(), job.train.total_updates)
+    folder, updates = job.folder(), job.train.total_updates
+    _check_same(job, folder)
+    done = finished(folder, updates)
+    return None if done and done.step == updates and not is_answered(folder, updates, job.train.eval) else done
 
 
 def finished(folder: Path, updates: int) -> Result | None:
@@ -235,17 +240,36 @@ def _check_size(cls: type[Agent], cfg: Any, spec: Spec) -> None:
     require_bytes(needed, name, spec.device)
 
 
-def load_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
-    """The dataset to train on, with its rewards transformed as the configuration says."""
-    return transform_rewards(read_data(job, device), job.data)
+class _Files(BaseModel):
+    """The part of `manifest.json` that says where the data lay."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    files: dict[str, str] = {}
 
 
-def read_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
-    """The dataset as it was recorded."""
+def located(dataset: str, folder: Path) -> str:
+    """Where a run's data lies: a relative path that leads nowhere from here is where it was when the run was made."""
+    path = Path(dataset).expanduser()
+    if path.is_absolute() or path.exists():
+        return dataset
+    try:
+        there = read_json(folder / "manifest.json", _Files, "restore it").files.get(dataset)
+    except (FileNotFoundError, OffrlError):
+        return dataset
+    return there if there and Path(there).exists() else dataset
+
+
+def load_data(job: TrainConfig, device: torch.device | str, folder: Path | None = None) -> OfflineDataset:
+    """The dataset to train on, with its rewards transformed as the configuration says; `folder`: of the run."""
+    return transform_rewards(read_data(job, device, folder), job.data)
+
+
+def read_data(job: TrainConfig, device: torch.device | str, folder: Path | None = None) -> OfflineDataset:
+    """The dataset as it was recorded, with the environment and the references that `eval` gives; `folder`: of its run."""
     options = job.data
     read = partial(
         load,
-        job.dataset,
+        located(job.dataset, folder) if folder else job.dataset,
         semantics=options.semantics,
         cache=options.cache,
         clip_actions=options.clip_actions,
@@ -259,7 +283,14 @@ def read_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
     )
     if options.tasks:
         return with_tasks(lambda task: read(task=task), options.tasks).to(device)
-    return read(task=options.task, device=device)
+    store = read(task=options.task, device=device)
+    return store.with_info(**vars(info)) if (info := evaluation_info(store.info, job.eval)) is not store.info else store
+
+
+def evaluation_info(info: DatasetInfo, options: EvalConfig) -> DatasetInfo:
+    """`info` with what the options of evaluation replace; itself where they replace nothing."""
+    references = options.ref_min, options.ref_max
+    return with_environment(info, options.env, options.env_kwargs, options.max_episode_steps, references)
 
 
 def transform_rewards(store: OfflineDataset, options: DataConfig) -> OfflineDataset:

@@ -9,7 +9,6 @@ failed sweep.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -19,18 +18,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 
 from offrl.results.rows import FAILURE, LOG, progress
+from offrl.training.failed_jobs import keep_failures
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import done_before, finished, summary
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
+from offrl.utils.locks import lock
 from offrl.utils.paths import replacing
 
 if TYPE_CHECKING:
@@ -171,10 +173,17 @@ class Job:
     """A job as the sweep's own process sees it."""
 
     name: str
+    words: str = ""
     state: str = "waiting"
     folder: Path = field(default_factory=Path)
     message: str = ""
     pid: int = 0  # of its training process, where that runs on this machine
+    shown: str = "running"  # state that was shown last
+
+    @property
+    def is_homeless(self) -> bool:
+        """Whether it failed before it had a folder, where `offrl status` would see it."""
+        return self.state == "failed" and not (self.folder / FAILURE).is_file()
 
 
 class Sweep:
@@ -231,17 +240,31 @@ class Sweep:
             self.notes.mkdir(parents=True)
             self._lock = open(self.notes / LOCK, "w")  # noqa: SIM115 - held until the sweep ends
             with contextlib.suppress(OSError):  # a file system without locks: then nobody clears
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
-        shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-        self.jobs = [Job(" ".join(w.lstrip("+") for w in words if w not in shared) or "the job") for words in jobs]
+                lock(self._lock)
+        self.out = out
+        self.add(jobs)
         self.begun(self.notes)
         self._thread.start()
+
+    def add(self, jobs: Sequence[Sequence[str]]) -> None:
+        """Further jobs, which a sweeper has just thought of."""
+        shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+        for words in jobs:
+            name = " ".join(w.lstrip("+") for w in words if w not in shared) or "the job"
+            self.jobs.append(Job(name, " ".join(w.lstrip("+") for w in words)))
+
+    def look(self, numbers: Iterable[int]) -> list[Job]:
+        """How jobs stand that a launcher has run; what the display has not seen yet is still shown."""
+        for number in numbers:
+            self._take(number)
+        return [self.jobs[number] for number in numbers]
 
     def __exit__(self, *_: object) -> None:
         Sweep.current = None
         self._over.set()
         if self._thread.ident:
             self._thread.join()
+            keep_failures(self.out, {job.words: job.message for job in self.jobs if job.is_homeless}, self._tried())
             self._lock.close()
             shutil.rmtree(self.notes, ignore_errors=True)
             with contextlib.suppress(OSError):  # another sweep's notes may be there
@@ -270,21 +293,33 @@ class Sweep:
     # ---- what is shown ----------------------------------------------------------------------------------------
 
     def _read(self) -> list[int]:
-        """Take in the notes; the numbers of the jobs that have just ended."""
+        """Take in the notes; the numbers of the jobs that have ended and were not shown yet."""
+        for path in self.notes.glob("*.json"):  # of a sweeper that tells of no jobs beforehand
+            while path.stem.isdecimal() and int(path.stem) >= len(self.jobs):
+                self.jobs.append(Job(f"job {len(self.jobs)}"))
         ended = []
-        for number, job in enumerate(self.jobs):
-            path = self.notes / f"{number}.json"
-            with contextlib.suppress(OSError, OffrlError):  # a job may be writing it
-                stamp = path.stat().st_mtime_ns
-                if self._seen.get(number) == stamp:
-                    continue
-                note = read_json(path, _Note, "it is written again")
-                self._seen[number] = stamp
-                if job.state != note.state and note.state != "running":
-                    ended.append(number)
-                job.state, job.folder, job.message = note.state, Path(note.folder), note.message
-                job.pid = note.pid if note.host == platform.node() else 0
+        for number, job in enumerate(list(self.jobs)):
+            self._take(number)
+            if job.state not in ("waiting", "running", job.shown):
+                ended.append(number)
+                job.shown = job.state
         return ended
+
+    def _take(self, number: int) -> None:
+        """Take in a job's note, if it has changed."""
+        job, path = self.jobs[number], self.notes / f"{number}.json"
+        with contextlib.suppress(OSError, OffrlError):  # a job may be writing it
+            stamp = path.stat().st_mtime_ns
+            if self._seen.get(number) == stamp:
+                return
+            note = read_json(path, _Note, "it is written again")
+            self._seen[number] = stamp
+            job.state, job.folder, job.message = note.state, Path(note.folder), note.message
+            job.pid = note.pid if note.host == platform.node() else 0
+
+    def _tried(self) -> set[str]:
+        """The words of the jobs that have begun."""
+        return {job.words for job in self.jobs if job.state != "waiting"}
 
     def _watch(self) -> None:
         from rich.console import Console
@@ -343,7 +378,7 @@ def _alone(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(handle)
         yield
     finally:
         os.close(handle)
@@ -352,8 +387,8 @@ def _alone(folder: Path) -> Iterator[None]:
 def _clear(folder: Path) -> None:
     """Remove the notes of sweeps that were killed: their locks are free."""
     for notes in folder.glob("*"):
-        with contextlib.suppress(OSError), open(notes / LOCK, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), open(notes / LOCK, "w") as file:
+            lock(file, wait=False)
             shutil.rmtree(notes)
 
 
@@ -361,21 +396,30 @@ class SweepCallback(Callback):
     """Hydra's callback that tells a `Sweep` which jobs are to come."""
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-        from hydra.core.global_hydra import GlobalHydra
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from omegaconf import OmegaConf
-
         if Sweep.current is None:
             return
-        words = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # each job resolves its own
-        overrides = parser.parse_overrides([*words, *task])
         try:
-            Sweep.current.begin(Path(config.out), BasicSweeper.split_arguments(overrides, None)[0])
+            Sweep.current.begin(Path(config.out), _jobs_of(config))
         except OSError as error:  # Hydra makes a warning of whatever a callback raises, but for an interrupt
             Sweep.current.refused = (
                 f"out={config.out} can't be written ({error.strerror}); choose another with out=DIR."
             )
             raise KeyboardInterrupt from error
+
+
+def _jobs_of(config: Any) -> list[list[str]]:
+    """The words of each job; none where the sweeper is not Hydra's own, which alone knows its jobs beforehand."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
+        return []
+    words = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # each job resolves its own
+    try:
+        return BasicSweeper.split_arguments(parser.parse_overrides([*words, *task]), None)[0]
+    except HydraException:  # an interval: the sweeper says so itself
+        return []

@@ -17,20 +17,21 @@ from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import OfflineDataset, concatenate
 from offrl.data.lane_tasks import lane_infos
 from offrl.data.statistics import return_spread
+from offrl.envs.chosen import import_environment
 from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.nets import Critics
 from offrl.results.writer import check_rows
 from offrl.sampling import BatchLoader, further_datasets, make_sampler
 from offrl.training.engine import make_engine
+from offrl.training.hooks import Evaluation, Hooks
 from offrl.training.online import EnvironmentFailure, OnlinePhase
 from offrl.training.records import OnlineRecord, RunRecord
 from offrl.training.run_config import RunConfig, resolve_config
 from offrl.training.runs import (
     Result,
-    _check_same,
     _spec_to,
     done_before,
-    finished,
+    located,
     make_agent,
     read_config,
     read_data,
@@ -49,8 +50,10 @@ from offrl.utils.provenance import environment
 from offrl.utils.settings import FREE
 
 
-def train(values: Mapping[str, Any]) -> Result:
+def train(values: Mapping[str, Any], hooks: Hooks | None = None) -> Result:
     """Train, evaluate and save as a composed configuration says; a run that was cut short goes on where it stopped.
+
+    A finished run whose last evaluation has fewer episodes than are asked for plays them.
 
     Raises:
         OffrlError: bad input, an unwritable folder, a full disk.
@@ -58,7 +61,7 @@ def train(values: Mapping[str, Any]) -> Result:
     job = resolve_config(values)
     folder = job.folder()
     with _locked(folder):
-        return done_before(job) or Trainer(job, folder).run()
+        return done_before(job) or Trainer(job, folder, hooks).run()
 
 
 def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Result:
@@ -79,20 +82,23 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
         else:
             values[key] = value
     job = resolve_config({**values, "out": str(folder.parent), "name": folder.name, "fresh": False}, trusted=False)
+    if (changes or {}).get("eval.env"):  # typed, and from no file
+        import_environment(str(job.train.eval.env))
     with _locked(folder):
-        _check_same(job, folder)
-        return finished(folder, job.train.total_updates) or Trainer(job, folder).run()
+        return done_before(job) or Trainer(job, folder).run()
 
 
 class Trainer:
     """One run, from its last checkpoint (if there is one) to its last update."""
 
-    def __init__(self, job: RunConfig, folder: Path) -> None:
-        self.job, self.cfg, self.folder = job, job.train, folder
+    def __init__(self, job: RunConfig, folder: Path, hooks: Hooks | None = None) -> None:
+        self.job, self.cfg, self.folder, self.hooks = job, job.train, folder, hooks or Hooks()
         tune_process(self.cfg.threads)
         self.device = pick_device(self.cfg.device)
         names = [self.cfg.dataset, *further_datasets(job.sampler)]
-        parts = [read_data(replace(self.cfg, dataset=name), self.device) for name in names]
+        found = [located(name, folder) for name in names]
+        self.files = {name: str(Path(path).absolute()) for name, path in zip(names, found) if Path(path).exists()}
+        parts = [read_data(replace(self.cfg, dataset=path), self.device) for path in found]
         recorded = parts[0] if len(parts) == 1 else concatenate(parts)
         self.spread = None if self.cfg.data.tasks else return_spread(recorded)
         self.store = transform_rewards(recorded, self.cfg.data)
@@ -159,6 +165,7 @@ class Trainer:
         resumed = self._restore()
         if resumed:
             check_rows(self.folder, self.step, needed=True)
+            (self.folder / "result.json").unlink(missing_ok=True)  # it may sum up an evaluation that is made again
         else:  # nothing in the folder is touched before this line
             self._clear()
             self.sampler.start()
@@ -301,7 +308,8 @@ class Trainer:
         self.writer.episodes(self.step, self.seeds, played.returns, played.lengths, played.normalized, played.seeds)
         name, values = ("score", played.normalized) if played.normalized is not None else ("return", played.returns)
         self._show("eval", {name: values.mean(1).tolist()})
-        bar.note(f"{name} {values.mean():.1f}")
+        bar.say(self.step, f"{name} {values.mean():.1f}")
+        self.hooks.evaluated(Evaluation(self.step, played.returns, played.lengths, played.normalized, self.agent))
 
     def _log(self, values: dict[str, list[float]], rate: float) -> None:
         self.writer.metrics(self.step, self.seeds, values, updates_per_second=rate)
@@ -349,6 +357,7 @@ class Trainer:
         checkpoint.save(self.folder / checkpoint.NAME, self.agent, metadata, learnt)
         if self.synthetic:
             self.synthetic.sweep()
+        self.hooks.saved(self.step, self.folder / checkpoint.NAME)
 
     def _restore(self) -> bool:
         """Take up the last checkpoint; False when there is none, or the run is to start over.
@@ -394,6 +403,7 @@ class Trainer:
             "table_rows": self.job.table_rows,
             "non_default": self.job.non_default(),
             "fingerprint": self.store.fingerprint,
+            "files": self.files,  # where the data lay, for commands from other folders
             "dataset_info": asdict(self.store.info),
             "transitions": len(self.store),
             "episodes": self.store.episodes,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from offrl.utils.errors import OffrlError, one_line
+from offrl.utils.locks import READ_ONLY
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ def read_bytes(path: Path, remedy: str, most_bytes: int) -> bytes:
         OffrlError: it is a folder, a pipe or a device, can't be read, or is too large.
     """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe doesn't wait for its writer
+        with open(os.open(path, READ_ONLY), "rb") as file:
             kind = os.fstat(file.fileno())
             if not stat.S_ISREG(kind.st_mode):
                 raise OffrlError(f"{path} is no regular file; {remedy}.")

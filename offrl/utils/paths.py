@@ -108,7 +108,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{mark}{os.getpid()}.part")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -118,6 +118,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def _lives(pid: str) -> bool:
     """Whether a process of this machine may still be there."""
     try:
+        if os.name == "nt":  # there the call ends the process
+            return True
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from offrl.utils.errors import OffrlError
+from offrl.utils.locks import check_system, lock
 
 
 def tune_process(threads: int) -> None:
@@ -68,6 +68,7 @@ def _stopping(request: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process a run."""
+    check_system()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115 - held until the run ends
@@ -78,10 +79,10 @@ def _locked(folder: Path) -> Iterator[None]:
     with file:
         try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, wait=False)
             except BlockingIOError:  # `offrl status` may be looking
                 time.sleep(0.2)
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, wait=False)
         except OSError as error:
             raise OffrlError(f"{folder}: another process is training this run; wait for it or choose name=.") from error
         yield

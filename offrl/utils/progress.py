@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-SECONDS_BETWEEN_LINES = 15.0  # where standard error is no terminal
+SECONDS_BETWEEN_LINES = 15.0  # where standard error is no terminal: in a notebook, a log
+SECONDS_TO_FIRST_LINE = 3.0
 SECONDS_BETWEEN_REDRAWS = 0.1
-
-SECONDS_BETWEEN_LINES = 15.0
 
 
 class Bar:
-    """A progress bar in a terminal, a line every 15 seconds elsewhere; silent if not wanted.
+    """A progress bar in a terminal, a line every 15 seconds elsewhere (notebooks, logs); silent if not wanted.
 
     Args:
         title: name of the work.
@@ -49,7 +48,8 @@ class Bar:
             fields = {"done": "", "rate": "", "note": ""}
             self.task = self.progress.add_task(self.title, total=self.total, completed=self.start, **fields)
         self.began = time.perf_counter()
-        self.shown = self.began if self.progress is None else 0.0
+        early = SECONDS_BETWEEN_LINES - SECONDS_TO_FIRST_LINE
+        self.shown = self.began - early if self.progress is None else 0.0
         return self
 
     def update(self, step: int, total: int | None = None) -> None:
@@ -83,6 +83,13 @@ class Bar:
         """Show a text behind the bar."""
         if self.progress:
             self.progress.update(self.task, note=text)
+
+    def say(self, step: int, text: str) -> None:
+        """Show a result that belongs to a step: behind the bar, and as a line of its own where there is none."""
+        self.note(text)
+        if self.wanted and not self.progress:
+            end = f" of {self.total:,}" if self.total else ""
+            print(f"{self.title}: {step:,}{end} {self.unit}: {text}", file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:
         if self.progress:

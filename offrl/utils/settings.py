@@ -137,6 +137,11 @@ def trusting(trusted: bool = True) -> Iterator[None]:
         _TRUSTED.reset(token)
 
 
+def is_trusted() -> bool:
+    """Whether the names at hand are the user's own, so that modules that they name may be imported."""
+    return _TRUSTED.get()
+
+
 def canonical(target: str) -> str:
     """Where a class lives now."""
     return _MOVED.get(target, target)

@@ -1,0 +1,151 @@
+"""The environment that a user chooses for evaluation: `eval.env=ID`, `eval.env=MODULE:ID`, or a function in Python.
+
+What the user types may be imported; what a file names never is. A function gets an id of its own in Gymnasium's registry, so
+that everything behind it knows environments by their ids alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import gymnasium
+
+from offrl.data.catalogue import environment_references
+from offrl.data.dataset import DatasetInfo
+from offrl.utils.errors import OffrlError, one_line
+
+PYTHON = "python/"  # namespace of the ids of functions
+CHOSEN = "environment"  # key of a dataset's provenance: how its environment was chosen
+BY_USER = "chosen for evaluation"
+
+# What this process was told to import, and the functions that it was given: evaluation processes that begin with a fresh
+# interpreter need them, too.
+_modules: list[str] = []
+_functions: dict[str, Callable[..., Any]] = {}
+
+
+def import_environment(name: str) -> None:
+    """Import the module of `MODULE:ID`, which registers the environment; nothing of a plain id.
+
+    ID may also name a class or function of the module, which then makes the environment.
+
+    Raises:
+        OffrlError: the module can't be imported, or neither registers nor holds ID.
+    """
+    module, _, plain = name.rpartition(":")
+    if not module:
+        return
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # last, so that a user's `random.py` replaces nobody's `random`
+    before = set(gymnasium.registry)
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as error:  # the module is the user's own: anything may happen
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise OffrlError(
+            f"{name}: the module {module} can't be imported ({reason}); check its name and folder."
+        ) from error
+    if module not in _modules:
+        _modules.append(module)
+    if plain in gymnasium.registry:
+        return
+    if callable(getattr(loaded, plain, None)):
+        gymnasium.register(plain, entry_point=f"{module}:{plain}")
+        return
+    new = sorted(set(gymnasium.registry) - before)
+    there = f"it registers {', '.join(new)}" if new else "call gymnasium.register in it"
+    raise OffrlError(f"{name}: the module {module} has no environment {one_line(plain)}; {there}.")
+
+
+def give_function(make: Callable[..., Any]) -> str:
+    """The id in Gymnasium's registry under which a function's environments are made from now on."""
+    text = f"{getattr(make, '__module__', '')}.{getattr(make, '__qualname__', type(make).__qualname__)}"
+    name = PYTHON + re.sub(r"[^\w.-]+", "", text.removeprefix("__main__."))
+    _functions[name] = make
+    gymnasium.registry.pop(name, None)  # an earlier function of this name
+    gymnasium.register(name, entry_point=make)
+    return name
+
+
+def given() -> tuple[list[str], dict[str, Callable[..., Any]]]:
+    """What `give` needs in another process."""
+    return list(_modules), dict(_functions)
+
+
+def give(modules: list[str], functions: dict[str, Callable[..., Any]]) -> None:
+    """Import and register in this process what another one has; nothing where it was forked."""
+    for module in modules:
+        importlib.import_module(module)
+    for name, make in functions.items():
+        if name not in gymnasium.registry:
+            gymnasium.register(name, entry_point=make)
+
+
+def with_environment(
+    info: DatasetInfo,
+    env: str | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+    references: tuple[float | None, float | None] = (None, None),
+) -> DatasetInfo:
+    """`info` with the environment, time limit and reference returns that a user gives; what is None stays as it is.
+
+    Args:
+        env: an id of Gymnasium's, `MODULE:ID` included; its own time limit goes before the dataset's.
+        env_kwargs: arguments of the environment; without `env` they are added to the dataset's.
+
+    Raises:
+        OffrlError: arguments or a limit without an environment, one reference without the other, two that are equal.
+    """
+    ref_min, ref_max = references
+    if (ref_min is None) != (ref_max is None) or (ref_min is not None and ref_min == ref_max):
+        raise OffrlError(
+            f"eval.ref_min={ref_min} and eval.ref_max={ref_max} are the returns that score 0 and 100; give two "
+            "different numbers."
+        )
+    if not env and info.env_id is None and (env_kwargs or max_episode_steps):
+        key = "env_kwargs" if env_kwargs else "max_episode_steps"
+        raise OffrlError(f"eval.{key}: the dataset {info.id} names no environment; give eval.env=ID as well.")
+    changes: dict[str, Any] = {}
+    if env:
+        same = env == info.env_id
+        kwargs = (info.env_kwargs if same else {}) | (env_kwargs or {})
+        limit = max_episode_steps or (None if _own_limit(env) and not same else info.max_episode_steps)
+        provenance = info.provenance | {CHOSEN: BY_USER}
+        changes = {"env_id": env, "env_kwargs": kwargs, "max_episode_steps": limit, "provenance": provenance}
+        if ref_min is None and info.ref_min is None and (known := environment_references(env.rpartition(":")[2])):
+            changes |= {"ref_min": known[0], "ref_max": known[1]}
+    elif env_kwargs:
+        changes["env_kwargs"] = info.env_kwargs | env_kwargs
+    if max_episode_steps:
+        changes["max_episode_steps"] = max_episode_steps
+    if ref_min is not None:
+        changes |= {"ref_min": ref_min, "ref_max": ref_max}
+    return replace(info, **changes) if changes else info
+
+
+def is_chosen(info: DatasetInfo) -> bool:
+    """Whether a user chose the environment, so that no adapter of the dataset's own family belongs to it."""
+    return info.provenance.get(CHOSEN) == BY_USER
+
+
+def warn_of_no_limit(info: DatasetInfo, env: Any) -> None:
+    """Warn where nothing ends an episode but the environment itself: an evaluation might never end."""
+    limit = info.max_episode_steps or (env.spec.max_episode_steps if env.spec else None)
+    if is_chosen(info) and limit is None:
+        warnings.warn(
+            f"{info.env_id} has no time limit; if its episodes may go on for ever, give eval.max_episode_steps=N.",
+            stacklevel=4,
+        )
+
+
+def _own_limit(env: str) -> int | None:
+    spec = gymnasium.registry.get(env.rpartition(":")[2])
+    return spec.max_episode_steps if spec else None

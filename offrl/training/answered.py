@@ -1,0 +1,74 @@
+"""Whether a finished run has the evaluation that a command asks for."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import BaseModel, ConfigDict
+
+from offrl import results
+from offrl.training.schema import EvalConfig
+from offrl.utils.errors import OffrlError
+from offrl.utils.files import read_json
+
+TASK = (
+    "env",
+    "env_kwargs",
+    "max_episode_steps",
+    "ref_min",
+    "ref_max",
+)  # options that say what an episode and its score are
+
+
+class _Config(BaseModel):
+    """The part of `config.json` that says how the run was evaluated."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    eval: dict[str, Any] = {}
+
+
+def is_answered(folder: Path, step: int, wanted: EvalConfig) -> bool:
+    """Whether the rows of a run's last update hold all the episodes that are asked for.
+
+    Args:
+        step: updates that the run has made.
+
+    Raises:
+        OffrlError: the run was scored in another environment, or with other references.
+    """
+    defaults = asdict(EvalConfig())
+    try:
+        kept = read_json(folder / "config.json", _Config, "repeat the command that started the run").eval
+    except FileNotFoundError:
+        return True
+    kept = defaults | {key: value for key, value in kept.items() if key in {f.name for f in fields(EvalConfig)}}
+    now = asdict(wanted)
+    if wanted.every and not kept["every"]:
+        warnings.warn(
+            f"{folder}: the run is finished, so that it can't be evaluated every {wanted.every} updates any more; "
+            "fresh=true trains it again.",
+            stacklevel=2,
+        )
+    same = all(kept[key] == now[key] for key in TASK)
+    if wanted.final_episodes < 1 or (same and _covers(kept, wanted)):
+        return True
+    rows = results.read([folder]).filter(pl.col("step") == step)
+    if not rows.height:
+        return False
+    if not same:
+        changed = next(key for key in TASK if kept[key] != now[key])
+        raise OffrlError(
+            f"{folder}: the run was scored with eval.{changed}={kept[changed]}, not {now[changed]}; play elsewhere with "
+            f"offrl evaluate RUN --env ID, or train again under another name=."
+        )
+    seeds = set(range(wanted.seed, wanted.seed + wanted.final_episodes))
+    return all(seeds <= set(lane["eval_seed"]) for lane in rows.partition_by("lane"))
+
+
+def _covers(kept: dict[str, Any], wanted: EvalConfig) -> bool:
+    """Whether the episodes that a run was configured with are those that are wanted, and more."""
+    return bool(kept["seed"] == wanted.seed and kept["final_episodes"] >= wanted.final_episodes)

@@ -1,0 +1,48 @@
+"""What a caller in Python may do while a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from numpy.typing import NDArray
+
+from offrl.agents.base import Agent
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that has just been played.
+
+    Attributes:
+        step: updates made.
+        returns: `[lanes, episodes]`; lengths: the same, steps.
+        scores: `[lanes, episodes]` normalised; None without references.
+        agent: the agent as it stands, to look at and not to change.
+    """
+
+    step: int
+    returns: NDArray
+    lengths: NDArray
+    scores: NDArray | None
+    agent: Agent
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Functions that a run calls: after each evaluation, and after each checkpoint with the updates made and its file.
+
+    What they raise ends the run; the same call goes on from the last checkpoint.
+    """
+
+    on_evaluation: Callable[[Evaluation], object] | None = None
+    on_checkpoint: Callable[[int, Path], object] | None = None
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        if self.on_evaluation:
+            self.on_evaluation(evaluation)
+
+    def saved(self, step: int, path: Path) -> None:
+        if self.on_checkpoint:
+            self.on_checkpoint(step, path)

@@ -1,0 +1,145 @@
+"""Episodes that are played after training, and kept among the run's rows, which reports read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from offrl import results
+from offrl.agents.acting import lane_named
+from offrl.agents.base import Agent
+from offrl.data.dataset import DatasetInfo
+from offrl.data.lane_tasks import lane_infos
+from offrl.envs.chosen import import_environment
+from offrl.evaluation.evaluator import Episodes, Evaluator
+from offrl.training.answered import TASK
+from offrl.training.records import RunRecord
+from offrl.training.runs import dataset_info, evaluation_info, load_agent, read_config
+from offrl.training.schema import EvalConfig
+from offrl.utils import checkpoint
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import write_json
+from offrl.utils.process import _locked
+
+EVERYTHING = 2**62  # later than any update: a writer of rows that goes on there drops none
+
+
+def policy_of(run: Path, options: EvalConfig, lane: str | None = None) -> tuple[Agent, DatasetInfo]:
+    """A run's policy and what it is played in.
+
+    Args:
+        run: the run's folder, or a checkpoint.
+        options: as a run's, `env` and what belongs to it included; a `MODULE:ID` is imported.
+        lane: the number of one lane, or `best`; all of them without it.
+
+    Raises:
+        OffrlError: there is no run, no environment or no such lane.
+    """
+    agent = load_agent(run)
+    if options.env:
+        import_environment(options.env)
+    info = evaluation_info(dataset_info(run), _with_config(run, options))
+    return (agent if lane is None else agent.lane(lane_named(agent, lane))), info
+
+
+def evaluate(agent: Agent, info: DatasetInfo, options: EvalConfig) -> Episodes:
+    """`options.episodes` episodes of every lane of a policy."""
+    with Evaluator(info, agent.spec.lanes, options.workers, options.slots) as evaluator:
+        return evaluator.run(agent, options.episodes, options.seed)
+
+
+def _with_config(run: Path, options: EvalConfig) -> EvalConfig:
+    """The options with the environment that earlier evaluations of a run took, where none is given."""
+    if options.env:
+        return options
+    try:
+        kept = read_config(_folder(run)).get("eval") or {}
+    except OffrlError:
+        return options
+    env = kept.get("env")
+    if not isinstance(env, str) or not isinstance(kept.get("env_kwargs") or {}, dict):
+        return options
+    return replace(options, env=env, env_kwargs={**(kept.get("env_kwargs") or {}), **options.env_kwargs})
+
+
+def _folder(run: Path) -> Path:
+    """The run's folder of a checkpoint's file."""
+    if not run.is_file():
+        return run
+    return run.parent.parent if run.parent.name == "checkpoints" else run.parent
+
+
+def keep(run: Path, options: EvalConfig, seeds: list[int], info: DatasetInfo, played: Episodes) -> str:
+    """Append what `evaluate` returned to the run's rows; returns what was done, in a sentence.
+
+    Episodes that are there already (same update, lane and environment seed) are not added twice, and neither are those of
+    another environment than the run's rows have: a report would mix them.
+    """
+    folder = _folder(run)
+    try:
+        config = read_config(folder)
+        record: RunRecord = checkpoint.metadata(run if run.is_file() else run / checkpoint.NAME, RunRecord)
+        with _locked(folder):
+            there = results.read([folder])
+            known = set(there["env_id"].drop_nulls().to_list()) if there.height else set()
+            envs = {one.env_id for one in lane_infos(info, len(seeds))}
+            if known and not envs <= known:
+                return f"not kept: the run's rows are of {', '.join(sorted(known))}"
+            old = there.filter(pl.col("step") == record.step)
+            lanes = old.partition_by("lane")
+            done = set.intersection(*(set(lane["eval_seed"]) for lane in lanes)) if lanes else set()
+            new = [column for column, seed in enumerate(played.seeds) if seed not in done]
+            if new:
+                _append(folder, config, record, seeds, info, played, new)
+                _sum_up(folder, record.step, len(seeds))
+            if not known and options.env:  # the next evaluation plays there, too
+                chosen = {key: value for key, value in asdict(options).items() if key in TASK}
+                write_json(folder / "config.json", {**config, "eval": {**(config.get("eval") or {}), **chosen}})
+    except OffrlError as error:
+        return f"not kept: {error}"
+    return f"{len(new)} new episodes a lane kept in {folder}, where `offrl report` reads them"
+
+
+def _append(
+    folder: Path,
+    config: dict[str, Any],
+    record: RunRecord,
+    seeds: list[int],
+    info: DatasetInfo,
+    played: Episodes,
+    columns: list[int],
+) -> None:
+    budget = results.progress(folder).updates
+    by_lane = [{"dataset": one.id, "env_id": one.env_id} for one in lane_infos(info, len(seeds))]
+    shared = {"run_id": folder.name, "method": config.get("method") or "unknown", "dataset": info.id}
+    run = {**shared, "env_id": info.env_id, "by_lane": by_lane, "updates": budget}
+    normalized = None if played.normalized is None else played.normalized[:, columns]
+    with results.RunWriter(folder, run, EVERYTHING) as writer:
+        writer.episodes(
+            record.step,
+            seeds,
+            played.returns[:, columns],
+            played.lengths[:, columns],
+            normalized,
+            [played.seeds[column] for column in columns],
+        )
+
+
+def _sum_up(folder: Path, step: int, lanes: int) -> None:
+    """Make `result.json` the mean of all episodes after the last update."""
+    if not (folder / "result.json").exists() or step < results.progress(folder).updates:
+        return
+    rows = results.read([folder]).filter(pl.col("step") == step)
+    means = [
+        (float(lane["return_raw"].mean()), float(np.mean(lane["normalized"].to_numpy())))
+        for number in range(lanes)
+        if (lane := rows.filter(pl.col("lane") == number)).height
+    ]
+    if len(means) == lanes:
+        returns, scores = map(list, zip(*means))
+        scored = not np.isnan(scores).any()
+        write_json(folder / "result.json", {"step": step, "returns": returns, "scores": scores if scored else None})

@@ -1,0 +1,425 @@
+"""Data and an environment of one's own: what Python hands over, what a command line names, and what files may not do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import offrl
+from offrl.cli import main as cli
+from offrl.data import DatasetInfo, OfflineDataset, ReadOptions, from_arrays, from_episodes, from_frame
+from offrl.data.arrays import write_npz
+from offrl.datasets import load
+from offrl.results import read
+from offrl.training.hooks import Evaluation
+from offrl.training.run_config import resolve_config
+from offrl.training.runs import read_config, read_data
+from offrl.training.trainer import resume
+from offrl.utils.errors import OffrlError
+
+STEPS = 5
+COUNT = """
+import gymnasium, numpy as np
+
+class Count(gymnasium.Env):
+    '''The reward of a step is `scale`, whatever the action; an episode never ends by itself.'''
+    observation_space = gymnasium.spaces.Box(-2, 2, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 2), {}
+
+    def step(self, action):
+        return self.np_random.uniform(-1, 1, 2), self.scale, False, False, {}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr("gymnasium.registry", gymnasium.registry)
+
+
+def make_count(scale: float = 1.0) -> gymnasium.Env:
+    scope: dict[str, Any] = {"__name__": "count"}
+    exec(COUNT, scope)
+    env: gymnasium.Env = scope["Count"](scale)
+    return env
+
+
+def episodes(count: int = 6) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "observations": rng.uniform(-1, 1, (STEPS + 1, 2)),
+            "actions": rng.uniform(-1, 1, (STEPS, 1)).astype(np.float32),
+            "rewards": np.arange(STEPS, dtype=float) + number,
+            "terminals": np.arange(STEPS) == (STEPS - 1 if number % 2 else -1),
+        }
+        for number in range(count)
+    ]
+
+
+QUICK = {"agent": "td3_bc", "updates": 4, "batch_size": 8, "agent.hidden": [4], "progress": False, "eval.workers": 1}
+
+
+def fit(dataset: Any, **options: Any) -> Any:
+    return offrl.fit(dataset=dataset, **QUICK | options)
+
+
+# ---- arrays ---------------------------------------------------------------------------------------------------
+
+
+def test_episodes_with_their_last_state_are_transitions_of_stated_successors() -> None:
+    store, parts = from_episodes(episodes()), episodes()
+    assert store.lengths.tolist() == [STEPS] * 6
+    assert not store.has_tail.any()
+    for number, part in enumerate(parts):
+        rows = slice(number * STEPS, (number + 1) * STEPS)
+        np.testing.assert_array_equal(store.observations[rows], part["observations"][:-1].astype(np.float32))
+        np.testing.assert_array_equal(store.next_observations[rows], part["observations"][1:].astype(np.float32))
+        assert store.terminations[rows].tolist() == [0.0] * (STEPS - 1) + [float(number % 2)]
+
+
+def test_without_its_last_state_a_cut_episode_loses_its_last_transition() -> None:
+    parts = [part | {"observations": part["observations"][:-1]} for part in episodes()]
+    assert from_episodes(parts).lengths.tolist() == [STEPS - 1, STEPS] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"rewards": None}, "episode 1: missing rewards"),
+        ({"actions": np.zeros((3, 1))}, r"episode 1: 6 observations, 3 actions and 5 rewards don't fit together"),
+        ({"observations": np.zeros((6, 3))}, "observations has rows of different shapes in different episodes"),
+        ({"observations": np.zeros((5, 2))}, "some episodes have observations of T \\+ 1 states and some of T"),
+    ],
+)
+def test_bad_episodes_are_refused(change: dict[str, Any], sentence: str) -> None:
+    parts = episodes()
+    parts[1] = {key: value for key, value in (parts[1] | change).items() if value is not None}
+    with pytest.raises(OffrlError, match=sentence):
+        from_episodes(parts)
+
+
+def flat() -> dict[str, np.ndarray]:
+    """The same episodes as columns, with a number for each."""
+    parts = episodes()
+    columns = {key: np.concatenate([part[key][:STEPS] for part in parts]) for key in parts[0]}
+    return columns | {"episode": np.repeat(np.arange(len(parts)), STEPS)}
+
+
+def test_a_frame_of_polars_is_the_flat_columns() -> None:
+    import polars as pl
+
+    columns = flat()
+    frame = pl.DataFrame(
+        {
+            "x": columns["observations"][:, 0],
+            "y": columns["observations"][:, 1],
+            "push": columns["actions"][:, 0],
+            "reward": columns["rewards"],
+            "terminal": columns["terminals"],
+            "episode": columns["episode"],
+        }
+    )
+    store = from_frame(frame, ["x", "y"], "push", episode="episode")
+    ends = np.arange(len(columns["rewards"])) % STEPS == STEPS - 1
+    arrays = {key: columns[key] for key in ("observations", "actions", "rewards", "terminals")}
+    same = from_arrays(arrays | {"timeouts": ends & ~columns["terminals"]})
+    assert store.fingerprint == same.fingerprint
+    with pytest.raises(OffrlError, match=r"no column z, which observations= names; it has x, y, push"):
+        from_frame(frame, ["x", "z"], "push")
+
+
+def test_an_index_of_pandas_makes_no_difference() -> None:
+    """pandas is no dependency: what `from_frame` uses of a frame is its columns' names, [] and `to_numpy`."""
+
+    class Column:
+        def __init__(self, values: np.ndarray) -> None:
+            self.to_numpy = lambda: values
+
+    class Frame(dict):
+        columns = property(lambda self: list(self))
+
+        def __len__(self) -> int:
+            return 6 * STEPS
+
+    values = flat()
+    frame = Frame({"x": Column(values["observations"][:, 0]), "a": Column(values["actions"][:, 0])})
+    frame |= {"reward": Column(values["rewards"]), "terminal": Column(values["terminals"])}
+    assert from_frame(frame, "x", "a").obs_dim == 1
+
+
+# ---- what Python hands over -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dataset", "arrays", "path"])
+def test_fit_takes_data_in_memory_and_the_run_can_be_resumed(kind: str, tmp_path: Path) -> None:
+    store = from_episodes(episodes())
+    columns = {key: value for key, value in flat().items() if key != "episode"}
+    timeouts = (np.arange(6 * STEPS) % STEPS == STEPS - 1) & ~columns["terminals"]
+    if kind == "path":
+        write_npz(store, tmp_path / "mine.npz")
+    given = {"dataset": store, "arrays": columns | {"timeouts": timeouts}, "path": tmp_path / "mine.npz"}[kind]
+    result = fit(given, eval={"every": 0, "final_episodes": 0})
+    again = fit(given, eval={"every": 0, "final_episodes": 0})
+    assert again.folder == result.folder
+    assert again.status == "already finished"
+    longer = resume(result.folder, {"updates": 6})
+    assert (longer.step, longer.status) == (6, "finished")
+
+
+def test_other_numbers_or_another_info_are_another_run() -> None:
+    store = from_episodes(episodes())
+    unseen = {"eval": {"every": 0, "final_episodes": 0}}
+    folders = {
+        fit(data, **unseen).folder
+        for data in (store, store.with_rewards(2.0), store.with_info(id="mine"), from_episodes(episodes(5)))
+    }
+    assert len(folders) == 4
+
+
+def test_the_kept_data_is_the_data(tmp_path: Path) -> None:
+    store = from_episodes(episodes(), DatasetInfo(id="mine/first set", action_low=-1, action_high=1))
+    result = fit(store, eval={"every": 0, "final_episodes": 0})
+    name = json.loads((result.folder / "config.json").read_text())["dataset"]
+    assert load(name).fingerprint == store.fingerprint
+    assert load(name).info.id == "mine/first set"
+    with pytest.raises(OffrlError, match=r"no longer kept; hand it to offrl\.fit again"):
+        load(f"given/{'0' * 12}/mine")
+
+
+def test_reading_options_hold_for_arrays_and_are_refused_for_a_dataset() -> None:
+    arrays = {key: value for key, value in flat().items() if key != "episode"} | {"actions": 3 * flat()["actions"]}
+    unseen = {"eval.every": 0, "eval.final_episodes": 0}
+    with pytest.raises(OffrlError, match=r'give the true bound \(data=\{"action_bound": B\}'):
+        fit(arrays, **unseen)
+    result = fit(arrays, data={"action_bound": 4.0}, **unseen)
+    assert offrl.load_agent(result.folder).spec.action_high == 4.0
+    with pytest.raises(OffrlError, match="has been read already"):
+        fit(from_arrays(arrays, options=ReadOptions(action_bound=4.0)), data={"action_bound": 4.0}, **unseen)
+    with pytest.raises(OffrlError, match=r"dataset is of type int; give an id, a path"):
+        fit(3)
+
+
+def test_a_minari_dataset_and_a_filtered_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    from minari.data_collector import EpisodeBuffer
+
+    buffers = [
+        EpisodeBuffer(
+            id=number,
+            observations=part["observations"].astype(np.float32),
+            actions=part["actions"],
+            rewards=part["rewards"],
+            terminations=part["terminals"],
+            truncations=(np.arange(STEPS) == STEPS - 1) & ~part["terminals"],
+            infos={},
+        )
+        for number, part in enumerate(episodes(3))
+    ]
+    spaces = {name: getattr(make_count(), name) for name in ("observation_space", "action_space")}
+    dataset = minari.create_dataset_from_buffers("mine/count-v0", buffers, author="me", **spaces)
+    unseen = {"every": 0, "final_episodes": 0}
+    whole = fit(dataset, eval=unseen)
+    assert json.loads((whole.folder / "config.json").read_text())["dataset"] == "mine/count-v0"
+    some = fit(dataset.filter_episodes(lambda episode: episode.id != 1), eval=unseen)
+    name = json.loads((some.folder / "config.json").read_text())["dataset"]
+    whole_store, some_store = load("mine/count-v0"), load(name)
+    assert some_store.fingerprint == whole_store.select_episodes(torch.tensor([0, 2])).fingerprint
+
+
+# ---- the environment ------------------------------------------------------------------------------------------
+
+
+def test_a_function_makes_the_environment_and_callbacks_see_what_happens() -> None:
+    """Three steps of reward 2 are a return of 6, which is 60 between references of 0 and 10."""
+    seen: list[Evaluation] = []
+    saved: list[tuple[int, Path]] = []
+    result = fit(
+        from_episodes(episodes()),
+        eval={
+            "every": 2,
+            "episodes": 1,
+            "final_episodes": 3,
+            "env": make_count,
+            "env_kwargs": {"scale": 2.0},
+            "max_episode_steps": 3,
+            "ref_min": 0,
+            "ref_max": 10,
+        },
+        lanes=2,
+        log_every=2,
+        on_evaluation=seen.append,
+        on_checkpoint=lambda step, path: saved.append((step, path)),
+    )
+    assert result.returns == [6.0, 6.0]
+    assert result.scores == pytest.approx([60.0, 60.0])
+    assert [(one.step, one.returns.shape) for one in seen] == [(2, (2, 1)), (4, (2, 3))]
+    assert saved == [(4, result.folder / "checkpoint.safetensors")]
+    assert set(read([result.folder])["length"]) == {3}
+
+
+def words(*more: str) -> list[str]:
+    quick = ["agent=td3_bc", "agent.hidden=[4]", "updates=4", "batch_size=8", "progress=false", "eval.workers=1"]
+    return ["train", "dataset=mine.npz", *quick, "eval.every=0", "eval.final_episodes=2", *more]
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> OfflineDataset:
+    """A file of data, and a module whose import registers an environment of a name that no other test has."""
+    store = from_episodes(episodes())
+    write_npz(store, tmp_path / "mine.npz")
+    name = f"count_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(
+        COUNT + f"\ngymnasium.register('{name}-v0', entry_point=Count, max_episode_steps=3)\n"
+    )
+    return store
+
+
+def module_of(folder: Path) -> str:
+    return next(folder.glob("count_*.py")).stem
+
+
+def test_the_command_line_names_a_module_and_a_file_does_not(
+    mine: OfflineDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = module_of(tmp_path)
+    assert cli.main(words()) == 2
+    assert "names no environment to evaluate in; name one with eval.env=ID" in capsys.readouterr().err
+    write_npz(mine.with_info(env_id=f"{name}:{name}-v0"), tmp_path / "mine.npz")
+    assert cli.main(words()) == 2
+    assert f"name it yourself: eval.env={name}:{name}-v0" in capsys.readouterr().err
+    assert name not in sys.modules
+    assert cli.main(words(f"eval.env={name}:{name}-v0", "name=one")) == 0
+    assert "return 3.0 after 4 updates" in capsys.readouterr().out
+    for key in [key for key in sys.modules if key == name]:
+        del sys.modules[key]
+    gymnasium.registry.pop(f"{name}-v0")
+    assert cli.main(["evaluate", "runs/one", "--episodes", "1", "--workers", "1"]) == 2
+    assert f"name it yourself: --env {name}:{name}-v0" in capsys.readouterr().err
+    assert name not in sys.modules
+    assert cli.main(["train", "resume=runs/one", "updates=5"]) == 2
+    assert name not in sys.modules
+    assert cli.main(["train", "resume=runs/one", "updates=5", f"eval.env={name}:{name}-v0"]) == 0
+
+
+def test_a_class_of_a_module_and_its_arguments(mine: OfflineDataset, tmp_path: Path, capsys: Any) -> None:
+    name = module_of(tmp_path)
+    more = (f"eval.env={name}:Count", "eval.env_kwargs.scale=3", "eval.max_episode_steps=2", "name=two")
+    assert cli.main(words(*more)) == 0
+    assert "return 6.0" in capsys.readouterr().out
+    gymnasium.registry.pop("Count")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("eval.env=nothing_like_it:Env-v0", "module nothing_like_it can't be imported"),
+        ("eval.env=json:Env-v0", "the module json has no environment Env-v0; call gymnasium.register in it"),
+        ("eval.env=Nothing-v0", "name the module that registers it: eval.env=MODULE:Nothing-v0"),
+        ("eval.env_kwargs.scale=2", "names no environment; give eval.env=ID as well"),
+        ("eval.ref_min=2", "eval.ref_min=2.0 and eval.ref_max=None are the returns that score 0 and 100"),
+    ],
+)
+def test_a_wrong_environment_gets_a_sentence(
+    given: str, sentence: str, mine: OfflineDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(given)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_an_environment_without_end_is_warned_of(mine: OfflineDataset, tmp_path: Path) -> None:
+    from offrl.envs.chosen import with_environment
+    from offrl.evaluation.evaluator import Evaluator
+
+    name = module_of(tmp_path)
+    gymnasium.register("Endless-v0", entry_point=make_count)
+    info = with_environment(mine.info, "Endless-v0")
+    with pytest.warns(UserWarning, match=r"Endless-v0 has no time limit; .*eval\.max_episode_steps=N"):
+        Evaluator(info, 1, 1).close()
+    gymnasium.registry.pop("Endless-v0")
+    assert name not in sys.modules
+
+
+# ---- scores that come later -----------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_simulator_is_scored_later(
+    mine: OfflineDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = module_of(tmp_path)
+    unseen = [word for word in words("name=later") if not word.startswith("eval.final")] + ["eval.final_episodes=0"]
+    assert cli.main(unseen) == 0
+    assert "not evaluated" in capsys.readouterr().out
+    score = ["evaluate", "runs/later", "--episodes", "2", "--workers", "1"]
+    assert cli.main(score) == 2
+    assert "name one with --env ID" in capsys.readouterr().err
+    env = ["--env", f"{name}:Count", "--env-kwargs", "scale=5", "--max-episode-steps", "2"]
+    env += ["--ref-min", "0", "--ref-max", "20"]
+    assert cli.main([*score, *env]) == 0
+    assert "2 new episodes a lane kept in runs/later" in capsys.readouterr().out
+    rows = read([tmp_path / "runs/later"])
+    assert rows["return_raw"].to_list() == [10.0, 10.0]
+    assert rows["normalized"].to_list() == [50.0, 50.0]
+    assert set(rows["checkpoint"]) == {"last"}
+    assert json.loads(Path("runs/later/result.json").read_text())["scores"] == [50.0]
+    assert cli.main([*score, "--episodes", "3", *env]) == 0  # two of the three are there
+    assert "1 new episodes a lane kept" in capsys.readouterr().out
+    assert read([tmp_path / "runs/later"]).height == 3
+    gymnasium.register("Other-v0", entry_point=make_count, max_episode_steps=2)
+    assert cli.main([*score, "--env", "Other-v0"]) == 0
+    assert f"not kept: the run's rows are of {name}:Count" in capsys.readouterr().out
+    gymnasium.registry.pop("Other-v0")
+    gymnasium.registry.pop("Count")
+
+
+def test_a_finished_run_plays_the_episodes_that_it_still_owes() -> None:
+    data = from_episodes(episodes())
+    env = {"env": make_count, "max_episode_steps": 3, "every": 0}
+    first = fit(data, eval={"every": 0, "final_episodes": 0})
+    assert first.scores is None
+    assert not first.returns
+    second = fit(data, eval={**env, "final_episodes": 2})
+    assert (second.folder, second.status, second.returns) == (first.folder, "finished", [3.0])
+    assert fit(data, eval={**env, "final_episodes": 2}).status == "already finished"
+    third = fit(data, eval={**env, "final_episodes": 4})
+    assert third.status == "finished"
+    assert read([third.folder]).height == 4
+    assert fit(data, eval={**env, "final_episodes": 1}).status == "already finished"
+    with pytest.raises(OffrlError, match=r"was scored with eval\.max_episode_steps=3, not 2"):
+        fit(data, eval={**env, "max_episode_steps": 2, "final_episodes": 2})
+    with pytest.warns(UserWarning, match="can't be evaluated every 2 updates any more"):
+        fit(data, eval={**env, "every": 2, "final_episodes": 2})
+
+
+def test_a_run_finds_its_data_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_npz(from_episodes(episodes()), tmp_path / "mine.npz")
+    result = fit("mine.npz", eval={"every": 0, "final_episodes": 0})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert resume(tmp_path / result.folder, {"updates": 6}).step == 6
+    job = resolve_config(read_config(tmp_path / result.folder), trusted=False)
+    assert len(read_data(job.train, "cpu", tmp_path / result.folder)) == 6 * STEPS
+
+
+def test_scores_show_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    env = {"env": make_count, "max_episode_steps": 3, "every": 2, "episodes": 1, "final_episodes": 1}
+    fit(from_episodes(episodes()), eval=env, progress=True)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "return" in line]
+    assert [line.partition(": ")[2] for line in lines] == ["2 of 4 updates: return 3.0", "4 of 4 updates: return 3.0"]
