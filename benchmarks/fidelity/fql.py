@@ -2,8 +2,8 @@
 
     python benchmarks/fidelity/fql.py PATH       # PATH: a checkout of seohongpark/fql
 
-Needs jax, flax, optax, distrax and ml_collections, which offrl doesn't. Prints the largest difference of any parameter after 1, 10,
-100 and 1000 updates, in float32 and in float64.
+Needs jax, flax, optax, distrax and ml_collections, which offrl doesn't. Prints the largest difference of any parameter
+after 1, 10, 100 and 1000 updates, in float32 and in float64.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def probe(
         agent.cfg.sample_actions = True
     if updates and job.train.data.tasks:
         raise OffrlError(
-            f"{folder}: its lanes have rewards of their own (data.tasks), for which leakage can't be measured; give --updates 0, "
-            "or probe a run of one task (data.task)."
+            f"{folder}: its lanes have rewards of their own (data.tasks), for which leakage can't be measured; give "
+            "--updates 0, or probe a run of one task (data.task)."
         )
     store = load_data(job.train, agent.spec.device)
     predicted = achieved = outcome = noise = None
