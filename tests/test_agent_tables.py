@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from offrl.data import catalogue
+from offrl.data import catalogue, ogbench_names
 from offrl.data.catalogue import namesake
 from offrl.forge import registry as forge
 from offrl.training.run_config import agent_config, check_tables, resolve_config
@@ -18,13 +18,10 @@ from offrl.utils.paths import conf_dir
 from offrl.utils.settings import chosen_settings
 
 AGENTS = {path.stem: path for path in sorted((conf_dir() / "agent").glob("*.yaml"))}
-IDS = [*catalogue.d4rl(), *catalogue.minari(), *forge.names()]
+OGBENCH_IDS = [*ogbench_names.names(), *(name for name in forge.names() if name.startswith(ogbench_names.FORGE))]
+IDS = [*catalogue.d4rl(), *catalogue.minari(), *forge.names(), *ogbench_names.names()]
 # Patterns for data that no list names: a user's own, called like Gymnasium's environments.
 UNLISTED = {"*HalfCheetah*", "forge/toy/*", "forge/mstoy/*"}
-# OGBench's environments.
-UNLISTED |= {f"*antmaze-{size}-navigate*" for size in ("large", "giant", "*")} | {"*antmaze-giant-navigate-*"}
-UNLISTED |= {"*humanoidmaze-*", "*antsoccer-*", "*scene-play*", "*puzzle-*-play*"}
-UNLISTED |= {f"*cube-{kind}-play*" for kind in ("single", "double", "*")}
 
 
 @cache
@@ -88,8 +85,9 @@ def test_a_row_for_both_names_keeps_its_place_in_the_table() -> None:
 # ---- what is chosen -------------------------------------------------------------------------------------------
 
 MAZE = {"data.reward_shift": -1.0}
+DQL_MAZE = {"lr_decay": 50_000_000, "data.reward_scale": 4.0, "data.reward_shift": -2.0}
+DQL_BACKUP = {"max_backup": True, **DQL_MAZE}
 OGBENCH = {"activation": "gelu", "hidden": [512, 512, 512, 512]}
-UNSHAPED = {"critic_lr": 0.0003, "data.reward_scale": 1.0, "actor_bc": 0.003, "critic_bc": 0.01}
 REBRAC = {"actor_lr": 0.001, "critic_lr": 0.001, "batch_size": 1024}
 
 
@@ -136,10 +134,26 @@ REBRAC = {"actor_lr": 0.001, "critic_lr": 0.001, "batch_size": 1024}
         (
             "fql",
             "antmaze-giant-navigate-singletask-task1-v0",
-            {"alpha": 10.0, "normalize_q": False, "target": "min", "discount": 0.995, "data.reward_shift": 0.0},
+            {"alpha": 10.0, "normalize_q": False, "target": "min", "discount": 0.995},
         ),
+        ("fql", "antmaze-medium-diverse-v2", {"alpha": 10.0, "normalize_q": False, **MAZE}),
+        ("fql", "forge/ogbench/cube-single-play-v0", {"alpha": 300.0, "normalize_q": False}),
+        ("td3_bc", "antmaze-medium-explore-singletask-v0", {}),
+        ("td3_bc", "antmaze-eval-umaze-v0", MAZE),
+        ("td3_bc", "/data/antmaze-large-play-v2.hdf5", MAZE),
+        ("iql", "antmaze-giant-navigate-singletask-v0", {"expectile": 0.9, "beta": 10.0, "discount": 0.995}),
+        ("dql", "forge/hopper/medium-replay-v0", {"grad_clip": 4.0}),
+        ("dql", "antmaze-umaze-v2", {"eta": 0.5, "grad_clip": 2.0, "max_backup": False, **DQL_MAZE}),
+        ("dql", "D4RL/antmaze/medium-play-v1", {"eta": 2.0, "grad_clip": 2.0, "actor_lr": 1e-3, **DQL_BACKUP}),
+        ("dql", "antmaze-large-diverse-v0", {"eta": 3.5, "grad_clip": 7.0, **DQL_BACKUP}),
+        ("dql", "D4RL/kitchen/complete-v2", {"eta": 0.005, "grad_clip": 9.0, "lr_decay": 12_500_000}),
+        ("dql", "cube-single-play-singletask-v0", {}),
         ("ifql", "antsoccer-arena-navigate-singletask-v0", {"discount": 0.995, "candidates": 64}),
-        ("rebrac", "antmaze-giant-navigate-singletask-v0", {**OGBENCH, **UNSHAPED, "discount": 0.995}),
+        (
+            "rebrac",
+            "antmaze-giant-navigate-singletask-v0",
+            {**OGBENCH, "actor_bc": 0.003, "critic_bc": 0.01, "discount": 0.995},
+        ),
         ("rebrac", "cube-double-play-singletask-v0", {**OGBENCH, "actor_bc": 0.1, "critic_bc": 0.0}),
     ],
 )
@@ -173,6 +187,15 @@ def test_every_row_could_be_used(agent: str) -> None:
     check_tables(rows, cls.Config, {})
     idle = {pattern for pattern in rows if not any(fnmatch(dataset, pattern) for dataset in IDS)}
     assert idle <= UNLISTED
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_rows_for_ogbench_are_apart_from_all_others(agent: str) -> None:
+    """OGBench's AntMaze is not D4RL's, whose rewards are shifted: no row holds for sets of both."""
+    others = set(IDS) - set(OGBENCH_IDS)
+    for pattern in table(agent):
+        matched = {dataset for dataset in OGBENCH_IDS if fnmatch(dataset, pattern)}
+        assert not matched or not any(fnmatch(dataset, pattern) for dataset in others), pattern
 
 
 @pytest.mark.parametrize(

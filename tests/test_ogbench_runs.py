@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,18 +19,22 @@ import torch
 import offrl
 from offrl import results
 from offrl.agents.base import Agent, Spec
+from offrl.cli.probe import probe
+from offrl.cli.select import select
 from offrl.data import ogbench_names
 from offrl.data.dataset import DatasetInfo
 from offrl.data.lane_tasks import LaneTasks, with_tasks
 from offrl.datasets import load
 from offrl.envs import make_env
 from offrl.evaluation.evaluator import Evaluator
+from offrl.evaluation.fqe import FQEConfig, fitted_q
 from offrl.results import report as reporting
 from offrl.results import tables
 from offrl.results.stats import wilson_interval
 from offrl.sampling import BatchLoader, make_sampler
 from offrl.training.compose import compose
 from offrl.training.run_config import resolve_config
+from offrl.training.runs import summary
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
@@ -186,6 +192,21 @@ def test_a_run_with_a_task_for_each_lane(tmp_path: Path) -> None:
         agent="td3_bc", out=str(tmp_path / "runs"), seeds=[3, 3], **{"data.tasks": [4, 1]}, **FORGE | QUICK | budget
     )
     assert again.status == "already finished"
+    for result in (both, again):
+        assert re.search(r"finished: success rate \(%\) \d", summary(result))
+    # What would need one reward a row says so; without it, the same works.
+    with pytest.raises(
+        OffrlError, match=r"lanes have rewards of their own \(data.tasks; train with data.task to rank\)"
+    ):
+        select([both.folder], tmp_path / "ranked", show=False)
+    with pytest.raises(
+        OffrlError, match=r"rewards of their own \(data.tasks\).*--updates 0, or probe a run of one task"
+    ):
+        probe(both.folder, episodes=0)
+    assert len(probe(both.folder, episodes=1, updates=0).achieved or []) == 2
+    (made_of_one,) = select([alone.folder], tmp_path / "ranked", FQEConfig(updates=3, hidden=(8,)), show=False)
+    assert made_of_one.scale == "success rate, %"
+    assert all(math.isfinite(policy.value) for policy in made_of_one.policies)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +221,12 @@ def test_a_run_with_a_task_for_each_lane(tmp_path: Path) -> None:
 def test_what_does_not_go_with_tasks_per_lane(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(OffrlError, match=message):
         resolve_config(compose({"agent": "td3_bc", "data.tasks": [1, 2, 3], **FORGE, **changes}))
+
+
+@pytest.mark.filterwarnings("ignore:.*no row is a success")
+def test_fitted_q_refuses_tasks_per_lane_before_it_trains() -> None:
+    with pytest.raises(OffrlError, match=r"train one task at a time with data\.task"):
+        fitted_q(tasks_of([1, 2]), [], FQEConfig(updates=10**9))
 
 
 def test_rows_of_tables_for_d4rl_s_antmaze_are_not_for_ogbench_s() -> None:

@@ -55,8 +55,9 @@ class Comparison:
 
 def authors_module(checkout: Path, name: str, repository: str) -> Any:
     """Module `name` of the checkout, imported with the checkout first on the path."""
-    if not (checkout / f"{name}.py").exists():
-        raise SystemExit(f"{checkout}: there is no {name}.py; name a checkout of {repository}.")
+    file = f"{name.replace('.', '/')}.py"
+    if not (checkout / file).exists():
+        raise SystemExit(f"{checkout}: there is no {file}; name a checkout of {repository}.")
     sys.path.insert(0, str(checkout))
     return importlib.import_module(name)
 
@@ -99,6 +100,28 @@ def td3_pairs(agent: Any, theirs: Any, actor: str, critics: Sequence[str]) -> di
         twins = [network_pairs(mine[1].mlp, layers(others[1], names), i) for i, names in enumerate(critics)]
         result[f"critics{suffix}"] = [pair for twin in twins for pair in twin]
     return result
+
+
+def flax_layers(name: str, mlp: MLP) -> dict[str, Tensor]:
+    """Our parameters of a network, as views under Flax's names and with its kernels' `[in, out]`."""
+    result = {}
+    for i, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases)):
+        result |= {f"{name}/Dense_{i}/kernel": weight[0].transpose(-2, -1), f"{name}/Dense_{i}/bias": bias[0]}
+    for i, (gain, offset) in enumerate(zip(mlp.gains, mlp.offsets)):
+        result |= {f"{name}/LayerNorm_{i}/scale": gain[0], f"{name}/LayerNorm_{i}/bias": offset[0]}
+    return result
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} as {"a": {"b": x}}."""
+    root: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *above, last = path.split("/")
+        node = root
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return root
 
 
 def random_store(dtype: torch.dtype) -> OfflineDataset:

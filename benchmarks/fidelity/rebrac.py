@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ACTION, Comparison, Fed, Pair, run
+from common import ACTION, Comparison, Fed, Pair, flax_layers, nested, run
 from torch import Tensor
 
 from offrl.agents.rebrac import ReBRAC, ReBRACConfig
@@ -26,35 +26,13 @@ CONFIG = ReBRACConfig(actor_bc=0.1, critic_bc=0.5, discount=0.98, tau=0.01, acto
 METRICS = ("critic_loss", "q_min", "actor_loss", "bc_mse_policy", "bc_mse_random", "action_mse")
 
 
-def layers(name: str, mlp: Any) -> dict[str, Tensor]:
-    """Our parameters of a network, as views under Flax's names and with its kernels' `[in, out]`."""
-    result = {}
-    for i, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases)):
-        result |= {f"{name}/Dense_{i}/kernel": weight[0].transpose(-2, -1), f"{name}/Dense_{i}/bias": bias[0]}
-    for i, (gain, offset) in enumerate(zip(mlp.gains, mlp.offsets)):
-        result |= {f"{name}/LayerNorm_{i}/scale": gain[0], f"{name}/LayerNorm_{i}/bias": offset[0]}
-    return result
-
-
 def networks(agent: ReBRAC) -> dict[str, dict[str, Tensor]]:
     return {
-        "actor": layers("params", agent.actor.mlp),
-        "actor_target": layers("params", agent.actor_target.mlp),
-        "critics": layers("params/VmapCritic_0", agent.critics.mlp),
-        "critics_target": layers("params/VmapCritic_0", agent.critics_target.mlp),
+        "actor": flax_layers("params", agent.actor.mlp),
+        "actor_target": flax_layers("params", agent.actor_target.mlp),
+        "critics": flax_layers("params/VmapCritic_0", agent.critics.mlp),
+        "critics_target": flax_layers("params/VmapCritic_0", agent.critics_target.mlp),
     }
-
-
-def tree(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} as {"a": {"b": x}}."""
-    root: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *above, last = path.split("/")
-        node = root
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return root
 
 
 class Theirs:
@@ -85,7 +63,7 @@ class Theirs:
         import optax
 
         module = self.module
-        params = {n: tree({k: self.array(v) for k, v in net.items()}) for n, net in self.mirror.items()}
+        params = {n: nested({k: self.array(v) for k, v in net.items()}) for n, net in self.mirror.items()}
         actor = module.DetActor(ACTION, CONFIG.hidden[0], layernorm=False, n_hiddens=len(CONFIG.hidden))
         critic = module.EnsembleCritic(CONFIG.hidden[0], 2, layernorm=True, n_hiddens=len(CONFIG.hidden))
         self.actor = module.ActorTrainState.create(

@@ -331,6 +331,15 @@ class RecurrentAgent(Agent[ConfigT]):
             return None
         return self.random.normal_rows(f"{state.stream}/{state.timestep}", obs.shape[1], width).to(obs.dtype)
 
+    def candidate_noise(self, obs: Tensor, state: ActingState | None, candidates: int, width: int) -> Tensor:
+        """Standard normals `[lanes, envs, candidates, width]`: of the timestep, or without a state the same everywhere."""
+        noise = self.acting_noise(obs, state, candidates * width)
+        if noise is None:
+            fixed = torch.zeros((), dtype=torch.int64, device=obs.device)  # no update's number
+            noise = self.random.normal_rows(f"{self.stream}/act", 1, candidates * width, fixed).to(obs.dtype)
+            noise = noise.expand(-1, obs.shape[1], -1)
+        return noise.unflatten(-1, (candidates, width))
+
     @property
     def samples_actions(self) -> bool:
         """Whether actions are drawn at random when the agent is evaluated."""

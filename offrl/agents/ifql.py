@@ -104,21 +104,11 @@ class IFQL(RecurrentAgent[IFQLConfig]):
     def act(self, obs: Tensor, state: ActingState | None = None) -> Tensor:
         """The best of N samples `[lanes, envs, A]`, by the smaller of the two critics."""
         lanes, envs, n = *obs.shape[:2], self.cfg.candidates
-        noise = self.candidate_noise(obs, state).flatten(1, 2)
+        noise = self.candidate_noise(obs, state, n, self.policy.noise_dim).flatten(1, 2)
         many = obs.unsqueeze(2).expand(lanes, envs, n, -1)
         actions = self.box.from_unit(self.policy.sample(many.flatten(1, 2), noise)).unflatten(1, (envs, n))
         best = self.critics.q_of_actions(obs, actions).amin(1).argmax(-1)  # [lanes, envs]
         return actions.gather(2, best[..., None, None].expand(-1, -1, 1, actions.shape[-1])).squeeze(2)
-
-    def candidate_noise(self, obs: Tensor, state: ActingState | None) -> Tensor:
-        """`[lanes, envs, N, width]`: of the timestep, or without a state the same for every observation."""
-        n, width = self.cfg.candidates, self.policy.noise_dim
-        noise = self.acting_noise(obs, state, n * width)
-        if noise is None:
-            fixed = torch.zeros((), dtype=torch.int64, device=obs.device)  # no update's number
-            noise = self.random.normal_rows(f"{self.stream}/act", 1, n * width, fixed).to(obs.dtype)
-            noise = noise.expand(-1, obs.shape[1], -1)
-        return noise.unflatten(-1, (n, width))
 
 
 @dataclass

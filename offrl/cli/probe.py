@@ -57,6 +57,11 @@ def probe(
         if not (agent.spec.discrete and hasattr(agent.cfg, "sample_actions")):
             raise OffrlError(f"{folder}: its policy does not sample discrete actions; leave --sampled out.")
         agent.cfg.sample_actions = True
+    if updates and job.train.data.tasks:
+        raise OffrlError(
+            f"{folder}: its lanes have rewards of their own (data.tasks), for which leakage can't be measured; give "
+            "--updates 0, or probe a run of one task (data.task)."
+        )
     store = load_data(job.train, agent.spec.device, Path(folder))
     predicted = achieved = outcome = noise = None
     if episodes:

@@ -123,6 +123,12 @@ def _rank(
                     f"Left out, its policy needs more than the observation (the history, or a draw): {run.folder.name}."
                 )
                 break
+            if metadata["config"].get("data", {}).get("tasks"):
+                notes.append(
+                    "Left out, its lanes have rewards of their own (data.tasks; train with data.task to rank): "
+                    f"{run.folder.name}."
+                )
+                break
             # Rewards as recorded: methods transform them differently.
             train = resolve_config(metadata["config"], trusted=False).train
             store = store or read_data(train, device, run.folder)

@@ -17,7 +17,7 @@ import numpy as np
 from offrl import results
 from offrl.results.rows import FAILURE, folders, run_of
 from offrl.training.failed_jobs import read_failures
-from offrl.training.records import FailureRecord, ResultRecord
+from offrl.training.records import FailureRecord, ResultRecord, score_name
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
 from offrl.utils.locks import READ_ONLY, is_locked
@@ -78,7 +78,7 @@ def _stands(folder: Path, now: results.Progress) -> tuple[str, str]:
         return "running", str(now)
     if (kept := _read(folder / "result.json", ResultRecord)) and kept.step >= now.updates:
         values = np.array(kept.scores or kept.returns, dtype=float)
-        name = "normalised score" if kept.scores else "return"
+        name = score_name(kept.success) if kept.scores else "return"
         return "finished", f"{name} {values.mean():.1f}" if len(values) else "not evaluated"
     if failure := _read(folder / FAILURE, FailureRecord):
         return "failed", failure.message

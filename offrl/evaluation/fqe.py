@@ -72,8 +72,10 @@ def fitted_q(
 
     Raises:
         ValueError: the policy of an agent depends on the history, or samples.
+        OffrlError: a dataset with a task for each lane, which has no returns.
     """
     cfg = cfg or FQEConfig()
+    store.returns  # noqa: B018 - refused now and not after the training
     if any(agent.initial_state(1) is not None for agent in agents):
         raise ValueError("fitted Q evaluation needs policies of the observation alone")
     width = store.action_dim if store.info.discrete is None else store.info.discrete

@@ -60,7 +60,8 @@ class DenoisingPolicy(nn.Module):
         beta, abar = schedule(steps)
         self.beta, self.abar = beta.tolist(), abar.tolist()
         self.register_buffer("roots", torch.stack([abar.sqrt(), (1 - abar).sqrt()]), persistent=False)
-        frequency = torch.exp(-math.log(10_000) * torch.arange(time_dim // 2) / (time_dim // 2 - 1))
+        exponent = torch.arange(time_dim // 2, dtype=torch.float64) / (time_dim // 2 - 1)
+        frequency = torch.exp(-math.log(10_000) * exponent)
         self.register_buffer("frequency", frequency, persistent=False)
 
     roots: Tensor

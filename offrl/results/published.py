@@ -84,7 +84,7 @@ def _online() -> dict[tuple[str, str], list[Published]]:
 def _same_name(method: str) -> str:
     """One spelling of a method: `td3_bc`, `TD3+BC` and `TD3+BC+Uniform` are the same."""
     name = re.sub(r"[^a-z0-9%()]", "", re.sub(r"\+uniform$", "", method.lower()))
-    return {"bctop10%": "10%bc", "bc10%": "10%bc"}.get(name, name)
+    return {"bctop10%": "10%bc", "bc10%": "10%bc", "diffusionql": "dql"}.get(name, name)
 
 
 def _rows(name: str) -> Iterator[tuple[dict[str, str], Published]]:
@@ -118,7 +118,7 @@ def _tuned() -> dict[tuple[str, str], dict[int, Published]]:
 def _table() -> dict[tuple[str, str], list[Published]]:
     """Published scores by method and dataset, those that state a last checkpoint first."""
     found: dict[tuple[str, str], list[Published]] = {}
-    for name in ("zoo", "prdc_a2pr", "doc", "weighting", "ogbench"):
+    for name in ("zoo", "prdc_a2pr", "doc", "weighting", "ogbench", "flow"):
         for _, number in _rows(name):
             if _NOT_COMPARABLE.search(number.protocol):
                 continue

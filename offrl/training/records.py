@@ -27,6 +27,12 @@ class ResultRecord(_Record):
     step: Count  # updates made
     returns: list[float | None]  # mean return of each lane; empty when nothing was evaluated
     scores: list[float | None] | None = None  # the same as normalised scores
+    success: bool = False  # whether these are success rates in percent
+
+
+def score_name(success: bool) -> str:
+    """What a run's scores are called where they are shown."""
+    return "success rate (%)" if success else "normalised score"
 
 
 class FailureRecord(_Record):

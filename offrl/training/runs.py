@@ -24,7 +24,7 @@ from offrl.datasets import load
 from offrl.envs.chosen import with_environment
 from offrl.training.answered import is_answered
 from offrl.training.compose import choice_file, choices
-from offrl.training.records import ResultRecord, RunRecord, SpecRecord
+from offrl.training.records import ResultRecord, RunRecord, SpecRecord, score_name
 from offrl.training.run_config import RunConfig, agent_config
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
 from offrl.utils import checkpoint
@@ -44,6 +44,7 @@ class Result:
         returns: `[lanes]` mean return of the last evaluation's episodes; empty when nothing was evaluated.
         scores: `[lanes]` the same as normalised scores; None without references.
         status: `finished`, `interrupted` (saved, can be resumed) or `already finished`.
+        success: whether the scores are success rates in percent.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Result:
     returns: list[float]
     scores: list[float] | None
     status: str
+    success: bool = False
 
 
 def read_config(folder: Path, option: str = "") -> dict[str, Any]:
@@ -131,7 +133,7 @@ def finished(folder: Path, updates: int) -> Result | None:
         if not any((folder / f"{kind}.{ending}").is_file() for ending in ("jsonl", "parquet")):
             raise OffrlError(f"{folder}: {kind}.jsonl is missing; restore it, or start over with fresh=true.")
     scores = None if kept.scores is None else _lanes(kept.scores)
-    return Result(folder, kept.step, _lanes(kept.returns), scores, "already finished")
+    return Result(folder, kept.step, _lanes(kept.returns), scores, "already finished", kept.success)
 
 
 def _lanes(values: Sequence[float | None]) -> list[float]:
@@ -144,7 +146,7 @@ def summary(result: Result) -> str:
     if result.status == "interrupted":
         return f"stopped at update {result.step}; go on with: offrl train resume={result.folder}"
     scores = result.scores if result.scores is not None else result.returns
-    name = "normalised score" if result.scores is not None else "return"
+    name = score_name(result.success) if result.scores is not None else "return"
     text = "not evaluated"
     if scores:
         spread = f" +- {np.std(scores, ddof=1):.1f} (std over {len(scores)} lanes)" if len(scores) > 1 else ""

@@ -432,13 +432,14 @@ class Trainer:
         returns = [] if self.last is None else self.last.returns.mean(-1).tolist()
         normalized = None if self.last is None else self.last.normalized
         scores = None if normalized is None else normalized.mean(-1).tolist()
-        done = self.step >= self.cfg.total_updates
+        done, success = self.step >= self.cfg.total_updates, self.store.info.scored_by_success
         if done:
             if not all((self.folder / name).is_file() for name in ("config.json", "manifest.json")):
                 self._describe()  # somebody removed them
-            write_json(self.folder / "result.json", {"step": self.step, "returns": returns, "scores": scores})
+            record = {"step": self.step, "returns": returns, "scores": scores, "success": success}
+            write_json(self.folder / "result.json", record)
         status = "finished" if done else "interrupted"
-        return Result(self.folder, self.step, returns, scores, status)
+        return Result(self.folder, self.step, returns, scores, status, success)
 
     def _evaluator(self) -> Any:
         cfg = self.cfg.eval

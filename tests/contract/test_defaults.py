@@ -55,6 +55,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "ifql": IFQL,
     # philippe-eecs/IDQL sweeps N over 16, 64 and 256; the networks and rates are those of IFQL.
     "idql": {**IFQL, "policy": "denoising", "candidates": 64},
+    # Zhendong-Wang/Diffusion-Policies-for-Offline-RL: the class's defaults, T and eta of main.py for locomotion, and its
+    # schedule of 2,000 epochs, stepped once in 50,000 updates.
+    "dql": {
+        "eta": 1.0,
+        "denoising_steps": 5,
+        "candidates": 50,
+        "max_backup": False,
+        "backup_actions": 10,
+        "ema_tau": 0.005,
+        "ema_every": 5,
+        "ema_start": 1000,
+        **BACKUP,
+        **ADAM,
+        "lr_decay": 2000 * 50_000,
+        "grad_clip": 1.0,
+        "hidden": THREE,
+        **SAMPLED,
+    },
     # corl-team/CORL `any_percent_bc.py`.
     "bc": {"lr": 3e-4, "hidden": TWO, **NOT_SAMPLED, "normalize_obs": True},
     "td3_bc": TD3_BC,

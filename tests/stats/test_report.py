@@ -402,6 +402,8 @@ def test_published_numbers_are_those_of_a_last_checkpoint():
     assert numbers
     assert not any(re.search("best|maximum|EOP|online", number.protocol) for number in numbers)
     assert lookup("td3_bc", "forge/hopper/medium-v0") == []
+    assert lookup("dql", "hopper-medium-v2") == []  # the paper has the best of each run
+    assert [n.mean for n in lookup("fql", "antmaze-large-play-v2")] == [84]
     assert lookup("PRDC", D4RL) == lookup("prdc", D4RL) != []
     assert all(math.isfinite(number.mean) and number.source for number in numbers)
 

@@ -152,7 +152,7 @@ def test_acting_takes_the_best_of_n(cls: Any) -> None:
     agent = cls(Spec(3, 2, (4, 9)), cls.Config(hidden=(16,), flow_steps=3, candidates=200)).double()
     obs = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
     state = agent.initial_state(5)
-    noise, action = agent.candidate_noise(obs, state), agent.act(obs, state)
+    noise, action = agent.candidate_noise(obs, state, 200, agent.policy.noise_dim), agent.act(obs, state)
     for lane in range(2):
         for env in range(5):
             s = torch.zeros(2, 200, 3).double() + obs[lane, env]
