@@ -1,8 +1,8 @@
 """An ensemble of one-step models, rolled out by the policy: the baseline of policy-guided diffusion.
 
 Chua, Calandra, McAllister & Levine, "Deep Reinforcement Learning in a Handful of Trials using Probabilistic Dynamics Models"
-(PETS), NeurIPS 2018, used as in MOPO (Yu et al., NeurIPS 2020): with `penalty` c, a synthetic row's reward is r - c u(s, a), u the
-ensemble's uncertainty. The authors of policy-guided diffusion did not publish their model; the settings are those of
+(PETS), NeurIPS 2018, used as in MOPO (Yu et al., NeurIPS 2020): with `penalty` c, a synthetic row's reward is r - c u(s, a), u
+the ensemble's uncertainty. The authors of policy-guided diffusion did not publish their model; the settings are those of
 EmptyJackson/unifloral: seven Gaussian members, the best five by validation error, a random one of these at every step.
 `dynamics` offers the elites to the agent's updates (MOBILE).
 
