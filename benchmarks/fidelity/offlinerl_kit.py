@@ -8,9 +8,9 @@
 Prints the largest difference of any parameter after 1, 10, 100 and 1000 updates, in float32 and in float64. Nine tenths of a
 batch stand for rollouts. Declared differences: unless it is run as it is, the kit's policy gets the exact density of its
 actions, without the 1e-6 inside the logarithm; COMBO runs with `pooled=false`, the kit's log-sum-exp over 3 values
-(`--pooled`: ours over all 30, which differs); both clamp MOBILE's target at 0 and the learnt temperature at 1 (COMBO's is free in
-both). The kit casts its inputs to float32, which is lifted, and its MOBILE asks our ensemble, since its own would draw other
-numbers.
+(`--pooled`: ours over all 30, which differs); both clamp MOBILE's target at 0 and the learnt temperature at 1 (COMBO's is free
+in both). The kit casts its inputs to float32, which is lifted, and its MOBILE asks our ensemble, since its own would draw
+other numbers.
 """
 
 from __future__ import annotations
