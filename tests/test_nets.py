@@ -620,3 +620,12 @@ def test_targets_are_copies_without_gradients() -> None:
 def test_columns_line_up_with_lanes() -> None:
     assert per_lane(2.0, 3) == 2.0
     assert per_lane(torch.tensor([1.0, 2.0]), 2).shape == (2, 1, 1)
+
+
+def test_a_saturated_policys_std_is_not_zero() -> None:
+    """Rounding leaves no spread of tanh there, and a density of spread 0 is infinite; its gradient stays finite too."""
+    mean = torch.full((1, 1, 2), 50.0, requires_grad=True)
+    middle, std = TanhGaussian(mean, torch.full((1, 1, 2), -2.0), -0.5, 2.0).moments()
+    torch.testing.assert_close(middle, torch.full((1, 1, 2), 2.0))
+    torch.testing.assert_close(std, torch.full((1, 1, 2), 1.25e-6))
+    assert torch.autograd.grad((middle + std).sum(), mean)[0].isfinite().all()

@@ -16,7 +16,7 @@ from offrl.agents import td3_bc
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.cli.main import main
 from offrl.results.report import report
-from offrl.training.compose import compose
+from offrl.training.compose import compose, compose_words
 from offrl.training.run_config import RunConfig, resolve_config
 from offrl.training.trainer import resume, train
 from offrl.utils.errors import OffrlError
@@ -194,3 +194,33 @@ def test_nothing_that_a_run_folder_names_is_imported(tmp_path: Path, monkeypatch
             resume(tmp_path / "run")
     assert not Path("was_here").exists()
     assert td3_bc.TD3BC is not None
+
+
+# ---- an augmentation that belongs to a method -------------------------------------------------------------------------
+
+
+def words(*given: str) -> RunConfig:
+    return resolve_config(compose_words(list(given)))
+
+
+def test_a_method_brings_its_augmentation_with_its_settings() -> None:
+    """Those of its yaml, then the dataset's row, then the command line; its label is left out of the method's name."""
+    made = words("agent=mopo", "dataset=walker2d-medium-replay-v2", "augment.keep=2")
+    assert made.method == "mopo"
+    keys = ("share", "refresh_every", "keep", "length", "transitions", "penalty")
+    assert [made.augment[key] for key in keys] == [0.95, 1000, 2, 1, 50000, 2.5]
+    assert words("agent=mobile", "dataset=hopper-medium-v2").augment["penalty"] == 0  # its own is the agent's
+
+
+def test_its_absence_is_named_and_another_takes_none_of_its_settings() -> None:
+    assert words("agent=mopo", "augment=none").method == "mopo+noWM"
+    other = words("agent=combo", "augment=diffusion", "dataset=walker2d-medium-v2")
+    assert (other.method, other.augment["length"], other.augment["share"]) == ("combo+diffusion", 31, 0.5)
+    assert words("agent=td3_bc", "augment=world_model").augment["share"] == 0.5
+
+
+def test_a_row_with_an_unknown_key_of_the_augmentation_is_refused() -> None:
+    agent = {"_target_": "offrl.agents.mopo.MOPO", "settings": {"*": {"augment.penalti": 1.0}}}
+    model = {"_target_": "offrl.augment.world_model.WorldModel"}
+    with pytest.raises(OffrlError, match=r"row \*: augment.penalti is no option; did you mean augment.penalty"):
+        resolve_config({"agent": agent, "augment": model, "dataset": "x"})

@@ -42,7 +42,8 @@ class Comparison:
         pairs: our parameters beside theirs, by network; see `td3_pairs` and `network_pairs`.
         draws: names and widths of our agent's standard normals in the order in which the authors draw theirs.
         uniforms: the same of our uniform numbers, which the authors draw on [-1, 1].
-        order: what their buffer's `sample` returns; rewards and masks come as columns.
+        synthetic: share of every batch that stands for a model's rollouts; these rows come last.
+    order: what their buffer's `sample` returns; rewards and masks come as columns.
     """
 
     ours: Callable[[Spec, OfflineDataset], Any]
@@ -50,6 +51,7 @@ class Comparison:
     pairs: Callable[[Any, Any], dict[str, list[Pair]]]
     draws: Sequence[Draw] = (("target_action", ACTION),)
     uniforms: Sequence[Draw] = ()
+    synthetic: float = 0.0
     order: tuple[str, ...] = ("obs", "action", "reward", "next_obs", "mask")
 
 
@@ -124,8 +126,8 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return root
 
 
-def random_store(dtype: torch.dtype) -> OfflineDataset:
-    generator = torch.Generator().manual_seed(1)
+def random_store(dtype: torch.dtype, seed: int = 1) -> OfflineDataset:
+    generator = torch.Generator().manual_seed(seed)
     obs = torch.randn(ROWS + 1, OBS, generator=generator, dtype=torch.float64)
     action = torch.rand(ROWS, ACTION, generator=generator, dtype=torch.float64) * 2 - 1
     reward = torch.randn(ROWS, generator=generator, dtype=torch.float64)
@@ -188,12 +190,15 @@ def compare(comparison: Comparison, dtype: torch.dtype, marks: Sequence[int]) ->
     theirs = comparison.theirs(agent, store)
     pairs = comparison.pairs(agent, theirs)
     start_alike(agent, pairs)
-    engine = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], BATCH, fields=agent.batch_fields))
-    random, sampler, fed, done = LaneRandom((SEED,)), Uniform(store), Fed(), 0
+    sources = [(store, Uniform(store), 1.0)]
+    if comparison.synthetic:
+        other = random_store(dtype, seed=2)
+        sources.append((other, Uniform(other), comparison.synthetic))
+    loader = BatchLoader(sources, BATCH, fields=agent.batch_fields)
+    engine, random, fed, done = Eager(agent, loader), LaneRandom((SEED,)), Fed(), 0
     for mark in marks:
         for t in range(done + 1, mark + 1):
-            rows = sampler.draw(random, torch.tensor([t]), BATCH, "sampler/0")[0]
-            batch = agent.prepare(store.transitions(rows, agent.batch_fields))[0]
+            batch = agent.prepare(loader.draw(random, torch.tensor([t])))[0][0]
             random.step.fill_(t)
             fed.batch = tuple(getattr(batch, name).reshape(BATCH, -1) for name in comparison.order)
             noise = (random.normal(name, torch.empty(1, BATCH, width)) for name, width in comparison.draws)

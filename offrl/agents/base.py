@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -25,10 +25,22 @@ from offrl.utils.random import LaneRandom
 if TYPE_CHECKING:
     from offrl.data.dataset import OfflineDataset
 
-__all__ = ["ActingState", "Agent", "Batch", "Metrics", "RecurrentAgent", "Spec", "WindowBatch"]
+__all__ = ["ActingState", "Agent", "Batch", "Dynamics", "Metrics", "RecurrentAgent", "Spec", "WindowBatch"]
 
 Metrics = dict[str, Tensor]
 ConfigT = TypeVar("ConfigT")
+
+
+class Dynamics(Protocol):
+    """An ensemble of one-step models p(s' | s, a), fitted and frozen, that an augmentation offers to the agent's updates."""
+
+    def next_gaussians(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std `[E, ..., O]` of the next state under each of the E models in use, for raw `[..., O]` and `[..., A]`."""
+        ...
+
+    def clip(self, obs: Tensor) -> Tensor:
+        """Sampled states `[..., O]`, restricted as those of the augmentation's own rollouts are."""
+        ...
 
 
 class Agent(nn.Module, Generic[ConfigT]):
@@ -54,6 +66,9 @@ class Agent(nn.Module, Generic[ConfigT]):
             which is clipped at `explore_clip`; with discrete actions, the probability of a uniform one.
         obs_eps: term added to the observations' standard deviation; 1e-3 in TD3+BC and its descendants.
         lane_scores: each lane's score at the run's last evaluation (the return where there is no score); None: unknown.
+        augmentation: label (`Augmentation.name`) of the augmentation that is part of the method; empty: none is.
+        needs_dynamics: whether updates with synthetic rows need `dynamics`.
+        dynamics: the model that the run's augmentation offers, if it has one; neither saved nor copied.
     """
 
     Config: ClassVar[type]
@@ -61,12 +76,15 @@ class Agent(nn.Module, Generic[ConfigT]):
     batch_fields: ClassVar[tuple[str, ...]] = ()
     takes_discrete: ClassVar[bool] = False
     obs_eps: ClassVar[float] = 1e-3
+    augmentation: ClassVar[str] = ""
+    needs_dynamics: ClassVar[bool] = False
     explore_noise: float = 0.1
     explore_clip: ClassVar[float] = 0.5
     window: int | None = None
     pretrain_updates: int = 0
     dataset_index: Any = None
     lane_scores: Sequence[float] | None = None
+    dynamics: Dynamics | None = None
     cfg: ConfigT
     obs_mean: Tensor
     obs_scale: Tensor
@@ -122,6 +140,14 @@ class Agent(nn.Module, Generic[ConfigT]):
             deterministic policy.
         """
         return None
+
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """An action of the policy for normalised observations, from standard normals `[lanes, n, A]`; it may leave the box.
+
+        A deterministic policy gives its action. A policy with another density than a Gaussian's overrides it.
+        """
+        gaussian = self.policy_gaussian(obs)
+        return self.act(obs) if gaussian is None else gaussian[0] + gaussian[1] * noise
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         """Log-density (log-probability if discrete) `[lanes, n]` of actions for normalised observations.
@@ -262,7 +288,7 @@ class Agent(nn.Module, Generic[ConfigT]):
         return action if self.spec.discrete else self.box.clip(action)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "dataset_index": None}
+        return {**self.__dict__, "dataset_index": None, "dynamics": None}
 
 
 @dataclass(kw_only=True)

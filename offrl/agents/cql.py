@@ -95,6 +95,10 @@ class CQL(Agent[CQLConfig]):
         """Mean and standard deviation of the squashed policy's actions: the nearest Gaussian, not the policy itself."""
         return self.actor(obs).moments()
 
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """A sample of the squashed policy."""
+        return self.actor(obs).sample(noise)[0]
+
     @torch.no_grad()
     def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
         """A sample of the squashed policy."""
@@ -155,9 +159,17 @@ class CQL(Agent[CQLConfig]):
             q_proposed: Q `[lanes, 2, batch, 3 n]` at actions sampled with `log_density` `[lanes, batch, 3 n]`. Subtracting
                 the log-density makes the sum over the actions an estimate of 3 n times the integral (importance sampling).
         """
+        difference = self.soft_maximum(q_proposed, log_density) - q_data
+        return difference.clamp(min=per_lane(self.cfg.diff_min, 2)).mean(-1)
+
+    def soft_maximum(self, q_proposed: Tensor, log_density: Tensor) -> Tensor:
+        """`[lanes, 2, batch]`: temperature times logsumexp of (Q - log density) / temperature over the sampled actions."""
         temperature = per_lane(self.cfg.temperature, 3)
-        soft_maximum = temperature * ((q_proposed - log_density.unsqueeze(1)) / temperature).logsumexp(-1, keepdim=True)
-        return (soft_maximum.squeeze(-1) - q_data).clamp(min=per_lane(self.cfg.diff_min, 2)).mean(-1)
+        return per_lane(self.cfg.temperature, 2) * ((q_proposed - log_density.unsqueeze(1)) / temperature).logsumexp(-1)
+
+    def conservative_term(self, batch: Batch, q_data: Tensor, q_proposed: Tensor, log_density: Tensor) -> Tensor:
+        """`[lanes, 2]`: the difference whose weight is `cql_alpha`; COMBO takes its two means over different rows."""
+        return self.conservative_difference(q_data, q_proposed, log_density)
 
     def lower_bounded(self, q_proposed: Tensor, batch: Batch) -> Tensor:
         """The values `[lanes, 2, batch, 3 n]` that the conservative term lowers; Cal-QL bounds them from below."""
@@ -180,7 +192,7 @@ class CQL(Agent[CQLConfig]):
         q_data, q_proposed = q[..., 0], q[..., 1:]
         error = (q_data - target.unsqueeze(1)).square().mean(-1).sum(-1)
         bounded = self.lower_bounded(q_proposed, batch)
-        difference = self.conservative_difference(q_data, bounded, log_density)
+        difference = self.conservative_term(batch, q_data, bounded, log_density)
         metrics = {"bellman_error": error, "cql_diff": difference.mean(-1)}
         penalty = difference
         if self.cfg.lagrange:

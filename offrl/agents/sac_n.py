@@ -64,6 +64,10 @@ class SACN(Agent[SACNConfig]):
         """Mean and standard deviation of the squashed policy's actions: the nearest Gaussian, not the policy itself."""
         return self.actor(obs).moments()
 
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """A sample of the squashed policy."""
+        return self.actor(obs).sample(noise)[0]
+
     @torch.no_grad()
     def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
         """A sample of the squashed policy."""

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from offrl.agents.base import Agent
+from offrl.agents.base import Agent, Dynamics
 from offrl.data.cache import read_flat, write_flat
 from offrl.data.dataset import OfflineDataset
 from offrl.sampling import BatchLoader, Sampler, Uniform
@@ -58,11 +58,15 @@ class Augmentation:
 
     Attributes:
         name: label in reports, after those of agent and sampler.
+        has_dynamics: whether `prepare` sets `dynamics`.
+        dynamics: a model of the environment that the agent's updates may ask; None: there is none.
     """
 
     Config: ClassVar[type] = SyntheticConfig
     per_lane: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str] = ""
+    has_dynamics: ClassVar[bool] = False
+    dynamics: Dynamics | None = None
 
     def __init__(self, store: OfflineDataset, cfg: Any = None, seeds: Sequence[int] = (0,)) -> None:
         self.store, self.seeds = store, tuple(seeds)
@@ -140,6 +144,8 @@ class Synthetic:
         """Fill the places of a loader made with `sources`: the first generation, or those in use after update `step`."""
         self.loader = loader
         self.augmentation.prepare(progress)
+        if self.augmentation.dynamics is not None:
+            policy.dynamics = self.augmentation.dynamics
         if step:
             self.restore(policy, step)
         else:  # no policy to guide yet
@@ -236,8 +242,13 @@ def make_augmentation(settings: Mapping[str, Any], store: OfflineDataset, seeds:
     return cls(store, cfg, seeds)
 
 
-def check_agent(agent: Agent) -> None:
-    """Raise OffrlError for an agent that cannot learn from pieces of trajectories."""
+def check_agent(agent: Agent, augmentation: type[Augmentation] | None = None) -> None:
+    """Raise OffrlError for an agent that cannot learn from pieces of trajectories, or needs a model that there is not."""
+    if agent.needs_dynamics and augmentation is not None and not augmentation.has_dynamics:
+        raise OffrlError(
+            f"{type(agent).__name__} asks a model of the environment in its updates, which {augmentation.__name__} doesn't "
+            "have; set augment=world_model."
+        )
     if "return_to_go" in agent.batch_fields:
         raise OffrlError(
             f"{type(agent).__name__} needs the return from each step to an episode's end, which synthetic pieces of episodes "

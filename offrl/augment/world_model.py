@@ -1,24 +1,23 @@
 """An ensemble of one-step models, rolled out by the policy: the baseline of policy-guided diffusion.
 
 Chua, Calandra, McAllister & Levine, "Deep Reinforcement Learning in a Handful of Trials using Probabilistic Dynamics Models"
-(PETS), NeurIPS 2018, used as in MOPO (Yu et al., NeurIPS 2020), without its penalty. The authors of policy-guided diffusion
-did not publish theirs; the settings are those of EmptyJackson/unifloral: seven Gaussian members, the best five by
-validation error, a random one of these at every step.
+(PETS), NeurIPS 2018, used as in MOPO (Yu et al., NeurIPS 2020): with `penalty` c, a synthetic row's reward is r - c u(s, a), u
+the ensemble's uncertainty. The authors of policy-guided diffusion did not publish their model; the settings are those of
+EmptyJackson/unifloral: seven Gaussian members, the best five by validation error, a random one of these at every step.
+`dynamics` offers the elites to the agent's updates (MOBILE).
 
-Deviations: inputs and targets are standardised, and states are clipped to the range of the dataset's states (off the
-data the model would diverge within a long rollout). Each member has bounds of the variance of its own, where
+Deviations: inputs and targets are standardised (the uncertainty is in raw units of states and reward all the same, so that
+published penalties carry over), and states are clipped to the range of the dataset's states (off the data the model would
+diverge within a long rollout), unless `clip_states` is false. Each member has bounds of the variance of its own, where
 unifloral's share theirs, so the penalty on the bounds' width counts once per member; AdamW's eps is 1e-8 (unifloral:
 1e-5). A terminal row is learnt with the successor that the dataset has: where the file has none, that is the state
-itself or the next episode's first one. Hopper, Walker2d and Ant terminate by Gymnasium's rules; other tasks never
-terminate.
+itself or the next episode's first one. Where rollouts terminate: `termination.py`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +25,18 @@ from torch import Tensor, nn
 from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, SyntheticConfig
 from offrl.augment.fitting import FitLoop, fit_or_load, model_path
+from offrl.augment.termination import disagreement, termination
 from offrl.augment.trajectories import Rows, synthetic_store
-from offrl.data.dataset import DatasetInfo, OfflineDataset
-from offrl.nets import MLP, Adam
+from offrl.data.dataset import OfflineDataset
+from offrl.nets import MLP, Adam, per_lane
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
 _VERSION = 1  # raise it when the same settings give other weights
+_CHUNK = 65_536  # rows that go through the ensemble at once
+_SAMPLE = 2_000  # rows of the dataset whose uncertainty the manifest summarises
+
+Uncertainty = Literal["aleatoric", "aleatoric_elites", "pairwise", "ensemble_std"]
 
 
 @dataclass
@@ -103,18 +107,67 @@ class Ensemble(nn.Module):
         log_variance = self.least + nn.functional.softplus(log_variance - self.least)
         return mean[0], log_variance[0]
 
-    def draw(self, obs: Tensor, action: Tensor, member: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, obs: Tensor, action: Tensor, member: Tensor, noise: Tensor, clip: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Next states `[n, O]` and rewards `[n]`.
 
         Args:
             member: `[n]` int64, the elite that predicts; noise: `[n, O + 1]` standard normals.
+            clip: whether states are clipped to the range of the dataset's.
         """
-        mean, log_variance = self(obs, action)
+        return self.draw_from(self(obs, action), obs, member, noise, clip)
+
+    def draw_from(
+        self, predicted: tuple[Tensor, Tensor], obs: Tensor, member: Tensor, noise: Tensor, clip: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """The same with what `forward` predicted."""
+        mean, log_variance = predicted
         chosen = self.elites[member].view(1, -1, 1).expand(1, -1, mean.shape[-1])
         change = mean.gather(0, chosen)[0] + (0.5 * log_variance.gather(0, chosen)[0]).exp() * noise
         change = change * self.out_std + self.out_mean
-        following = (obs + change[:, :-1]).minimum(self.high).maximum(self.low)
-        return following, change[:, -1]
+        following = obs + change[:, :-1]
+        return self.clip(following) if clip else following, change[:, -1]
+
+    def clip(self, obs: Tensor) -> Tensor:
+        """States `[..., O]` clipped to the range of the dataset's."""
+        return obs.minimum(self.high).maximum(self.low)
+
+    def uncertainty(self, predicted: tuple[Tensor, Tensor], kind: Uncertainty) -> Tensor:
+        """u(s, a) `[n]` in raw units of states and reward, from what `forward` predicted.
+
+        `aleatoric` (MOPO): largest length of a member's std, over states and reward; `aleatoric_elites`: of the elites' alone.
+        `pairwise`: largest distance of a member's mean state from the mean of all. `ensemble_std`: root of the variance over
+        members of the mean state, averaged over dimensions. All but the second look at all members.
+        """
+        mean, log_variance = predicted
+        if kind in ("aleatoric", "aleatoric_elites"):
+            if kind == "aleatoric_elites":
+                log_variance = log_variance[self.elites]
+            return torch.linalg.vector_norm((0.5 * log_variance).exp() * self.out_std, dim=-1).amax(0)
+        state = mean[..., :-1] * self.out_std[:-1]
+        if kind == "pairwise":
+            return torch.linalg.vector_norm(state - state.mean(0), dim=-1).amax(0)
+        return state.var(0, correction=0).mean(-1).sqrt()
+
+
+class EliteDynamics:
+    """The elites of an ensemble as what an agent's updates may ask: `offrl.agents.base.Dynamics`."""
+
+    def __init__(self, model: Ensemble, clip_states: bool) -> None:
+        self.model, self.clip_states = model, clip_states
+
+    def next_gaussians(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std `[elites, ..., O]` of the next state, for raw `[..., O]` and `[..., A]`."""
+        model, shape = self.model, obs.shape[:-1]
+        mean, log_variance = model(obs.flatten(0, -2), action.flatten(0, -2))
+        change = mean[model.elites] * model.out_std + model.out_mean
+        std = (0.5 * log_variance[model.elites]).exp() * model.out_std
+        return obs + change[..., :-1].unflatten(1, shape), std[..., :-1].unflatten(1, shape)
+
+    def clip(self, obs: Tensor) -> Tensor:
+        """States as the rollouts have them: in the range of the dataset's, if the augmentation clips."""
+        return self.model.clip(obs) if self.clip_states else obs
 
 
 def targets(store: OfflineDataset) -> Tensor:
@@ -180,45 +233,30 @@ class EnsembleFit(FitLoop):
         return self.model.state_dict(), metadata
 
 
-# ---- termination -------------------------------------------------------------------------------------------------------
-
-
-def _hopper(obs: Tensor) -> Tensor:
-    return (obs[:, 0] <= 0.7) | (obs[:, 1].abs() >= 0.2) | (obs[:, 1:].abs() >= 100).any(-1)
-
-
-def _walker2d(obs: Tensor) -> Tensor:
-    return (obs[:, 0] <= 0.8) | (obs[:, 0] >= 2.0) | (obs[:, 1].abs() >= 1.0)
-
-
-def _ant(obs: Tensor) -> Tensor:
-    return (obs[:, 0] < 0.2) | (obs[:, 0] > 1.0)
-
-
-def _never(obs: Tensor) -> Tensor:
-    return torch.zeros(len(obs), dtype=torch.bool, device=obs.device)
-
-
-def termination(info: DatasetInfo) -> Callable[[Tensor], Tensor]:
-    """The function that says whether states `[n, O]` are terminal in a dataset's environment, as in Gymnasium."""
-    name = re.match(r"(Hopper|Walker2d|Ant)-", info.env_id or "")
-    return {"Hopper": _hopper, "Walker2d": _walker2d, "Ant": _ant}[name[1]] if name else _never
-
-
 # ---- the augmentation ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class WorldModelConfig(SyntheticConfig):
     length: int = 5  # transitions of a rollout from a state of the dataset
+    penalty: float = 0.0  # c; a synthetic row's reward is r - c u(s, a), in raw units
+    uncertainty: Uncertainty = "aleatoric"  # u: aleatoric, aleatoric_elites, pairwise or ensemble_std
+    clip_states: bool = True  # clip states to the range of the dataset's
     model: EnsembleConfig = field(default_factory=EnsembleConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if torch.as_tensor(self.penalty).min() < 0:
+            raise OffrlError(f"augment.penalty={self.penalty} should be at least 0; it is subtracted from rewards.")
 
 
 class WorldModel(Augmentation):
     """Rollouts of the policy from states of the dataset; without a policy, of the recorded actions."""
 
     Config: ClassVar[type] = WorldModelConfig
+    per_lane = ("penalty",)
     name = "WM"
+    has_dynamics = True
 
     def prepare(self, progress: bool = False) -> None:
         self.path = model_path("world_model", _VERSION, self.store, self.cfg.model)
@@ -228,6 +266,7 @@ class WorldModel(Augmentation):
         self.model.load_state_dict(tensors)
         self.model.to(self.store.device).requires_grad_(False)
         self.terminates = termination(self.store.info)
+        self.dynamics = EliteDynamics(self.model, self.cfg.clip_states)
 
     @torch.no_grad()
     def generate(self, policy: Agent | None, step: int) -> OfflineDataset:
@@ -244,24 +283,42 @@ class WorldModel(Augmentation):
                 action = self.act(policy, obs, random, t)
             member = random.integers(f"member/{t}", len(self.model.elites), (cfg.trajectories,))
             noise = random.normal(f"noise/{t}", obs.new_empty(lanes, cfg.trajectories, store.obs_dim + 1))
-            flat = (part.flatten(0, 1) for part in (obs, action, member, noise))
-            following, reward = self.model.draw(*flat)
+            flat = tuple(part.flatten(0, 1) for part in (obs, action, member, noise))
+            chunks = zip(*(part.split(_CHUNK) for part in flat))
+            following, reward, unsure = map(torch.cat, zip(*(self.step(*chunk) for chunk in chunks)))
+            reward = reward - (per_lane(cfg.penalty) * unsure.unflatten(0, (lanes, -1))).flatten()
             done = self.terminates(following)
-            kept_rows.append((obs.flatten(0, 1), action.flatten(0, 1), reward, done))
+            kept_rows.append((*flat[:2], reward, done))
             obs = following.unflatten(0, (lanes, cfg.trajectories))
         end = obs.flatten(0, 1)
         kept_rows.append((end, torch.zeros_like(kept_rows[0][1]), torch.zeros_like(reward), torch.zeros_like(done)))
         return synthetic_store(Rows(*(torch.stack(parts, 1) for parts in zip(*kept_rows))), store, self.name)
 
+    def step(self, obs: Tensor, action: Tensor, member: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Next states `[n, O]`, rewards `[n]` before the penalty, and uncertainties `[n]`; arguments as in `Ensemble.draw`."""
+        predicted = self.model(obs, action)
+        following, reward = self.model.draw_from(predicted, obs, member, noise, self.cfg.clip_states)
+        return following, reward, self.model.uncertainty(predicted, self.cfg.uncertainty)
+
     def act(self, policy: Agent, obs: Tensor, random: LaneRandom, t: int) -> Tensor:
-        """`[lanes, n, A]`: actions inside the box; sampled where the policy is Gaussian."""
-        normalized = policy.normalize(obs)
-        gaussian = policy.policy_gaussian(normalized)
-        if gaussian is None:
-            action = policy.act(normalized)
-        else:
-            action = gaussian[0] + gaussian[1] * random.normal(f"action/{t}", gaussian[0])
-        return policy.within_bounds(action)
+        """`[lanes, n, A]`: actions inside the box; sampled where the policy has a density."""
+        noise = random.normal(f"action/{t}", obs.new_empty(*obs.shape[:-1], self.store.action_dim))
+        return policy.within_bounds(policy.sample_action(policy.normalize(obs), noise))
+
+    @torch.no_grad()
+    def uncertainty_of_data(self) -> dict[str, float]:
+        """Mean and upper quantiles of u over rows of the dataset, evenly spaced: the scale that `penalty` multiplies."""
+        rows = torch.linspace(0, len(self.store) - 1, min(_SAMPLE, len(self.store)), device=self.store.device).long()
+        u = self.model.uncertainty(
+            self.model(self.store.observations[rows], self.store.actions[rows]), self.cfg.uncertainty
+        )
+        quantiles = {f"q{percent}": float(u.quantile(percent / 100)) for percent in (50, 95, 100)}
+        return {"mean": float(u.mean()), **quantiles}
 
     def metadata(self) -> dict[str, Any]:
-        return {"model": {"file": self.path.name, **self.about}}
+        """The model, the uncertainty of the dataset's rows, and the share of them whose flag `termination` gets wrong."""
+        return {
+            "model": {"file": self.path.name, **self.about},
+            "uncertainty": self.uncertainty_of_data(),
+            "termination_disagreement": disagreement(self.store),
+        }

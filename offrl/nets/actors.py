@@ -154,13 +154,16 @@ class TanhGaussian:
         return (normal - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the actions, `[..., A]` each, by Gauss-Hermite quadrature with 32 nodes."""
+        """Mean and standard deviation of the actions, `[..., A]` each, by Gauss-Hermite quadrature with 32 nodes.
+
+        The standard deviation is at least 1e-6 of half the box: where tanh is saturated rounding would leave 0.
+        """
         nodes, weights = (torch.as_tensor(x).to(self.mean) for x in np.polynomial.hermite_e.hermegauss(32))
         weights = weights / weights.sum()
         values = (self.mean.unsqueeze(-1) + self.log_std.exp().unsqueeze(-1) * nodes).tanh()
         mean = (values * weights).sum(-1)
         variance = ((values - mean.unsqueeze(-1)).square() * weights).sum(-1)
-        return self._to_box(mean), variance.sqrt() * self._half_width
+        return self._to_box(mean), variance.clamp(min=1e-12).sqrt() * self._half_width
 
 
 class TanhGaussianActor(_Actor):

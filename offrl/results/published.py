@@ -118,7 +118,7 @@ def _tuned() -> dict[tuple[str, str], dict[int, Published]]:
 def _table() -> dict[tuple[str, str], list[Published]]:
     """Published scores by method and dataset, those that state a last checkpoint first."""
     found: dict[tuple[str, str], list[Published]] = {}
-    for name in ("zoo", "prdc_a2pr", "doc", "weighting", "ogbench", "flow"):
+    for name in ("zoo", "prdc_a2pr", "doc", "weighting", "ogbench", "flow", "model_based"):
         for _, number in _rows(name):
             if _NOT_COMPARABLE.search(number.protocol):
                 continue

@@ -69,6 +69,8 @@ class RunConfig:
         lanes = len(self.train.lane_seeds())
         cls, cfg = sampler_config(self.sampler, lanes)
         augmentation = augmentation_config(self.augment, lanes)[0].name if self.augment else ""
+        if own := agent_config(self.agent)[0].augmentation:  # it is part of the method: its absence is worth a word
+            augmentation = {own: "", "": f"no{own}"}.get(augmentation, augmentation)
         online = "online" if self.train.online.steps else ""
         return "+".join(filter(None, (self.agent_name, cls.label(cfg), augmentation, online)))
 
@@ -144,9 +146,10 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
     tables, dataset = agent.pop("settings", None), plain_name(str(values.get("dataset", "")))
-    always_online = agent.pop("online", None)
+    always_online, always_augment = agent.pop("online", None), _table(agent, "augment")
     cls, _ = agent_config(agent)  # a typing error should not wait for the data
-    check_tables(tables, cls.Config, agent)
+    own = _own_augmentation(cls, augment)
+    check_tables(tables, cls.Config, agent, own)
     tables = _rows_for(tables, dataset)
     rows = matching_rows(tables, dataset, namesake(dataset))
     name = str(values.pop("agent_name", "") or _name_of(str(agent["_target_"])))
@@ -156,6 +159,8 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
             given_data.setdefault(key.removeprefix("data."), value)
         elif key.startswith("online."):
             add_table(online, key.removeprefix("online."), value)
+        elif key.startswith("augment."):
+            always_augment[key.removeprefix("augment.")] = value
         elif key in TABLED:
             values.setdefault(key, value)
         else:
@@ -171,6 +176,8 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
         raise OffrlError(
             f"augment.{next(iter(augment))}: there is no augmentation to set; choose one with augment=NAME."
         )
+    if own:
+        augment = always_augment | augment
     if augment:
         _take_common(augment, target_class(augment, Augmentation, "augment").Config, common)
         augment = resolved(augment, augmentation_config(augment, lanes)[1])
@@ -180,6 +187,14 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     if train.eval.env and is_trusted():  # a file's is not imported
         import_environment(train.eval.env)
     return RunConfig(train, agent, sampler, augment, name, rows)
+
+
+def _own_augmentation(cls: type[Agent[Any]], augment: Mapping[str, Any]) -> type[Any] | None:
+    """The settings' dataclass of the chosen augmentation if it is part of the method; None: there is no such thing to set."""
+    if "_target_" not in augment:
+        return None
+    chosen: type[Augmentation] = target_class(augment, Augmentation, "augment")
+    return chosen.Config if chosen.name == cls.augmentation else None
 
 
 def _rows_for(tables: Tables | None, dataset: str) -> Tables | None:
@@ -248,11 +263,14 @@ def _settings_in(path: Path, modified: int) -> frozenset[str]:
     return frozenset(f.name for f in fields(cls.Config)) if cls else frozenset()
 
 
-def check_tables(tables: Tables | None, cls: type[Any], agent: Mapping[str, Any]) -> None:
+def check_tables(
+    tables: Tables | None, cls: type[Any], agent: Mapping[str, Any], augment: type[Any] | None = None
+) -> None:
     """Raise OffrlError for a wrong key or value in any row of a method's table, whether or not a dataset matches it.
 
     Args:
         cls: the method's dataclass of settings. agent: the settings that are given beside the table.
+        augment: the dataclass of the augmentation that is part of the method; None: keys `augment.` are not looked at.
     """
     beside = {key: value for key, value in agent.items() if key != "_target_"}
     for pattern, row in (tables or {}).items():
@@ -263,11 +281,14 @@ def check_tables(tables: Tables | None, cls: type[Any], agent: Mapping[str, Any]
             training = {key: value for key, value in row.items() if key in TABLED}
             build(DataConfig, data, "data.")
             build(TrainConfig, training)
+            if augment:
+                keys = {key: value for key, value in row.items() if key.startswith("augment.")}
+                build(augment, {key.removeprefix("augment."): value for key, value in keys.items()}, "augment.")
             check_row({key: value for key, value in row.items() if key.startswith("online.")}, cls, agent)
             own = {
                 key: value
                 for key, value in row.items()
-                if key not in TABLED and not key.startswith(("data.", "online."))
+                if key not in TABLED and not key.startswith(("data.", "online.", "augment."))
             }
             build(cls, {**beside, **own}, "agent.", per_lane=True)
         except OffrlError as error:

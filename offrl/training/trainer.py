@@ -145,8 +145,8 @@ class Trainer:
     def _synthetic(self, recorded: OfflineDataset) -> Synthetic | None:
         if not self.job.augment:
             return None
-        check_agent(self.agent)
         augmentation = make_augmentation(self.job.augment, recorded, self.seeds)
+        check_agent(self.agent, type(augmentation))
         rewards = reward_transform(recorded, self.cfg.data)
         return Synthetic(augmentation, (self.store, self.sampler), rewards, self.folder)
 

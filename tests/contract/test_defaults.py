@@ -49,7 +49,13 @@ FQL = {**FLOW_BC, "alpha": 1.0, "normalize_q": True, "target": "mean", "pessimis
 FQL |= {"critic_norm": True}
 IFQL = {"policy": "flow", "candidates": 32, "expectile": 0.9, "denoising_steps": 5, **BACKUP, "norm": True, **FLOW_BC}
 
+# yihaosun1124/OfflineRL-Kit, `run_example/run_mopo.py`, and `run_mobile.py` with the clamp of `mobile.py`; its c is one set's.
+MOPO = {"members": 2, "alpha": None, "target_entropy": None, **BACKUP, "actor_lr": 1e-4, "critic_lr": 3e-4}
+MOPO |= {"alpha_lr": 1e-4, "hidden": TWO, "normalize_obs": False}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "mopo": MOPO,
+    "mobile": {**MOPO, "penalty": 0.5, "draws": 10, "target_min": 0.0, "backup_entropy": False},
     "flow_bc": FLOW_BC,
     "fql": FQL,
     "ifql": IFQL,
@@ -195,6 +201,26 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "awr_beta": 3.0,
         "expectile": 0.7,
     },
+    # `run_combo.py` of the same, whose log-sum-exp is not pooled; ours: w, that of three sets (its argparse: 5).
+    "combo": {
+        "cql_alpha": 0.5,
+        "lowered": "mix",
+        "pooled": True,
+        "actions": 10,
+        "temperature": 1.0,
+        "diff_min": -math.inf,
+        "lagrange": False,
+        "gap": 5.0,
+        "max_backup": False,
+        "backup_entropy": False,
+        "bc_steps": 0,
+        **BACKUP,
+        "actor_lr": 1e-4,
+        "critic_lr": 3e-4,
+        "hidden": THREE,
+        "critic_hidden": None,
+        "normalize_obs": False,
+    },
     "sac_n": SAC_N,
     # corl-team/CORL `edac.py`: N and eta of most locomotion sets.
     "edac": {**SAC_N, "eta": 1.0},
@@ -327,6 +353,13 @@ RETURNS += [*[(3100, 1)] * 3, *[(2900, 1)] * 3, *[(12800, 1)] * 3, *[(4300, 1)] 
 LAMBDA = [*[0.3333] * 9, *[0.1] * 21]
 # LAMDA-RL/PRDC's README: HalfCheetah, Hopper, Walker2d, AntMaze.
 PRDC = [*[(40.0, 2.0)] * 3, *[(2.5, 2.0)] * 6, *[(7.5, 7.5)] * 6]
+# The same runs' rollouts and penalties, in the order of `GYM`.
+LENGTHS = [5, 5, 5, 5, 5, 5, 5, 1, 1]
+MOPO_ROWS = list(zip(LENGTHS, [0.5, 0.5, 2.5, 5.0, 2.5, 5.0, 0.5, 2.5, 2.5]))
+# yihaosun1124/mobile `configs`: h, c, real share, alpha.
+MOBILE_ROWS = list(zip(LENGTHS, [0.5, 0.1, 1.0, 1.5, 0.1, 1.5, 0.5, 0.5, 1.5], [0.95, 0.95, 0.5, *[0.95] * 6],
+                       [*[None] * 3, 0.2, 0.2, *[None] * 4]))  # fmt: skip
+COMBO_ROWS = list(zip([*[5] * 6, 1, 1, 1], [0.5, 0.5, 5.0, 5.0, 0.5, 5.0, 5.0, 0.5, 5.0]))
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "awac": tabled(CORL, ["temperature"], LAMBDA),
@@ -336,6 +369,9 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "iql": tabled(CORL, ["expectile", "beta", "tau", "deterministic", "dropout"], IQL),
     "cql": tabled(CORL, ["actor_lr", "cql_alpha", "lagrange", "gap", "max_backup", "diff_min"], CQL),
     "dt": tabled(CORL, ["target_return", "return_scale"], RETURNS),
+    "mopo": tabled(GYM, ["augment.length", "augment.penalty"], MOPO_ROWS),
+    "mobile": tabled(GYM, ["augment.length", "penalty", "augment.share", "alpha"], MOBILE_ROWS),
+    "combo": tabled(GYM, ["augment.length", "cql_alpha"], COMBO_ROWS),
     "prdc": tabled([*GYM, *ANTMAZE], ["alpha", "beta"], PRDC),
 }
 
@@ -344,5 +380,6 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
 def test_datasets_have_the_published_values(name: str) -> None:
     tables: Any = OmegaConf.to_container(AGENTS[name])
     for dataset, expected in TABLES[name].items():
-        settings = PUBLISHED[name] | chosen_settings(tables["settings"], dataset)
+        of_model = {f"augment.{key}": value for key, value in tables.get("augment", {}).items()}
+        settings = PUBLISHED[name] | of_model | chosen_settings(tables["settings"], dataset)
         assert {key: settings[key] for key in expected} == expected, dataset

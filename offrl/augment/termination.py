@@ -1,0 +1,62 @@
+"""Where trajectories of a model terminate: a function of the next state for each environment, since no model predicts it.
+
+Rollouts that go on from dead states are the best-documented way to fail with a model. The limits are Gymnasium's (Hopper,
+Walker2d, Ant) and those of D4RL's own pen, which ends when it has dropped; Gymnasium-Robotics' pen never does. OfflineRL-Kit
+also ends HalfCheetah and Walker2d beyond |s| = 100, which the simulators do not, and takes the absolute value of
+Hopper's comparison with 100, so that -200 passes there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from offrl.data.dataset import DatasetInfo, OfflineDataset
+
+Termination = Callable[[Tensor], Tensor]
+_PEN_HEIGHT = 26  # index of the object's height in the observation of Adroit's pen
+
+
+def _hopper(obs: Tensor) -> Tensor:
+    alive = obs.isfinite().all(-1) & (obs[:, 1:].abs() < 100).all(-1) & (obs[:, 0] > 0.7) & (obs[:, 1].abs() < 0.2)
+    return ~alive
+
+
+def _walker2d(obs: Tensor) -> Tensor:
+    return ~((obs[:, 0] > 0.8) & (obs[:, 0] < 2.0) & (obs[:, 1].abs() < 1.0))
+
+
+def _ant(obs: Tensor) -> Tensor:
+    return ~(obs.isfinite().all(-1) & (obs[:, 0] >= 0.2) & (obs[:, 0] <= 1.0))
+
+
+def _pen(obs: Tensor) -> Tensor:
+    return obs[:, _PEN_HEIGHT] < 0.075
+
+
+def _never(obs: Tensor) -> Tensor:
+    return torch.zeros(len(obs), dtype=torch.bool, device=obs.device)
+
+
+def termination(info: DatasetInfo) -> Termination:
+    """The function that says whether states `[n, O]` are terminal in a dataset's environment.
+
+    HalfCheetah, the other hands, mazes and every environment that is not known here never terminate. How far the function
+    agrees with a dataset's own rows: `disagreement`.
+    """
+    if re.fullmatch(r"pen-\w+-v\d+", info.id):
+        return _pen
+    name = re.match(r"(Hopper|Walker2d|Ant)-", (info.env_id or "").rsplit(":", 1)[-1])
+    return {"Hopper": _hopper, "Walker2d": _walker2d, "Ant": _ant}[name[1]] if name else _never
+
+
+def disagreement(dataset: OfflineDataset) -> float:
+    """Share of a dataset's rows whose flag differs from what the function says of their next state.
+
+    Not 0 where an environment marks something else, as AntMaze its reached goals, or is not known here.
+    """
+    said = termination(dataset.info)(dataset.next_observations)
+    return float((said != (dataset.terminations > 0)).double().mean())

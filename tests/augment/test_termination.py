@@ -1,0 +1,99 @@
+"""Where a model's rollouts terminate: the limits, against the simulators' own flags on rows that they made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from offrl import datasets
+from offrl.augment.termination import disagreement, termination
+from offrl.data.dataset import DatasetInfo
+
+ROBOTS = {"hopper": 1500, "walker2d": 1500, "halfcheetah": 300}
+
+
+def said(env_id: str, *states: list[float], name: str = "x") -> list[bool]:
+    return termination(DatasetInfo(id=name, env_id=env_id))(torch.tensor(states)).tolist()
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Ant-v5"])
+def test_terminations_are_gymnasiums(env_id: str) -> None:
+    """Of states at, around and beyond the limits."""
+    pytest.importorskip("mujoco")
+    import gymnasium
+
+    robot: Any = gymnasium.make(env_id, disable_env_checker=True).unwrapped
+    robot.reset(seed=0)
+    generator = np.random.default_rng(0)
+    nq, nv = robot.model.nq, robot.model.nv
+    states, wanted = [], []
+    for _ in range(300):
+        height, angle = generator.uniform(0.1, 2.3), generator.uniform(-1.2, 1.2) * generator.choice([0.1, 1.0])
+        rest = generator.normal(size=nq - 3) * 0.1
+        qpos = np.concatenate([[0, 0, height], rest] if env_id == "Ant-v5" else [[0, height, angle], rest])
+        qvel = generator.normal(size=nv) * 2
+        robot.set_state(qpos, qvel)
+        ant = env_id == "Ant-v5"  # its observation leaves out two positions, the others' one
+        states.append(np.concatenate([qpos[2 if ant else 1 :], np.clip(qvel, -10, 10)]))
+        wanted.append(not getattr(robot, "is_healthy", True))
+    got: Tensor = termination(DatasetInfo(env_id=env_id))(torch.tensor(np.array(states)))
+    assert got.tolist() == wanted
+    assert env_id == "HalfCheetah-v5" or 30 < sum(wanted) < 290
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_no_row_of_the_simulators_is_contradicted(robot: str) -> None:
+    """Every terminal next state is dead by the function, and every other one alive."""
+    pytest.importorskip("mujoco")
+    store = datasets.load(f"forge/{robot}/medium-replay-v0", size=ROBOTS[robot])
+    assert disagreement(store) == 0
+    assert robot == "halfcheetah" or store.terminations.sum() > 2
+
+
+def test_the_pen_of_d4rl_ends_when_it_is_dropped() -> None:
+    """The height is that of the simulator's pen; Gymnasium-Robotics' own environment never ends, nor do its datasets."""
+    pytest.importorskip("gymnasium_robotics")
+    import gymnasium
+    import gymnasium_robotics
+
+    gymnasium.register_envs(gymnasium_robotics)
+    env = gymnasium.make("AdroitHandPen-v1", disable_env_checker=True)
+    hand: Any = env.unwrapped
+    generator, states, dropped = np.random.default_rng(0), [], []
+    for seed in range(2):
+        env.reset(seed=seed)
+        for _ in range(80):
+            observation, _, terminated, _, _ = env.step(generator.uniform(-1, 1, 24))
+            states.append(observation)
+            dropped.append(bool(hand.data.xpos[hand.obj_body_id].ravel()[2] < 0.075))
+            assert not terminated
+    assert 10 < sum(dropped) < 150
+    table = np.array(states).tolist()
+    assert said("AdroitHandPen-v1", *table, name="pen-human-v1") == dropped
+    assert not any(said("AdroitHandPen-v1", *table, name="D4RL/pen/human-v2"))
+
+
+def test_states_off_every_scale() -> None:
+    """Not finite, or beyond 100 on either side, where OfflineRL-Kit's Hopper looks at one side only."""
+    hopper = [1.2, 0.0, *[0.0] * 9]
+    for value in (-200.0, 200.0, math.nan, math.inf):
+        assert said("Hopper-v5", hopper, [*hopper[:5], value, *hopper[6:]]) == [False, True]
+    assert said("Ant-v5", [0.5, *[0.0] * 26], [0.5, math.nan, *[0.0] * 25]) == [False, True]
+    assert said("Walker2d-v5", [1.2, math.nan, *[0.0] * 15]) == [True]
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    ["AntMaze_UMaze-v4", "AdroitHandDoor-v1", "AdroitHandHammer-v1", "AdroitHandRelocate-v1", "HalfCheetah-v5"],
+)
+def test_what_never_terminates(env_id: str) -> None:
+    assert not any(said(env_id, [0.0] * 60, [1e3] * 60))
+
+
+def test_a_module_before_the_id_changes_nothing() -> None:
+    assert said("some_module:Ant-v5", [5.0] * 27) == [True]
