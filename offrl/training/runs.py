@@ -191,6 +191,10 @@ def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
         raise OffrlError(
             f"{cls.__name__} needs continuous actions; for integer ones choose agent={', '.join(discrete_agents())}."
         )
+    if not spec.discrete and not cls.takes_continuous:
+        raise OffrlError(
+            f"{cls.__name__} needs integer actions; for continuous ones choose agent=cql, iql, td3_bc or another."
+        )
     _check_size(cls, cfg, spec)
     try:
         agent: Agent = cls(spec, cfg)
