@@ -45,6 +45,8 @@ class Agent(nn.Module, Generic[ConfigT]):
         period: number of updates after which the pattern of an update repeats; engines capture whole periods.
         window: length of the windows that the agent learns from; None: it learns from transitions.
         batch_fields: further fields of the batch: `next_action`, `return_to_go`, `timestep`.
+        critic_optimizers: names of the optimisers of critics and values alone, whose gradient an encoder of the
+            observations gets; an agent lacks some of them.
         takes_discrete: whether the agent supports discrete actions; others refuse a dataset of discrete actions.
         takes_continuous: whether it supports continuous ones.
         pretrain_updates: number of updates before the policy's first one.
@@ -55,8 +57,9 @@ class Agent(nn.Module, Generic[ConfigT]):
     """
 
     Config: ClassVar[type]
-    period: ClassVar[int] = 1
-    batch_fields: ClassVar[tuple[str, ...]] = ()
+    period: int = 1
+    batch_fields: tuple[str, ...] = ()
+    critic_optimizers: ClassVar[tuple[str, ...]] = ("critic_optimizer", "value_optimizer")
     takes_discrete: ClassVar[bool] = False
     takes_continuous: ClassVar[bool] = True
     obs_eps: ClassVar[float] = 1e-3

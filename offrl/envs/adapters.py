@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from offrl.data.catalogue import d4rl, flat_keys
 from offrl.data.dataset import DatasetInfo
 from offrl.data.ogbench_names import KINDS as OGBENCH
+from offrl.data.partial import Partial, partial_of
 from offrl.envs.generators import OwnGenerators
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
+from offrl.envs.partial import PartialObservation
 from offrl.utils.errors import OffrlError, one_line
 
 Array = NDArray[np.float64]
@@ -48,6 +50,11 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
     Raises:
         OffrlError: the dataset names no environment, or one that is not installed, or one that is another robot.
     """
+    partial, env = partial_of(info), _fully_observed(info)
+    return env if partial == Partial() else PartialObservation(env, partial)
+
+
+def _fully_observed(info: DatasetInfo) -> gymnasium.Env:
     name = info.id if info.id in d4rl() else None
     if info.family == "antmaze" and (name or info.env_id is None):
         raise OffrlError(
@@ -81,7 +88,7 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
 
 def make_vector_env(info: DatasetInfo, count: int) -> gymnasium.vector.VectorEnv | None:
     """`count` environments of a dataset that step in one call; None where there is no such version of them."""
-    if info.env_id is None or not info.env_id.startswith("offrl/"):
+    if info.env_id is None or not info.env_id.startswith("offrl/") or partial_of(info) != Partial():
         return None
     if gymnasium.spec(info.env_id).vector_entry_point is None:
         return None

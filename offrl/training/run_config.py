@@ -40,6 +40,7 @@ from offrl.utils.settings import (
     trusting,
 )
 
+RARE = ("mask", "flicker")  # options of `data` that are written down only where they are set
 MOST_LANES = 65_536  # each has random generators of its own, which are made one by one
 
 
@@ -74,6 +75,8 @@ class RunConfig:
         train = asdict(self.train)
         if not self.train.online.steps:
             del train["online"]
+        usual = asdict(DataConfig())  # options of few runs: the others keep their hash
+        train["data"] = {k: v for k, v in train["data"].items() if k not in RARE or v != usual[k]}
         augment = {"augment": self.augment} if self.augment else {}
         names = {"method": self.train.label or self.method, "agent_name": self.agent_name}
         return {**names, "agent": self.agent, "sampler": self.sampler, **augment, **train}

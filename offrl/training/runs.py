@@ -19,6 +19,7 @@ from torch import Tensor
 from offrl.agents.base import Agent, Spec
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.lane_tasks import with_tasks
+from offrl.data.partial import partially_observed
 from offrl.datasets import load
 from offrl.training.compose import choice_file, choices
 from offrl.training.records import ResultRecord, RunRecord, SpecRecord
@@ -251,8 +252,10 @@ def read_data(job: TrainConfig, device: torch.device | str) -> OfflineDataset:
         progress=job.progress,
     )
     if options.tasks:
-        return with_tasks(lambda task: read(task=task), options.tasks).to(device)
-    return read(task=options.task, device=device)
+        shown = partial(partially_observed, mask=options.mask, flicker=options.flicker, seed=options.seed)
+        return with_tasks(lambda task: shown(read(task=task)), options.tasks).to(device)
+    store = read(task=options.task, device=device)
+    return partially_observed(store, options.mask, options.flicker, options.seed)
 
 
 def transform_rewards(store: OfflineDataset, options: DataConfig) -> OfflineDataset:

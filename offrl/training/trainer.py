@@ -16,6 +16,7 @@ from offrl.agents.base import Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import OfflineDataset, concatenate
 from offrl.data.lane_tasks import lane_infos
+from offrl.data.partial import title
 from offrl.data.statistics import return_spread
 from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.nets import Critics
@@ -401,10 +402,10 @@ class Trainer:
         return {
             "run_id": self.folder.name,
             "method": self.job.to_dict()["method"],
-            "dataset": self.store.info.id,
+            "dataset": title(self.store.info),
             "env_id": self.store.info.env_id,
             "by_lane": [
-                {"dataset": info.id, "env_id": info.env_id} for info in lane_infos(self.store.info, len(self.seeds))
+                {"dataset": title(info), "env_id": info.env_id} for info in lane_infos(self.store.info, len(self.seeds))
             ],
             "updates": self.cfg.total_updates,
         }
