@@ -6,8 +6,8 @@ what they say, not a reproduction, and nobody's numbers are comparable (docs/obs
 
 The agent is not changed: it is built for observations z_t = phi(o_0, a_0, ..., o_t), and its update gets transitions
 (z_t, a_t, r_t, z'_{t+1}) whose z_t has a gradient. What its critics' and values' optimisers differentiate also gives the
-gradient by z_t, which goes on into phi; the actor's does not. z'_{t+1} comes from a target encoder, a moving average. phi may be
-regularised by a bisimulation loss (`offrl.nets.bisimulation`), whose value is logged in any case.
+gradient by z_t, which goes on into phi; the actor's does not. z'_{t+1} comes from a target encoder, a moving average. phi may
+be regularised by a bisimulation loss (`offrl.nets.bisimulation`), whose value is logged in any case.
 
 Windows begin with `burn_in` timesteps from which nothing is learnt but the state of the encoder, except at an episode's start,
 where the empty state is the true one (as in R2D2, Kapturowski et al., ICLR 2019).
@@ -148,9 +148,6 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
         previous = self.as_input(action)
         return replace(state, timestep=state.timestep + 1, memory=state.latest, previous=previous, inner=inner)
 
-    def predicted_return(self, obs: Tensor, state: Any) -> Tensor | None:
-        return None
-
     def as_input(self, action: Tensor) -> Tensor:
         """Actions as the encoder and the models see them: one-hot, or in units of half their box."""
         if self.spec.discrete:
@@ -281,11 +278,15 @@ def check_agent(agent: Agent[Any]) -> None:
     if agent.window is not None:
         raise OffrlError(f"{name} learns from windows by itself; set history=none.")
     if not any(isinstance(module, Critics) for module in agent.modules()):
-        raise OffrlError(f"{name} learns no critic, which would train the encoder; set history=none, or choose agent=iql.")
+        raise OffrlError(
+            f"{name} learns no critic, which would train the encoder; set history=none, or choose agent=iql."
+        )
     if not critic_optimizers(agent):
         raise OffrlError(
             f"{name} has one optimiser for critics and policy, and only the critics' gradient should reach the encoder; set "
             "history=none, or choose agent=iql."
         )
     if type(agent).setup is not Agent.setup:
-        raise OffrlError(f"{name} looks up the dataset's observations themselves; set history=none, or choose agent=iql.")
+        raise OffrlError(
+            f"{name} looks up the dataset's observations themselves; set history=none, or choose agent=iql."
+        )

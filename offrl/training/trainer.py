@@ -111,7 +111,7 @@ class Trainer:
             discrete=info.discrete is not None,
             device=self.device,
         )
-        self.agent = make_agent(job.agent, self.spec)
+        self.agent = make_agent(job.agent, self.spec, job.history)
         if self.cfg.updates <= self.agent.pretrain_updates and (self.cfg.updates or self.agent.pretrain_updates):
             raise OffrlError(
                 f"updates={self.cfg.updates}: {job.agent_name} prepares for {self.agent.pretrain_updates} updates before its "
