@@ -1,15 +1,14 @@
 """Memoryless, recurrent, and recurrent with the bisimulation loss, on the hidden grid: scores and the loss's value.
 
-    python benchmarks/tables/histories.py [--updates 2000] [--lanes 5] [--agents discrete_cql iql] [--out runs/histories] [key=value ...]
+    python benchmarks/tables/histories.py [--updates 2000] [--lanes 5] [--agents discrete_cql iql] [--out DIR] [key=value ...]
 
-Each row is one run of all lanes. Scores are 0 for uniform actions and 100 for the best policy of observations. The loss is that of the
-first and of the last logged update, averaged over lanes; it is in units of squared standardised rewards.
+Each row is one run of all lanes. Scores are 0 for uniform actions and 100 for the best policy of observations. The loss J is that
+of the first and of the last logged update, averaged over lanes, in units of squared standardised rewards.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def logged(folder: Path, name: str) -> list[float]:
     """A metric's means over lanes, one for each logged update."""
     by_step: dict[int, list[float]] = {}
     for row in offrl.results.read_metrics([folder]).iter_rows(named=True):
-        if row["name"] == name:
+        if row["metric"] == name:
             by_step.setdefault(row["step"], []).append(row["value"])
     return [float(np.mean(by_step[step])) for step in sorted(by_step)]
 

@@ -107,8 +107,8 @@ def optimum(task: Tabular) -> float:
 def belief_optimum(task: Tabular) -> float:
     """The largest expected return of any policy that sees the observations and its own actions, and not the state.
 
-    It is computed over the beliefs that can be reached, with probabilities rounded to 12 digits; where they are many, this takes
-    long. Rewards are not seen before the end.
+    It is computed over the beliefs that can be reached, with probabilities rounded to 12 digits; where they are many, this
+    takes long. Rewards are not seen before the end.
     """
     looks = np.arange(task.states) if task.coordinates is None else _labels(task.coordinates)
     known: dict[tuple[int, tuple[tuple[int, float], ...]], float] = {}

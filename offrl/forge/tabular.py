@@ -73,8 +73,8 @@ class Recipe:
     def exact(self) -> dict[str, Any]:
         """Expected returns: of the best policy, uniform actions, the behaviour, one step of improvement, and RCSL.
 
-        Where states look alike, `optimal` is that of the best policy of observations and actions so far, and `state_optimal` that
-        of the best policy that sees the state; the others are left out.
+        Where states look alike, `optimal` is that of the best policy of observations and actions so far, and `state_optimal`
+        that of the best policy that sees the state; the others are left out.
         """
         task, behaviour = self.table, self.behaviour
         if self.task == "grid":
