@@ -2,8 +2,8 @@
 
     python benchmarks/tables/histories.py [--updates 2000] [--lanes 5] [--agents discrete_cql iql] [--out DIR] [key=value ...]
 
-Each row is one run of all lanes. Scores are 0 for uniform actions and 100 for the best policy of observations. The loss J is that
-of the first and of the last logged update, averaged over lanes, in units of squared standardised rewards.
+Each row is one run of all lanes. Scores are 0 for uniform actions and 100 for the best policy of observations. The loss J is
+that of the first and of the last logged update, averaged over lanes, in units of squared standardised rewards.
 """
 
 from __future__ import annotations

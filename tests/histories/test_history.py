@@ -159,7 +159,8 @@ def test_a_stack_of_one_is_the_agent_without_histories(name: str) -> None:
     assert not isinstance(plain, HistoryAgent)
     for one in (agent, plain):
         advance(one, store, 5, batch=32)
-    assert distance(agent.agent, _without_statistics(plain, agent.agent)) < 1e-12
+    # Adam's first steps divide by gradients that may be tiny, which makes rounding larger.
+    assert distance(agent.agent, _without_statistics(plain, agent.agent)) < 1e-9
 
 
 def _without_statistics(plain: Any, like: Any) -> Any:
