@@ -88,6 +88,7 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
     Config = HistoryConfig
     takes_discrete = True
     stream = "history"
+    reward_scale: Tensor
 
     def __init__(self, spec: Spec, config: HistoryConfig, make: Callable[[Spec], Agent]) -> None:
         self._make: Any = make
