@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,20 @@ def make_toy(rows: int = 4096, bias: float = 0.0, dtype: torch.dtype = torch.flo
     return OfflineDataset(obs, action, reward, next_obs, termination, torch.arange(0, rows + 1, 4), info)
 
 
+def best_choice(obs: torch.Tensor) -> torch.Tensor:
+    """The optimum of the toy task of three integer actions."""
+    return (obs[..., 0] > -0.5).long() + (obs[..., 0] > 0.5).long()
+
+
+def make_discrete_toy(rows: int = 4096, dtype: torch.dtype = torch.float32, seed: int = 0) -> OfflineDataset:
+    """The toy task with three integer actions, drawn alike, and reward -4 1[a != best_choice(s)]."""
+    toy = make_toy(rows, dtype=dtype, seed=seed)
+    action = torch.randint(3, (rows,), generator=torch.Generator().manual_seed(seed + 1))
+    reward = -4.0 * (action != best_choice(toy.observations)).to(dtype)
+    tensors = toy.tensors() | {"actions": action, "rewards": reward, "tail_actions": action[::4]}
+    return OfflineDataset(**tensors, info=replace(toy.info, discrete=3))
+
+
 def tiny(cls: Any, width: int = 32) -> dict[str, Any]:
     """Settings that make an agent small: every `hidden` and `..._hidden`, and what its `Config` says itself."""
     hidden = [f.name for f in fields(cls.Config) if f.name.endswith("hidden")]
@@ -84,9 +98,12 @@ def toy() -> OfflineDataset:
 @pytest.fixture
 def toy_file(tmp_path: Path, toy: OfflineDataset) -> Path:
     """The toy task as an NPZ file."""
+    return write_toy(tmp_path / "toy.npz", toy)
+
+
+def write_toy(path: Path, toy: OfflineDataset) -> Path:
     import numpy as np
 
-    path = tmp_path / "toy.npz"
     timeouts = np.zeros(len(toy), dtype=bool)
     np.savez(
         path,

@@ -59,7 +59,10 @@ class Agent(nn.Module, Generic[ConfigT]):
         period: number of updates after which the pattern of an update repeats; engines capture whole periods.
         window: length of the windows that the agent learns from; None: it learns from transitions.
         batch_fields: further fields of the batch: `next_action`, `return_to_go`, `timestep`.
+        critic_optimizers: names of the optimisers of critics and values alone, whose gradient an encoder of the
+            observations gets; an agent lacks some of them.
         takes_discrete: whether the agent supports discrete actions; others refuse a dataset of discrete actions.
+        takes_continuous: whether it supports continuous ones.
         pretrain_updates: number of updates before the policy's first one.
         dataset_index: what `setup` keeps of the dataset; neither saved nor copied.
         explore_noise: std of the noise with which a deterministic policy explores an environment, in units of half the box,
@@ -72,9 +75,11 @@ class Agent(nn.Module, Generic[ConfigT]):
     """
 
     Config: ClassVar[type]
-    period: ClassVar[int] = 1
-    batch_fields: ClassVar[tuple[str, ...]] = ()
+    period: int = 1
+    batch_fields: tuple[str, ...] = ()
+    critic_optimizers: ClassVar[tuple[str, ...]] = ("critic_optimizer", "value_optimizer")
     takes_discrete: ClassVar[bool] = False
+    takes_continuous: ClassVar[bool] = True
     obs_eps: ClassVar[float] = 1e-3
     augmentation: ClassVar[str] = ""
     needs_dynamics: ClassVar[bool] = False
@@ -95,6 +100,8 @@ class Agent(nn.Module, Generic[ConfigT]):
             raise OffrlError(
                 f"{type(self).__name__} needs continuous actions; agents with takes_discrete take integers."
             )
+        if not spec.discrete and not self.takes_continuous:
+            raise OffrlError(f"{type(self).__name__} needs integer actions; choose an agent with takes_continuous.")
         self.spec = spec
         self.cfg = lane_coefficients(config or self.Config(), spec)
         self.box = ActionBox(spec.action_low, spec.action_high)

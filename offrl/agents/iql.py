@@ -13,6 +13,9 @@ orthogonal. Normalisation: here of states, there of rewards (conf/agent/iql.yaml
 Learning via Implicit Value Regularization", ICLR 2023 (arXiv 2303.15810), authors' code ryanxhr/IVR. SQL (`sparse`) and EQL
 (`exponential`) have other losses of V and other weights of the policy; V, critics and policy keep IQL's order and networks.
 
+Integer actions, which neither code has, change only two networks: Q has an output for each action, and the policy is a
+softmax of logits, from which evaluation takes the most likely action. `deterministic` means nothing then.
+
 Deviations from CORL, none of which changes the mathematics: the twin critics are one batched ensemble; dropout uses the lane's
 random numbers, at rates that are multiples of 2^-16; checkpoints hold the target critics; the actor's learning rate is a
 function of the step number, not of the previous rate.
@@ -34,6 +37,8 @@ from offrl.nets import (
     DeterministicActor,
     Drop,
     GaussianActor,
+    categorical_log_prob,
+    choose,
     dropout,
     make_target,
     normal_log_prob,
@@ -65,11 +70,15 @@ class IQL(Agent[IQLConfig]):
     """V <- expectile of Q, Q <- r + gamma V(s'), pi <- argmax E [exp(beta (Q - V)) log pi(a | s)]."""
 
     Config = IQLConfig
+    takes_discrete = True
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
-        self.actor: DeterministicActor | GaussianActor
-        self.actor = (DeterministicActor if cfg.deterministic else GaussianActor).of(spec, cfg.hidden)
+        self.actor: DeterministicActor | GaussianActor | MLP
+        if spec.discrete:
+            self.actor = MLP(spec.seeds, [spec.obs_dim, *cfg.hidden, spec.action_dim], name="actor")
+        else:
+            self.actor = (DeterministicActor if cfg.deterministic else GaussianActor).of(spec, cfg.hidden)
         self.critics = Critics.of(spec, cfg.hidden, members=2)
         self.critics_target = make_target(self.critics)
         self.value = MLP(spec.seeds, [spec.obs_dim, *cfg.hidden, 1], name="value")
@@ -78,10 +87,15 @@ class IQL(Agent[IQLConfig]):
         self.value_optimizer = Adam(self.value.parameters(), cfg.value_lr)
 
     def act(self, obs: Tensor) -> Tensor:
+        if self.spec.discrete:
+            return choose(self.actor(obs))
         return self.actor(obs) if self.cfg.deterministic else self.actor(obs)[0]
 
     def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor] | None:
-        return None if self.cfg.deterministic else self.actor(obs)
+        return None if self.cfg.deterministic or self.spec.discrete else self.actor(obs)
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        return categorical_log_prob(self.actor(obs), action) if self.spec.discrete else super().log_prob(obs, action)
 
     def value_loss(self, advantage: Tensor, value: Tensor) -> Tensor:
         """`[lanes]`: expectile regression of V `[lanes, batch]` by u = Q - V `[lanes, batch]`, or SQL's or EQL's loss."""
@@ -110,7 +124,9 @@ class IQL(Agent[IQLConfig]):
 
     def policy_loss(self, batch: Batch, weight: Tensor) -> Tensor:
         """`[lanes]`: mean of -w log pi(a | s) (equation 7), or of w |pi(s) - a|^2 for a deterministic policy."""
-        if self.cfg.deterministic:
+        if self.spec.discrete:
+            error = -categorical_log_prob(self.actor(batch.obs, drop=self.drop()), batch.action)
+        elif self.cfg.deterministic:
             error = (self.actor(batch.obs, self.drop()) - batch.action).square().sum(-1)
         else:
             mean, std = self.actor(batch.obs, self.drop())

@@ -57,7 +57,7 @@ class RLPD(SACN):
             raise ValueError(f"subset={cfg.subset} should be between 1 and members={cfg.members}.")
         if cfg.critic_updates < 1:
             raise ValueError(f"critic_updates={cfg.critic_updates} should be at least 1.")
-        self.period = cfg.critic_updates  # type: ignore[misc]
+        self.period = cfg.critic_updates
         self.actor = TanhGaussianActor.of(spec, cfg.hidden, log_std=(-5.0, 2.0), last=1e-3)
         self.critics = Critics.of(spec, cfg.hidden, members=cfg.members, norm=cfg.critic_norm, norm_first=True)
         self.critics_target = make_target(self.critics)

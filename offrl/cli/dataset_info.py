@@ -167,10 +167,15 @@ def _exact_rows(exact: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     """Exact values for the dataset of a tabular task."""
     if exact is None:
         return
-    singles = ("optimal", "behaviour", "one_step_improvement", "uniform")
-    words = ("the best policy", "the behaviour", "one step of improvement", "uniform actions")
-    yield "exact returns", ", ".join(f"{exact[key]:.4g} of {text}" for key, text in zip(singles, words))
-    for rcsl in exact["rcsl"]:
+    words = {
+        "optimal": "the best policy",
+        "state_optimal": "the best policy that sees the state",
+        "behaviour": "the behaviour",
+        "one_step_improvement": "one step of improvement",
+        "uniform": "uniform actions",
+    }
+    yield "exact returns", ", ".join(f"{exact[key]:.4g} of {text}" for key, text in words.items() if key in exact)
+    for rcsl in exact.get("rcsl", []):
         yield (
             f"exact RCSL on {rcsl['target']}",
             f"{rcsl['sampled']:.4g} sampled, {rcsl['likeliest']:.4g} likeliest action "

@@ -170,6 +170,7 @@ def _help(extra: Path | None) -> str:
     ]
     rows.append(("agent.KEY=VALUE", "a setting of the method; a list gives one value per lane (offrl agents NAME)"))
     rows.append(("sampler.KEY=VALUE", "a setting of the sampler; the same (docs/trajectory_weighting.md)"))
+    rows.append(("history.KEY=VALUE", "a setting of the encoder of histories (docs/observation_histories.md)"))
     rows.append(("augment.KEY=VALUE", "a setting of the augmentation (docs/policy_guided_diffusion.md)"))
     lines += [f"  {option:30} {comment}".rstrip() for option, comment in rows] + [""]
     lines += [f"{group}=  {', '.join(names)}" for group in sorted(groups(extra)) if (names := choices(group, extra))]

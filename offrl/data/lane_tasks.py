@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offrl.data import partial
 from offrl.data.batch import Batch
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.ogbench_names import parse
@@ -113,7 +114,11 @@ def with_tasks(read: Callable[[int], OfflineDataset], tasks: Sequence[int]) -> L
         shared.info,
         id=replace(name, task=None).id,
         env_id=None,
-        provenance={"rows_in_file": shared.info.provenance.get("rows_in_file"), KEY: list(tasks)},
+        provenance={
+            "rows_in_file": shared.info.provenance.get("rows_in_file"),
+            KEY: list(tasks),
+            **{key: value for key, value in shared.info.provenance.items() if key == partial.KEY},
+        },
     )
     lane_rewards, lane_terminations = (
         torch.stack([column[task] for task in tasks]) for column in (rewards, terminations)

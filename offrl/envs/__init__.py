@@ -24,6 +24,7 @@ TABULAR_IDS = {
     "gambling": "offrl/Gambling-v0",
     "toy": "offrl/Toy-v0",
     "mstoy": "offrl/MSToy-v0",
+    "grid": "offrl/HiddenGrid-v0",
 }
 NOISY_IDS = {robot: f"offrl/Noisy{robot}-v0" for robot in ROBOTS}
 

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from offrl.data.catalogue import d4rl, flat_keys
 from offrl.data.dataset import DatasetInfo
 from offrl.data.ogbench_names import KINDS as OGBENCH
+from offrl.data.partial import Partial, partial_of
 from offrl.envs.chosen import PYTHON, is_chosen
 from offrl.envs.generators import OwnGenerators
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
+from offrl.envs.partial import PartialObservation
 from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError, one_line
 
@@ -53,6 +55,11 @@ def make_env(info: DatasetInfo, render: bool = False) -> gymnasium.Env:
     Raises:
         OffrlError: the dataset names no environment, or one that is not installed, or one that is another robot.
     """
+    partial, env = partial_of(info), _fully_observed(info, render)
+    return env if partial == Partial() else PartialObservation(env, partial)
+
+
+def _fully_observed(info: DatasetInfo, render: bool) -> gymnasium.Env:
     name = info.id if info.id in d4rl() and not is_chosen(info) else None
     if not is_chosen(info) and info.family == "antmaze" and (name or info.env_id is None):
         raise OffrlError(
@@ -89,7 +96,7 @@ def make_env(info: DatasetInfo, render: bool = False) -> gymnasium.Env:
 
 def make_vector_env(info: DatasetInfo, count: int) -> gymnasium.vector.VectorEnv | None:
     """`count` environments of a dataset that step in one call; None where there is no such version of them."""
-    if info.env_id is None or not info.env_id.startswith("offrl/"):
+    if info.env_id is None or not info.env_id.startswith("offrl/") or partial_of(info) != Partial():
         return None
     if gymnasium.spec(info.env_id).vector_entry_point is None:
         return None

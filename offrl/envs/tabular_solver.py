@@ -104,6 +104,44 @@ def optimum(task: Tabular) -> float:
     return float(action_values(task)[0, 0].max())
 
 
+def belief_optimum(task: Tabular) -> float:
+    """The largest expected return of any policy that sees the observations and its own actions, and not the state.
+
+    It is computed over the beliefs that can be reached, with probabilities rounded to 12 digits; where they are many, this
+    takes long. Rewards are not seen before the end.
+    """
+    looks = np.arange(task.states) if task.coordinates is None else _labels(task.coordinates)
+    known: dict[tuple[int, tuple[tuple[int, float], ...]], float] = {}
+
+    def best(t: int, belief: tuple[tuple[int, float], ...]) -> float:
+        if t == task.limit or not belief:
+            return 0.0
+        if (t, belief) not in known:
+            known[t, belief] = max(value_of(t, belief, action) for action in range(task.actions))
+        return known[t, belief]
+
+    def value_of(t: int, belief: tuple[tuple[int, float], ...], action: int) -> float:
+        total, after = 0.0, dict[int, dict[int, float]]()
+        for state, chance in belief:
+            total += chance * float(task.reward[state, action] @ task.noise)
+            for k, probability in enumerate(task.noise):
+                there = int(task.successor[state, action, k])
+                if not task.terminal[state, action, k]:
+                    seen = after.setdefault(int(looks[there]), {})
+                    seen[there] = seen.get(there, 0.0) + chance * float(probability)
+        for states in after.values():
+            mass = sum(states.values())
+            total += mass * best(t + 1, tuple(sorted((s, round(p / mass, 12)) for s, p in states.items())))
+        return total
+
+    return best(0, ((0, 1.0),))
+
+
+def _labels(coordinates: NDArray[np.float32]) -> Integers:
+    """`[S]`: the same number for states that look the same."""
+    return np.unique(coordinates, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
 def improved(task: Tabular, policy: Array) -> Array:
     """`[T, S, A]`: one step of policy improvement, greedy on the policy's own action values."""
     return greedy(action_values(task, policy))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from offrl.envs.hidden_grid import hidden_grid
 from offrl.envs.tabular_solver import Tabular
 from offrl.utils.errors import OffrlError
 
@@ -108,6 +109,7 @@ TASKS: dict[str, Callable[..., Tabular]] = {
     "gambling": gambling,
     "toy": toy,
     "mstoy": ms_toy,
+    "grid": hidden_grid,
 }
 
 

@@ -1,7 +1,8 @@
 """Datasets of the finite stochastic tasks: behaviour, number of episodes, and exact returns.
 
 `forge/bandit/p0.1-v0`, `forge/bandit/skewed-v0`, `forge/lake/p0.7-eps0.4-n1000-v0` (slip, exploration, episodes),
-`forge/cliff/uniform-v0`, `forge/gambling/uniform-v0`, `forge/toy/uniform-v0`, `forge/mstoy/uniform-v0`. Sizes, behaviours and
+`forge/cliff/uniform-v0`, `forge/gambling/uniform-v0`, `forge/toy/uniform-v0`, `forge/mstoy/uniform-v0`, and the hidden grid,
+`forge/grid/cue-n2000-v0` and `forge/grid/place-n2000-v0` (episodes). Sizes, behaviours and
 sources: docs/stochastic_benchmarks.md. Score 0 is the exact return of uniform actions, 100 that of the best policy.
 """
 
@@ -18,14 +19,17 @@ import numpy as np
 from offrl.data.minari_write import Episode
 from offrl.envs import TABULAR_IDS
 from offrl.envs import tabular_solver as exact
+from offrl.envs.hidden_grid import OUTCOMES
 from offrl.envs.tabular_env import TabularVectorEnv
 from offrl.envs.tabular_solver import Array, Tabular
 from offrl.envs.tabular_tasks import make_task
+from offrl.forge import hidden_grid
 from offrl.utils.errors import OffrlError
 
 BANDITS = ("p0.1", "p0.2", "p0.3", "p0.4", "skewed")
 SLIPS, EPSILONS, EPISODES = ("0.33", "0.5", "0.7", "0.9", "1"), ("0.1", "0.4", "0.7", "1"), (100, 1000, 10_000)
 SHARE = r"(0\.\d*[1-9]|1)"  # one way to write a number: no two ids of one dataset
+GRIDS = (500, 2000, 10_000)  # episodes
 BATCH = 10_000  # episodes of a rollout
 
 
@@ -41,6 +45,8 @@ class Recipe:
         episodes: number of episodes; each runs to its end.
         targets: target returns for which the metadata give RCSL's exact return.
         success: least return of a successful episode; None where the task knows no success.
+        recorded: parameters of the task that the behaviour acts in, where they are others than those that policies are scored
+            in.
     """
 
     task: str
@@ -50,18 +56,34 @@ class Recipe:
     episodes: int
     targets: tuple[int, ...]
     success: int | None = None
+    recorded: dict[str, Any] | None = None
 
     @cached_property
     def table(self) -> Tabular:
         return make_task(self.task, **self.parameters)
+
+    @cached_property
+    def recorded_table(self) -> Tabular:
+        return self.table if self.recorded is None else make_task(self.task, **self.recorded)
 
     @property
     def env_id(self) -> str:
         return TABULAR_IDS[self.task]
 
     def exact(self) -> dict[str, Any]:
-        """Expected returns: of the best policy, uniform actions, the behaviour, one step of improvement, and RCSL."""
+        """Expected returns: of the best policy, uniform actions, the behaviour, one step of improvement, and RCSL.
+
+        Where states look alike, `optimal` is that of the best policy of observations and actions so far, and `state_optimal`
+        that of the best policy that sees the state; the others are left out.
+        """
         task, behaviour = self.table, self.behaviour
+        if self.task == "grid":
+            return {
+                "optimal": exact.belief_optimum(task),
+                "state_optimal": exact.optimum(task),
+                "uniform": exact.value(task, exact.uniform(task)),
+                "behaviour": exact.value(self.recorded_table, behaviour),
+            }
         rcsl = exact.rcsl(task, behaviour)
         return {
             "optimal": exact.optimum(task),
@@ -84,7 +106,8 @@ def names() -> list[str]:
     """Subject and level of the listed datasets (others of the same form can be built too)."""
     lakes = [f"lake/p{p}-eps{eps}-n{n}" for p in SLIPS for eps in EPSILONS for n in EPISODES]
     uniform = [f"{task}/uniform" for task in ("cliff", "gambling", "toy", "mstoy")]
-    return [*(f"bandit/{level}" for level in BANDITS), *lakes, *uniform]
+    grids = [f"grid/{variant}-n{n}" for variant in OUTCOMES for n in GRIDS]
+    return [*(f"bandit/{level}" for level in BANDITS), *lakes, *uniform, *grids]
 
 
 def recipe(name: str) -> Recipe | None:
@@ -119,8 +142,8 @@ def rollout(
 
 def _rollout_batch(recipe: Recipe, seeds: list[int], rng: np.random.Generator) -> list[Episode]:
     """One episode from each seed, all in step."""
-    task, count = recipe.table, len(seeds)
-    env = TabularVectorEnv(count, recipe.task, **recipe.parameters)
+    task, count = recipe.recorded_table, len(seeds)
+    env = TabularVectorEnv(count, recipe.task, **(recipe.recorded or recipe.parameters))
     observations = np.empty(
         (task.limit + 1, count, *(env.single_observation_space.shape or ())), env.observation_space.dtype
     )
@@ -165,6 +188,14 @@ def _lake(slip: str, epsilon: str, episodes: str) -> Recipe:
     return Recipe("lake", {"no_slip_prob": p}, behaviour, described, int(episodes), (1,), success=1)
 
 
+def _grid(variant: str, episodes: str) -> Recipe:
+    """Thirds of random walks, walks to the waypoint, and walks from the waypoint to the paying door."""
+    described = "a third each of random walks, walks to the waypoint and walks from it to the paying door"
+    task, recorded = {"variant": variant}, {"variant": variant, "modes": hidden_grid.MODES}
+    behaviour = hidden_grid.behaviour(variant)
+    return Recipe("grid", task, behaviour, described, int(episodes), (), success=1, recorded=recorded)
+
+
 def _uniform(task: str, episodes: int, targets: tuple[int, ...], success: int | None = None) -> Callable[[], Recipe]:
     return lambda: Recipe(task, {}, exact.uniform(make_task(task)), "uniform actions", episodes, targets, success)
 
@@ -172,6 +203,7 @@ def _uniform(task: str, episodes: int, targets: tuple[int, ...], success: int | 
 _PATTERNS: dict[str, Callable[..., Recipe]] = {
     rf"bandit/(?:p{SHARE}|skewed)": _bandit,
     rf"lake/p{SHARE}-eps{SHARE}-n([1-9]\d*)": _lake,
+    rf"grid/({'|'.join(OUTCOMES)})-n([1-9]\d*)": _grid,
     "cliff/uniform": _uniform("cliff", 10_000, (11,), success=-15),
     "gambling/uniform": _uniform("gambling", 50_000, (5, 1)),
     "toy/uniform": _uniform("toy", 1000, (6,)),

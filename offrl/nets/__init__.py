@@ -14,7 +14,7 @@ from offrl.nets.actors import (
     one_hot,
 )
 from offrl.nets.box import ActionBox
-from offrl.nets.critics import Critics, Pooling, pool
+from offrl.nets.critics import Critics, DiscreteCritics, Pooling, pool
 from offrl.nets.denoising import DenoisingPolicy
 from offrl.nets.flow import FlowPolicy
 from offrl.nets.lanes import apply_no_compile, lane_generators, no_compile, per_lane
@@ -31,6 +31,7 @@ __all__ = [
     "Critics",
     "DenoisingPolicy",
     "DeterministicActor",
+    "DiscreteCritics",
     "Drop",
     "FlowPolicy",
     "GaussianActor",

@@ -46,7 +46,9 @@ class Critics(nn.Module):
 
     @classmethod
     def of(cls, spec: Spec, hidden: Sequence[int], members: int = 2, **options: Any) -> Self:
-        """Critics of a Spec's observations and actions."""
+        """Critics of a Spec's observations and actions: `DiscreteCritics` for integer actions."""
+        if spec.discrete and cls is Critics:
+            return DiscreteCritics.of(spec, hidden, members, **options)  # type: ignore[return-value]
         return cls(spec.seeds, spec.obs_dim, spec.action_dim, hidden, members, **options)
 
     def forward(self, obs: Tensor, action: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
@@ -63,3 +65,41 @@ class Critics(nn.Module):
         """Q `[lanes, members, batch]` and dQ_i/da `[lanes, members, batch, A]`, both differentiable by the weights."""
         q, slope = self.mlp.with_input_gradient(torch.cat([obs, action], -1), first=obs.shape[-1])
         return q.squeeze(-1), slope
+
+
+class DiscreteCritics(Critics):
+    """An ensemble Q_1 ... Q_n(s, .) with an output for each of `action_dim` integer actions; `options` are those of `MLP`."""
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        members: int = 2,
+        **options: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.mlp = MLP(seeds, [obs_dim, *hidden, action_dim], members, name="critics", **options)
+
+    def forward(self, obs: Tensor, action: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
+        """Q at actions `[lanes, batch]` int64: `[lanes, members, batch]`, or `[lanes, batch]` of one member."""
+        return self.at(self.mlp(obs, member, frozen), action)
+
+    def q_of_all(self, obs: Tensor) -> Tensor:
+        """Q of every action, `[lanes, members, batch, A]`."""
+        return self.mlp(obs)
+
+    @staticmethod
+    def at(q: Tensor, action: Tensor) -> Tensor:
+        """Entries of Q `[lanes, (members,) batch, A]` at actions `[lanes, batch]`: `[lanes, (members,) batch]`."""
+        index = action if q.ndim == 3 else action.unsqueeze(1).expand(q.shape[:-1])
+        return q.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+    def q_of_actions(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Q of n actions `[lanes, batch, n]` int64 in each state: `[lanes, members, batch, n]`."""
+        q = self.q_of_all(obs)
+        return q.gather(-1, actions.unsqueeze(1).expand(-1, q.shape[1], -1, -1))
+
+    def q_and_grad(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("integer actions have no gradient")

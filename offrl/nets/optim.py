@@ -68,6 +68,12 @@ class Adam(nn.Module):
             self.register_buffer(f"square_{i}", torch.zeros_like(p))
         self.register_buffer("count", torch.zeros((), dtype=torch.float32))
         self._cached: list[list[Tensor]] = []
+        self.watch(None)
+
+    def watch(self, tensor: Tensor | None) -> None:
+        """From now on, `step` also keeps the gradient of each loss by this tensor, in `watched_gradients`; None: of nothing."""
+        self.watched: list[Tensor] = [] if tensor is None else [tensor]
+        self.watched_gradients: list[Tensor] = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adam:
         self._cached = []  # a change of device or type makes new buffers
@@ -82,7 +88,14 @@ class Adam(nn.Module):
 
     def step(self, loss: Tensor) -> None:
         """One descent step on `loss` `[lanes]`; lanes are independent, so the gradient of their sum is that of each."""
-        self.apply_gradients(torch.autograd.grad(loss.sum(), self.targets[0]))
+        if not self.watched:
+            self.apply_gradients(torch.autograd.grad(loss.sum(), self.targets[0]))
+            return
+        *gradients, by_watched = torch.autograd.grad(
+            loss.sum(), [*self.targets[0], *self.watched], allow_unused=True, materialize_grads=True
+        )
+        self.watched_gradients.append(by_watched)
+        self.apply_gradients(gradients)
 
     @torch.no_grad()
     def apply_gradients(self, gradients: Sequence[Tensor]) -> None:

@@ -52,7 +52,9 @@ def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
     """Whether a setting is a list with one coefficient per lane (and not, say, the sizes of layers)."""
     if not isinstance(value, list) or len(value) != lanes or re.search("hidden|dims|sizes|layers|betas|shares", key):
         return False
-    return key.startswith(("agent.", "sampler.", "augment.")) and all(isinstance(v, int | float) for v in value)
+    return key.startswith(("agent.", "sampler.", "augment.", "history.")) and all(
+        isinstance(v, int | float) for v in value
+    )
 
 
 def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
@@ -100,7 +102,7 @@ def _differing(entries: Sequence[tuple[str, str, Mapping[str, Any], results.Run]
     for (method, _, key), found in sorted(values.items()):
         lacks = any(value == DEFAULT for value, _ in found)
         distinct = {DEFAULT if lacks and is_default else value for value, is_default in found}
-        if len(distinct) > 1 and key not in differing[method] and key not in ("agent", "sampler", "augment"):
+        if len(distinct) > 1 and key not in differing[method] and key not in ("agent", "sampler", "augment", "history"):
             differing[method].append(key)
     return differing
 

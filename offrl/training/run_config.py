@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from offrl.agents.base import Agent
+from offrl.agents.history import HistoryConfig
 from offrl.augment.base import Augmentation, augmentation_config
 from offrl.data.catalogue import d4rl, namesake
 from offrl.data.given import plain_name
@@ -34,6 +35,8 @@ from offrl.utils.settings import (
     Tables,
     build,
     canonical,
+    check_lane_lists,
+    check_least,
     chosen_settings,
     class_in,
     from_target,
@@ -43,6 +46,7 @@ from offrl.utils.settings import (
     trusting,
 )
 
+RARE = ("mask", "flicker")  # options of `data` that are written down only where they are set
 MOST_LANES = 65_536  # each has random generators of its own, which are made one by one
 
 
@@ -52,6 +56,7 @@ class RunConfig:
 
     Attributes:
         agent, sampler, augment: `_target_` and every setting, defaults included; `augment` is empty without augmentation.
+        history: every setting of the encoder of histories; empty where the agent sees single observations.
         agent_name: the choice `agent=NAME`; where there was none, the class's name in snake case.
         table_rows: rows of the method's table that the dataset matched: pattern -> settings.
     """
@@ -60,28 +65,33 @@ class RunConfig:
     agent: dict[str, Any]
     sampler: dict[str, Any]
     augment: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, Any] = field(default_factory=dict)
     agent_name: str = ""
     table_rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
-        """The agent's name, the sampler's where it is not the uniform one, the augmentation's: `td3_bc+AW+PGD`."""
+        """The agent's name, the encoder's, the sampler's unless it is the uniform one, the augmentation's: `td3_bc+AW+PGD`."""
         lanes = len(self.train.lane_seeds())
         cls, cfg = sampler_config(self.sampler, lanes)
         augmentation = augmentation_config(self.augment, lanes)[0].name if self.augment else ""
         if own := agent_config(self.agent)[0].augmentation:  # it is part of the method: its absence is worth a word
             augmentation = {own: "", "": f"no{own}"}.get(augmentation, augmentation)
         online = "online" if self.train.online.steps else ""
-        return "+".join(filter(None, (self.agent_name, cls.label(cfg), augmentation, online)))
+        history = history_config(self.history, lanes).label if self.history else ""
+        return "+".join(filter(None, (self.agent_name, history, cls.label(cfg), augmentation, online)))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is kept with the run; `resolve_config` reads it back."""
         train = asdict(self.train)
         if not self.train.online.steps:
             del train["online"]
-        augment = {"augment": self.augment} if self.augment else {}
+        usual = asdict(DataConfig())  # options of few runs: the others keep their hash
+        train["data"] = {k: v for k, v in train["data"].items() if k not in RARE or v != usual[k]}
+        groups = {"augment": self.augment, "history": self.history}
+        chosen = {name: settings for name, settings in groups.items() if settings}
         names = {"method": self.train.label or self.method, "agent_name": self.agent_name}
-        return {**names, "agent": self.agent, "sampler": self.sampler, **augment, **train}
+        return {**names, "agent": self.agent, "sampler": self.sampler, **chosen, **train}
 
     def non_default(self) -> list[str]:
         """Settings of agent, sampler and augmentation that differ from their dataclass, as dotted keys."""
@@ -136,12 +146,12 @@ def resolve_config(values: Mapping[str, Any], trusted: bool = True) -> RunConfig
 
 
 def _resolve(values: dict[str, Any]) -> RunConfig:
-    groups = ("agent", "sampler", "augment", "preset", "experiment", "suite", "common")
+    groups = ("agent", "sampler", "augment", "history", "preset", "experiment", "suite", "common")
     if "sizes" in values:
         warnings.warn("`sizes` is now called `common`; the old name will go.", DeprecationWarning, stacklevel=4)
         values["common"] = _table(values, "common") | _table(values, "sizes")
-    agent, sampler, augment, given_data, common, online = (
-        _table(values, name) for name in ("agent", "sampler", "augment", "data", "common", "online")
+    agent, sampler, augment, history, given_data, common, online = (
+        _table(values, name) for name in ("agent", "sampler", "augment", "history", "data", "common", "online")
     )
     if "_target_" not in agent:
         raise OffrlError("agent needs a _target_; choose one with agent=NAME, `offrl agents` lists them.")
@@ -181,12 +191,33 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     if augment:
         _take_common(augment, target_class(augment, Augmentation, "augment").Config, common)
         augment = resolved(augment, augmentation_config(augment, lanes)[1])
+    if history:
+        history = _resolved_history(history, train, augment)
     _check_common(common)
     check_online(train, cls.Config, agent, augment)
     _check_tasks(train, sampler, bool(augment))
     if train.eval.env and is_trusted():  # a file's is not imported
         import_environment(train.eval.env)
-    return RunConfig(train, agent, sampler, augment, name, rows)
+    return RunConfig(train, agent, sampler, augment, history, name, rows)
+
+
+def _resolved_history(history: dict[str, Any], train: TrainConfig, augment: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of the encoder of histories, defaults included.
+
+    Raises:
+        OffrlError: none was chosen, or it does not go with the other settings.
+    """
+    if "encoder" not in history:
+        raise OffrlError(
+            f"history.{next(iter(history))}: there is no encoder to set; choose history=gru or history=window."
+        )
+    if augment or train.online.steps:
+        other = "augment" if augment else "online.steps"
+        raise OffrlError(
+            f"{other} makes single transitions, and history={history['encoder']} learns from histories; set one of them."
+        )
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(history_config(history, train.lanes))))
+    return settings
 
 
 def _own_augmentation(cls: type[Agent[Any]], augment: Mapping[str, Any]) -> type[Any] | None:
@@ -358,6 +389,14 @@ def _check_sizes(train: TrainConfig) -> None:
     for key in ("eval.episodes", "eval.final_episodes", "eval.slots"):
         if value := attrgetter(key)(train):
             require_bytes(32 * value * (1 if key == "eval.slots" else lanes), f"{key}={value}")
+
+
+def history_config(settings: Mapping[str, Any], lanes: int) -> HistoryConfig:
+    """The settings of an encoder of histories, checked."""
+    cfg: HistoryConfig = build(HistoryConfig, settings, "history.", per_lane=True)
+    check_least(cfg, "history")
+    check_lane_lists(cfg, "history", lanes)
+    return cfg
 
 
 def agent_config(settings: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -18,14 +18,16 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
+from offrl.agents.history import HistoryAgent
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.lane_tasks import with_tasks
+from offrl.data.partial import partially_observed
 from offrl.datasets import load
 from offrl.envs.chosen import with_environment
 from offrl.training.answered import is_answered
 from offrl.training.compose import choice_file, choices
 from offrl.training.records import ResultRecord, RunRecord, SpecRecord, score_name
-from offrl.training.run_config import RunConfig, agent_config
+from offrl.training.run_config import RunConfig, agent_config, history_config
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
@@ -88,12 +90,12 @@ def _check_same(job: RunConfig, folder: Path) -> None:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that change a training's numbers, seeds apart, by dotted key; `augment`: whether there is an augmentation."""
-    flat: dict[str, Any] = {"augment": bool(config.get("augment"))}
+    """Settings that change a training's numbers, seeds apart, by dotted key; `augment` and `history`: whether there is one."""
+    flat: dict[str, Any] = {name: bool(config.get(name)) for name in ("augment", "history")}
     for key, value in config.items():
         if key == "updates" and config.get("online"):  # they say where the online phase begins
             flat[key] = value
-        if key in FREE | NAMES or (key == "augment" and not value):
+        if key in FREE | NAMES or (key in ("augment", "history") and not value):
             continue
         if isinstance(value, Mapping):
             flat |= {f"{key}.{name}": canonical(v) if name == "_target_" else v for name, v in value.items()}
@@ -166,7 +168,7 @@ def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> 
     kept: RunRecord
     tensors, kept = checkpoint.load(path, RunRecord)
     with trusting(trust):
-        agent = make_agent(kept.config["agent"], _spec_from(kept.spec, device))
+        agent = make_agent(kept.config["agent"], _spec_from(kept.spec, device), kept.config.get("history"))
     restore_agent(agent, tensors, path)
     agent.random.step.fill_(kept.step)
     agent.lane_scores = _lane_scores(path.parent, kept.step, agent.spec.lanes)
@@ -202,12 +204,22 @@ def spread_statistics(agent: Agent) -> None:
         )
 
 
-def make_agent(settings: Mapping[str, Any], spec: Spec) -> Agent:
-    """An agent from its `_target_` and the settings that differ from its dataclass."""
+def make_agent(settings: Mapping[str, Any], spec: Spec, history: Mapping[str, Any] | None = None) -> Agent:
+    """An agent from its `_target_` and the settings that differ from its dataclass.
+
+    Args:
+        history: settings of an encoder of histories, whose encodings the agent sees; empty: it sees observations.
+    """
+    if history:
+        return HistoryAgent(spec, history_config(history, spec.lanes), partial(make_agent, settings))
     cls, cfg = agent_config(settings)
     if spec.discrete and not cls.takes_discrete:
         raise OffrlError(
             f"{cls.__name__} needs continuous actions; for integer ones choose agent={', '.join(discrete_agents())}."
+        )
+    if not spec.discrete and not cls.takes_continuous:
+        raise OffrlError(
+            f"{cls.__name__} needs integer actions; for continuous ones choose agent=cql, iql, td3_bc or another."
         )
     _check_size(cls, cfg, spec)
     try:
@@ -284,9 +296,12 @@ def read_data(job: TrainConfig, device: torch.device | str, folder: Path | None 
         progress=job.progress,
     )
     if options.tasks:
-        return with_tasks(lambda task: read(task=task), options.tasks).to(device)
+        shown = partial(partially_observed, mask=options.mask, flicker=options.flicker, seed=options.seed)
+        return with_tasks(lambda task: shown(read(task=task)), options.tasks).to(device)
     store = read(task=options.task, device=device)
-    return store.with_info(**vars(info)) if (info := evaluation_info(store.info, job.eval)) is not store.info else store
+    if (info := evaluation_info(store.info, job.eval)) is not store.info:
+        store = store.with_info(**vars(info))
+    return partially_observed(store, options.mask, options.flicker, options.seed)
 
 
 def evaluation_info(info: DatasetInfo, options: EvalConfig) -> DatasetInfo:

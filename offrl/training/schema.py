@@ -18,7 +18,9 @@ class DataConfig:
     tasks: list[int] | None = None  # the same with a task for each lane, over one copy of the data
     success_timing: Literal["pre", "post"] = "pre"  # OGBench's environment looks for success before a step or behind it
     size: int | None = None  # transitions of a forge dataset that has to be built; None: its default
-    seed: int = 0  # of a forge dataset that has to be built
+    seed: int = 0  # of a forge dataset that has to be built, and of flicker
+    mask: str | list[int] | None = None  # dimensions left out of all observations, or velocity
+    flicker: float = 0.0  # probability that an observation is lost, which makes it zeros
     reward_scale: float = 1.0  # r <- scale * r + shift
     reward_shift: float = 0.0  # of the same formula
     reward_normalize: bool = False  # first r <- 1000 r / (largest - smallest episode return), as IQL does

@@ -16,6 +16,7 @@ from offrl.agents.base import Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import OfflineDataset, concatenate
 from offrl.data.lane_tasks import lane_infos
+from offrl.data.partial import title
 from offrl.data.statistics import return_spread
 from offrl.envs.chosen import import_environment
 from offrl.evaluation.evaluator import Episodes, Evaluator
@@ -116,7 +117,7 @@ class Trainer:
             discrete=info.discrete is not None,
             device=self.device,
         )
-        self.agent = make_agent(job.agent, self.spec)
+        self.agent = make_agent(job.agent, self.spec, job.history)
         if self.cfg.updates <= self.agent.pretrain_updates and (self.cfg.updates or self.agent.pretrain_updates):
             raise OffrlError(
                 f"updates={self.cfg.updates}: {job.agent_name} prepares for {self.agent.pretrain_updates} updates before its "
@@ -420,10 +421,10 @@ class Trainer:
         return {
             "run_id": self.folder.name,
             "method": self.job.to_dict()["method"],
-            "dataset": self.store.info.id,
+            "dataset": title(self.store.info),
             "env_id": self.store.info.env_id,
             "by_lane": [
-                {"dataset": info.id, "env_id": info.env_id} for info in lane_infos(self.store.info, len(self.seeds))
+                {"dataset": title(info), "env_id": info.env_id} for info in lane_infos(self.store.info, len(self.seeds))
             ],
             "updates": self.cfg.total_updates,
         }

@@ -196,11 +196,11 @@ def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tup
     renamed = getattr(cls, "renamed_settings", {})  # names of earlier versions
     given = {renamed.get(k, k): v for k, v in settings.items() if k != "_target_"}
     cfg = build(cls.Config, given, f"{group}.", per_lane=True)
-    _check_least(cfg, group)
+    check_least(cfg, group)
     return cls, cfg
 
 
-def _check_least(cfg: Any, group: str) -> None:
+def check_least(cfg: Any, group: str) -> None:
     """Raise OffrlError for a count below 0, or below what the dataclass's `least: ClassVar[dict[str, int]]` says of it."""
     least = getattr(cfg, "least", {})
     for f in fields(cfg):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import best_action, make_toy, tiny
+from conftest import best_action, best_choice, make_discrete_toy, make_toy, tiny, write_toy
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,9 +49,20 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def trained(name: str) -> Trained:
     """An agent of two lanes after an undisturbed run; tests read it and change nothing."""
-    agent = make(name, make_toy(), seeds=(0, 9))
+    agent = make(name, toy_of(name), seeds=(0, 9))
     before = copy.deepcopy(agent.state_dict())
-    return Trained(agent, before, advance(agent, make_toy(), agent.pretrain_updates + sum(BURSTS)))
+    return Trained(agent, before, advance(agent, toy_of(name), agent.pretrain_updates + sum(BURSTS)))
+
+
+@pytest.fixture
+def toy(name: str) -> OfflineDataset:
+    return toy_of(name)
+
+
+def toy_of(name: str, rows: int = 4096, dtype: torch.dtype = torch.float32, seed: int = 0) -> OfflineDataset:
+    """The toy task, with integer actions for an agent that takes no others."""
+    make = make_toy if agent_class(name).takes_continuous else make_discrete_toy
+    return make(rows, dtype=dtype, seed=seed)
 
 
 class Trained(NamedTuple):
@@ -62,7 +73,8 @@ class Trained(NamedTuple):
 
 def make(name: str, store: OfflineDataset, seeds: Sequence[int] = (0,), **settings: Any) -> Agent:
     target = SETTINGS[name]._target_
-    spec = Spec(store.obs_dim, store.action_dim, tuple(seeds), *store.observation_statistics())
+    discrete = store.info.discrete is not None
+    spec = Spec(store.obs_dim, store.action_dim, tuple(seeds), *store.observation_statistics(), discrete=discrete)
     agent = make_agent({"_target_": target, **small(name), **settings}, spec).to(store.rewards.dtype)
     agent.setup(store)
     return agent
@@ -105,13 +117,15 @@ def test_runs_and_stays_finite(trained: Trained, toy: OfflineDataset) -> None:
     assert finite(agent.state_dict())
     assert any(not torch.equal(before[k], v) for k, v in agent.state_dict().items())
     action = agent.select_action(toy.observations[:7].expand(2, 7, -1))
-    assert action.shape == (2, 7, toy.action_dim)
-    assert action.abs().max() <= 1
+    assert action.shape == (2, 7, *toy.actions.shape[1:])
+    assert action.abs().max() <= (toy.info.discrete or 2) - 1
 
 
 @pytest.mark.parametrize("box", [(-0.01, 0.02), (-0.5, 2.0)], ids=str)
 def test_actions_stay_in_their_box(name: str, toy: OfflineDataset, box: tuple[float, float]) -> None:
     """Also where states are far from the data's; and the narrow box is filled."""
+    if not agent_class(name).takes_continuous:
+        return
     spec = Spec(3, 2, (0, 1), *toy.observation_statistics(), *box)
     agent = make_agent({"_target_": SETTINGS[name]._target_, **small(name)}, spec)
     agent.setup(toy)
@@ -129,16 +143,17 @@ def test_discrete_actions_are_taken_or_refused(name: str) -> None:
         assert action.dtype == torch.int64
         assert action.shape == (2, 7)
     else:
-        with pytest.raises(
-            OffrlError,
-            match=r"needs continuous actions; for integer ones choose agent=bc, doc, dt, esper, rvs, vae_bc\.",
-        ):
+        names = "bc, discrete_cql, doc, dt, esper, iql, rvs, vae_bc"
+        with pytest.raises(OffrlError, match=rf"needs continuous actions; for integer ones choose agent={names}\."):
             make_agent(settings, spec)
+    if not cls.takes_continuous:
+        with pytest.raises(OffrlError, match="needs integer actions; for continuous ones choose agent="):
+            make_agent(settings, replace(spec, discrete=False))
 
 
 def test_lanes_equal_separate_runs(name: str) -> None:
     """In float64 the lanes of one run differ from runs of one lane by rounding alone."""
-    store = make_toy(512, dtype=torch.float64)
+    store = toy_of(name, 512, dtype=torch.float64)
     together = make(name, store, seeds=(5, 6, 7))
     updates = together.pretrain_updates + 8
     advance(together, store, updates)
@@ -153,7 +168,7 @@ def test_lanes_equal_separate_runs(name: str) -> None:
 @pytest.mark.parametrize("which", ["all", "even", "odd"])
 def test_lanes_may_differ_in_coefficients(name: str, which: str) -> None:
     """Floats of the configuration can be lists, next to single ones and to other lists; a lane then equals a run of its own."""
-    store = make_toy(512, dtype=torch.float64)
+    store = toy_of(name, 512, dtype=torch.float64)
     config = agent_class(name).Config()
     floats = [f.name for f in fields(config) if isinstance(f.default, float) and f.default > 0]
     floats = {"all": floats, "even": floats[0::2], "odd": floats[1::2]}[which]
@@ -241,10 +256,11 @@ def test_captured_updates_equal_eager_ones(name: str, trained: Trained, toy: Off
 
 @pytest.mark.cuda
 def test_cuda_graph_equals_eager_on_the_gpu(name: str) -> None:
-    store = make_toy().to("cuda")
+    store = toy_of(name).to("cuda")
     pair = []
     for engine in ("eager", "cudagraph"):
-        spec = Spec(store.obs_dim, store.action_dim, (0, 1), *store.observation_statistics(), device="cuda")
+        numbers, discrete = store.observation_statistics(), store.info.discrete is not None
+        spec = Spec(store.obs_dim, store.action_dim, (0, 1), *numbers, discrete=discrete, device="cuda")
         agent = make_agent({"_target_": SETTINGS[name]._target_, **small(name)}, spec)
         agent.setup(store)
         make_engine(engine, agent, loader(agent, store), updates_per_launch=8).run(0, 101)
@@ -265,13 +281,13 @@ def compiled_equals_eager(name: str, toy: OfflineDataset) -> None:
 
 # A C++ compiler takes half a minute to two an agent. The quick suite asks it for the smallest one; the update of two kinds is
 # traced as for the compiler and goes no further. `make test-slow` compiles all.
-def test_compiled_cloning_equals_eager(toy: OfflineDataset) -> None:
-    compiled_equals_eager("bc", toy)
+def test_compiled_cloning_equals_eager() -> None:
+    compiled_equals_eager("bc", make_toy())
 
 
-def test_traced_updates_of_two_kinds_equal_eager_ones(toy: OfflineDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traced_updates_of_two_kinds_equal_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    compiled_equals_eager("td3_bc", toy)
+    compiled_equals_eager("td3_bc", make_toy())
 
 
 @pytest.mark.slow
@@ -281,6 +297,8 @@ def test_compiled_equals_eager(name: str, toy: OfflineDataset) -> None:
 
 def test_learns_from_synthetic_rows_too(name: str, toy: OfflineDataset, tmp_path: Path) -> None:
     """Half of each batch from trajectories guided by the agent, made anew on the way; no row of the dataset (index -1)."""
+    if toy.info.discrete:  # refused: synthetic actions are continuous
+        return
     agent = make(name, toy, seeds=(0, 1))
     if "return_to_go" in agent.batch_fields:  # pieces of episodes have none
         with pytest.raises(OffrlError, match="set augment=none"):
@@ -308,8 +326,11 @@ def test_no_gradient_is_left_behind(trained: Trained) -> None:
 
 
 def test_learns_the_toy_task(name: str) -> None:
-    """The behaviour is the optimum plus noise of standard deviation 0.46; every method should find its middle."""
-    store, config = make_toy(8192), agent_class(name).Config
+    """The behaviour is the optimum plus noise of standard deviation 0.46; every method should find its middle.
+
+    Of integer actions the behaviour is uniform, and at most a tenth of the policy's may be wrong.
+    """
+    store, config = toy_of(name, 8192), agent_class(name).Config
     rates = {f.name: 3e-3 for f in fields(config) if f.name.endswith("lr")}
     wide = {key: [64, 64] for key in small(name) if key.endswith("hidden")}
     agent = make(name, store, **(rates | wide | getattr(config, "toy", {})))
@@ -321,7 +342,11 @@ def test_learns_the_toy_task(name: str) -> None:
     assert finite(metrics)
     assert finite(agent.state_dict())
     test = make_toy(2048, seed=1).observations.unsqueeze(0)
-    error = (agent.select_action(test) - best_action(test)).square().mean().sqrt()
+    action = agent.select_action(test)
+    if store.info.discrete:
+        assert (action != best_choice(test)).float().mean() < 0.1
+        return
+    error = (action - best_action(test)).square().mean().sqrt()
     assert error < 0.1, error
 
 
@@ -356,7 +381,8 @@ def test_predict_is_the_evaluation_of_one_lane(trained: Trained, toy: OfflineDat
         assert np.abs(alone - action[0]).max() < 1e-5
 
 
-def test_saved_and_loaded_acts_alike(name: str, toy_file: Path, tmp_path: Path) -> None:
+def test_saved_and_loaded_acts_alike(name: str, tmp_path: Path) -> None:
+    toy_file = write_toy(tmp_path / "toy.npz", toy_of(name))
     settings = {"_target_": SETTINGS[name]._target_, **small(name)}
     result = train(
         {
@@ -373,7 +399,7 @@ def test_saved_and_loaded_acts_alike(name: str, toy_file: Path, tmp_path: Path) 
     once, twice = load_agent(result.folder), load_agent(result.folder / checkpoint.NAME)
     obs = make_toy(64).observations.expand(2, -1, -1)
     assert torch.equal(once.select_action(obs), twice.select_action(obs))
-    fresh = make(name, make_toy(), seeds=(0, 1))
-    advance(fresh, make_toy(), 20, batch=16)
+    fresh = make(name, toy_of(name), seeds=(0, 1))
+    advance(fresh, toy_of(name), 20, batch=16)
     # float32 statistics of the file's observations equal those in memory, so the runs are the same.
     assert torch.equal(once.select_action(obs), fresh.select_action(obs))

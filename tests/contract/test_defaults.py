@@ -165,6 +165,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "critic_hidden": None,
         "normalize_obs": True,
     },
+    # The weight is that of the paper for 20 % of Atari's online data; the rest is ours.
+    "discrete_cql": {"cql_alpha": 1.0, **BACKUP, "critic_lr": 3e-4, "hidden": TWO, "normalize_obs": True},
     # corl-team/CORL `iql.py`; the rate falls over its 1M updates.
     "iql": {
         "expectile": 0.7,

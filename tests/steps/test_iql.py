@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_toy
+from conftest import make_discrete_toy, make_toy
 from plain import BOXES, Bounds, Box, batches, boxed, difference, sequential, spec_of
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -258,3 +258,53 @@ def test_eql_stays_finite_where_exponentials_do_not() -> None:
     (slope,) = torch.autograd.grad(loss.sum(), value)
     assert loss.isfinite().all()
     assert slope.isfinite().all()
+
+
+# ---- integer actions ------------------------------------------------------------------------------------------
+
+
+class PlainDiscrete(Plain):
+    """The same with Q(s, .) for each action and a softmax policy."""
+
+    def __init__(self, agent: IQL) -> None:
+        self.cfg = agent.cfg
+        self.actor, self.value = sequential(agent.actor, 0), sequential(agent.value, 0)
+        self.critics = [sequential(agent.critics.mlp, 0, member) for member in (0, 1)]
+        self.critics_target = copy.deepcopy(self.critics)
+        both = [p for critic in self.critics for p in critic.parameters()]
+        self.actor_adam = torch.optim.Adam(self.actor.parameters(), lr=self.cfg.actor_lr)
+        self.value_adam = torch.optim.Adam(self.value.parameters(), lr=self.cfg.value_lr)
+        self.critic_adam = torch.optim.Adam(both, lr=self.cfg.critic_lr)
+
+    def q(self, critics: list[nn.Sequential], s: Tensor, a: Tensor) -> list[Tensor]:
+        return [torch.stack([critic(s)[i, a[i]] for i in range(len(s))]) for critic in critics]
+
+    def step(self, s: Tensor, a: Tensor, r: Tensor, s2: Tensor, not_done: Tensor) -> None:
+        cfg = self.cfg
+        next_v = self.value(s2).squeeze(1).detach()
+        u = torch.minimum(*self.q(self.critics_target, s, a)).detach() - self.value(s).squeeze(1)
+        self.minimise(self.value_adam, torch.mean(torch.abs(cfg.expectile - (u < 0).double()) * u**2))
+        y = r + cfg.discount * not_done * next_v
+        self.minimise(self.critic_adam, sum(nn.functional.mse_loss(q, y) for q in self.q(self.critics, s, a)) / 2)
+        weight = torch.exp(cfg.beta * u.detach()).clamp(max=100.0)
+        self.minimise(
+            self.actor_adam, (weight * nn.functional.cross_entropy(self.actor(s), a, reduction="none")).mean()
+        )
+
+
+def test_updates_for_integer_actions_equal_the_restatement() -> None:
+    dataset = make_discrete_toy(512, dtype=torch.float64)
+    spec = Spec(3, 3, (11,), *dataset.observation_statistics(), discrete=True)
+    agent = IQL(spec, IQLConfig(hidden=(24, 16), actor_decay=0, tau=0.0)).double()
+    plain = PlainDiscrete(agent)
+    for _, rows in batches(dataset, LaneRandom((11,)), 3, BATCH):
+        plain.step(*rows)
+    Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], BATCH)).run(0, 3)
+    for ours, theirs in ((agent.actor, plain.actor), (agent.value, plain.value)):
+        assert difference(sequential(ours, 0), theirs) < 1e-10
+    assert max(difference(sequential(agent.critics.mlp, 0, i), plain.critics[i]) for i in (0, 1)) < 1e-10
+    obs = torch.randn(1, 5, 3).double()
+    assert torch.equal(agent.select_action(obs)[0], plain.actor(agent.normalize(obs)[0]).argmax(-1))
+    every = torch.arange(3).expand(1, 5, 3).flatten(1)
+    total = agent.log_prob(obs.repeat_interleave(3, 1), every).exp().view(5, 3).sum(-1)
+    torch.testing.assert_close(total, torch.ones(5).double())
