@@ -82,12 +82,17 @@ def _read(path: Path, schema: type[T]) -> T | None:
 def _held(lock: Path) -> bool:
     """Whether a process trains the run; a shared lock is tried and released at once."""
     try:
-        with open(os.open(lock, os.O_RDONLY | os.O_NONBLOCK)) as file:  # a named pipe doesn't wait for its writer
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe doesn't wait for its writer
     except FileNotFoundError:
         return False
-    except OSError:
+    except OSError as error:
+        raise OffrlError(f"{lock} can't be read ({error.strerror}); remove it.") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    finally:
+        os.close(descriptor)
     return False
 
 

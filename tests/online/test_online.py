@@ -505,6 +505,31 @@ def test_finetune_says_what_it_can_not_continue(capsys: pytest.CaptureFixture[st
         train({**options(updates=50), "name": str(tuned.relative_to("runs"))})
 
 
+def test_finetune_takes_over_whole_rows_of_a_finished_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is refused leaves the offline run as it is, and nothing in the new run that could be continued."""
+    offline = train({**options(), "online": {}}).folder
+    words, switch = ["finetune", str(offline), "online.steps=5", "out=tuned"], rows(offline, "episodes")
+    for kind in ("episodes", "metrics"):
+        path, whole = offline / f"{kind}.jsonl", (offline / f"{kind}.jsonl").read_bytes()
+        for text, sentence in (
+            (None, f"{kind}.jsonl is missing"),
+            (b"[1]\n" + whole, f"{kind}.jsonl: line 1 is no row of results"),
+            (b'{"step": "x"}\n' + whole, f"{kind}.jsonl: line 1 is no row of results"),
+        ):
+            path.unlink() if text is None else path.write_bytes(text)
+            assert cli.main(words) == 2
+            assert sentence in capsys.readouterr().err
+            assert not list(Path("tuned").rglob("*.safetensors"))
+        path.write_bytes(whole + b'{"step": 40, "torn')  # what a power failure leaves
+    assert cli.main(words) == 0
+    (tuned,) = {path.parent for path in Path("tuned").rglob("result.json")}
+    assert [r for r in rows(tuned, "episodes") if r["step"] == 40] == switch
+    unfinished = train({**options(updates=50), "online": {}}).folder
+    (unfinished / checkpoint.NAME).write_bytes((offline / checkpoint.NAME).read_bytes())
+    assert cli.main(["finetune", str(unfinished), "online.steps=5"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_the_score_before_is_the_same_policys(monkeypatch: pytest.MonkeyPatch) -> None:
     """The switch changes no action: the policy before the first online update is that of the offline half."""
     begun: list[tuple[Tensor, Tensor]] = []
