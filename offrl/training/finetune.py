@@ -41,7 +41,8 @@ def finetune(folder: Path | str, changes: Mapping[str, Any] | None = None, confi
     """
     folder = Path(folder)
     folder = folder if folder.name not in ("", "..") else folder.resolve()
-    job = _job(folder, read_config(folder), dict(changes or {}), config_dir)
+    values = resolve_config(read_config(folder), trusted=False).to_dict()  # whole, whatever the file has
+    job = _job(folder, values, dict(changes or {}), config_dir)
     new = job.folder()
     if new.resolve() == folder.resolve():
         raise OffrlError(f"{folder}: fine-tuning needs a folder of its own; choose another name=.")

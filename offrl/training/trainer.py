@@ -69,7 +69,7 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
     """
     folder = Path(folder)
     folder = folder if folder.name not in ("", "..") else folder.resolve()
-    values = read_config(folder, "resume=")
+    values = resolve_config(read_config(folder, "resume="), trusted=False).to_dict()  # whole, whatever the file has
     for key, value in (changes or {}).items():
         top = key.split(".")[0]
         if top not in FREE - {"out", "name", "fresh", "lanes", "seed", "seeds"}:

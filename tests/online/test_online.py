@@ -508,7 +508,8 @@ def test_finetune_says_what_it_can_not_continue(capsys: pytest.CaptureFixture[st
 def test_finetune_takes_over_whole_rows_of_a_finished_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever is refused leaves the offline run as it is, and nothing in the new run that could be continued."""
     offline = train({**options(), "online": {}}).folder
-    words, switch = ["finetune", str(offline), "online.steps=5", "out=tuned"], rows(offline, "episodes")
+    words = ["finetune", str(offline), "online.steps=5", "out=tuned"]
+    returns = [r["return_raw"] for r in rows(offline, "episodes")]
     for kind in ("episodes", "metrics"):
         path, whole = offline / f"{kind}.jsonl", (offline / f"{kind}.jsonl").read_bytes()
         for text, sentence in (
@@ -523,8 +524,16 @@ def test_finetune_takes_over_whole_rows_of_a_finished_run_alone(capsys: pytest.C
         path.write_bytes(whole + b'{"step": 40, "torn')  # what a power failure leaves
     assert cli.main(words) == 0
     (tuned,) = {path.parent for path in Path("tuned").rglob("result.json")}
-    assert [r for r in rows(tuned, "episodes") if r["step"] == 40] == switch
-    unfinished = train({**options(updates=50), "online": {}}).folder
+    assert [r["return_raw"] for r in rows(tuned, "episodes") if r["step"] == 40] == returns
+    config, text = offline / "config.json", (offline / "config.json").read_text()
+    for value, sentence in (({}, "agent needs a _target_"), ({**json.loads(text), "eval": 3}, "eval")):
+        config.write_text(json.dumps(value))
+        assert cli.main([*words, "eval.episodes=1"]) == 2
+        assert sentence in capsys.readouterr().err
+        with pytest.raises(OffrlError, match=sentence):
+            resume(offline, {"eval.episodes": 1})
+    config.write_text(text)
+    unfinished = train({**options(updates=50, out="other"), "online": {}}).folder
     (unfinished / checkpoint.NAME).write_bytes((offline / checkpoint.NAME).read_bytes())
     assert cli.main(["finetune", str(unfinished), "online.steps=5"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
