@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO := demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow test-cuda contract fuzz fuzz-kills lint wheel clean
+.PHONY: setup demo test test-slow test-cuda contract fuzz fuzz-kills mutants lint wheel clean
 
 setup: $(READY)
 
@@ -53,6 +53,10 @@ fuzz: $(READY)
 
 fuzz-kills: $(READY)
 	$(BIN)/python tests/fuzz/kills.py $(or $(N),20) $(FUZZ)
+
+# N changes of each module's code, one at a time, against the module's tests; FUZZ="--seed 1 --only agents/iql".
+mutants: $(READY)
+	$(BIN)/python tests/fuzz/mutants.py $(or $(N),10) $(FUZZ)
 
 lint: $(READY)
 	$(BIN)/ruff check .
