@@ -297,6 +297,8 @@ class Trainer:
         if episodes < 1:
             return
         bar.note("evaluating")
+        # A policy that samples its actions draws them by this number, also right after a restart without another update.
+        self.agent.random.step.fill_(self.step)
         self.last = played = evaluator.run(self.agent, episodes, self.cfg.eval.seed)
         self.writer.episodes(self.step, self.seeds, played.returns, played.lengths, played.normalized, played.seeds)
         name, values = ("score", played.normalized) if played.normalized is not None else ("return", played.returns)
