@@ -12,7 +12,7 @@ BAR ?= $(shell test -t 2 && echo on || echo off)
 # Of the virtual environment with the extra dev; PyTorch's CUDA build is larger.
 SIZE := 3 GB
 
-.PHONY: setup demo test test-slow test-cuda contract fuzz fuzz-kills lint wheel docs clean
+.PHONY: setup demo test test-slow test-cuda contract fuzz fuzz-kills mutants lint wheel docs clean
 
 setup: $(READY)
 
@@ -62,6 +62,10 @@ fuzz: $(READY)
 
 fuzz-kills: $(READY)
 	$(BIN)/python tests/fuzz/kills.py $(or $(N),20) $(FUZZ)
+
+# N changes of each module's code, one at a time, against the module's tests; FUZZ="--seed 1 --only agents/iql".
+mutants: $(READY)
+	$(BIN)/python tests/fuzz/mutants.py $(or $(N),10) $(FUZZ)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -78,6 +78,7 @@ class OptunaSweeper(Sweeper):
             raise CompactHydraException("hydra/sweeper=optuna needs Optuna: pip install 'offrl[optuna]'.") from error
         self.optuna: Any = optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        assert self.config is not None
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
@@ -107,6 +108,7 @@ class OptunaSweeper(Sweeper):
         from offrl.training.sweep import Sweep
 
         sweep = Sweep.current
+        assert self.launcher is not None
         assert sweep is not None, "this sweeper is for `offrl train -m`"
         sweep.add(jobs)
         self.launcher.launch(jobs, initial_job_idx=first)

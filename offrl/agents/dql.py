@@ -69,7 +69,7 @@ class DQL(RecurrentAgent[DQLConfig]):
         for name in ("candidates", "backup_actions", "ema_every"):
             if getattr(cfg, name) < 1:
                 raise ValueError(f"{name}={getattr(cfg, name)} should be at least 1.")
-        self.period = cfg.ema_every  # type: ignore[misc]
+        self.period = cfg.ema_every
         self.policy = DenoisingPolicy.of(spec, cfg.hidden, cfg.denoising_steps, sampler="posterior", activation="mish")
         self.critics = Critics.of(spec, cfg.hidden, members=2, activation="mish")
         self.policy_average, self.critics_target = make_target(self.policy), make_target(self.critics)

@@ -100,8 +100,8 @@ def _held(lock: Path) -> bool:
             return is_locked(file)
     except FileNotFoundError:
         return False
-    except OSError:
-        return True
+    except OSError as error:
+        raise OffrlError(f"{lock} can't be read ({error.strerror}); remove it.") from error
 
 
 def add_parser(subparsers: Any) -> None:

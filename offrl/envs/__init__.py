@@ -11,8 +11,9 @@ robot = gymnasium.make("offrl/NoisyHopper-v0", sigma=0.2)
 
 import gymnasium
 
-from offrl.envs.adapters import make_env, make_gymnasium, make_vector_env
+from offrl.envs.adapters import make_env, make_vector_env
 from offrl.envs.noisy import ROBOTS
+from offrl.envs.registered import make_gymnasium
 from offrl.envs.tabular_tasks import TASKS
 
 __all__ = ["NOISY_IDS", "TABULAR_IDS", "make_env", "make_gymnasium", "make_vector_env"]

@@ -27,7 +27,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from offrl.envs.adapters import make_gymnasium
+from offrl.envs.registered import make_gymnasium
 from offrl.utils.errors import OffrlError
 
 ROBOTS = {"Hopper": "Hopper-v5", "HalfCheetah": "HalfCheetah-v5", "Walker2d": "Walker2d-v5", "Reacher": "Reacher-v5"}

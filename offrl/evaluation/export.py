@@ -10,6 +10,7 @@ from float64, twice that distance (the other engine may err as much to the other
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import math
@@ -25,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import offrl
 from offrl.agents.base import Agent, RecurrentAgent
 from offrl.data.dataset import DatasetInfo
 from offrl.utils.errors import OffrlError, one_line
@@ -140,7 +140,7 @@ def compare(one: Agent, run: Run) -> tuple[float, float]:
 def _metadata(one: Agent, info: DatasetInfo) -> dict[str, Any]:
     spec = one.spec
     return {
-        "offrl": offrl.__version__,
+        "offrl": importlib.metadata.version("offrl"),
         "agent": type(one).__name__,
         "dataset": info.id,
         "environment": info.env_id,

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from offrl.data.minari_write import Episode
 from offrl.envs import NOISY_IDS
-from offrl.envs.adapters import make_gymnasium
 from offrl.envs.noisy import NoiseModel
+from offrl.envs.registered import make_gymnasium
 
 ROBOTS = {robot.lower(): robot for robot in NOISY_IDS}
 LEVELS = ("random", "medium", "expert", "medium-expert", "medium-replay")

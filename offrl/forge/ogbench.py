@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offrl.envs.adapters import make_gymnasium
 from offrl.envs.generators import global_generator, seeded
+from offrl.envs.registered import make_gymnasium
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
 

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from offrl.data.minari_write import Episode
-from offrl.envs.adapters import make_gymnasium
 from offrl.envs.noisy import NoiseModel, NoiseProcess, noise_generator
+from offrl.envs.registered import make_gymnasium
 from offrl.utils.paths import PACKAGE
 
 ENVS = 32  # environments that step together: enough to share the policy's matrix products, few enough for the cache

@@ -6,9 +6,9 @@ A run is a folder that holds
     manifest.json     run id, versions, git state, data fingerprint, dataset and machine
     episodes.jsonl    one line per evaluation episode
     metrics.jsonl     one line per logged metric, lane and step
-    episodes.parquet, metrics.parquet    the same rows, written when the run is closed; a copy for fast reading
+    episodes.parquet, metrics.parquet    the same rows, written when the run is closed, for other programs
 
-The JSON lines are authoritative: they are only appended to, and every line is complete in itself.
+Everything here reads the JSON lines: they are only appended to, and every line is complete in itself.
 """
 
 from __future__ import annotations
@@ -243,43 +243,17 @@ def _below(top: Path) -> Iterator[Path]:
 
 
 def _read_rows(paths: Iterable[Path | str], kind: str, columns: dict[str, str], key: list[str]) -> pl.DataFrame:
+    """Rows of the JSON lines alone: a damaged Parquet file, even one with a single flipped bit, may end the process."""
     import polars as pl
 
-    compacted, frames = [], [_empty(columns).with_columns(folder=pl.lit("", dtype=pl.String))]
+    frames = [_empty(columns).with_columns(folder=pl.lit("", dtype=pl.String))]
     for folder in folders(paths):
-        lines, parquet = folder / f"{kind}.jsonl", folder / f"{kind}.parquet"
-        if _is_newer(parquet, lines):
-            compacted.append(parquet)
-        elif lines.exists():
+        lines = folder / f"{kind}.jsonl"
+        if lines.exists():
             frames.append(_read_lines(lines, columns).with_columns(folder=pl.lit(str(folder))))
-    if compacted:
-        frames.append(_read_parquet(compacted, columns))
+        elif lines.with_suffix(".parquet").exists():
+            raise OffrlError(f"{lines} is missing (the Parquet file is a copy of it); restore it or leave the run out.")
     return pl.concat(frames).unique(subset=key, keep="last", maintain_order=True)
-
-
-def _is_newer(parquet: Path, lines: Path) -> bool:
-    if not parquet.exists():
-        return False
-    return not lines.exists() or parquet.stat().st_mtime_ns >= lines.stat().st_mtime_ns
-
-
-def _read_parquet(files: list[Path], columns: dict[str, str]) -> pl.DataFrame:
-    """Rows of all files at once; the JSON lines replace a copy that is damaged or has other columns."""
-    import polars as pl
-
-    try:
-        # Sweeps make folders such as `agent=bc,seed=[0,1]`: neither a pattern nor a partition.
-        scan = pl.scan_parquet(files, glob=False, hive_partitioning=False, include_file_paths="folder")
-        frame = scan.select(*columns, "folder").collect()
-    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # it panics at some damage
-        if len(files) > 1:
-            return pl.concat([_read_parquet([file], columns) for file in files])
-        lines = files[0].with_suffix(".jsonl")
-        if not lines.exists():
-            raise OffrlError(f"{files[0]} is damaged and {lines.name} is gone; leave the run out.") from error
-        return _read_lines(lines, columns).with_columns(folder=pl.lit(str(lines.parent)))
-    names = {str(file): str(file.parent) for file in files}
-    return frame.with_columns(pl.col("folder").replace(names))
 
 
 def _read_lines(path: Path, columns: dict[str, str]) -> pl.DataFrame:

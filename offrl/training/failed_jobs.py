@@ -30,7 +30,7 @@ def keep_failures(out: Path, failed: Mapping[str, str], tried: Set[str]) -> None
     """Write down the jobs that have just failed, and forget earlier failures of those that were tried again."""
     with contextlib.suppress(OffrlError, OSError):  # a sweep's own summary has said it
         before = read_failures(out)
-        now = {words: message for words, message in before.items() if words not in tried} | failed
+        now = {words: message for words, message in before.items() if words not in tried} | dict(failed)
         if now:
             write_json(out / NAME, dict(list(now.items())[-MOST:]))
         else:

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from offrl.results.rows import MOST_BYTES
+from offrl.results.writer import _rows_until, check_rows
 from offrl.training.compose import choice_file, choices, plain
 from offrl.training.records import RunRecord
 from offrl.training.run_config import RunConfig, resolve_config
@@ -40,7 +41,8 @@ def finetune(folder: Path | str, changes: Mapping[str, Any] | None = None, confi
     """
     folder = Path(folder)
     folder = folder if folder.name not in ("", "..") else folder.resolve()
-    job = _job(folder, read_config(folder), dict(changes or {}), config_dir)
+    values = resolve_config(read_config(folder), trusted=False).to_dict()  # whole, whatever the file has
+    job = _job(folder, values, dict(changes or {}), config_dir)
     new = job.folder()
     if new.resolve() == folder.resolve():
         raise OffrlError(f"{folder}: fine-tuning needs a folder of its own; choose another name=.")
@@ -90,19 +92,17 @@ def _take_over(folder: Path, new: Path, job: RunConfig) -> None:
     kept: RunRecord = checkpoint.metadata(folder / checkpoint.NAME, RunRecord)
     if kept.step != job.train.updates:
         raise OffrlError(
-            f"{folder}: {kept.step} of {job.train.updates} offline updates are made; finish them first with: offrl train "
-            f"resume={folder}"
+            f"{folder}: {kept.step} of {job.train.updates} offline updates are made; finish them first (offrl train "
+            f"resume={folder})."
         )
+    check_rows(folder, kept.step, needed=True)
+    names = {"run_id": new.name, "method": job.to_dict()["method"]}
     for kind in ("episodes", "metrics"):
         path = folder / f"{kind}.jsonl"
-        if not path.exists():
-            raise OffrlError(f"{path} is missing; restore it, or train both halves with online.steps=N.")
         (new / f"{kind}.parquet").unlink(missing_ok=True)
-        data = _renamed(
-            read_bytes(path, "restore it", MOST_BYTES), {"run_id": new.name, "method": job.to_dict()["method"]}
-        )
+        data = _rows_until(read_bytes(path, "restore it", MOST_BYTES), kept.step, path)
         with replacing(new / path.name) as temporary:
-            temporary.write_bytes(data)
+            temporary.write_bytes(_renamed(data, names))
     metadata = {**kept.model_dump(mode="json", exclude={"online"}), "config": job.to_dict()}
     checkpoint.write(new / checkpoint.NAME, tensors, json.loads(json.dumps(metadata)))
 
@@ -110,7 +110,7 @@ def _take_over(folder: Path, new: Path, job: RunConfig) -> None:
 def _renamed(data: bytes, names: Mapping[str, str]) -> bytes:
     """Rows under the new run's names."""
     lines = []
-    for line in data[: data.rfind(b"\n") + 1].splitlines():
+    for line in data.split(b"\n")[:-1]:
         row = json.loads(line)
         row |= {key: value for key, value in names.items() if key in row}
         lines.append(json.dumps(row, separators=(",", ":")))

@@ -132,7 +132,7 @@ def finished(folder: Path, updates: int) -> Result | None:
     if kept.step < updates or not all((folder / name).is_file() for name in ("config.json", "manifest.json")):
         return None  # the latter are written anew by a run that goes on
     for kind in ("episodes", "metrics"):
-        if not any((folder / f"{kind}.{ending}").is_file() for ending in ("jsonl", "parquet")):
+        if not (folder / f"{kind}.jsonl").is_file():
             raise OffrlError(f"{folder}: {kind}.jsonl is missing; restore it, or start over with fresh=true.")
     scores = None if kept.scores is None else _lanes(kept.scores)
     return Result(folder, kept.step, _lanes(kept.returns), scores, "already finished", kept.success)

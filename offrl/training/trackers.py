@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from offrl.utils.errors import OffrlError
 
 
@@ -23,6 +25,17 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Write what is pending and let go."""
+
+
+def by_lane(kind: str, values: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> dict[str, float]:
+    """Scalars of metrics: each one's mean over lanes and, of several lanes, each lane's own."""
+    shown = {}
+    for name, lanes in values.items():
+        shown[f"{kind}/{name}"] = float(np.mean(lanes))
+        if len(lanes) > 1:
+            own = enumerate(zip(seeds, lanes))
+            shown |= {f"{kind}_lanes/{name}/lane{lane}_seed{seed}": float(value) for lane, (seed, value) in own}
+    return shown
 
 
 KINDS = ("none", "tensorboard", "wandb")

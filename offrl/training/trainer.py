@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from offrl.training.runs import (
     reward_transform,
     transform_rewards,
 )
-from offrl.training.trackers import check_tracker, make_tracker
+from offrl.training.trackers import by_lane, check_tracker, make_tracker
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.memory import require_bytes
@@ -73,7 +73,7 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
     """
     folder = Path(folder)
     folder = folder if folder.name not in ("", "..") else folder.resolve()
-    values = read_config(folder, "resume=")
+    values = resolve_config(read_config(folder, "resume="), trusted=False).to_dict()  # whole, whatever the file has
     for key, value in (changes or {}).items():
         top = key.split(".")[0]
         if top not in FREE - {"out", "name", "fresh", "lanes", "seed", "seeds"}:
@@ -305,27 +305,19 @@ class Trainer:
         if episodes < 1:
             return
         bar.note("evaluating")
+        # A policy that samples its actions draws them by this number, also right after a restart without another update.
+        self.agent.random.step.fill_(self.step)
         self.last = played = evaluator.run(self.agent, episodes, self.cfg.eval.seed)
         self.writer.episodes(self.step, self.seeds, played.returns, played.lengths, played.normalized, played.seeds)
         name, values = ("score", played.normalized) if played.normalized is not None else ("return", played.returns)
-        self._show("eval", {name: values.mean(1).tolist()})
+        self.tracker.log(self.step, by_lane("eval", {name: values.mean(1).tolist()}, self.seeds))
         bar.say(self.step, f"{name} {values.mean():.1f}")
         self.hooks.evaluated(Evaluation(self.step, played.returns, played.lengths, played.normalized, self.agent))
 
     def _log(self, values: dict[str, list[float]], rate: float) -> None:
         self.writer.metrics(self.step, self.seeds, values, updates_per_second=rate)
         self._check_finite({name: bool(np.isfinite(lanes).all()) for name, lanes in values.items()})
-        self._show("train", values)
-        self.tracker.log(self.step, {"train/updates_per_second": rate})
-
-    def _show(self, kind: str, values: Mapping[str, Sequence[float]]) -> None:
-        """Each metric's mean over lanes and, of several lanes, each lane's own, in the tracker."""
-        for name, lanes in values.items():
-            shown = {f"{kind}/{name}": float(np.mean(lanes))}
-            if len(lanes) > 1:
-                own = enumerate(zip(self.seeds, lanes))
-                shown |= {f"{kind}_lanes/{name}/lane{lane}_seed{seed}": float(value) for lane, (seed, value) in own}
-            self.tracker.log(self.step, shown)
+        self.tracker.log(self.step, by_lane("train", values, self.seeds) | {"train/updates_per_second": rate})
 
     def _check_finite(self, finite: Mapping[str, bool]) -> None:
         if broken := [name for name, good in finite.items() if not good]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import signal
 import sys
 import time
@@ -71,10 +72,11 @@ def _locked(folder: Path) -> Iterator[None]:
     check_system()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 - held until the run ends
+        # A named pipe would wait for its reader.
+        file = open(os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666), "w")  # noqa: SIM115
     except OSError as error:
         raise OffrlError(
-            f"{folder} can't be written ({error.strerror}); choose another folder with out=DIR."
+            f"{error.filename or folder} can't be written ({error.strerror}); choose another folder with out=DIR."
         ) from error
     with file:
         try:

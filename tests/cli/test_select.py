@@ -94,3 +94,25 @@ def test_the_command(
     assert "nothing to rank: Left out, trained on other data than" in capsys.readouterr().err
     with pytest.raises(OffrlError, match="no checkpoint in"):
         select([], "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config.json", "{"), ("manifest.json", "[]"), ("episodes.jsonl", "x\n"), ("checkpoint.safetensors", "x")],
+)
+def test_a_damaged_run_is_refused_and_nothing_is_written(
+    name: str,
+    text: str,
+    world: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A ranking without one of its policies would be another ranking; the sentence names the file and the way out."""
+    for seed in (0, 3):
+        folder = train({**options("toy.npz", 4, lanes=1, seed=seed), "eval": {"every": 0, "final_episodes": 0}}).folder
+    (folder / name).write_text(text)
+    assert main("select", "runs", "--updates", "3", "--out", "out") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("offrl: error: ")
+    assert str(folder / name) in shown
+    assert shown.count("\n") == 1
+    assert not Path("out").exists()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,18 @@ def test_status_shows_damage_in_its_row(name: str, text: str | None, capsys: pyt
     shown = capsys.readouterr().out
     assert "2 runs: 1 finished, 1 damaged" in shown
     assert re.search(rf"^damaged .*b/{name}\.json: .*; (remove it|restore it or leave the run out)\.$", shown, re.M)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_an_odd_lock_keeps_neither_status_nor_a_training_waiting(
+    make: Callable[[Path], None], toy_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(Path("runs/a"), 40)
+    make(Path("runs/a/.lock"))
+    assert main("status", "runs") == 0
+    assert "1 runs: 1 stopped" in capsys.readouterr().out
+    assert main("train", *words(options(toy_file, 60, lanes=1)), "name=a") == 2
+    assert "a/.lock can't be written" in capsys.readouterr().err
 
 
 # ---- with processes -------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ KINDS: dict[str, Kind] = {
     "yaml": word_inputs.yaml,
 }
 # What a child of the harness would otherwise import anew for each input.
-SHARED = ("cli.data", "cli.train", "cli.evaluate", "cli.report", "cli.status", "cli.select", "cli.probe", "cli.agents")
+SHARED = ("data", "train", "evaluate", "report", "status", "select", "probe", "agents", "finetune", "augment")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def fuzz(
     for name in ("D4RL_DATASET_DIR", "OFFRL_D4RL_URL"):
         os.environ.pop(name, None)
     for name in SHARED:
-        importlib.import_module(f"offrl.{name}")
+        importlib.import_module(f"offrl.cli.{name}")
     canaries = materials.outside(place)
     judge = Judge(place)
     material = materials.make(place, judge, canaries)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 CANARY = "offrl_fuzz_canary"  # a module that nothing may import, and the stem of files that nothing may open
-CPU_SECONDS, WALL_SECONDS = 30, 120  # of one input; an honest one takes less than 5 CPU seconds
+CPU_SECONDS, WALL_SECONDS = 30, 300  # of one input; an honest one takes less than 5 CPU seconds, a busy machine longer
 MEMORY = 3 << 30  # bytes that an input may add to what the libraries take
 MOST_LETTERS = 1500  # of a sentence
 _IN_OPEN, _IN_NONBLOCK = 0x20, 0x800

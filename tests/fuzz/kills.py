@@ -1,4 +1,4 @@
-"""Trainings killed at random moments and continued: `python tests/fuzz/kills.py 20 [--seed S] [--agent A]`.
+"""Trainings killed at random moments and continued: `python tests/fuzz/kills.py 20 [--seed S] [--only NAME]`.
 
 Each training is made once without interruption and once with one to three SIGKILLs, by the same command. The second has to
 end with the same tensors bit for bit (those of kept checkpoints, too), with the same rows, each once, with the same result,
@@ -11,53 +11,57 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess as Process
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from material import INFO, columns
+from material import INFO, MODEL, columns
 from safetensors.torch import load_file
 
+import offrl.cli.finetune
+import offrl.cli.train  # noqa: F401 - what the forked processes need
+from offrl.agents.base import Agent
+from offrl.cli.main import main
+from offrl.training.compose import choice_file, choices
+from offrl.utils.settings import target_class
+
 TRAIN = [
-    "updates=600",
     "batch_size=16",
-    "checkpoint_every=60",
-    "log_every=30",
-    "eval.every=120",
+    "checkpoint_every=20",
+    "log_every=10",
+    "eval.every=40",
     "eval.episodes=1",
     "eval.final_episodes=2",
     "eval.workers=1",
-    "keep_checkpoints=true",
     "lanes=2",
     "engine=eager",
     "progress=false",
+    "name=run",
 ]
-AUGMENT = [
-    "augment=world_model",
-    "augment.model.members=2",
-    "augment.model.elites=1",
-    "augment.model.hidden=[8]",
-    "augment.model.updates=50",
-    "augment.transitions=64",
-    "augment.refresh_every=150",
-]
-AGENTS: dict[str, list[str]] = {
-    "bc": ["agent=bc", "agent.hidden=[16]"],
-    "td3_bc": ["agent=td3_bc", "agent.hidden=[16]"],
-    "iql": ["agent=iql", "agent.hidden=[16]"],
-    "dt": ["agent=dt", "updates=180"],
-    "augmented": ["agent=td3_bc", "agent.hidden=[16]", *AUGMENT],
+UPDATES, STEPS = 200, 120  # gradient steps of a training, and environment steps of an online phase
+SEGMENTS = ["augment.transitions=24", "augment.length=3", "augment.refresh_every=50", "augment.sampling.steps=4"]
+DENOISER = {"features": 16, "blocks": 2, "window": 4, "updates": 60, "batch_size": 16}
+DIFFUSION = [*SEGMENTS, *(f"augment.denoiser.{key}={value}" for key, value in DENOISER.items())]
+AUGMENTATIONS: dict[str, list[str]] = {
+    "world_model": [*MODEL, "augment.refresh_every=50"],
+    "diffusion": ["augment=diffusion", *DIFFUSION],
+    "policy_guided_diffusion": ["augment=policy_guided_diffusion", *DIFFUSION, "augment.coefficient=1"],
 }
+ONLINE = [f"online.steps={STEPS}", "online.eval_every=40"]
 CLOCKS = ("wall_clock",)  # columns of rows that no two trainings share
 
 
@@ -71,48 +75,80 @@ class Finished:
     files: list[str]
 
 
-def command(agent: str, dataset: Path, out: Path) -> list[str]:
-    words = [*TRAIN, *AGENTS[agent], f"dataset={dataset}", f"out={out}", "name=run"]
-    last = {word.split("=", 1)[0]: word for word in words}  # an agent's word goes before the common one
-    return [sys.executable, "-m", "offrl.cli.main", "train", *last.values()]
+def trainings() -> dict[str, list[str]]:
+    """Words of `offrl` by name: every agent, every augmentation, an online phase after an offline one, and fine-tuning."""
+    made: dict[str, list[str]] = {}
+    for name in sorted(choices("agent")):
+        cls = target_class(OmegaConf.load(choice_file("agent", name)), Agent, "agent")
+        hidden = {f.name: [16, 16] for f in fields(cls.Config) if f.name.endswith("hidden")}
+        settings = hidden | getattr(cls.Config, "tiny", {})
+        words = [
+            f"agent.{key}={list(v) if isinstance(v, tuple) else v}".replace(" ", "") for key, v in settings.items()
+        ]
+        online = name == "rlpd"
+        made[name] = [f"agent={name}", *words, *(["updates=0", *ONLINE] if online else [f"updates={UPDATES}"])]
+    for name, words in AUGMENTATIONS.items():
+        made[name] = [*made["td3_bc"], *words]
+    made["online"] = [*made["iql"], *ONLINE]
+    return {name: ["train", *TRAIN, "keep_checkpoints=true", *words] for name, words in made.items()}
+
+
+def command(name: str, dataset: Path, out: Path) -> list[str]:
+    """A training's words; `finetune` continues a copy of the offline run that stands in `dataset`'s folder."""
+    if name == "finetune":
+        return ["finetune", str(dataset.parent / "offline/run"), *ONLINE, f"out={out}", "keep_checkpoints=true"]
+    return [*trainings()[name], f"dataset={dataset}", f"out={out}"]
+
+
+def started(words: list[str], log: Path) -> Process:
+    """The command in a process group of its own, without the seconds in which a new Python imports its libraries."""
+    process = get_context("fork").Process(target=_act, args=(words, log))
+    process.start()
+    return process
+
+
+def _act(words: list[str], log: Path) -> None:
+    os.setsid()
+    with open(log, "w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    warnings.simplefilter("ignore")
+    os._exit(main(words))
 
 
 def uninterrupted(words: list[str], out: Path) -> tuple[float, Finished]:
     """Seconds from the first row to the end, and what is left."""
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
-        began = _begun(process, out)
-        error = process.communicate()[1].decode()
-    if process.returncode:
-        raise AssertionError(f"{' '.join(words[3:])}: {error[-2000:]}")
+    log = out.with_suffix(".log")
+    process = started(words, log)
+    began = _begun(process, out)
+    process.join()
+    if process.exitcode:
+        raise AssertionError(f"{' '.join(words)}: {log.read_text()[-2000:]}")
     return time.monotonic() - began, finished(out)
 
 
 def killed(words: list[str], out: Path, seconds: float, rng: random.Random) -> str:
     """Start the training and kill it after a part of `seconds`; what happened, in words."""
-    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-    with subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment
-    ) as process:
-        if rng.random() < 0.8:
-            _begun(process, out)
-        share = rng.random()
-        try:
-            process.wait(timeout=share * seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return f"killed at {share:.2f}"
-    return f"ended before {share:.2f} with status {process.returncode}"
+    process = started(words, out.with_suffix(".log"))
+    if rng.random() < 0.8:
+        _begun(process, out)
+    share = rng.random()
+    process.join(share * seconds)
+    if process.exitcode is not None:
+        return f"ended before {share:.2f} with status {process.exitcode}"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return f"killed at {share:.2f}"
 
 
-def _begun(process: subprocess.Popen[bytes], out: Path) -> float:
+def _begun(process: Process, out: Path) -> float:
     """Wait until the run's folder has been written to since now, or the process is done."""
     since = time.time()
-    while process.poll() is None:
+    while process.exitcode is None:
         rows = next(out.rglob("config.json"), None)
         if rows is not None and rows.stat().st_mtime >= since:
             break
-        time.sleep(0.02)
+        time.sleep(0.01)
     return time.monotonic()
 
 
@@ -149,19 +185,23 @@ def difference(one: Finished, other: Finished) -> str:
     return "" if one.result == other.result else f"result {one.result} {other.result}"
 
 
-def main() -> int:
+def kill() -> int:
     """Print a line for each training; 1 if any differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int, nargs="?", default=10, help="trainings that are killed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--agent", choices=AGENTS, action="append")
+    names = [*trainings(), "finetune"]
+    parser.add_argument("--only", choices=names, action="append", help="trainings to take, in turn")
     arguments = parser.parse_args()
-    names = arguments.agent or list(AGENTS)
-    bad = 0
+    names = arguments.only or names
+    bad = kills = 0
     with tempfile.TemporaryDirectory(prefix="offrl-kills-") as place:
         os.environ["OFFRL_HOME"] = f"{place}/home"
         dataset = Path(place) / "base.npz"
         np.savez(dataset, **columns(), offrl_info=json.dumps(INFO))
+        offline = Path(place) / "offline"
+        if "finetune" in names:
+            uninterrupted([*trainings()["iql"], f"dataset={dataset}", f"out={offline}"], offline)
         whole: dict[str, tuple[float, Finished]] = {}
         for number in range(arguments.count):
             name, out = names[number % len(names)], Path(place) / f"{number}"
@@ -171,14 +211,16 @@ def main() -> int:
             seconds, expected = whole[name]
             rng, words = random.Random(f"{arguments.seed}:{name}:{number}"), command(name, dataset, out)
             told = [killed(words, out, seconds, rng) for _ in range(rng.choice([1, 1, 2, 3]))]
-            last = subprocess.run(words, capture_output=True, text=True)
-            wrong = f"status {last.returncode}: {last.stderr[-500:]}" if last.returncode else ""
+            last, log = started(words, out.with_suffix(".log")), out.with_suffix(".log")
+            last.join()
+            wrong = f"status {last.exitcode}: {log.read_text()[-500:]}" if last.exitcode else ""
             wrong = wrong or difference(expected, finished(out))
-            bad += bool(wrong)
+            bad, kills = bad + bool(wrong), kills + sum(text.startswith("killed") for text in told)
             print(f"{name} {number}: {', '.join(told)}: {wrong or 'equal'}", flush=True)
-    print(f"{arguments.count} trainings, {bad} differ (seed {arguments.seed})")
+            shutil.rmtree(out)
+    print(f"{arguments.count} trainings, {kills} kills, {bad} differ (seed {arguments.seed})")
     return int(bad > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(kill())

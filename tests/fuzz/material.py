@@ -40,6 +40,22 @@ TRAIN = [
     "progress=false",
     "engine=eager",
 ]
+MODEL = [  # a world model of some bytes
+    "augment=world_model",
+    "augment.model.members=2",
+    "augment.model.elites=1",
+    "augment.model.hidden=[8]",
+    "augment.model.updates=50",
+    "augment.transitions=64",
+]
+TUNE = [
+    "online.steps=4",
+    "online.eval_every=0",
+    "eval.final_episodes=1",
+    "eval.workers=1",
+    "progress=false",
+    "out=tuned",
+]
 
 
 @dataclass(frozen=True)
@@ -99,8 +115,8 @@ def make(place: Path, judge: Judge, canaries: tuple[Path, ...]) -> Material:
         place / "base.npz",
         place / "base-v0",
         place / "base.safetensors",
-        place / "runs/bc/base.npz/finished",
-        place / "runs/bc/base.npz/stopped",
+        place / "runs/td3_bc/base.npz/finished",
+        place / "runs/td3_bc/base.npz/stopped",
         canaries,
     )
     write_hdf5(made.hdf5, data, chunks=True, compression="gzip")
@@ -116,10 +132,10 @@ def make(place: Path, judge: Judge, canaries: tuple[Path, ...]) -> Material:
         ["data", "convert", str(made.npz), str(made.flat)],
         [
             *TRAIN,
-            "agent=bc",
+            "agent=td3_bc",
             f"dataset={made.npz}",
             f"out={place / 'runs'}",
-            "name=bc/base.npz/finished",
+            "name=td3_bc/base.npz/finished",
             "keep_checkpoints=true",
         ],
     ):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from data_inputs import safetensors
 from judge import Case
-from material import Material
+from material import TUNE, Material
 from mutate import Rng, as_file, bytes_of, copied, json_file, json_lines
 from safetensors.torch import load_file, save_file
 
@@ -26,11 +26,14 @@ def _command(run: Path, rng: Rng, heavy: bool = False) -> list[str]:
     resumed = ["train", f"resume={name}", "progress=false"]
     cheap = [["status", name], ["status", name, "--json"], ["report", name, "--out", "report"]]
     costly = [["evaluate", name, "--episodes", "1", "--workers", "1", "--json"], resumed, resumed]
-    select = [
+    tuned = ["finetune", name, *TUNE]
+    more = [
+        tuned,
+        tuned,
         ["select", name, "--updates", "3", "--hidden", "8", "--batch-size", "8", "--out", "select"],
         ["probe", name],
     ]
-    return rng.choice(costly * 3 + select if heavy else cheap * 2 + costly + select)
+    return rng.choice(costly * 3 + more if heavy else cheap * 2 + costly + more)
 
 
 def _run(material: Material, folder: Path, rng: Rng) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from judge import CANARY, Case
-from material import TRAIN, Material
+from material import MODEL, TRAIN, TUNE, Material
 from mutate import Rng, bytes_of, copied
+
+from offrl.utils.paths import conf_dir
 
 VALUES = [
     "", "0", "-1", "1e30", "1e400", "nan", "inf", "9" * 400, "٣", "1_0", "0x10", "true", "null", "[]", "[0]", "[-1]",
@@ -30,6 +33,8 @@ TRAIN_KEYS = [
     "sampler.temperature", "augment", "preset", "experiment", "suite", "hydra/launcher", "hydra.run.dir",
     "hydra.sweep.dir", "resume", "nope", "",
     "hydra.searchpath", "hydra.mode", "hydra",
+    "online.steps", "online.burst", "online.updates_per_step", "online.offline_share", "online.random_steps",
+    "online.noise", "online.recompute_every", "online.eval_every", "online.agent.lr", "online.anneal.alpha", "online",
 ]  # fmt: skip
 FLAGS = [
     "--cfg", "--cfg=job", "--cfg=all", "-m", "--multirun", "--config-name=zz", "--config-path=/", "--info", "--help",
@@ -63,24 +68,9 @@ OPTIONS = {
         "--out",
     ],
     "probe": ["--episodes", "--updates", "--plot"],
+    "augment": ["--policy", "--lane", "--seed", "--out", "--coefficients", "--transitions", "--behaviour-std"],
 }
-AGENTS = [
-    "bc",
-    "td3_bc",
-    "iql",
-    "cql",
-    "awac",
-    "rebrac",
-    "edac",
-    "sac_n",
-    "prdc",
-    "a2pr",
-    "dt",
-    "rvs",
-    "esper",
-    "doc",
-    "vae_bc",
-]
+AGENTS = sorted(path.stem for path in (conf_dir() / "agent").glob("*.yaml"))
 
 
 def train(material: Material, folder: Path, rng: Rng) -> Case:
@@ -102,7 +92,8 @@ def train(material: Material, folder: Path, rng: Rng) -> Case:
         elif kind == "raw":
             odd.append(value)
         else:
-            gone = rng.choice(words[1:])
+            # Their defaults are a million updates and a dataset that is built first.
+            gone = rng.choice([w for w in words[1:] if not w.startswith(("updates=", "dataset="))])
             words.remove(gone)
             odd.append(f"without {gone}")
     added = [w for w in odd if not w.startswith("without ")]
@@ -116,6 +107,7 @@ def train(material: Material, folder: Path, rng: Rng) -> Case:
 def others(material: Material, folder: Path, rng: Rng) -> Case:
     """The other commands: honest words with one or two of them replaced, removed or added."""
     run = copied(rng.choice([material.finished, material.stopped]), folder, "run")
+    model = ["augment", "train", f"dataset={material.npz}", *MODEL]
     bases = [
         ["data", "info", str(material.npz)], ["data", "info", str(material.npz), "--action-bound", "2"],
         ["data", "list"],
@@ -127,17 +119,21 @@ def others(material: Material, folder: Path, rng: Rng) -> Case:
         ["evaluate", str(run), "--episodes", "1", "--seed", "3"], ["agents"], ["agents", "bc"],
         ["agents", rng.choice(AGENTS)],
         ["select", str(run), "--updates", "3", "--hidden", "8", "--out", "select"], ["probe", str(run)], [],
+        ["finetune", str(run), *TUNE], ["finetune", str(run), *TUNE], model, ["augment", "sample", "made.npz", *model[2:]],
     ]  # fmt: skip
     words = list(rng.choice(bases))
     done = []
     for _ in range(rng.choice([1, 1, 2])):
         kind = rng.choice(["replace", "replace", "replace", "remove", "add", "option", "option", "option"])
-        at = rng.randrange(1, len(words)) if len(words) > 1 else 0
+        # Without its small sizes a command would honestly take hours.
+        at = rng.choice([i for i, word in enumerate(words) if i and not SIZE.match(word)] or [0])
         value = rng.choice(VALUES)
         if kind == "replace" and len(words) > 1:
             words[at] = value
         elif kind == "remove" and words:
             del words[at]
+        elif kind == "option" and words[:1] == ["finetune"]:
+            words.append(f"{rng.choice(TRAIN_KEYS)}={value}")
         elif kind == "option":
             words += [rng.choice(OPTIONS.get(words[0] if words else "", ["--config-dir"])), value]
         else:
@@ -146,6 +142,7 @@ def others(material: Material, folder: Path, rng: Rng) -> Case:
     return Case(words, ", ".join(done))
 
 
+SIZE = re.compile(r"(online\.steps|augment\..*)=")
 YAMLS = [
     "", "text", "- a\n- b\n", "[", "{a: ", "a: 1\na: 2\n", "\tx: 1\n", "a: *b\n", "a: &a [*a]\n", "? {a: 1}\n: 2\n",
     "1: 2\n", "null: 1\n", "\0", "\ufeffa: 1\n",

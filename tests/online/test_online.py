@@ -505,6 +505,40 @@ def test_finetune_says_what_it_can_not_continue(capsys: pytest.CaptureFixture[st
         train({**options(updates=50), "name": str(tuned.relative_to("runs"))})
 
 
+def test_finetune_takes_over_whole_rows_of_a_finished_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is refused leaves the offline run as it is, and nothing in the new run that could be continued."""
+    offline = train({**options(), "online": {}}).folder
+    words = ["finetune", str(offline), "online.steps=5", "out=tuned"]
+    returns = [r["return_raw"] for r in rows(offline, "episodes")]
+    for kind in ("episodes", "metrics"):
+        path, whole = offline / f"{kind}.jsonl", (offline / f"{kind}.jsonl").read_bytes()
+        for text, sentence in (
+            (None, f"{kind}.jsonl is missing"),
+            (b"[1]\n" + whole, f"{kind}.jsonl: line 1 is no row of results"),
+            (b'{"step": "x"}\n' + whole, f"{kind}.jsonl: line 1 is no row of results"),
+        ):
+            path.unlink() if text is None else path.write_bytes(text)
+            assert cli.main(words) == 2
+            assert sentence in capsys.readouterr().err
+            assert not list(Path("tuned").rglob("*.safetensors"))
+        path.write_bytes(whole + b'{"step": 40, "torn')  # what a power failure leaves
+    assert cli.main(words) == 0
+    (tuned,) = {path.parent for path in Path("tuned").rglob("result.json")}
+    assert [r["return_raw"] for r in rows(tuned, "episodes") if r["step"] == 40] == returns
+    config, text = offline / "config.json", (offline / "config.json").read_text()
+    for value, sentence in (({}, "agent needs a _target_"), ({**json.loads(text), "eval": 3}, "eval")):
+        config.write_text(json.dumps(value))
+        assert cli.main([*words, "eval.episodes=1"]) == 2
+        assert sentence in capsys.readouterr().err
+        with pytest.raises(OffrlError, match=sentence):
+            resume(offline, {"eval.episodes": 1})
+    config.write_text(text)
+    unfinished = train({**options(updates=50, out="other"), "online": {}}).folder
+    (unfinished / checkpoint.NAME).write_bytes((offline / checkpoint.NAME).read_bytes())
+    assert cli.main(["finetune", str(unfinished), "online.steps=5"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_the_score_before_is_the_same_policys(monkeypatch: pytest.MonkeyPatch) -> None:
     """The switch changes no action: the policy before the first online update is that of the offline half."""
     begun: list[tuple[Tensor, Tensor]] = []

@@ -65,12 +65,10 @@ def test_metrics_are_one_row_per_name_lane_and_step(tmp_path):
 def test_no_references_and_not_a_number_stay_apart(tmp_path):
     with results.RunWriter(tmp_path / "run", RUN) as writer:
         writer.episodes(1, [0], [[math.nan, 2.0]], [[3, 4]], None, [8, 9])
-    for _ in range(2):  # from Parquet, then from the lines
-        frame = results.read([tmp_path])
+    for frame in (results.read([tmp_path]), pl.read_parquet(tmp_path / "run" / "episodes.parquet")):
         assert frame["normalized"].is_null().all()
         assert math.isnan(frame["return_raw"][0])
         assert frame["return_raw"][1] == 2.0
-        (tmp_path / "run" / "episodes.parquet").unlink(missing_ok=True)
 
 
 def test_wrong_shapes_are_refused(tmp_path):
@@ -152,7 +150,7 @@ def test_damage_in_the_middle_is_named_and_nothing_is_touched(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for action in (
         lambda: results.RunWriter(tmp_path, RUN, resume_step=2),
-        lambda: ((tmp_path / "episodes.parquet").unlink(), results.read([tmp_path])),
+        lambda: results.read([tmp_path]),
     ):
         with pytest.raises(OffrlError, match=r"episodes\.jsonl: line 4 is no row"):
             action()
@@ -170,7 +168,6 @@ def test_rows_of_other_types_are_refused_by_line_before_anything_is_written(tmp_
     folder = tmp_path / "run"
     with results.RunWriter(folder, RUN) as writer:
         write_steps(writer, [10, 20])
-    (folder / "episodes.parquet").unlink()
     path = folder / "episodes.jsonl"
     lines = path.read_text().splitlines()
     lines[3] = json.dumps(json.loads(lines[3]) | change)
@@ -245,12 +242,11 @@ def test_closed_run_is_not_overwritten_but_a_killed_one_starts_over(tmp_path):
 def test_resuming_does_not_lose_rows_that_only_parquet_has(tmp_path):
     with results.RunWriter(tmp_path, RUN) as writer:
         write_steps(writer, [1])
-    (tmp_path / "manifest.json").write_text("{}")
+    copy = (tmp_path / "episodes.parquet").read_bytes()
     (tmp_path / "episodes.jsonl").unlink()
-    assert len(results.read([tmp_path])) == 6
     with pytest.raises(OffrlError, match=r"episodes\.jsonl is missing"):
         results.RunWriter(tmp_path, RUN, resume_step=1)
-    assert len(results.read([tmp_path])) == 6
+    assert (tmp_path / "episodes.parquet").read_bytes() == copy
 
 
 def test_repeated_evaluation_counts_once_and_the_later_one_wins(tmp_path):
@@ -293,27 +289,19 @@ def test_folder_names_of_a_sweep_are_no_columns(tmp_path):
     assert set(results.read([tmp_path])["seed"]) == {5, 6}
 
 
-def test_parquet_gives_way_to_newer_lines_and_to_damage(tmp_path):
+def test_the_parquet_copies_are_never_read(tmp_path):
+    """Whatever stands in them: of a damaged one polars may end the process (`memory allocation of 2^61 bytes failed`)."""
     with results.RunWriter(tmp_path, RUN) as writer:
         write_steps(writer, [1])
     parquet, lines = tmp_path / "episodes.parquet", tmp_path / "episodes.jsonl"
     whole = results.read([tmp_path])
-    with open(lines, "ab") as file:
-        file.write(lines.read_bytes().splitlines()[0].replace(b'"step":1', b'"step":2') + b"\n")
-    os.utime(lines, (time.time() + 10,) * 2)
-    assert results.read([tmp_path])["step"].max() == 2
+    assert pl.read_parquet(parquet).equals(whole.drop("folder"))
     os.utime(parquet, (time.time() + 20,) * 2)
-    assert results.read([tmp_path]).equals(whole)
-    with results.RunWriter(tmp_path, RUN, resume_step=1):
-        pass
-    parquet.write_bytes(parquet.read_bytes()[:-20])
-    assert results.read([tmp_path]).equals(whole)
-    pl.read_ndjson(lines).drop("lane").write_parquet(parquet)  # columns of another version
+    parquet.write_bytes(b"PAR1" + bytes(100) + b"PAR1")
     assert results.read([tmp_path]).equals(whole)
     (tmp_path / "manifest.json").write_text("{}")
     lines.unlink()
-    parquet.write_bytes(b"PAR1")
-    with pytest.raises(OffrlError, match=r"episodes\.parquet is damaged"):
+    with pytest.raises(OffrlError, match=r"episodes\.jsonl is missing .* restore it or leave the run out"):
         results.read([tmp_path])
 
 
