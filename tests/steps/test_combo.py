@@ -87,7 +87,7 @@ def make(box: Bounds = (-1, 1), **settings: Any) -> COMBO:
     ("settings", "updates", "box", "tolerance"),
     [
         ({}, 1, (-1, 1), 1e-10),
-        ({"cql_alpha": 5.0, "normalize_obs": True, "temperature": 0.7}, 1, (-1, 1), 1e-10),
+        ({"cql_alpha": 5.0, "normalize_obs": True, "temperature": 0.8}, 1, (-1, 1), 1e-10),
         ({"pooled": False, "temperature": 0.7}, 3, (-1, 1), 1e-10),
         ({"pooled": False, "lowered": "model"}, 3, (-1, 1), 1e-10),
         ({"lowered": "model"}, 10, (-1, 1), 1e-8),  # rounding differences grow with the updates
