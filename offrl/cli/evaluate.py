@@ -144,7 +144,7 @@ def _options(arguments: argparse.Namespace) -> EvalConfig:
         seed=arguments.seed,
         workers=arguments.workers,
         env=arguments.env,
-        env_kwargs={key: value_of(text) for key, text in kwargs.items()},
+        env_kwargs={key: value_of(text) for key, text in kwargs.items()} or None,
         max_episode_steps=arguments.max_episode_steps,
         ref_min=arguments.ref_min,
         ref_max=arguments.ref_max,

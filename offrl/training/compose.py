@@ -61,7 +61,7 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
     sentence, and defaults need to stand nowhere else.
     """
     defaults = _defaults()
-    options = {*defaults, *(f"eval.{key}" for key, value in defaults["eval"].items() if not isinstance(value, dict))}
+    options = {*defaults, *(f"eval.{key}" for key in defaults["eval"] if key != "env_kwargs")}
     extra = extra or config_dir_of(arguments)
     known = groups(extra)
     _check_choices(arguments, known, extra)
@@ -152,7 +152,7 @@ def _check_choices(words: Sequence[str], known: set[str], extra: Path | None) ->
         there = choices(group, extra)
         for name in (part.strip().removesuffix(".yaml") for part in text.split(",")):
             if name not in (*there, "null"):
-                near = difflib.get_close_matches(re.sub(r"[\W_]+", "_", name.lower()), there, 1, cutoff=0.5)
+                near = difflib.get_close_matches(re.sub(r"[^\w/]+", "_", name.lower()), there, 1, cutoff=0.5)
                 own = (
                     "" if extra else f" Of a folder of your own: --config-dir DIR, with DIR/{group}/{name}.yaml in it."
                 )

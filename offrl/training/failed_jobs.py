@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from pathlib import Path
 
 from offrl.utils.errors import OffrlError
@@ -26,7 +26,7 @@ def read_failures(out: Path) -> dict[str, str]:
         return {}
 
 
-def keep_failures(out: Path, failed: Mapping[str, str], tried: Set[str]) -> None:
+def keep_failures(out: Path, failed: dict[str, str], tried: Set[str]) -> None:
     """Write down the jobs that have just failed, and forget earlier failures of those that were tried again."""
     with contextlib.suppress(OffrlError, OSError):  # a sweep's own summary has said it
         before = read_failures(out)

@@ -35,7 +35,7 @@ class EvalConfig:
     workers: int | None = None  # processes that step environments; None: one per usable core
     slots: int | None = None  # environments at once; None: 100, or 1000 where one call steps them all
     env: str | None = None  # environment to evaluate in, ID or MODULE:ID; None: the one that the dataset names
-    env_kwargs: dict[str, Any] = field(default_factory=dict)  # its arguments
+    env_kwargs: dict[str, Any] | None = None  # its arguments, eval.env_kwargs.KEY=VALUE
     max_episode_steps: int | None = None  # time limit of an episode; None: the environment's own, or the dataset's
     ref_min: float | None = None  # return that scores 0; None: what the dataset says
     ref_max: float | None = None  # return that scores 100

@@ -63,7 +63,7 @@ def _with_config(run: Path, options: EvalConfig) -> EvalConfig:
     env = kept.get("env")
     if not isinstance(env, str) or not isinstance(kept.get("env_kwargs") or {}, dict):
         return options
-    return replace(options, env=env, env_kwargs={**(kept.get("env_kwargs") or {}), **options.env_kwargs})
+    return replace(options, env=env, env_kwargs={**(kept.get("env_kwargs") or {}), **(options.env_kwargs or {})})
 
 
 def _folder(run: Path) -> Path:
