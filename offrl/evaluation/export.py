@@ -179,6 +179,8 @@ def _write_onnx(path: Path, program: Any, metadata: dict[str, Any]) -> None:
     )
     assert exported is not None
     model = exported.model_proto
+    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        del part.metadata_props[:]  # where in this machine's files each operation came from
     onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata)})
     path.write_bytes(model.SerializeToString())
 
