@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import offrl
 from offrl.agents.base import Agent, RecurrentAgent
 from offrl.data.dataset import DatasetInfo
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import replacing
+from offrl.utils.provenance import version_of
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt"}
 METADATA = "offrl.json"  # name of the metadata in either format
@@ -140,7 +140,7 @@ def compare(one: Agent, run: Run) -> tuple[float, float]:
 def _metadata(one: Agent, info: DatasetInfo) -> dict[str, Any]:
     spec = one.spec
     return {
-        "offrl": offrl.__version__,
+        "offrl": version_of("offrl"),
         "agent": type(one).__name__,
         "dataset": info.id,
         "environment": info.env_id,
