@@ -70,6 +70,7 @@ def test_torchscript_acts_alike_with_numpy_alone(tmp_path: Path) -> None:
     assert made.path.stat().st_size < 40_000  # no optimiser, no second lane
 
 
+@pytest.mark.slow
 def test_onnx_acts_alike(tmp_path: Path) -> None:
     """A Gaussian method: its mean, by ONNX Runtime; the critics stay out of the file."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -80,7 +81,11 @@ def test_onnx_acts_alike(tmp_path: Path) -> None:
     np.testing.assert_allclose(action, agent.predict(OBS, lane=0)[0], rtol=0, atol=2e-6)
     facts = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
     assert (facts["dataset"], facts["score"], facts["action_high"]) == ("mine", None, [1.0, 3.0])
-    assert made.path.stat().st_size < 4 * (3 * 64 + 64 * 64 + 64 * 2) + 12_000
+    onnx = pytest.importorskip("onnx")
+    numbers = sum(int(np.prod(tensor.dims)) for tensor in onnx.load(made.path).graph.initializer)
+    own = sum(p.numel() for p in agent.actor.mlp.parameters()) // 2
+    assert own <= numbers < own + 50  # with mean, scale and bounds; no critic is in it
+    assert str(Path(__file__).parent.parent).encode() not in made.path.read_bytes()
 
 
 @pytest.mark.slow
@@ -104,7 +109,7 @@ def test_integers(tmp_path: Path) -> None:
 def test_the_check_can_fail() -> None:
     one = BC(spec(), BCConfig(hidden=(8,))).lane(0)
     close, limit = compare(one, lambda obs: one.predict(obs, lane=0)[0])
-    assert close == 0
+    assert close <= 2e-7 * 2.5  # two roundings: the batches differ
     assert 1e-6 <= limit < 1e-4
     off, limit = compare(one, lambda obs: one.predict(obs, lane=0)[0] + np.float32(2e-4))
     assert off > limit

@@ -821,9 +821,9 @@ def test_tensorboard_shows_the_rows(world: Path) -> None:
     rows = read_metrics([result.folder]).filter(metric="critic_loss")
     for step in (50, 100, 150):
         assert shown[step] == pytest.approx(rows.filter(step=step)["value"].mean(), rel=1e-6)
-    for lane, score in enumerate(result.scores or []):
-        if len(result.scores or []) > 1:
-            assert events.Scalars(f"eval_lanes/score/lane{lane}_seed{lane}")[-1].value == pytest.approx(score, rel=1e-6)
+    for lane, score in enumerate(result.scores):
+        shown = events.Scalars(f"eval_lanes/score/lane{lane}_seed{lane}")
+        assert shown[-1].value == pytest.approx(score, rel=1e-6)
     scores = {event.step: event.value for event in events.Scalars("eval/score")}
     assert scores == pytest.approx({100: scores[100], 150: np.mean(result.scores)}, rel=1e-6)
 

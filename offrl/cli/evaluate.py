@@ -115,12 +115,12 @@ def _keep(arguments: argparse.Namespace, agent: Agent, info: DatasetInfo, scores
         return []
     one = agent.lane(int(scores.mean(1).argmax()))
     seeds = [arguments.seed + k for k in range(arguments.episodes)]
-    with Bar(True, "recording", total=len(seeds), unit="episodes") as bar:
+    with Bar(True, "recording", unit="steps") as bar:
         if arguments.video:
-            episodes = film(one, info, bar.track(seeds), arguments.video)
+            episodes = film(one, info, seeds, arguments.video, bar.update)
         else:
             with closing(make_env(info)) as env:
-                episodes = list(play(one, env, bar.track(seeds)))
+                episodes = list(play(one, env, seeds))
     returns = ", ".join(f"{episode.rewards.sum():.1f}" for episode in episodes)
     noted = [f"lane seed {one.spec.seeds[0]}, returns {returns}"]
     if arguments.video:

@@ -10,7 +10,6 @@ from float64, twice that distance (the other engine may err as much to the other
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import math
@@ -30,6 +29,7 @@ from offrl.agents.base import Agent, RecurrentAgent
 from offrl.data.dataset import DatasetInfo
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import replacing
+from offrl.utils.provenance import version_of
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt"}
 METADATA = "offrl.json"  # name of the metadata in either format
@@ -140,7 +140,7 @@ def compare(one: Agent, run: Run) -> tuple[float, float]:
 def _metadata(one: Agent, info: DatasetInfo) -> dict[str, Any]:
     spec = one.spec
     return {
-        "offrl": importlib.metadata.version("offrl"),
+        "offrl": version_of("offrl"),
         "agent": type(one).__name__,
         "dataset": info.id,
         "environment": info.env_id,
@@ -179,6 +179,8 @@ def _write_onnx(path: Path, program: Any, metadata: dict[str, Any]) -> None:
     )
     assert exported is not None
     model = exported.model_proto
+    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        del part.metadata_props[:]  # where in this machine's files each operation came from
     onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata)})
     path.write_bytes(model.SerializeToString())
 

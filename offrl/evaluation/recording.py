@@ -128,11 +128,18 @@ def _encoder(path: Path) -> Any:
         ) from error
 
 
-def film(agent: Agent, info: DatasetInfo, seeds: Iterable[int], path: Path) -> list[Episode]:
+def film(
+    agent: Agent,
+    info: DatasetInfo,
+    seeds: Iterable[int],
+    path: Path,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> list[Episode]:
     """Play episodes, write their pictures to `path` (one episode after another, whole or not at all), and return them.
 
     Args:
         agent: has one lane.
+        progress: called with the number of steps so far; drawing without a graphics card takes some 0.1 s a picture.
 
     Raises:
         OffrlError: nothing can be drawn, or the file can't be written.
@@ -149,6 +156,7 @@ def film(agent: Agent, info: DatasetInfo, seeds: Iterable[int], path: Path) -> l
             def look(env: Any, step: int) -> None:
                 if step % every == 0:
                     frames.append(_frame(env, info))
+                progress(sum(map(len, episodes)) + step)
 
             def pictures() -> Iterator[Frame]:
                 """The pictures of an episode after it is played: one episode's are in memory at a time."""

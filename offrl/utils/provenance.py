@@ -24,9 +24,9 @@ def environment() -> dict[str, Any]:
     return {
         "versions": {
             "python": platform.python_version(),
-            "offrl": _version("offrl"),
+            "offrl": version_of("offrl"),
             **{
-                name: _version(name)
+                name: version_of(name)
                 for name in ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
             },
             "cuda": torch.version.cuda if cuda else None,
@@ -40,7 +40,8 @@ def environment() -> dict[str, Any]:
 
 
 @cache
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

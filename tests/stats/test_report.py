@@ -412,19 +412,19 @@ def test_published_numbers_are_those_of_a_last_checkpoint():
 
 
 def test_curve_is_the_mean_with_its_t_interval(tmp_path):
-    make_run(tmp_path / "runs" / "a", "bc", "forge/x/y-v0", seeds=range(4))
+    make_run(tmp_path / "runs" / "a", "bc", "forge/x/y-v0", seeds=range(5))
     made = make(tmp_path)
     rows = results.read([tmp_path / "runs"]).to_dicts()
     scores = np.array(
         [
             [np.mean([r["normalized"] for r in rows if (r["seed"], r["step"]) == (seed, step)]) for step in STEPS]
-            for seed in range(4)
+            for seed in range(5)
         ]
     )
     (panel,) = figures.draw_curves(made.cells).axes
     (line,) = panel.lines
     np.testing.assert_allclose(line.get_xydata(), np.stack([STEPS, scores.mean(0)], 1), rtol=1e-12)
-    half = scipy.stats.t.ppf(0.975, 3) * scipy.stats.sem(scores)
+    half = scipy.stats.t.ppf(0.975, 4) * scipy.stats.sem(scores)
     vertices = panel.collections[0].get_paths()[0].vertices
     for step, mean, width in zip(STEPS, scores.mean(0), half):
         band = vertices[vertices[:, 0] == step][:, 1]
