@@ -289,7 +289,7 @@ def test_a_copy_is_kept_of_every_checkpoint_whenever_it_is_killed(
 def test_the_last_evaluation_is_written_once(
     agent: dict[str, Any], world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed, three times, after its rows and before the result; a policy that samples its actions draws the same ones again."""
+    """Killed, three times, after its rows and before the result; a sampling policy draws the same actions again."""
     values = options("toy.npz", 40, agent=agent)
     values["eval"] = {"every": 20, "episodes": 2, "final_episodes": 3, "workers": 1}
     undisturbed = train({**values, "out": "undisturbed"}).folder
