@@ -92,7 +92,7 @@ def test_collector_takes_finished_runs_without_paths(tmp_path: Path) -> None:
     kept = tmp_path / "kept" / "a" / "done"
     assert sorted(path.name for path in kept.iterdir()) == [
         "config.json",
-        "episodes.parquet",
+        "episodes.jsonl",
         "manifest.json",
         "result.json",
     ]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
@@ -482,11 +483,22 @@ def swept(*words: str) -> dict[str, list[Any]]:
         " " in str(value) for value in cfg.hydra.sweeper.params.values()
     )  # a line's end that lacks its backslash
     given = {key: str(value).split(",") for key, value in cfg.hydra.sweeper.params.items()}
-    return given | {key: [int(value) for value in given[key]] for key in given if key == "seed"}
+    return {
+        key: values if key in groups() else [yaml.safe_load(value) for value in values] for key, values in given.items()
+    }
 
 
-# Recipes whose authors cut windows from whole trajectories, and not from the rows of qlearning_dataset.
-WINDOWS = {"dt/gym", "policy_guided_diffusion/gym", "policy_guided_diffusion/maze2d"}
+# Recipes whose authors cut windows from whole trajectories, and not from the rows of qlearning_dataset; and those whose models
+# need the successors as recorded.
+WINDOWS = {
+    "combo/gym",
+    "mobile/gym",
+    "mobrac/gym",
+    "mopo/gym",
+    "dt/gym",
+    "policy_guided_diffusion/gym",
+    "policy_guided_diffusion/maze2d",
+}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

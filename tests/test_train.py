@@ -24,13 +24,14 @@ from conftest import make_toy
 from torch import Tensor
 
 import offrl
+from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC
 from offrl.cli import main as cli
 from offrl.data.arrays import write_npz
 from offrl.data.batch import Batch
 from offrl.results import read, read_metrics
 from offrl.training.run_config import resolve_config
-from offrl.training.runs import Result, dataset_info, load_agent, load_data
+from offrl.training.runs import Result, dataset_info, load_agent, load_data, make_agent
 from offrl.training.trainer import Trainer, resume, train
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
@@ -289,7 +290,7 @@ def test_a_copy_is_kept_of_every_checkpoint_whenever_it_is_killed(
 def test_the_last_evaluation_is_written_once(
     agent: dict[str, Any], world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed, three times, after its rows and before the result; a policy that samples draws the same actions again."""
+    """Killed, three times, after its rows and before the result; a sampling policy draws the same actions again."""
     values = options("toy.npz", 40, agent=agent)
     values["eval"] = {"every": 20, "episodes": 2, "final_episodes": 3, "workers": 1}
     undisturbed = train({**values, "out": "undisturbed"}).folder
@@ -640,6 +641,25 @@ def test_sizes_beyond_the_machine(change: dict[str, Any], message: str, toy_file
     with pytest.raises(OffrlError):
         resume(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kilobytes
+
+
+@pytest.mark.parametrize(
+    ("target", "key", "value"),
+    [
+        ("flow_bc.FlowBC", "flow_steps", 0),
+        ("flow_bc.FlowBC", "flow_steps", 10**9),
+        ("fql.FQL", "members", 0),
+        ("ifql.IFQL", "denoising_steps", 0),
+        ("rebrac.ReBRAC", "members", 0),
+        ("prdc.PRDC", "k", 0),
+    ],
+)
+def test_counts_that_would_leave_noise_for_actions_or_no_value(target: str, key: str, value: int) -> None:
+    """Without Euler steps a flow's action is its noise; a training would not notice."""
+    settings = {"_target_": f"offrl.agents.{target}", "hidden": [8], key: value}
+    settings |= {"policy": "denoising"} if key == "denoising_steps" else {}
+    with pytest.raises(OffrlError, match=f"agent.{key}={value} should be "):
+        make_agent(settings, Spec(3, 2, (0,)))
 
 
 def test_sizes_in_a_checkpoint(toy_file: Path) -> None:

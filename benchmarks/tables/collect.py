@@ -4,7 +4,7 @@
     python benchmarks/tables/collect.py DIR --into results/mine
     offrl report benchmarks/tables/results/claims/a --out /tmp/a              # the table of claim A
 
-Of each finished run below DIR, at the same path, it copies `episodes.parquet`, `config.json`, `manifest.json` and
+Of each finished run below DIR, at the same path, it copies `episodes.jsonl`, `config.json`, `manifest.json` and
 `result.json`; a run that is not finished is left out and named. Of paths of the machine in them only the last part is kept.
 The measures of synthetic trajectories (`augment/metrics.json`) and CORL's numbers (`peers_*.json`) come along. Of the
 finite tasks, whose runs are many and short, one file `probes.json` holds what `doc_curves.py` measured. Nothing is deleted.
@@ -21,7 +21,7 @@ from typing import Any
 from offrl import results
 from offrl.utils.paths import replacing
 
-ROWS = "episodes.parquet"
+ROWS = "episodes.jsonl"
 FACTS = ("config.json", "manifest.json", "result.json", "augment/metrics.json")
 PROBES = "probe-*.json"
 

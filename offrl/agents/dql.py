@@ -53,7 +53,12 @@ class DQLConfig:
         "ema_start": 0,
         "ema_every": 2,
     }
-    toy: ClassVar[dict[str, Any]] = {"eta": 3.0, "ema_every": 1, "ema_tau": 0.02, "hidden": [128, 128]}  # learns their task
+    toy: ClassVar[dict[str, Any]] = {
+        "eta": 3.0,
+        "ema_every": 1,
+        "ema_tau": 0.02,
+        "hidden": [128, 128],
+    }  # learns their task
 
 
 class DQL(RecurrentAgent[DQLConfig]):

@@ -14,7 +14,7 @@ uses Q_1 at the policy's action.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class PRDCConfig(TD3BCConfig):
     beta: float = 2.0  # weight of states against actions in the distance of pairs
     k: int = 1  # rank of the neighbour (1 = the nearest)
+    least: ClassVar[dict[str, int]] = {"k": 1}
 
 
 class PRDC(TD3BC):

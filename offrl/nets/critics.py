@@ -42,6 +42,8 @@ class Critics(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if members < 1:
+            raise ValueError(f"members={members} should be at least 1.")
         self.mlp = MLP(seeds, [obs_dim + action_dim, *hidden, 1], members, name="critics", **options)
 
     @classmethod

@@ -53,6 +53,8 @@ class DenoisingPolicy(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if not 1 <= steps <= 1000:
+            raise ValueError(f"denoising_steps={steps} should be between 1 and 1000.")
         self.time = MLP(seeds, [time_dim, 2 * time_dim, time_dim], name="denoiser/time", **options)
         self.mlp = MLP(seeds, [action_dim + time_dim + obs_dim, *hidden, action_dim], name="denoiser", **options)
         self.steps, self.sampler, self.time_dim = steps, sampler, time_dim

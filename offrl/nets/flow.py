@@ -28,6 +28,8 @@ class FlowPolicy(nn.Module):
         self, seeds: Sequence[int], obs_dim: int, action_dim: int, hidden: Sequence[int], steps: int, **options: Any
     ) -> None:
         super().__init__()
+        if not 1 <= steps <= 1000:
+            raise ValueError(f"flow_steps={steps} should be between 1 and 1000.")
         self.mlp = MLP(seeds, [obs_dim + action_dim + 1, *hidden, action_dim], name="flow", **options)
         self.steps, self.noise_dim = steps, action_dim
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from offrl.results.rows import MOST_BYTES
 from offrl.results.writer import _rows_until, check_rows
-from offrl.training.compose import choice_file, choices, plain
+from offrl.training.compose import choice_file, choices
 from offrl.training.records import RunRecord
 from offrl.training.run_config import RunConfig, resolve_config
 from offrl.training.runs import Result, done_before, read_config
@@ -81,8 +81,8 @@ def _job(folder: Path, values: dict[str, Any], changes: dict[str, Any], config_d
         raise OffrlError("online.steps=0 leaves nothing to fine-tune; give the number of environment steps.")
     agent, choice = dict(values["agent"]), str(values.get("agent_name"))
     if choice in choices("agent", config_dir):  # what the method's table says of the online phase
-        table = plain(OmegaConf.load(choice_file("agent", choice, config_dir)))
-        agent |= {key: table.get(key) for key in ("settings", "online")}
+        table = OmegaConf.to_container(OmegaConf.load(choice_file("agent", choice, config_dir)), resolve=False)
+        agent |= {key: table.get(key) for key in ("settings", "online")}  # other keys may refer to the command's
     return resolve_config({**values, "agent": agent, "online": online}, trusted=False)
 
 

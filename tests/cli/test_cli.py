@@ -121,7 +121,7 @@ def test_every_setting_of_an_agent_is_explained(name: str, capsys: pytest.Captur
         (["resume=gone", "-m"], "-m can't stand beside resume=RUN"),
         (["resume=gone", "fresh"], "fresh can't stand beside resume=RUN"),
         (["resume=gone", "updates=["], "[ can't be read as a value"),
-        (["agent=nope"], "agent=nope is unknown; there are a2pr, awac, bc,"),
+        (["agent=xyzzy"], "agent=xyzzy is unknown; there are a2pr, awac, bc,"),
         (["agent="], "agent= is unknown; there are"),
         (["agent=../../x"], "agent=../../x is unknown; there are"),
         (["updates="], "updates='' should be a whole number."),

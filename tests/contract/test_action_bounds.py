@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_toy
 from gymnasium import spaces
+from hydra.utils import get_class
 from test_agents import SETTINGS, advance, small
 from torch.distributions import AffineTransform, Normal, TanhTransform, TransformedDistribution
 
@@ -26,7 +27,8 @@ from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 
 BOX: tuple[Bound, Bound] = ((0.0, -0.78), (5.0, 0.78))
-every_agent = pytest.mark.parametrize("name", sorted(SETTINGS))
+CONTINUOUS = [name for name in sorted(SETTINGS) if get_class(SETTINGS[name]._target_).takes_continuous]
+every_agent = pytest.mark.parametrize("name", CONTINUOUS)
 boxes = pytest.mark.parametrize(("low", "high"), [BOX, (0.0, 100.0), (-1.0, (1.0, 3.0))], ids=str)
 
 

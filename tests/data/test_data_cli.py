@@ -124,7 +124,7 @@ def test_convert_repairs_actions(tmp_path: Path) -> None:
     path = tmp_path / "wide.npz"
     flags = np.arange(40) % 10 == 9
     np.savez(path, observations=np.zeros((40, 2)), actions=np.full((40, 1), 1.5), rewards=np.zeros(40), terminals=flags)
-    with pytest.raises(OffrlError, match="--clip-actions"):
+    with pytest.raises(OffrlError, match="clip_actions=True"):
         run("info", str(path))
     assert run("convert", str(path), str(tmp_path / "good.npz"), "--clip-actions") == 0
     assert float(load(tmp_path / "good.npz").actions.max()) == 1.0

@@ -289,6 +289,24 @@ def test_the_offline_half_is_the_offline_run_and_finetune_continues_it() -> None
     assert cli.main(["finetune", str(offline.folder), *words]) == 0  # already finished
 
 
+def test_finetune_reads_the_table_of_a_choice_whose_settings_refer_to_the_commands() -> None:
+    """`conf/agent/iql.yaml` has `actor_decay: ${updates}`, the length of the offline half; and its table's `online:` holds."""
+    flat = {
+        **SMALL,
+        **{f"eval.{key}": value for key, value in EVAL.items()},
+        "dataset": "toy.npz",
+        "agent.hidden": "[8,8]",
+    }
+    words = ["train", "agent=iql", *(f"{key}={value}" for key, value in flat.items())]
+    online = ["online.steps=20", "online.eval_every=10"]
+    assert cli.main([*words, "out=both", *online]) == 0
+    assert cli.main([*words, "out=offline"]) == 0
+    (offline,) = Path("offline").glob("*/*/*")
+    assert cli.main(["finetune", str(offline), "out=tuned", *online]) == 0
+    (both,), (tuned,) = Path("both").glob("*/*/*"), Path("tuned").glob("*/*/*")
+    assert same(both, tuned)
+
+
 class Killed(BaseException):
     """The process dies here."""
 
