@@ -224,6 +224,18 @@ def test_alias_tables_hold_the_probabilities(kind: str) -> None:
     assert not probability(keep, alias)[weights == 0].any()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e-9])
+def test_one_bad_weight_among_good_ones_is_refused(bad: float) -> None:
+    """And weights of any size are good: they count by their ratios."""
+    with pytest.raises(ValueError, match="finite and non-negative with a positive sum"):
+        alias_table(torch.tensor([1e-3, bad, 2e-3]))
+    with pytest.raises(ValueError, match="positive sum"):
+        alias_table(torch.zeros(3))
+    torch.testing.assert_close(
+        probability(*alias_table(torch.tensor([1e-3, 3e-3, 0.0]))), torch.tensor([0.25, 0.75, 0.0]).double()
+    )
+
+
 def test_rare_rows_of_two_million_can_be_drawn() -> None:
     """In float32 a third of the bins of such a table have no width at all (alpha = 0.1; here 0.05)."""
     n = 2_000_000

@@ -45,7 +45,7 @@ TESTS: dict[str, list[str]] = {
     "data/dataset": ["data/test_store", "steps/test_tails"],
     "data/episodes": ["data/test_store", "data/test_arrays", "data/test_ends"],
     "data/statistics": ["data/test_store"],
-    "results/stats": ["stats/test_stats"],
+    "results/stats": ["stats/test_stats", "test_ogbench_runs"],
     "nets/box": ["test_nets", "contract/test_action_bounds"],
 } | {f"agents/{name}": [f"steps/test_{name}", "steps/test_clamps", "steps/test_tails"] for name in STEPS}
 OPERATORS: dict[type, type] = {
