@@ -129,7 +129,7 @@ def _sum_up(folder: Path, step: int, lanes: int) -> None:
         return
     rows = results.read([folder]).filter(pl.col("step") == step)
     means = [
-        (float(lane["return_raw"].mean()), float(np.mean(lane["normalized"].to_numpy())))
+        (float(np.mean(lane["return_raw"].to_numpy())), float(np.mean(lane["normalized"].to_numpy())))
         for number in range(lanes)
         if (lane := rows.filter(pl.col("lane") == number)).height
     ]
