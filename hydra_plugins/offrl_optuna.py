@@ -40,8 +40,9 @@ class OptunaSweeper(Sweeper):
         self.seed, self.name, self.params = seed, study, dict(params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.context: Any = hydra_context
+        self.config: Any = config
+        self.launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -82,7 +83,7 @@ class OptunaSweeper(Sweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
+        backend = self.optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
         study = optuna.create_study(
             storage=optuna.storages.JournalStorage(backend),
             study_name=self.name,
