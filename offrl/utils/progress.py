@@ -48,7 +48,7 @@ class Bar:
             fields = {"done": "", "rate": "", "note": ""}
             self.task = self.progress.add_task(self.title, total=self.total, completed=self.start, **fields)
         self.began = time.perf_counter()
-        early = SECONDS_BETWEEN_LINES - SECONDS_TO_FIRST_LINE
+        early = max(0.0, SECONDS_BETWEEN_LINES - SECONDS_TO_FIRST_LINE)
         self.shown = self.began - early if self.progress is None else 0.0
         return self
 
