@@ -27,7 +27,7 @@ from offrl.utils.paths import conf_dir
 INFO = DatasetInfo(id="mine", env_id="Pendulum-v1")
 AGENTS = {p.stem: get_class(OmegaConf.load(p)._target_) for p in sorted((conf_dir() / "agent").glob("*.yaml"))}
 SEQUENCES = {"dt", "doc", "esper", "rvs", "vae_bc"}
-SAMPLING = {"flow_bc", "fql", "idql", "ifql"}
+SAMPLING = {"dql", "flow_bc", "fql", "idql", "ifql"}
 OBS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 
 
@@ -39,7 +39,7 @@ def spec(**options: Any) -> Spec:
 def test_what_can_be_exported() -> None:
     """Every method but those with a history or random numbers, which say so."""
     for name, cls in AGENTS.items():
-        agent = cls(spec(), cls.Config(**{**tiny(cls, 8)}))
+        agent = cls(spec(discrete=not cls.takes_continuous), cls.Config(**{**tiny(cls, 8)}))
         if name in SEQUENCES | SAMPLING:
             with pytest.raises(OffrlError, match="episode so far" if name in SEQUENCES else "sample_actions=false"):
                 check_exportable(agent)

@@ -75,8 +75,8 @@ def give_function(make: Callable[..., Any]) -> str:
 
 
 def given() -> tuple[list[str], dict[str, Callable[..., Any]]]:
-    """What `give` needs in another process."""
-    return list(_modules), dict(_functions)
+    """What `give` needs in another process; a module that can't be found any more has no environment to give."""
+    return [module for module in _modules if module in sys.modules], dict(_functions)
 
 
 def give(modules: list[str], functions: dict[str, Callable[..., Any]]) -> None:

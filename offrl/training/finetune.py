@@ -81,7 +81,8 @@ def _job(folder: Path, values: dict[str, Any], changes: dict[str, Any], config_d
         raise OffrlError("online.steps=0 leaves nothing to fine-tune; give the number of environment steps.")
     agent, choice = dict(values["agent"]), str(values.get("agent_name"))
     if choice in choices("agent", config_dir):  # what the method's table says of the online phase
-        table = OmegaConf.to_container(OmegaConf.load(choice_file("agent", choice, config_dir)), resolve=False)
+        loaded = OmegaConf.load(choice_file("agent", choice, config_dir))
+        table: Any = OmegaConf.to_container(loaded, resolve=False)
         agent |= {key: table.get(key) for key in ("settings", "online")}  # other keys may refer to the command's
     return resolve_config({**values, "agent": agent, "online": online}, trusted=False)
 

@@ -198,7 +198,7 @@ def test_values_outside_their_space_are_refused(tmp_path: Path) -> None:
 def test_modules_that_a_dataset_names_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "named_module.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(OffrlError, match="never imported; import it in your own code, so that Evil-v0 is"):
+    with pytest.raises(OffrlError, match="never imported; name it yourself: env=named_module:Evil-v0"):
         make_env(DatasetInfo(env_id="named_module:Evil-v0"))
     assert "named_module" not in sys.modules
     CURRENT[:] = spaces.Discrete(2), spaces.Discrete(2)
