@@ -96,12 +96,15 @@ def _read(path: Path, schema: type[T]) -> T | None:
 def _held(lock: Path) -> bool:
     """Whether a process trains the run; a shared lock is tried and released at once."""
     try:
-        with open(os.open(lock, READ_ONLY)) as file:
-            return is_locked(file)
+        descriptor = os.open(lock, READ_ONLY)
     except FileNotFoundError:
         return False
     except OSError as error:
         raise OffrlError(f"{lock} can't be read ({error.strerror}); remove it.") from error
+    try:
+        return is_locked(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def add_parser(subparsers: Any) -> None:

@@ -75,14 +75,19 @@ def give_function(make: Callable[..., Any]) -> str:
 
 
 def given() -> tuple[list[str], dict[str, Callable[..., Any]]]:
-    """What `give` needs in another process; a module that can't be found any more has no environment to give."""
-    return [module for module in _modules if module in sys.modules], dict(_functions)
+    """What `give` needs in another process."""
+    return list(_modules), dict(_functions)
 
 
 def give(modules: list[str], functions: dict[str, Callable[..., Any]]) -> None:
     """Import and register in this process what another one has; nothing where it was forked."""
     for module in modules:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            # The module itself is gone; whoever needs an environment of it says so.
     for name, make in functions.items():
         if name not in gymnasium.registry:
             gymnasium.register(name, entry_point=make)

@@ -40,8 +40,8 @@ def lock(file: IO | int, wait: bool = True) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
-def is_locked(file: IO) -> bool:
-    """Whether another process has locked an open file; a shared lock is tried and released when the file is closed."""
+def is_locked(file: IO | int) -> bool:
+    """Whether another process has locked an open file or folder; a shared lock is tried and released when the file is closed."""
     if fcntl is None:
         return False
     try:

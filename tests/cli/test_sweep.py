@@ -23,7 +23,8 @@ from test_train import options, same_tensors, start, step_of, wait_for, words
 import offrl.training.trainer
 from hydra_plugins.offrl_launchers import LocalLauncher
 from offrl.training import sweep
-from offrl.training.trainer import finished, resolve_config
+from offrl.training.run_config import resolve_config
+from offrl.training.runs import finished
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         log.write_text("loading\nTraceback\nOSError: no such sector\n")
         if values["seed"] == 0:
             for name in ("config.json", "manifest.json", "episodes.jsonl", "metrics.jsonl"):
-                (log.parent / name).touch()
+                (log.parent / name).write_text("{}" if name.endswith("json") else "")
             (log.parent / "result.json").write_text(json.dumps({"step": 9, "returns": [1.5], "scores": None}))
         return int(values["seed"])
 
