@@ -37,13 +37,8 @@ class _ReluMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.shapes = [p.shape for p in parameters]
-        weights = [w.flatten(0, -3) for w in parameters[0::2]]
-        biases = [b.flatten(0, -2) for b in parameters[1::2]]
-        hidden = [x]
-        for weight, bias in zip(weights[:-1], biases[:-1]):
-            hidden.append(torch.baddbmm(bias.unsqueeze(1), hidden[-1], weight.transpose(1, 2)).relu_())
-        out = _narrow_product(hidden[-1], weights[-1], biases[-1])
-        ctx.save_for_backward(*hidden, *weights)
+        *hidden, out = _relu_layers(x, parameters)
+        ctx.save_for_backward(*hidden, *(w.flatten(0, -3) for w in parameters[0::2]))
         return out
 
     @staticmethod
@@ -66,6 +61,24 @@ class _ReluMLP(torch.autograd.Function):
         result[0] = grad if needed[0] else None
         shapes = ctx.shapes
         return result[0], *(None if g is None else g.view(s) for g, s in zip(result[1:], shapes))
+
+
+def _relu_mlp(x: Tensor, *parameters: Tensor) -> Tensor:
+    """Linear-ReLU-...-Linear; without a gradient to come there is no node, which also is what `torch.compile` can trace."""
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
+        out: Tensor = _ReluMLP.apply(x, *parameters)
+        return out
+    return _relu_layers(x, parameters)[-1]
+
+
+def _relu_layers(x: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The input, each hidden layer, and the output."""
+    weights = [w.flatten(0, -3) for w in parameters[0::2]]
+    biases = [b.flatten(0, -2) for b in parameters[1::2]]
+    layers = [x]
+    for weight, bias in zip(weights[:-1], biases[:-1]):
+        layers.append(torch.baddbmm(bias.unsqueeze(1), layers[-1], weight.transpose(1, 2)).relu_())
+    return [*layers, _narrow_product(layers[-1], weights[-1], biases[-1])]
 
 
 def _narrow_product(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -169,7 +182,7 @@ class MLP(nn.Module):
         self, x: Tensor, layers: Sequence[Tensor], norms: Sequence[Tensor], drop: Drop | None
     ) -> Tensor:
         for i in range(0, len(layers) - 2, 2):
-            x = _ReluMLP.apply(x, *layers[i : i + 2])
+            x = _relu_mlp(x, *layers[i : i + 2])
             x = x if self.norm_first else activate(x, self.activation)
             if norms:
                 gain, offset = (p.flatten(0, -2) for p in norms[i : i + 2])
@@ -177,7 +190,7 @@ class MLP(nn.Module):
             x = x.relu() if self.norm_first else x
             if drop is not None:
                 x = drop(f"{self.name}/{i // 2}", x)
-        return _ReluMLP.apply(x, *layers[-2:])
+        return _relu_mlp(x, *layers[-2:])
 
     def with_input_gradient(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """Outputs of a ReLU ensemble without norms, and the gradient of their sum by columns `first`, `first + 1`, ... of `x`.
@@ -204,8 +217,7 @@ class MLP(nn.Module):
 
 
 def _fused(x: Tensor, layers: Sequence[Tensor], *_: Any) -> Tensor:
-    out: Tensor = _ReluMLP.apply(x, *layers)
-    return out
+    return _relu_mlp(x, *layers)
 
 
 def layer_norm(x: Tensor, gain: Tensor, offset: Tensor, eps: float = 1e-5) -> Tensor:

@@ -41,7 +41,7 @@ def lock(file: IO | int, wait: bool = True) -> None:
 
 
 def is_locked(file: IO | int) -> bool:
-    """Whether another process has locked an open file or folder; a shared lock is tried and released when the file is closed."""
+    """Whether another process has locked an open file or folder; a shared lock is tried, and released when it is closed."""
     if fcntl is None:
         return False
     try:
