@@ -22,6 +22,9 @@ READ = (
     "semantics",
     "clip_actions",
     "action_bound",
+    "action_low",
+    "action_high",
+    "family",
     "unfinished",
     "goals",
 )  # options of `data` that say how arrays are read

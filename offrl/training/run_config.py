@@ -46,7 +46,13 @@ from offrl.utils.settings import (
     trusting,
 )
 
-RARE = ("mask", "flicker")  # options of `data` that are written down only where they are set
+RARE = (
+    "mask",
+    "flicker",
+    "action_low",
+    "action_high",
+    "family",
+)  # options of `data` that are written down only where they are set
 MOST_LANES = 65_536  # each has random generators of its own, which are made one by one
 
 

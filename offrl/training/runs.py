@@ -19,7 +19,7 @@ from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
 from offrl.agents.history import HistoryAgent
-from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.dataset import Bound, DatasetInfo, OfflineDataset
 from offrl.data.lane_tasks import with_tasks
 from offrl.data.partial import partially_observed
 from offrl.datasets import load
@@ -288,6 +288,9 @@ def read_data(job: TrainConfig, device: torch.device | str, folder: Path | None 
         cache=options.cache,
         clip_actions=options.clip_actions,
         action_bound=options.action_bound,
+        action_low=_bound(options.action_low),
+        action_high=_bound(options.action_high),
+        family=options.family,
         unfinished=options.unfinished,
         goals=options.goals,
         success_timing=options.success_timing,
@@ -302,6 +305,10 @@ def read_data(job: TrainConfig, device: torch.device | str, folder: Path | None 
     if (info := evaluation_info(store.info, job.eval)) is not store.info:
         store = store.with_info(**vars(info))
     return partially_observed(store, options.mask, options.flicker, options.seed)
+
+
+def _bound(value: float | list[float] | None) -> Bound | None:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def evaluation_info(info: DatasetInfo, options: EvalConfig) -> DatasetInfo:

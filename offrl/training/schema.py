@@ -11,6 +11,9 @@ class DataConfig:
     semantics: Literal["exact", "d4rl"] = "exact"  # rows of D4RL files; d4rl: those of its qlearning_dataset
     clip_actions: bool = False  # clip actions that lie outside their bounds instead of refusing the file
     action_bound: float | None = None  # the bounds are +- this; None: what the dataset's family has
+    action_low: float | list[float] | None = None  # any other box, one number or one a dimension
+    action_high: float | list[float] | None = None  # its upper end
+    family: str | None = None  # a renamed copy is read by this family's rules, such as antmaze
     unfinished: bool = False  # accept a file that marks no episode's end, as one episode
     goals: bool = False  # keep a maze's goal in the observation (Minari)
     cache: bool = True  # keep a flat copy that loads in a fraction of a second

@@ -14,6 +14,8 @@ from made import box, split, trajectories, write_hdf5, write_minari, write_npz
 from offrl.data import DatasetInfo, OfflineDataset, ReadOptions, concatenate, from_arrays
 from offrl.data.writers import writer
 from offrl.datasets import load
+from offrl.training.run_config import resolve_config
+from offrl.training.runs import read_data
 from offrl.utils.errors import OffrlError
 
 LENGTHS, ENDS = [20, 11], [True, False]
@@ -112,6 +114,16 @@ def test_bounds_that_are_none(low: Any, high: Any, message: str) -> None:
     keys = {key: value for key, value in {"action_low": low, "action_high": high}.items() if value is not None}
     with pytest.raises(OffrlError, match=message):
         from_arrays(data | keys)
+
+
+def test_a_run_takes_a_box_by_options(tmp_path: Path) -> None:
+    """They stand in the run's configuration only where they are given, so that other runs keep their names."""
+    path = write_npz(tmp_path / "a.npz", scaled([0, -0.78], [5, 0.78]))
+    plain = {"agent": {"_target_": "offrl.agents.bc.BC"}, "dataset": str(path)}
+    job = resolve_config({**plain, "data": {"action_low": [0, -0.78], "action_high": [5, 0.78]}})
+    assert box_of(read_data(job.train, "cpu")) == ((0.0, -0.78), (5.0, 0.78))
+    assert job.to_dict()["data"]["action_low"] == [0, -0.78]
+    assert "action_low" not in resolve_config(plain).to_dict()["data"]
 
 
 def test_an_unbounded_box_needs_bounds_from_the_user(tmp_path: Path) -> None:
