@@ -25,15 +25,21 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar $(BAR) -c constraints.txt -e ".[dev]"
 	touch $@
 
-# BC and TD3+BC on HalfCheetah, trained on a dataset that is built here from shipped policies: a table, curves, the runs.
+# Cloning of Hopper data of which a twentieth is an expert's, with uniform and with advantage-weighted sampling: a table, curves,
+# the runs, and a film of the second policy where there is something to render with.
+HOME_OF_DEMO = OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home}
+DATA_OF_DEMO := forge/hopper/random-expert-0.05-v0
+
 demo:
-	@echo "The demo: sets up $(VENV) unless it is there, builds a dataset (1 minute), trains twice (2 minutes each on two idle"
+	@echo "The demo: sets up $(VENV) ($(SIZE)) unless it is there, builds a dataset, trains twice (a minute each on two idle"
 	@echo "cores), and leaves some 50 MB in $(DEMO)/. Open $(DEMO)/report/report.html afterwards."
 	@$(MAKE) --no-print-directory $(READY)
-	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl data build forge/halfcheetah/medium-replay-v0
-	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl train agent=bc preset=demo lanes=3 out=$(DEMO)/runs
-	OFFRL_HOME=$${OFFRL_HOME:-$(CURDIR)/$(DEMO)/home} $(BIN)/offrl train agent=td3_bc preset=demo lanes=3 out=$(DEMO)/runs
+	$(HOME_OF_DEMO) $(BIN)/offrl data build $(DATA_OF_DEMO)
+	$(HOME_OF_DEMO) $(BIN)/offrl train agent=bc preset=demo dataset=$(DATA_OF_DEMO) lanes=3 out=$(DEMO)/runs
+	$(HOME_OF_DEMO) $(BIN)/offrl train agent=bc sampler=advantage_weighted preset=demo dataset=$(DATA_OF_DEMO) lanes=3 out=$(DEMO)/runs
 	$(BIN)/offrl report $(DEMO)/runs --out $(DEMO)/report
+	@$(HOME_OF_DEMO) $(BIN)/offrl data info $(DATA_OF_DEMO) | grep "behaviour's score" || true
+	$(HOME_OF_DEMO) $(BIN)/offrl evaluate $(DEMO)/runs/bc+AW/*/* --lane best --episodes 1 --max-episode-steps 200 --video $(DEMO)/hopper.gif || true
 
 # Two processes: each holds torch and a share of the datasets that the tests build.
 WORKERS ?= 2
