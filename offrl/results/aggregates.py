@@ -129,10 +129,12 @@ def caution(cells: Sequence[Cell]) -> str | None:
     parts = [f"{len(early)} have fewer than {FEW_UPDATES:,} updates of a critic"] if early else []
     parts += [f"{len(few)} have fewer than {FEW_SEEDS} seeds"] if few else []
     shares = ", ".join(f"{percent} % at {updates:,}" for updates, percent in REVERSED.items())
-    return (
-        f"Orders of methods are provisional: of {len(compared)} compared cells {' and '.join(parts)} (published learning "
-        f"curves of ten seeds: the share of orders of two methods that is reversed later is {shares} updates)."
+    later = (
+        " (published learning curves of ten seeds: the share of orders of two methods that is reversed later is "
+        f"{shares} updates)"
     )
+    what = " and ".join(parts) + (later if early else "")
+    return f"Orders of methods are provisional: of {len(compared)} compared cells {what}."
 
 
 # ---- several datasets --------------------------------------------------------------------------------------------

@@ -57,13 +57,16 @@ def test_a_policy_of_the_state_joins_what_no_episode_has() -> None:
     dataset, task = seen_by_an_oracle(), hidden_grid("cue")
     cfg = DiscreteCQLConfig(cql_alpha=0.005, critic_lr=0.02, tau=0.05, hidden=(), normalize_obs=False)
     agent = DiscreteCQL(Spec(dataset.obs_dim, 4, discrete=True), cfg)
-    Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 256)).run(0, 1500)
+    engine = Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 256))
+    engine.run(0, 2000)
+    agent.critic_optimizer.lr = 2e-3  # neighbouring cells differ by 0.01, less than what the first rate makes of noise
+    engine.run(2000, 1000)
     policy = np.eye(4)[agent.act(torch.eye(task.states).unsqueeze(0))[0].numpy()]
     assert exact.value(task, policy) > 0.9 * exact.optimum(task)
 
 
-@pytest.mark.slow
-def test_the_loss_falls_where_it_is_minimised() -> None:
+def distances(weight: float, updates: int = 400) -> list[float]:
+    """The bisimulation loss of a GRU's encodings over the updates, minimised with a weight or only measured."""
     dataset = load("forge/grid/cue-n500-v0", size=2000, progress=False).with_rewards(0.01)
     history = {
         "encoder": "gru",
@@ -76,9 +79,14 @@ def test_the_loss_falls_where_it_is_minimised() -> None:
     }
     spec = Spec(dataset.obs_dim, 4, (0,), *dataset.observation_statistics(), discrete=True)
     settings = {"_target_": "offrl.agents.discrete_cql.DiscreteCQL", "hidden": [32]}
-    agent = make_agent(settings, spec, history | {"bisimulation": 1.0, "warmup": 50, "model_hidden": 32})
+    agent = make_agent(settings, spec, history | {"bisimulation": weight, "warmup": 50, "model_hidden": 32})
     agent.setup(dataset)
     engine = Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 16, agent.window, agent.batch_fields))
-    values = [engine.run(step, 10)["bisimulation"].item() for step in range(0, 400, 10)]
-    assert np.mean(values[-10:]) < 0.5 * np.mean(values[:5])
-    assert torch.isfinite(torch.tensor(values)).all()
+    return [engine.run(step, 10)["bisimulation"].item() for step in range(0, updates, 10)]
+
+
+@pytest.mark.slow
+def test_the_loss_ends_lower_where_it_is_minimised() -> None:
+    measured, minimised = distances(0.0), distances(1.0)
+    assert np.isfinite([*measured, *minimised]).all()
+    assert np.mean(minimised[-10:]) < 0.5 * np.mean(measured[-10:])

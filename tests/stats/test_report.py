@@ -377,7 +377,7 @@ def test_orders_after_few_updates_of_a_critic_are_called_provisional(tmp_path, m
 
 def test_orders_of_few_seeds_are_called_provisional(tmp_path):
     (note,) = comparison(tmp_path / "few", False, count=4)
-    assert note.startswith("Orders of methods are provisional: of 2 compared cells 2 have fewer than 5 seeds (")
+    assert note.startswith("Orders of methods are provisional: of 2 compared cells 2 have fewer than 5 seeds.")
     assert comparison(tmp_path / "enough", False, count=5) == []
     assert comparison(tmp_path / "alone", True, (10,), count=1, methods=("a",)) == []  # there is no order
 
