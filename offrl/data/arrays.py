@@ -193,8 +193,8 @@ def info_json(info: DatasetInfo) -> str:
     return json.dumps(fields, default=str)
 
 
-def write_npz(store: OfflineDataset, path: Path) -> None:
+def write_npz(store: OfflineDataset, path: Path | str) -> None:
     """Write a dataset as an NPZ file that `read_npz` reads back; whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
         arrays: dict[str, Any] = {"offrl_info": np.array(info_json(store.info)), **to_arrays(store)}
         np.savez(file, **arrays)
