@@ -46,7 +46,7 @@ class COMBO(CQL):
     def build(self) -> None:
         super().build()  # settings are checked there
         spec, cfg = self.spec, self.cfg
-        self.actor = TanhGaussianActor.of(spec, cfg.hidden, log_std=(-5.0, 2.0))  # type: ignore[assignment]
+        self.actor = TanhGaussianActor.of(spec, cfg.hidden, log_std=(-5.0, 2.0))
         self.critics = Critics.of(spec, cfg.critic_hidden or cfg.hidden, members=2)
         self.critics_target = make_target(self.critics)
         self.log_alpha_prime = nn.Parameter(torch.zeros(spec.lanes))

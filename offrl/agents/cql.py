@@ -25,9 +25,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from offrl.agents.base import Agent, Batch
+from offrl.agents.base import Batch
+from offrl.agents.squashed import SquashedAgent
 from offrl.nets import Adam, Bound, Critics, TanhGaussian, TanhGaussianActor, make_target, orthogonal_, per_lane, polyak
-from offrl.utils.random import LaneRandom
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Policy(TanhGaussianActor):
         return per_lane(self.factor, 2) * log_std + per_lane(self.offset, 2)
 
 
-class CQL(Agent[CQLConfig]):
+class CQL(SquashedAgent[CQLConfig]):
     """min_Q alpha (E_s logsumexp_a Q(s, a) - E_D Q(s, a)) + squared Bellman errors, under soft actor-critic's policy."""
 
     Config = CQLConfig
@@ -87,27 +87,6 @@ class CQL(Agent[CQLConfig]):
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
         self.alpha_optimizer = Adam([self.log_alpha], cfg.actor_lr)
         self.alpha_prime_optimizer = Adam([self.log_alpha_prime], cfg.critic_lr)
-
-    def act(self, obs: Tensor) -> Tensor:
-        return self.actor(obs).median()
-
-    def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the squashed policy's actions: the nearest Gaussian, not the policy itself."""
-        return self.actor(obs).moments()
-
-    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """A sample of the squashed policy."""
-        return self.actor(obs).sample(noise)[0]
-
-    @torch.no_grad()
-    def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
-        """A sample of the squashed policy."""
-        policy = self.actor(self.normalize(obs))
-        action, _ = policy.sample(random.normal("explore", policy.mean))
-        return self.within_bounds(action)
-
-    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
-        return self.actor(obs).log_prob(action)
 
     def sample_many(self, policy: TanhGaussian, stream: str, n: int) -> tuple[Tensor, Tensor]:
         """n actions `[lanes, batch, n, A]` per state and their log-densities `[lanes, batch, n]`; `stream` names the noise."""

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from offrl.agents.base import Agent, Batch
+from offrl.agents.base import Batch
+from offrl.agents.squashed import SquashedAgent
 from offrl.nets import Adam, Critics, TanhGaussianActor, make_target, per_lane, polyak
-from offrl.utils.random import LaneRandom
 
 
 @dataclass
@@ -39,15 +39,13 @@ class SACNConfig:
     tiny: ClassVar[dict[str, Any]] = {"members": 3}  # settings of the contract tests
 
 
-class SACN(Agent[SACNConfig]):
+class SACN(SquashedAgent[SACNConfig]):
     """max_pi E [min_i Q_i(s, a) - alpha log pi(a|s)], a ~ pi(.|s)."""
 
     Config: ClassVar[type] = SACNConfig
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
-        if cfg.members < 1:
-            raise ValueError(f"members={cfg.members} should be at least 1.")
         self.actor = TanhGaussianActor.of(spec, cfg.hidden, log_std=(-5.0, 2.0), bias=0.1, last=1e-3)
         self.critics = Critics.of(spec, cfg.hidden, members=cfg.members, bias=0.1, last=3e-3)
         self.critics_target = make_target(self.critics)
@@ -56,27 +54,6 @@ class SACN(Agent[SACNConfig]):
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
         self.alpha_optimizer = Adam([self.log_alpha], cfg.alpha_lr)
         self.target_entropy = -float(spec.action_dim) if cfg.target_entropy is None else cfg.target_entropy
-
-    def act(self, obs: Tensor) -> Tensor:
-        return self.actor(obs).median()
-
-    def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the squashed policy's actions: the nearest Gaussian, not the policy itself."""
-        return self.actor(obs).moments()
-
-    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """A sample of the squashed policy."""
-        return self.actor(obs).sample(noise)[0]
-
-    @torch.no_grad()
-    def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
-        """A sample of the squashed policy."""
-        policy = self.actor(self.normalize(obs))
-        action, _ = policy.sample(random.normal("explore", policy.mean))
-        return self.within_bounds(action)
-
-    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
-        return self.actor(obs).log_prob(action)
 
     def alpha_gradient(self, log_pi: Tensor) -> Tensor:
         """`[lanes]`: gradient by log alpha of -log alpha (log pi(a|s) + target_entropy).

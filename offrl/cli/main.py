@@ -48,7 +48,7 @@ GROUPS = {
         "completion": ("completion bash|zsh", "completion of commands, options and keys in a shell"),
     },
 }
-COMMANDS = {name: told for group in GROUPS.values() for name, told in group.items()}
+COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
 
 
 MOST_LETTERS = 1400  # of a sentence about bad input

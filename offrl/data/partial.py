@@ -61,11 +61,11 @@ def partial_of(info: DatasetInfo) -> Partial:
     Raises:
         OffrlError: the dataset's file tells nonsense.
     """
-    told = info.provenance.get(KEY)
-    if told is None:
+    recorded = info.provenance.get(KEY)
+    if recorded is None:
         return Partial()
     try:
-        kept, flicker = told["kept"], float(told["flicker"])
+        kept, flicker = recorded["kept"], float(recorded["flicker"])
         kept = None if kept is None else tuple(int(dimension) for dimension in kept)
     except (TypeError, KeyError, ValueError) as error:
         raise OffrlError(f"{info.id}: provenance has no usable {KEY}; write the dataset again.") from error
@@ -76,9 +76,9 @@ def partial_of(info: DatasetInfo) -> Partial:
 
 def title(info: DatasetInfo) -> str:
     """A dataset's id in reports: partially observed, it is another task."""
-    told = info.provenance.get(KEY) or {}
-    mask = f"+mask={told['mask']}" if told.get("mask") else ""
-    return f"{info.id}{mask}" + (f"+flicker={told['flicker']:g}" if told.get("flicker") else "")
+    recorded = info.provenance.get(KEY) or {}
+    mask = f"+mask={recorded['mask']}" if recorded.get("mask") else ""
+    return f"{info.id}{mask}" + (f"+flicker={recorded['flicker']:g}" if recorded.get("flicker") else "")
 
 
 def partially_observed(

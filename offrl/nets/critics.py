@@ -44,7 +44,13 @@ class Critics(nn.Module):
         super().__init__()
         if members < 1:
             raise ValueError(f"members={members} should be at least 1.")
-        self.mlp = MLP(seeds, [obs_dim + action_dim, *hidden, 1], members, name="critics", **options)
+        inputs, outputs = self.widths(obs_dim, action_dim)
+        self.mlp = MLP(seeds, [inputs, *hidden, outputs], members, name="critics", **options)
+
+    @staticmethod
+    def widths(obs_dim: int, action_dim: int) -> tuple[int, int]:
+        """Numbers of inputs and outputs of a network."""
+        return obs_dim + action_dim, 1
 
     @classmethod
     def of(cls, spec: Spec, hidden: Sequence[int], members: int = 2, **options: Any) -> Self:
@@ -72,17 +78,9 @@ class Critics(nn.Module):
 class DiscreteCritics(Critics):
     """An ensemble Q_1 ... Q_n(s, .) with an output for each of `action_dim` integer actions; `options` are those of `MLP`."""
 
-    def __init__(
-        self,
-        seeds: Sequence[int],
-        obs_dim: int,
-        action_dim: int,
-        hidden: Sequence[int],
-        members: int = 2,
-        **options: Any,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.mlp = MLP(seeds, [obs_dim, *hidden, action_dim], members, name="critics", **options)
+    @staticmethod
+    def widths(obs_dim: int, action_dim: int) -> tuple[int, int]:
+        return obs_dim, action_dim
 
     def forward(self, obs: Tensor, action: Tensor, member: int | None = None, frozen: bool = False) -> Tensor:
         """Q at actions `[lanes, batch]` int64: `[lanes, members, batch]`, or `[lanes, batch]` of one member."""
