@@ -14,8 +14,13 @@ import tomllib
 from collections.abc import Iterator
 
 import pytest
+from processes import Fork
 
+from offrl.agents.base import Agent, Spec
+from offrl.training.compose import choice_file, choices
+from offrl.training.runs import make_agent
 from offrl.utils.paths import PACKAGE
+from offrl.utils.settings import class_in
 
 # Files that may import offrl's own modules inside functions, and why.
 LATE_IMPORTS = {
@@ -107,3 +112,18 @@ print(json.dumps([name for name in {heavy} if name in sys.modules]), file=sys.st
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stderr.splitlines()[-1]) == []
+
+
+def test_an_agent_is_made_without_the_compiler() -> None:
+    """Its size is checked on the `meta` device, where many a function of PyTorch's imports the compiler first: two seconds."""
+    agents = [class_in(choice_file("agent", name), Agent) for name in choices("agent")]
+    names = [f"{agent.__module__}.{agent.__name__}" for agent in agents if agent.takes_continuous]
+    output, errors = Fork(_make_agents, names).communicate(timeout=120)
+    assert output.split() == [f"{name}:" for name in names], errors
+
+
+def _make_agents(names: list[str]) -> None:
+    """Print each name, and behind it what it imported of the compiler."""
+    for name in names:
+        make_agent({"_target_": name}, Spec(obs_dim=3, action_dim=2, seeds=(0, 1)))
+        print(f"{name}:", *{"torch._dynamo", "sympy"}.intersection(sys.modules))

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_toy
+from processes import fork
 from torch import Tensor
 
 import offrl
@@ -94,13 +95,6 @@ def words(values: dict[str, Any]) -> list[str]:
     return ["agent=td3_bc", *(f"{key}={value}" for key, value in flat.items())]
 
 
-def start(*arguments: str, **streams: Any) -> subprocess.Popen[str]:
-    """`offrl ARGUMENTS` in a process of its own, which also finds modules in the working directory."""
-    path = os.pathsep.join([str(Path(offrl.__file__).parents[1]), str(Path.cwd())])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "offrl", *arguments], env=env, text=True, **streams)
-
-
 def tensors(folder: Path) -> dict[str, Tensor]:
     return checkpoint.load(folder / checkpoint.NAME)[0]
 
@@ -124,7 +118,7 @@ def raw_rows(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("wall_clock", "run_id")} for row in rows]
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 60) -> None:
+def wait_for(condition: Any, process: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "it ended too early"
@@ -143,7 +137,7 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(world: Path) ->
     folder = Path("killed") / quiet.folder.relative_to("quiet")
     moments, reached = random.Random(3), [0]
     for _ in range(3):
-        process = start("train", *words({**values, "out": "killed"}), stderr=subprocess.DEVNULL)
+        process = fork("train", *words({**values, "out": "killed"}))
         wait_for(lambda: step_of(folder) > reached[-1], process)
         time.sleep(moments.uniform(0, 0.1))
         process.kill()
@@ -151,7 +145,7 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(world: Path) ->
         reached.append(step_of(folder))
     assert not (folder / "result.json").exists()
     assert 0 < reached[1] < reached[2] < reached[3] < 800
-    process = start("train", *words({**values, "out": "killed"}), stdout=subprocess.PIPE)
+    process = fork("train", *words({**values, "out": "killed"}))
     assert "finished: normalised score" in process.communicate(timeout=120)[0]
     assert process.returncode == 0
     assert same_tensors(folder, quiet.folder)
@@ -166,7 +160,7 @@ def test_signals_save_and_the_rest_follows(number: signal.Signals, toy_file: Pat
     """Stopped between checkpoints, it leaves one of that very update, with status 130; meanwhile nobody else may train."""
     values = options(toy_file, 1_000_000, checkpoint_every=100, log_every=7)
     folder = resolve_config(values).folder()
-    process = start("train", *words(values), stdout=subprocess.PIPE)
+    process = fork("train", *words(values))
     wait_for(lambda: step_of(folder) > 0, process)
     with pytest.raises(OffrlError, match="another process is training this run"):
         train(values)

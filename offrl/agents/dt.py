@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from offrl.agents.base import ActingState, RecurrentAgent, Spec, WindowBatch
 from offrl.nets import Adam, Drop, categorical_log_prob, dropout, lane_generators, one_hot, per_lane
+from offrl.nets.lanes import normal_
 from offrl.nets.transformer import Block, LayerNorm, Linear
 
 if TYPE_CHECKING:
@@ -69,8 +70,10 @@ class Transformer(nn.Module):
         self.embed_return = Linear(seeds, 1, d, "dt/return")
         self.embed_state = Linear(seeds, spec.obs_dim, d, "dt/state")
         self.embed_action = Linear(seeds, spec.action_dim, d, "dt/action")
-        times = [torch.randn(self.max_length, d, generator=g) for g in lane_generators(seeds, "dt/time")]
-        self.embed_time = nn.Parameter(torch.stack(times))
+        times = torch.empty(len(seeds), self.max_length, d)
+        for lane, generator in enumerate(lane_generators(seeds, "dt/time")):
+            normal_(times[lane], generator)
+        self.embed_time = nn.Parameter(times)
         self.norm_in, self.norm_out = LayerNorm(len(seeds), d), LayerNorm(len(seeds), d)
         self.blocks = nn.ModuleList(Block(seeds, d, cfg.heads, f"dt/{i}") for i in range(cfg.layers))
         self.head = Linear(seeds, d, spec.action_dim, "dt/head")
@@ -126,8 +129,9 @@ class DT(RecurrentAgent[DTConfig]):
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
         self.window = cfg.context
-        target = torch.zeros(spec.lanes, device=spec.device)
-        self.register_buffer("target", target if cfg.target_return is None else target + cfg.target_return)
+        self.register_buffer("target", torch.zeros(spec.lanes, device=spec.device))
+        if cfg.target_return is not None:
+            self.target.copy_(torch.as_tensor(cfg.target_return))
         self.net = Transformer(spec, cfg)
         self.optimizer = Adam(
             self.net.parameters(), cfg.lr, weight_decay=cfg.weight_decay, clip=cfg.grad_clip, warmup=cfg.warmup

@@ -62,8 +62,9 @@ class RvS(RecurrentAgent[RvSConfig]):
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
-        target = torch.zeros(spec.lanes, device=spec.device)
-        self.register_buffer("target", target if cfg.target_return is None else target + cfg.target_return)
+        self.register_buffer("target", torch.zeros(spec.lanes, device=spec.device))
+        if cfg.target_return is not None:
+            self.target.copy_(torch.as_tensor(cfg.target_return))
         self.register_buffer("horizon", torch.ones(()))
         self.actor: MLP | GaussianActor
         if spec.discrete:

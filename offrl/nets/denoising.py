@@ -25,7 +25,7 @@ def schedule(steps: int) -> tuple[Tensor, Tensor]:
 
     1 - beta_t = exp(-b / T - (B - b) (2 t - 1) / (2 T^2)) with b = 0.1 and B = 10.
     """
-    t = torch.arange(1, steps + 1, dtype=torch.float64)
+    t = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu")  # also where only shapes are wanted
     alpha = torch.exp(-0.1 / steps - 0.5 * (10 - 0.1) * (2 * t - 1) / steps**2)
     return 1 - alpha, alpha.cumprod(0)
 
@@ -62,7 +62,7 @@ class DenoisingPolicy(nn.Module):
         beta, abar = schedule(steps)
         self.beta, self.abar = beta.tolist(), abar.tolist()
         self.register_buffer("roots", torch.stack([abar.sqrt(), (1 - abar).sqrt()]), persistent=False)
-        exponent = torch.arange(time_dim // 2, dtype=torch.float64) / (time_dim // 2 - 1)
+        exponent = torch.arange(time_dim // 2, dtype=torch.float64, device="cpu") / (time_dim // 2 - 1)
         frequency = torch.exp(-math.log(10_000) * exponent)
         self.register_buffer("frequency", frequency, persistent=False)
 

@@ -17,6 +17,15 @@ def lane_generators(seeds: Sequence[int], name: str) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(s) & (2**63 - 1)) for s in start]
 
 
+def normal_(lane: Tensor, generator: torch.Generator, std: float = 1.0) -> None:
+    """Fill a lane's part of a tensor with N(0, std^2).
+
+    Not on the `meta` device, which has shapes alone: there PyTorch would import its compiler, for two seconds, to do nothing.
+    """
+    if not lane.is_meta:
+        lane.normal_(0, std, generator=generator)
+
+
 _NO_COMPILE: list[tuple[type, str]] = []
 
 

@@ -142,10 +142,12 @@ class MLP(nn.Module):
             if glorot:
                 bound = math.sqrt(6 / (fan_in + fan_out))
             for shape, where in (((*lead, fan_out, fan_in), self.weights), ((*lead, fan_out), self.biases)):
-                lanes = [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
+                lanes = torch.empty(len(generators), *shape)
+                for lane, generator in enumerate(generators):
+                    lanes[lane].uniform_(-bound, bound, generator=generator)
                 if where is self.biases and bias is not None and (glorot or not final):
-                    lanes = [torch.full(shape, bias) for _ in generators]
-                where.append(nn.Parameter(torch.stack(lanes)))
+                    lanes.fill_(bias)
+                where.append(nn.Parameter(lanes))
                 self.layers.append(where[-1])
             if norm and not final:
                 shape = (len(generators), *lead, fan_out)

@@ -64,8 +64,8 @@ class Adam(nn.Module):
         self.lane_rates = _lane_pairs(lr, weight_decay)  # read once: a captured graph has no copies to the host
         self.targets = [list(parameters)]  # inside a list, so that they are not registered as this module's
         for i, p in enumerate(self.targets[0]):
-            self.register_buffer(f"mean_{i}", torch.zeros_like(p))
-            self.register_buffer(f"square_{i}", torch.zeros_like(p))
+            for name in ("mean", "square"):
+                self.register_buffer(f"{name}_{i}", torch.zeros(p.shape, dtype=p.dtype, device=p.device))
         self.register_buffer("count", torch.zeros((), dtype=torch.float32))
         self._cached: list[list[Tensor]] = []
         self.watch(None)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from offrl.nets.lanes import lane_generators
+from offrl.nets.lanes import lane_generators, normal_
 from offrl.nets.mlp import Drop, layer_norm
 
 
@@ -25,17 +25,15 @@ class Linear(nn.Module):
 
     def __init__(self, seeds: Sequence[int], fan_in: int, fan_out: int, name: str, std: float | None = None) -> None:
         super().__init__()
-        bound, weights, biases = 1 / math.sqrt(fan_in), [], []
-        for g in lane_generators(seeds, name):
-            weight, bias = torch.empty(fan_out, fan_in), torch.zeros(fan_out)
+        bound = 1 / math.sqrt(fan_in)
+        weights, biases = torch.empty(len(seeds), fan_out, fan_in), torch.zeros(len(seeds), fan_out)
+        for lane, g in enumerate(lane_generators(seeds, name)):
             if std is None:
-                weight.uniform_(-bound, bound, generator=g)
-                bias.uniform_(-bound, bound, generator=g)
+                weights[lane].uniform_(-bound, bound, generator=g)
+                biases[lane].uniform_(-bound, bound, generator=g)
             else:
-                weight.normal_(0, std, generator=g)
-            weights.append(weight)
-            biases.append(bias)
-        self.weight, self.bias = nn.Parameter(torch.stack(weights)), nn.Parameter(torch.stack(biases))
+                normal_(weights[lane], g, std)
+        self.weight, self.bias = nn.Parameter(weights), nn.Parameter(biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[lanes, ..., in]` to `[lanes, ..., out]`."""

@@ -57,7 +57,9 @@ class LaneRandom:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.seeds = mix(torch.tensor([int(seed) for seed in seeds], dtype=torch.int64, device=device) * _GOLDEN)
+        # On the CPU first: on the `meta` device, PyTorch multiplies by Python code that takes seconds to import.
+        numbers = torch.tensor([int(seed) for seed in seeds], dtype=torch.int64, device="cpu")
+        self.seeds = mix(numbers * _GOLDEN).to(device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         # As a tensor: a compiler would multiply a number into the index of a view, beyond what its integers hold.
         self.golden = torch.tensor(_GOLDEN, device=device)

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import options, same_tensors, start, step_of, tensors, words, world  # noqa: F401 - a fixture
+from processes import fork, start
+from test_train import options, same_tensors, step_of, tensors, words, world  # noqa: F401 - a fixture
 
 import offrl
 from offrl.cli import main as cli
@@ -192,8 +193,9 @@ def test_counts_that_no_machine_serves(
 
 
 def test_bad_words_in_a_process_of_their_own() -> None:
-    status, output, errors = offrl_command("train", "agent.alph=3")
-    assert (status, output) == (2, "")
+    process = fork("train", "agent.alph=3")
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output) == (2, "")
     assert errors == "offrl: error: agent.alph is no option; did you mean agent.alpha?\n"
 
 
@@ -395,8 +397,9 @@ def test_a_new_agent_is_one_python_file_and_one_yaml(world: Path, monkeypatch: p
     values = options("toy.npz", 200)
     values["eval"] = {"every": 0, "final_episodes": 2, "workers": 1}
     arguments = [word for word in words(values) if not word.startswith("agent")]
-    status, output, errors = offrl_command("train", "--config-dir", "own", "agent=mean", *arguments)
-    assert (status, errors) == (0, "")
+    process = fork("train", "--config-dir", "own", "agent=mean", *arguments)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
     assert "finished: normalised score" in output
     (folder,) = Path("runs/mean/toy.npz").iterdir()
     assert json.loads((folder / "config.json").read_text())["agent"] == {"_target_": "mine.Mean", "rate": 0.25}

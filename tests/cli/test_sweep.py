@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import start
 from test_cli import main
-from test_train import options, same_tensors, start, step_of, wait_for, words
+from test_train import options, same_tensors, step_of, wait_for, words
 
 import offrl.training.trainer
 from hydra_plugins.offrl_launchers import LocalLauncher

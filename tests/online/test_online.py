@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_toy
+from processes import Fork
 from torch import Tensor
 
 import offrl
@@ -360,9 +358,7 @@ def test_a_sigkill_in_the_online_phase(world: Path) -> None:
     values = options(online={"steps": 200, "eval_every": 0}, updates=30, checkpoint_every=10)
     quiet = train({**values, "out": "quiet"})
     folder = Path("killed") / quiet.folder.relative_to("quiet")
-    script = f"from offrl.training.trainer import train; train({ {**values, 'out': 'killed'}!r})"
-    env = {**os.environ, "PYTHONPATH": f"{Path(offrl.__file__).parents[1]}{os.pathsep}{world}"}
-    process = subprocess.Popen([sys.executable, "-c", script], env=env)
+    process = Fork(train, {**values, "out": "killed"})
     deadline = time.monotonic() + 120
     while (
         not list((folder / "replay").glob("*.safetensors")) and process.poll() is None and time.monotonic() < deadline

@@ -59,7 +59,7 @@ def test_the_constraint_removes_noise_from_a_latent_that_has_it() -> None:
     assert not unexpected
     agent.optimizer.count.zero_()
     metrics = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 64, agent.window, agent.batch_fields)).run(
-        0, 1200
+        0, 800
     )
     unconstrained, constrained = in_bandit(agent, store).label
     assert unconstrained > 0.1  # nothing else takes it out
