@@ -201,6 +201,19 @@ def test_looking_ahead_changes_no_number() -> None:
     assert torch.equal(ahead.normal("a", like), plain.normal("a", like))
 
 
+def test_a_loop_that_goes_one_by_one_gets_the_same_numbers() -> None:
+    """Forwards past the block that is made at once, back into it, to before it, and far away."""
+    loop, plain, like = LaneRandom([1, 2]), LaneRandom([1, 2]), torch.empty(2, 5, 3)
+    for step in (*range(7, 150), 149, 90, 7, 3, 4, 10**9, 5):
+        loop.go_to(step)
+        plain.step.fill_(step)
+        assert loop.step == step
+        assert torch.equal(loop.normal("a", like), plain.normal("a", like))
+        assert torch.equal(loop.uniform("u", (4,)), plain.uniform("u", (4,)))
+        for shape in ((4,), (2, 4)):
+            assert torch.equal(loop.uniform("u", shape, torch.tensor([step]))[0], plain.uniform("u", shape))
+
+
 def test_the_first_elements_do_not_depend_on_how_many_are_drawn() -> None:
     random = LaneRandom([1])
     assert torch.equal(random.uniform("u", (10,)), random.uniform("u", (1000,))[:, :10])

@@ -187,7 +187,7 @@ class OnlinePhase:
         return bool(every) and self.step // every > before // every
 
     def _environment_step(self) -> None:
-        self.random.step.fill_(self.step)
+        self.random.go_to(self.step)
         obs = torch.from_numpy(self.envs.obs).to(self.device, torch.float32)
         at_random = self.step < self.cfg.random_steps
         action = self._random_action() if at_random else self.agent.explore(obs.unsqueeze(1), self.random)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 _STEP = -3335678366873096957  # 0xD1B54A32D192ED03, another odd constant: updates don't walk along the counter
+_MADE_AT_ONCE = 64  # updates whose numbers are made together where updates are asked for one by one
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
@@ -64,18 +65,30 @@ class LaneRandom:
         # As a tensor: a compiler would multiply a number into the index of a view, beyond what its integers hold.
         self.golden = torch.tensor(_GOLDEN, device=device)
         self._block: tuple[Tensor | None, int] = (None, 0)  # the updates looked ahead to, and which one is under way
+        self._first = 0  # the first update looked ahead to
         self._normals: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
+        self._uniforms: dict[
+            tuple[str, tuple[int, ...]], tuple[int, Tensor]
+        ] = {}  # from which update on, and the numbers
 
     def look_ahead(self, first: int, count: int) -> None:
         """The next updates are number `first ... first + count - 1`; the first one is under way."""
         steps = torch.arange(first, first + count, device=self.seeds.device) if count else None
-        self._block, self._normals = (steps, 0), {}
+        self._block, self._first, self._normals = (steps, 0), first, {}
         self.step.fill_(first)
 
     def advance(self) -> None:
         """The next update is under way."""
         self._block = (self._block[0], self._block[1] + 1)
         self.step.add_(1)
+
+    def go_to(self, step: int) -> None:
+        """Update number `step` is under way, in a loop that takes them one by one: it looks ahead by itself."""
+        steps, _ = self._block
+        if steps is None or not 0 <= step - self._first < len(steps):
+            self.look_ahead(step, _MADE_AT_ONCE)
+        self._block = (self._block[0], step - self._first)
+        self.step.fill_(step)
 
     def bits(self, name: str, count: int, steps: Tensor | None = None) -> Tensor:
         """`[*steps, lanes, count]` int64 of 64 random bits; `steps` defaults to the update under way."""
@@ -86,8 +99,18 @@ class LaneRandom:
 
     def uniform(self, name: str, shape: Sequence[int], steps: Tensor | None = None) -> Tensor:
         """`[*steps, lanes, *shape]` float64 in [0, 1) with 53 random bits."""
+        if steps is not None and steps.shape == (1,) and steps.device.type == "cpu":
+            return self._kept_uniform(name, tuple(shape), int(steps))
         bits = self.bits(name, math.prod(shape), steps)
         return (_shift(bits, 11).double() * 2.0**-53).unflatten(-1, tuple(shape))
+
+    def _kept_uniform(self, name: str, shape: tuple[int, ...], step: int) -> Tensor:
+        """The uniforms of one update; whoever asks for one asks for the next ones too, so they are made with it and kept."""
+        first, kept = self._uniforms.get((name, shape), (step + 1, self.step))
+        if not 0 <= step - first < _MADE_AT_ONCE:
+            first, kept = step, self.uniform(name, shape, torch.arange(step, step + _MADE_AT_ONCE))
+            self._uniforms[name, shape] = first, kept
+        return kept[step - first].unsqueeze(0)
 
     def integers(self, name: str, high: int, shape: Sequence[int], steps: Tensor | None = None) -> Tensor:
         """`[*steps, lanes, *shape]` int64, uniform on 0 ... high - 1 (bias below high / 2^53)."""
