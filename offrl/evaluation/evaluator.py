@@ -40,6 +40,7 @@ from offrl.utils.errors import OffrlError
 
 MakeEnv = Callable[[], Any]
 ARMS = ("cube", "scene", "puzzle")  # of OGBench: making one takes a second
+MOST_WORKERS = 8  # processes that step environments, where nobody asks for more
 Array = NDArray[Any]
 
 
@@ -237,7 +238,7 @@ class Evaluator:
         self.action_shape = tuple(probe.action_space.shape or ())
         self.actions = int(getattr(probe.action_space, "n", 0))  # number of discrete ones; 0: they are continuous
         probe.close()
-        self.workers = workers or min(8, usable_cores())
+        self.workers = workers or min(MOST_WORKERS, usable_cores())
         self.arrays: dict[str, Array] = {}
         self.processes: list[_Process] = []
         self.local: Envs | VectorEnvs | None = None
@@ -359,9 +360,7 @@ class Evaluator:
             else:
                 self.local = Envs(makers, range(total), self.arrays)
             return
-        # Forking is instant, and the children use neither torch nor CUDA; elsewhere a fresh interpreter is safe.
-        can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
-        context = multiprocessing.get_context("fork" if can_fork else "spawn")
+        context: Any = multiprocessing.get_context(start_method())
         shared = {
             k: (context.RawArray("b", max(1, int(np.prod(shape)) * np.dtype(code).itemsize)), shape, code)
             for k, (shape, code) in shapes.items()
@@ -373,6 +372,12 @@ class Evaluator:
 
 def _words(obs_dim: int, action_dim: int, discrete: bool) -> str:
     return f"observations of {obs_dim} numbers and {action_dim} {'choices of action' if discrete else 'action numbers'}"
+
+
+def start_method() -> str:
+    """How to start a process: forking is instant, but with a GPU in use only a fresh interpreter is safe."""
+    can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
+    return "fork" if can_fork else "spawn"
 
 
 def usable_cores() -> int:

@@ -79,6 +79,7 @@ class RunRecord(_Record):
     spec: SpecRecord
     info: DatasetInfo
     online: OnlineRecord | None = None
+    unplayed: bool = False  # whether the evaluation of `step` was still under way beside training
 
     @field_validator("config")
     @classmethod

@@ -353,6 +353,11 @@ def _check_train(train: TrainConfig) -> None:
         if value is not None and value < smallest:
             raise OffrlError(f"{key}={value} should be at least {smallest}.")
     _check_sizes(train)
+    if train.eval.asynchronous and train.online.steps:
+        raise OffrlError(
+            "eval.asynchronous=true goes with offline updates alone, since an online phase steps environments itself; give "
+            "eval.asynchronous=false."
+        )
     if any(not -(2**63) <= seed < 2**63 for seed in train.lane_seeds()):
         raise OffrlError("a seed should be a number of at most 63 bits.")
     if train.seeds and len(train.seeds) != train.lanes:

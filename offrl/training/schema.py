@@ -37,6 +37,7 @@ class EvalConfig:
     seed: int = 1_000_000  # environment seed of the first episode, apart from training's seeds
     workers: int | None = None  # processes that step environments; None: one per usable core
     slots: int | None = None  # environments at once; None: 100, or 1000 where one call steps them all
+    asynchronous: bool = False  # evaluate in a process of its own while training goes on; the last one follows in turn
     env: str | None = None  # environment to evaluate in, ID or MODULE:ID; None: the one that the dataset names
     env_kwargs: dict[str, Any] | None = None  # its arguments, eval.env_kwargs.KEY=VALUE
     max_episode_steps: int | None = None  # time limit of an episode; None: the environment's own, or the dataset's

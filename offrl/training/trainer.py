@@ -12,18 +12,19 @@ import numpy as np
 import torch
 
 from offrl import results
-from offrl.agents.base import Spec
+from offrl.agents.base import Agent, Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import OfflineDataset, concatenate
 from offrl.data.lane_tasks import lane_infos
 from offrl.data.partial import title
 from offrl.data.statistics import return_spread
 from offrl.envs.chosen import import_environment
-from offrl.evaluation.evaluator import Episodes, Evaluator
+from offrl.evaluation.evaluator import Episodes
 from offrl.nets import Critics
 from offrl.results.writer import check_rows
 from offrl.sampling import BatchLoader, further_datasets, make_sampler
 from offrl.training.engine import make_engine
+from offrl.training.evaluations import Evaluations
 from offrl.training.hooks import Evaluation, Hooks
 from offrl.training.online import EnvironmentFailure, OnlinePhase
 from offrl.training.records import OnlineRecord, RunRecord
@@ -45,7 +46,7 @@ from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.memory import require_bytes
 from offrl.utils.paths import remove_torn, write_json
-from offrl.utils.process import _locked, _no_collector, _Nothing, _stopping, pick_device, tune_process
+from offrl.utils.process import _locked, _no_collector, _stopping, pick_device, tune_process
 from offrl.utils.progress import Bar
 from offrl.utils.provenance import environment
 from offrl.utils.settings import FREE
@@ -135,7 +136,7 @@ class Trainer:
         self.online = self._online_phase(recorded)
         self.step, self.stop = 0, False
         self.kept_online: OnlineRecord | None = None  # where the checkpoint's online phase stands
-        self.last: Episodes | None = None
+        self.unplayed = False  # whether the checkpoint's own evaluation is still to be played
 
     def _check_window(self) -> None:
         """Raise OffrlError where an update's windows won't fit into the memory."""
@@ -161,7 +162,8 @@ class Trainer:
     # ---- the run ----------------------------------------------------------------------------------------------
 
     def run(self) -> Result:
-        playing = self._evaluator()  # a missing simulator shows before the first update
+        # A missing simulator shows before the first update.
+        self.evaluations = Evaluations(self.cfg, self.store.info, self.spec, self._keep_evaluation)
         check_tracker(self.cfg.tracker)
         resumed = self._restore()
         if resumed:
@@ -178,12 +180,12 @@ class Trainer:
         )
         self.writer = self._open_rows(resumed)
         self._describe()
-        with playing as evaluator, _stopping(self._request_stop), _no_collector():
+        with self.evaluations, _stopping(self._request_stop), _no_collector():
             try:
                 if self.kept_online is None:
-                    self._loop(evaluator)
+                    self._loop()
                 if self.online and self.step >= self.cfg.updates and not self.stop:
-                    self._fine_tune(self.online, evaluator)
+                    self._fine_tune(self.online)
             finally:
                 if self.online:
                     self.online.close()
@@ -192,15 +194,18 @@ class Trainer:
         return self._finish()
 
     def _open_rows(self, resumed: bool) -> results.RunWriter:
-        """Continue the rows at the checkpoint; the last evaluation comes behind the last checkpoint, so it is repeated."""
+        """Continue the rows at the checkpoint; an evaluation that comes behind its checkpoint is repeated, as the last one."""
         last = self.cfg.total_updates if self.kept_online else self.cfg.updates
-        repeated = self.step - 1 if self.step >= last else self.step
+        repeated = self.step - 1 if self.step >= last or self.unplayed else self.step
         metadata = self._row_metadata()
         return results.RunWriter(self.folder, metadata, self.step if resumed else -1, repeated if resumed else None)
 
-    def _loop(self, evaluator: Evaluator | None) -> None:
+    def _loop(self) -> None:
         cfg = self.cfg
         with Bar(cfg.progress, "/".join(self.folder.parts[-3:-1]), self.step, cfg.updates) as bar:
+            self.bar = bar
+            if self.unplayed:
+                self._evaluate()
             burst, since, mark = 1, self.step, time.perf_counter()
             while self.step < cfg.updates and not self.stop:
                 updates = self._next_burst(burst)
@@ -215,9 +220,10 @@ class Trainer:
                 # About a quarter of a second a burst: quick to stop, and rare enough to cost nothing.
                 burst = max(1, min(10_000, int(updates * 0.25 / (time.perf_counter() - began + 1e-9))))
                 bar.update(self.step)
-                if evaluator and cfg.eval.every and self.step % cfg.eval.every == 0 and self.step < cfg.updates:
+                self.evaluations.collect()
+                if self.evaluations.is_due(self.step):
                     paused = time.perf_counter()
-                    self._evaluate(evaluator, cfg.eval.episodes, bar)
+                    self._evaluate()
                     mark += time.perf_counter() - paused
                 if self.sampler.refresh_every and self.step % self.sampler.refresh_every == 0:
                     paused = time.perf_counter()
@@ -234,10 +240,10 @@ class Trainer:
                     self._save()
                     mark += time.perf_counter() - paused
             self._save()
-            if self.step >= cfg.updates and evaluator:
-                self._evaluate(evaluator, cfg.eval.final_episodes, bar)
+            if self.step >= cfg.updates:
+                self._evaluate(last=True)
 
-    def _fine_tune(self, phase: OnlinePhase, evaluator: Evaluator | None) -> None:
+    def _fine_tune(self, phase: OnlinePhase) -> None:
         """The online phase: bursts of environment steps, each followed by the updates that it is due."""
         cfg, kept = self.cfg, self.kept_online
         self.agent = phase.begin(self.agent, kept)
@@ -247,6 +253,7 @@ class Trainer:
         rows = results.OnlineRows(self.folder, self.seeds, self.store.info.normalized, phase.step)
         title = "/".join(self.folder.parts[-3:-1])
         with rows, Bar(cfg.progress, title, phase.step, cfg.online.steps, "environment steps") as bar:
+            self.bar = bar
             since, mark = self.step, time.perf_counter()
             while phase.step < cfg.online.steps and not self.stop:
                 made, step = phase.step, self.step
@@ -261,16 +268,16 @@ class Trainer:
                     since, mark = self.step, time.perf_counter()
                 bar.update(phase.step)
                 paused = time.perf_counter()
-                if evaluator and phase.crossed(made, cfg.online.eval_every) and self.step > cfg.updates and not ends:
-                    self._evaluate(evaluator, cfg.eval.episodes, bar)
+                if phase.crossed(made, cfg.online.eval_every) and self.step > cfg.updates and not ends:
+                    self._evaluate()
                 if self.step // cfg.checkpoint_every > step // cfg.checkpoint_every and not ends:
                     rows.flush()
                     self._save()
                 mark += time.perf_counter() - paused
             rows.flush()
             self._save()
-            if phase.step >= cfg.online.steps and evaluator:
-                self._evaluate(evaluator, cfg.eval.final_episodes, bar)
+            if phase.step >= cfg.online.steps:
+                self._evaluate(last=True)
 
     def _collect(self, phase: OnlinePhase) -> int:
         """Environment steps; where an environment fails, the run is saved as it was before them."""
@@ -301,18 +308,16 @@ class Trainer:
         cadences.append((self.synthetic and self.synthetic.every) or self.cfg.updates)
         return min(self.cfg.updates - self.step, *(c - self.step % c for c in cadences))
 
-    def _evaluate(self, evaluator: Evaluator, episodes: int, bar: Bar) -> None:
-        if episodes < 1:
-            return
-        bar.note("evaluating")
-        # A policy that samples its actions draws them by this number, also right after a restart without another update.
-        self.agent.random.step.fill_(self.step)
-        self.last = played = evaluator.run(self.agent, episodes, self.cfg.eval.seed)
-        self.writer.episodes(self.step, self.seeds, played.returns, played.lengths, played.normalized, played.seeds)
+    def _evaluate(self, last: bool = False) -> None:
+        self.bar.note("evaluating")
+        (self.evaluations.play_last if last else self.evaluations.play)(self.agent, self.step)
+
+    def _keep_evaluation(self, step: int, played: Episodes, agent: Agent[Any]) -> None:
+        self.writer.episodes(step, self.seeds, played.returns, played.lengths, played.normalized, played.seeds)
         name, values = ("score", played.normalized) if played.normalized is not None else ("return", played.returns)
-        self.tracker.log(self.step, by_lane("eval", {name: values.mean(1).tolist()}, self.seeds))
-        bar.say(self.step, f"{name} {values.mean():.1f}")
-        self.hooks.evaluated(Evaluation(self.step, played.returns, played.lengths, played.normalized, self.agent))
+        self.tracker.log(step, by_lane("eval", {name: values.mean(1).tolist()}, self.seeds))
+        self.bar.say(step, f"{name} {values.mean():.1f}")
+        self.hooks.evaluated(Evaluation(step, played.returns, played.lengths, played.normalized, agent))
 
     def _log(self, values: dict[str, list[float]], rate: float) -> None:
         self.writer.metrics(self.step, self.seeds, values, updates_per_second=rate)
@@ -331,6 +336,7 @@ class Trainer:
     def _save(self) -> None:
         if broken := checkpoint.first_not_finite(self.agent.state_dict()):
             self._check_finite({broken: False})
+        self.evaluations.collect(wait=self.evaluations.under_way != self.step)
         self.writer.flush()
         metadata = {
             "step": self.step,
@@ -338,6 +344,7 @@ class Trainer:
             "config": self.job.to_dict(),
             "spec": _spec_to(self.spec),
             "info": asdict(self.store.info),
+            "unplayed": self.evaluations.under_way is not None,
         }
         learnt = self.sampler.tensors()
         if self.online and self.online.begun:
@@ -373,6 +380,7 @@ class Trainer:
         if learnt:
             self.sampler.restore(learnt)
         self.step, self.kept_online = kept.step, kept.online
+        self.unplayed = kept.unplayed and self.evaluations.is_due(self.step)
         return True
 
     def _clear(self) -> None:
@@ -422,8 +430,9 @@ class Trainer:
         }
 
     def _finish(self) -> Result:
-        returns = [] if self.last is None else self.last.returns.mean(-1).tolist()
-        normalized = None if self.last is None else self.last.normalized
+        last = self.evaluations.last
+        returns = [] if last is None else last.returns.mean(-1).tolist()
+        normalized = None if last is None else last.normalized
         scores = None if normalized is None else normalized.mean(-1).tolist()
         done, success = self.step >= self.cfg.total_updates, self.store.info.scored_by_success
         if done:
@@ -433,14 +442,6 @@ class Trainer:
             write_json(self.folder / "result.json", record)
         status = "finished" if done else "interrupted"
         return Result(self.folder, self.step, returns, scores, status, success)
-
-    def _evaluator(self) -> Any:
-        cfg = self.cfg.eval
-        if cfg.final_episodes < 1 and (cfg.every < 1 or cfg.episodes < 1):
-            return _Nothing()
-        evaluator = Evaluator(self.store.info, len(self.seeds), cfg.workers, cfg.slots)
-        evaluator.check(self.spec)
-        return evaluator
 
     def _request_stop(self) -> None:
         self.stop = True

@@ -90,16 +90,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-class _Nothing:
-    """Stands where an Evaluator would when nothing is evaluated."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
 def pick_device(name: str) -> torch.device:
     """The device that `device=` names; `auto` is a GPU where there is one."""
     if name == "auto":
