@@ -127,6 +127,8 @@ def test_a_list_per_lane_needs_as_many_values_as_lanes() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"seed": [0, 1]}, "seed=[0,1] has several values; give seeds=[0,1]."),
+        ({"seeds": 3}, "seeds=3 is a single value; give seed=3."),
         ({"batchsize": 3}, "batchsize is no option; did you mean batch_size?"),
         ({"agentt": "bc"}, "agentt is no option; did you mean agent?"),
         ({"eval": {"evry": 3}}, "eval.evry is no option; did you mean eval.every?"),

@@ -1,4 +1,4 @@
-"""`offrl completion`: a shell script that completes commands, options and `key=value` words.
+"""`offrl completion`: a shell script that completes commands, options, `key=value` words and paths.
 
 The words are written into the script when it is made, so that a completion starts no Python. A folder of one's own
 (`--config-dir`) is not in it.
@@ -30,14 +30,35 @@ _offrl() {{
     "") words="{commands} --help --version";;
 {cases}
   esac
-  COMPREPLY=($(compgen -W "$words" -- "$word") $(compgen -f -- "$word"))
-  if [[ ${{#COMPREPLY[@]}} == 1 && ${{COMPREPLY[0]}} == *= ]]; then compopt -o nospace 2>/dev/null; fi
   local prefix=${{word%"${{word##*[=:]}}"}}
+  COMPREPLY=($(compgen -W "$words" -- "$word") $(compgen -P "$prefix" -f -- "${{word#"$prefix"}}"))
+  if [[ ${{#COMPREPLY[@]}} == 1 && ${{COMPREPLY[0]}} == *= ]]; then compopt -o nospace 2>/dev/null; fi
   case "$COMP_WORDBREAKS" in *=*) COMPREPLY=("${{COMPREPLY[@]#"$prefix"}}");; esac
 }}
 complete -o filenames -F _offrl offrl
 """
-ZSH = "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"
+ZSH = """\
+_offrl() {{
+  local command="" each
+  for each in ${{words[2,CURRENT-1]}}; do
+    case " {commands} " in (*" $each "*) command=$each; break;; esac
+  done
+  local -a found keys
+  case "$command" in
+    "") found=({commands} --help --version);;
+{cases}
+  esac
+  keys=(${{(M)found:#*=}})
+  found=(${{found:#*=}})
+  compadd -a found && return
+  compadd -S "" -a keys && return
+  compset -P "*="
+  _files
+}}
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit; }}
+compdef _offrl offrl
+"""
+FORMS = {"bash": (BASH, 'words="{}"'), "zsh": (ZSH, "found=({})")}  # script, and how it takes the words of a command
 
 
 def add_parser(subparsers: Any) -> None:
@@ -50,19 +71,20 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _command(arguments: argparse.Namespace) -> int:
-    print((ZSH if arguments.shell == "zsh" else "") + script(arguments.words_of), end="")
+    print(script(arguments.shell, arguments.words_of), end="")
     return 0
 
 
-def script(words_of: Mapping[str, list[str]]) -> str:
-    """The script for Bash.
+def script(shell: str, words_of: Mapping[str, list[str]]) -> str:
+    """The script for Bash or Zsh.
 
     Args:
         words_of: options and names of each command, without those of `train`.
     """
+    form, assignment = FORMS[shell]
     words = {**words_of, "train": [*_train_words()], "finetune": [*words_of.get("finetune", []), *_keys()]}
-    cases = "\n".join(f'    {name}) words="{" ".join(found)}";;' for name, found in words.items())
-    return BASH.format(commands=" ".join(words), cases=cases)
+    cases = "\n".join(f"    {name}) {assignment.format(' '.join(found))};;" for name, found in words.items())
+    return form.format(commands=" ".join(words), cases=cases)
 
 
 def _train_words() -> Iterator[str]:

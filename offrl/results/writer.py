@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class RunWriter:
         resume_step: update from which training continues. Rows after it, and a line torn by a kill, are dropped, so that
             nothing counts twice; -1 drops all rows. None is a new run: rows of a killed run are dropped, but a folder whose
             run was closed is refused.
-        evaluated_until: the same for evaluations, where the one at `resume_step` is made again.
+        played_again: environment seeds of the episodes that are played again at `resume_step`: their rows are dropped, too.
+            Those of other episodes, such as `offrl evaluate` adds, stay.
 
     Every call writes at once. `flush` also syncs the rows to disk; call it before a checkpoint is saved.
 
@@ -46,7 +47,7 @@ class RunWriter:
         folder: Path | str,
         run: Mapping[str, Any],
         resume_step: int | None = None,
-        evaluated_until: int | None = None,
+        played_again: Collection[int] = (),
     ) -> None:
         self.folder = Path(folder)
         compacted = [self.folder / f"{kind}.parquet" for kind in ("episodes", "metrics")]
@@ -66,9 +67,7 @@ class RunWriter:
         check_rows(self.folder, keep_until)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._episodes = _Log(
-                self.folder / "episodes.jsonl", keep_until if evaluated_until is None else evaluated_until
-            )
+            self._episodes = _Log(self.folder / "episodes.jsonl", keep_until, played_again)
             self._metrics = _Log(self.folder / "metrics.jsonl", keep_until)
             for path in compacted:
                 path.unlink(missing_ok=True)
@@ -171,12 +170,12 @@ def check_rows(folder: Path, resume_step: int, needed: bool = False) -> None:
 class _Log:
     """An append-only file of JSON lines that never holds a partial line after an error."""
 
-    def __init__(self, path: Path, keep_until: int) -> None:
+    def __init__(self, path: Path, keep_until: int, played_again: Collection[int] = ()) -> None:
         self.path = path
         try:
             if path.exists():
                 data = path.read_bytes()
-                kept = _rows_until(data, keep_until, path)
+                kept = _rows_until(data, keep_until, path, played_again)
                 if kept != data:
                     with replacing(path) as temporary:
                         temporary.write_bytes(kept)
@@ -218,15 +217,17 @@ class _Log:
             self._file.close()
 
 
-def _rows_until(data: bytes, step: int, path: Path) -> bytes:
-    """The whole lines of `data` whose step is at most `step`."""
+def _rows_until(data: bytes, step: int, path: Path, played_again: Collection[int] = ()) -> bytes:
+    """The whole lines of `data` whose step is at most `step`, without the episodes of `step` that are played again."""
     lines = data.split(b"\n")[:-1]  # after the last newline there is nothing, or a torn line
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
-            if json.loads(line)["step"] <= step:  # lines of bounded files; `rows_of` checks the rest at once
+            row = json.loads(line)  # lines of bounded files; `rows_of` checks the rest at once
+            again = row["step"] == step and row.get("eval_seed") in played_again
+            if row["step"] <= step and not again:
                 kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # A power failure may leave a last line of zeros; damage before it has another cause.
             if number < len(lines) and step >= 0:
                 raise _damaged(path, number) from error

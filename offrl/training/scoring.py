@@ -17,11 +17,12 @@ from offrl.data.lane_tasks import lane_infos
 from offrl.envs.chosen import import_environment
 from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.training.answered import TASK
-from offrl.training.records import RunRecord
+from offrl.training.records import ResultRecord, RunRecord
 from offrl.training.runs import dataset_info, evaluation_info, load_agent, read_config
 from offrl.training.schema import EvalConfig
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
+from offrl.utils.files import read_json
 from offrl.utils.paths import write_json
 from offrl.utils.process import _locked
 
@@ -131,15 +132,24 @@ def _append(
 
 def _sum_up(folder: Path, step: int, lanes: int) -> None:
     """Make `result.json` the mean of all episodes after the last update."""
-    if not (folder / "result.json").exists() or step < results.progress(folder).updates:
+    path = folder / "result.json"
+    if not path.exists() or step < results.progress(folder).updates:
         return
+    if means := lane_means(folder, step, lanes):
+        kept = read_json(path, ResultRecord, "remove it, and the same command makes it again")
+        write_json(path, {**kept.model_dump(), "step": step, "returns": means[0], "scores": means[1]})
+
+
+def lane_means(folder: Path, step: int, lanes: int) -> tuple[list[float], list[float] | None] | None:
+    """Each lane's mean return and score over a run's episodes at an update; None where a lane has none.
+
+    The scores are None where an episode has none.
+    """
     rows = results.read([folder]).filter(pl.col("step") == step)
-    means = [
-        (float(np.mean(lane["return_raw"].to_numpy())), float(np.mean(lane["normalized"].to_numpy())))
-        for number in range(lanes)
-        if (lane := rows.filter(pl.col("lane") == number)).height
-    ]
-    if len(means) == lanes:
-        returns, scores = map(list, zip(*means))
-        scored = not np.isnan(scores).any()
-        write_json(folder / "result.json", {"step": step, "returns": returns, "scores": scores if scored else None})
+    by_lane = [rows.filter(pl.col("lane") == number) for number in range(lanes)]
+    if not all(lane.height for lane in by_lane):
+        return None
+    returns, scores = (
+        [float(np.mean(lane[column].to_numpy())) for lane in by_lane] for column in ("return_raw", "normalized")
+    )
+    return returns, None if np.isnan(scores).any() else scores

@@ -41,6 +41,7 @@ from offrl.training.runs import (
     reward_transform,
     transform_rewards,
 )
+from offrl.training.scoring import lane_means
 from offrl.training.trackers import by_lane, check_tracker, make_tracker
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
@@ -196,9 +197,9 @@ class Trainer:
     def _open_rows(self, resumed: bool) -> results.RunWriter:
         """Continue the rows at the checkpoint; an evaluation that comes behind its checkpoint is repeated, as the last one."""
         last = self.cfg.total_updates if self.kept_online else self.cfg.updates
-        repeated = self.step - 1 if self.step >= last or self.unplayed else self.step
-        metadata = self._row_metadata()
-        return results.RunWriter(self.folder, metadata, self.step if resumed else -1, repeated if resumed else None)
+        played = self.cfg.eval.final_episodes if self.step >= last else self.cfg.eval.episodes if self.unplayed else 0
+        again = range(self.cfg.eval.seed, self.cfg.eval.seed + played)
+        return results.RunWriter(self.folder, self._row_metadata(), self.step if resumed else -1, again)
 
     def _loop(self) -> None:
         cfg = self.cfg
@@ -436,6 +437,7 @@ class Trainer:
         scores = None if normalized is None else normalized.mean(-1).tolist()
         done, success = self.step >= self.cfg.total_updates, self.store.info.scored_by_success
         if done:
+            returns, scores = lane_means(self.folder, self.step, len(self.seeds)) or (returns, scores)
             if not all((self.folder / name).is_file() for name in ("config.json", "manifest.json")):
                 self._describe()  # somebody removed them
             record = {"step": self.step, "returns": returns, "scores": scores, "success": success}

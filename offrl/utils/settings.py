@@ -47,11 +47,23 @@ def build(
                 raise OffrlError(f"{where}{key}={value} should be a table of settings, not a single value.")
             kwargs[key] = build(wanted, value, f"{where}{key}.")
         else:
+            _check_number_of_values(key, value, known, where)
             kwargs[key] = _convert(value, wanted, where + key, per_lane)
     lacking = [f.name for f in fields(cls) if f.init and f.default is f.default_factory is MISSING]
     if lacking := [f"{where}{name}" for name in lacking if name not in kwargs]:
         raise OffrlError(f"{lacking[0]} has no default; give {lacking[0]}=...")
     return cls(**kwargs)
+
+
+def _check_number_of_values(key: str, value: Any, known: Iterable[str], where: str) -> None:
+    """Name `seeds` where `seed` was given a list, and the other way round."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    if several and key + "s" in known:
+        values = one_line(f"[{','.join(map(str, value))}]")
+        raise OffrlError(f"{where}{key}={values} has several values; give {where}{key}s={values}.")
+    single = isinstance(value, (int, str)) and not isinstance(value, bool)
+    if single and key.endswith("s") and key[:-1] in known:
+        raise OffrlError(f"{where}{key}={one_line(value)} is a single value; give {where}{key[:-1]}={one_line(value)}.")
 
 
 def types_in(cls: Any) -> dict[str, Any]:

@@ -21,10 +21,13 @@ from offrl.results import read
 from offrl.training.hooks import Evaluation
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import read_config, read_data
+from offrl.training.schema import EvalConfig
+from offrl.training.scoring import evaluate, keep, policy_of
 from offrl.training.trainer import resume
 from offrl.utils.errors import OffrlError
 
 STEPS = 5
+FIRST = EvalConfig().seed
 COUNT = """
 import gymnasium, numpy as np
 
@@ -401,6 +404,12 @@ def test_a_finished_run_plays_the_episodes_that_it_still_owes() -> None:
     assert third.status == "finished"
     assert read([third.folder]).height == 4
     assert fit(data, eval={**env, "final_episodes": 1}).status == "already finished"
+    policy, info = policy_of(third.folder, EvalConfig())
+    others = EvalConfig(episodes=2, seed=7, workers=1)
+    kept = keep(third.folder, others, [0], info, evaluate(policy, info, others))
+    assert kept.startswith("2 new episodes a lane kept")
+    fifth = fit(data, eval={**env, "final_episodes": 5})  # those of other seeds stay, and none is there twice
+    assert sorted(read([fifth.folder])["eval_seed"]) == sorted([*range(7, 9), *range(FIRST, FIRST + 5)])
     with pytest.raises(OffrlError, match=r"was scored with eval\.max_episode_steps=3, not 2"):
         fit(data, eval={**env, "max_episode_steps": 2, "final_episodes": 2})
     with pytest.warns(UserWarning, match="can't be evaluated every 2 updates any more"):
