@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import fork
 from test_evaluate import INFO, Toy, agent_of, is_alive, played
-from test_train import options, raw_rows, same_tensors, start, step_of, tensors, wait_for, words, world
+from test_train import options, raw_rows, same_tensors, step_of, tensors, wait_for, words, world
 
 from offrl.agents.base import Agent
 from offrl.evaluation.beside import EvaluationProcess
@@ -129,13 +130,13 @@ def test_a_run_killed_again_and_again_ends_as_one_in_turn(world: Path) -> None:
     folder = Path("killed") / quiet.folder.relative_to("quiet")
     moments, reached = random.Random(5), [0]
     for _ in range(4):
-        process = start("train", *words(values))
+        process = fork("train", *words(values))
         wait_for(lambda: step_of(folder) > reached[-1], process)
         time.sleep(moments.uniform(0, 0.2))
         process.kill()
         assert process.wait() == -signal.SIGKILL
         reached.append(step_of(folder))
-    process = start("train", *words(values))
+    process = fork("train", *words(values))
     assert process.wait(timeout=120) == 0
     assert same_tensors(folder, quiet.folder)
     assert same_rows(folder, quiet.folder)
