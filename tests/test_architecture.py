@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from processes import Fork
@@ -97,21 +98,36 @@ def test_the_page_of_the_architecture_names_files_that_exist() -> None:
     assert not [name for name in named if not (root / name).exists() and not (PACKAGE / name).exists()]
 
 
-@pytest.mark.parametrize("code", ["import offrl", "from offrl.cli.main import main; main(['--help'])"])
-def test_the_start_is_light(code: str) -> None:
-    """Neither `import offrl` nor `offrl --help` takes the seconds that PyTorch's import does."""
-    heavy = ("torch", "numpy", "gymnasium", "matplotlib", "polars")
+HEAVY = ("torch", "gymnasium", "mujoco", "hydra", "omegaconf", "matplotlib", "polars", "scipy", "h5py", "asyncio")
+
+
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import offrl", (*HEAVY, "numpy", "pydantic")),
+        ("from offrl.cli.main import main; main(['--help'])", (*HEAVY, "numpy", "pydantic")),
+        ("from offrl.cli.main import main; main(['status', 'RUNS'])", HEAVY),
+    ],
+)
+def test_the_start_is_light(code: str, heavy: tuple[str, ...], tmp_path: Path) -> None:
+    """Neither `import offrl` nor `offrl --help` nor `offrl status` takes the seconds that PyTorch's import does."""
+    (tmp_path / "config.json").write_text('{"method": "bc", "dataset": "d", "updates": 10}')
+    for name in ("manifest.json", "episodes.jsonl", "metrics.jsonl"):
+        (tmp_path / name).write_text("{}" if name.endswith("json") else "")
+    (tmp_path / "result.json").write_text('{"step": 10, "returns": [1.5], "scores": [25.0]}')
+    code = code.replace("RUNS", str(tmp_path))
     script = f"""
 import json, sys
 try:
     {code}
 except SystemExit:
     pass
-print(json.dumps([name for name in {heavy} if name in sys.modules]), file=sys.stderr)
+print(json.dumps([name for name in {heavy!r} if name in sys.modules]), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stderr.splitlines()[-1]) == []
+    assert ("1 runs: 1 finished" in done.stdout) == ("status" in code)
 
 
 def test_an_agent_is_made_without_the_compiler() -> None:

@@ -26,6 +26,7 @@ from offrl.agents.bc import BC, BCConfig
 from offrl.agents.flow_bc import FlowBC
 from offrl.agents.ifql import IDQL
 from offrl.data.dataset import DatasetInfo
+from offrl.envs.adapters import plain_robot
 from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.utils.errors import OffrlError
 
@@ -171,6 +172,26 @@ def test_every_episode_is_played_once_and_no_step_is_wasted(episodes: int, slots
     assert result.returns.shape == result.lengths.shape == (3, episodes)
 
 
+class Counting(Linear):
+    """Counts its actions of all environments together."""
+
+    calls = 0
+
+    def select_action(self, obs: Tensor, state: Any = None) -> Tensor:
+        type(self).calls += 1
+        return super().select_action(obs, state)
+
+
+@pytest.mark.parametrize(("episodes", "width"), [(7, 3), (5, 5), (6, 1)])
+def test_an_environment_that_is_free_plays_its_next_episode(episodes: int, width: int) -> None:
+    """Episode k in environment k mod width: there are as many steps as the busiest environment has."""
+    Counting.calls = 0
+    result = played(agent_of(Counting), episodes, slots=2 * width)
+    steps = [result.lengths[:, place::width].sum(1).max() for place in range(width)]
+    assert Counting.calls == max(steps)
+    assert np.array_equal(result.lengths, played(agent_of(), episodes, slots=2 * episodes).lengths)
+
+
 def test_seeds_choose_the_episodes() -> None:
     agent = agent_of()
     first, shifted = played(agent, 6, seed=100), played(agent, 6, seed=103)
@@ -240,6 +261,35 @@ def test_hopper_equals_a_plain_loop() -> None:
     np.testing.assert_allclose(result.normalized, 100 * (returns + 20.27) / 3254.57, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("robot", "limit"),
+    [("Hopper-v5", None), ("HalfCheetah-v5", 20), pytest.param("Walker2d-v5", 50, marks=pytest.mark.slow)],
+)
+def test_robots_that_step_together_play_the_same_episodes(robot: str, limit: int | None) -> None:
+    """To the bit, in one process or two, the falls and the time limits of Gymnasium's own environments."""
+    pytest.importorskip("mujoco")
+    info = DatasetInfo(id="robot", env_id=robot, max_episode_steps=limit)
+    assert plain_robot(info) == (robot, limit or 1000)
+    obs, action = (11, 3) if robot == "Hopper-v5" else (17, 6)
+    agent = BC(Spec(obs, action, (0, 1)), BCConfig(hidden=(16,)))
+    found = []
+    for workers, together in ((1, False), (1, True), (2, True)):
+        with Evaluator(info, 2, workers, slots=4) as evaluator:
+            evaluator.robot = evaluator.robot if together else None
+            found.append(evaluator.run(agent, 3, seed=9))
+    for result in found[1:]:
+        assert np.array_equal(result.returns, found[0].returns)
+        assert np.array_equal(result.lengths, found[0].lengths)
+
+
+def test_only_gymnasiums_own_robots_step_together() -> None:
+    info = DatasetInfo(id="robot", env_id="Hopper-v5")
+    changes = [{"env_kwargs": {"ctrl_cost_weight": 1.0}}, {"env_id": "Hopper-v4"}, {"env_id": None}]
+    assert [plain_robot(dataclasses.replace(info, **change)) for change in changes] == [None, None, None]
+    masked = {"partially_observed": {"kept": [0, 1], "flicker": 0.0}}
+    assert plain_robot(dataclasses.replace(info, provenance=masked)) is None
+
+
 def test_time_limits_end_episodes() -> None:
     """An environment without an end of its own, cut by the dataset's limit."""
     info = DatasetInfo(id="pendulum", env_id="Pendulum-v1", max_episode_steps=7)
@@ -298,7 +348,7 @@ def test_an_interrupted_evaluation_can_be_followed_by_another(monkeypatch: pytes
         first = {child.pid for child in started(evaluator, agent)}
         with monkeypatch.context() as patch:
             patch.setattr(
-                "offrl.evaluation.evaluator._Process.wait", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+                "offrl.evaluation.evaluator.EnvProcess.wait", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
             )
             with pytest.raises(KeyboardInterrupt):
                 evaluator.run(agent, 4, 100)

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from offrl import results
+from offrl.results.records import FailureRecord, ResultRecord, score_name
 from offrl.results.rows import FAILURE, folders, run_of
 from offrl.training.failed_jobs import read_failures
-from offrl.training.records import FailureRecord, ResultRecord, score_name
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
 from offrl.utils.locks import READ_ONLY, is_locked

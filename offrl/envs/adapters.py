@@ -23,6 +23,7 @@ from offrl.envs.generators import OwnGenerators
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
 from offrl.envs.partial import PartialObservation
 from offrl.envs.registered import make_gymnasium
+from offrl.envs.robots import ROBOT_IDS, TIME_LIMIT
 from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError, one_line
 
@@ -96,6 +97,17 @@ def make_vector_env(info: DatasetInfo, count: int) -> gymnasium.vector.VectorEnv
     if gymnasium.spec(info.env_id).vector_entry_point is None:
         return None
     return gymnasium.make_vec(info.env_id, count, **_kwargs(info))
+
+
+def plain_robot(info: DatasetInfo) -> tuple[str, int] | None:
+    """Id and steps of an episode where `make_env(info)` is one of Gymnasium's robots that `Robots` copies; None elsewhere."""
+    spec = gymnasium.registry.get(info.env_id or "")
+    if info.env_id not in ROBOT_IDS or spec is None or partial_of(info) != Partial():
+        return None
+    changed = spec.kwargs or info.env_kwargs or spec.additional_wrappers or info.scored_by_success
+    if changed or not str(spec.entry_point).startswith("gymnasium.envs.mujoco."):
+        return None
+    return info.env_id, info.max_episode_steps or TIME_LIMIT
 
 
 def _kwargs(info: DatasetInfo) -> dict[str, Any]:

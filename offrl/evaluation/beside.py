@@ -17,7 +17,8 @@ from safetensors.torch import load, save
 
 from offrl.agents.base import Agent
 from offrl.envs.chosen import give, given
-from offrl.evaluation.evaluator import Episodes, Evaluator, start_method
+from offrl.evaluation.environments import start_method
+from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.utils.errors import OffrlError, one_line
 
 

@@ -1,31 +1,27 @@
 """Evaluation: rollouts of all lanes together in many environments; every episode counts exactly once.
 
-Episodes are run in batches, one per environment, and a finished environment waits for the rest of its batch. So short episodes
-are not favoured (a vector of environments with autoreset that stops after N finished episodes favours them). Episode k starts
-from environment seed `seed + k` for every lane and every method: common random numbers, independent of those of training.
+Which episodes are played is fixed beforehand, so that short ones are not favoured (a vector of environments with autoreset
+that stops after N finished episodes favours them). Episode k starts from environment seed `seed + k` for every lane and every
+method: common random numbers, independent of those of training. With n environments a lane, episode k is played in number
+k mod n as soon as episode k - n has ended there; policies that remember or sample play n episodes at a time instead.
 
-Actions are computed in float64 by default. An episode then does not depend on how many others run beside it (float32 matrix
-products round differently for different batch sizes, and the simulators are chaotic).
+Actions are computed in float64 by default. An episode then depends little on how many others run beside it (float32 matrix
+products round differently for different batch sizes, and the simulators are chaotic), and not at all on what they do.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import copy
 import math
 import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
@@ -33,15 +29,25 @@ from offrl.data.dataset import DatasetInfo
 from offrl.data.lane_tasks import lane_infos
 from offrl.envs import make_env as make_env_of
 from offrl.envs import make_vector_env
-from offrl.envs.chosen import give, given, warn_of_no_limit
-from offrl.envs.tabular_env import features
+from offrl.envs.adapters import plain_robot
+from offrl.envs.chosen import warn_of_no_limit
+from offrl.evaluation.environments import (
+    AnyEnvs,
+    Array,
+    EnvProcess,
+    Envs,
+    MakeEnv,
+    MakeEnvs,
+    RobotEnvs,
+    VectorEnvs,
+    as_array,
+    start_method,
+)
 from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError
 
-MakeEnv = Callable[[], Any]
 ARMS = ("cube", "scene", "puzzle")  # of OGBench: making one takes a second
 MOST_WORKERS = 8  # processes that step environments, where nobody asks for more
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -61,142 +67,6 @@ class Episodes:
     normalized: Array | None
     seeds: list[int]
     predicted: Array | None = None
-
-
-class VectorEnvs:
-    """All environments of a batch as one Gymnasium vector, stepped by a few array operations; the interface of `Envs`.
-
-    Finished environments go on; their steps are ignored.
-
-    Args:
-        env: the vector of a tabular task.
-    """
-
-    def __init__(self, env: Any, arrays: dict[str, Array]) -> None:
-        self.env, self.arrays, self.features = env, arrays, features(env.task)
-
-    def reset(self, seeds: list[int | None]) -> None:
-        self.env.reset(seed=seeds)
-        self.arrays["done"][:] = [seed is None for seed in seeds]
-        self.arrays["observation"][:] = self.features[self.env.state]
-
-    def step(self) -> None:
-        _, reward, terminated, truncated, _ = self.env.step(self.arrays["action"])
-        running = ~self.arrays["done"]
-        self.arrays["reward"][running] = reward[running]
-        self.arrays["done"] |= terminated | truncated
-        self.arrays["observation"][running] = self.features[self.env.state[running]]
-
-    def close(self) -> None:
-        self.env.close()
-
-
-class Envs:
-    """Some environments of a batch, stepped one after another.
-
-    Args:
-        makers: constructors of environments with flat observations, one for each row of the arrays.
-        rows: rows of the arrays that belong to these environments.
-        arrays: `observation`, `action`, `reward`, `done` and `success` of all environments; an object writes its own rows only.
-    """
-
-    def __init__(self, makers: Sequence[MakeEnv], rows: range, arrays: dict[str, Array]) -> None:
-        self.envs = [makers[row]() for row in rows]
-        self.rows, self.arrays = rows, arrays
-
-    def reset(self, seeds: Sequence[int | None]) -> None:
-        """Start an episode in each environment; one with seed None is not used in this batch."""
-        for env, row, seed in zip(self.envs, self.rows, seeds):
-            self.arrays["done"][row] = seed is None
-            self.arrays["success"][row] = False
-            if seed is not None:
-                self.arrays["observation"][row] = env.reset(seed=seed)[0]
-
-    def step(self) -> None:
-        """Step every environment that is not done."""
-        arrays = self.arrays
-        for env, row in zip(self.envs, self.rows):
-            if arrays["done"][row]:
-                continue
-            action = arrays["action"][row]
-            observation, reward, terminated, truncated, info = env.step(action if action.ndim else int(action))
-            arrays["observation"][row] = observation
-            arrays["reward"][row] = reward
-            arrays["done"][row] = terminated or truncated
-            arrays["success"][row] = info.get("success", False)
-
-    def close(self) -> None:
-        for env in self.envs:
-            env.close()
-
-
-def _worker(
-    ours: Connection,
-    theirs: Connection,
-    makers: Sequence[MakeEnv],
-    rows: range,
-    shared: dict[str, Any],
-    environments: tuple[Any, Any],
-) -> None:
-    """Main function of a process with some environments: runs (command, argument) messages, answers each with "" or an error.
-
-    The process ends with its parent, even a killed one: it closes its own copy of the parent's end of the pipe, so that the
-    pipe breaks.
-    """
-    theirs.close()
-    # A signal to the whole group is for the training process, which stops after the evaluation.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    envs: Envs | None = None
-    try:
-        give(*environments)
-        envs = Envs(makers, rows, {name: _as_array(*value) for name, value in shared.items()})
-        while True:
-            command, argument = ours.recv()
-            if command == "close":
-                break
-            envs.step() if command == "step" else envs.reset(argument)
-            ours.send("")
-    except EOFError:
-        pass
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            ours.send(f"{type(error).__name__}: {error}")
-    finally:
-        if envs:
-            envs.close()
-
-
-class _Process:
-    """`Envs` in another process; each call is split into request and wait."""
-
-    def __init__(self, context: Any, makers: Sequence[MakeEnv], rows: range, shared: dict[str, Any]) -> None:
-        self.connection, theirs = context.Pipe()
-        # A forked process has them already, and can have functions that can't be sent.
-        environments = ([], {}) if context.get_start_method() == "fork" else given()
-        arguments = (theirs, self.connection, makers, rows, shared, environments)
-        self.process = context.Process(target=_worker, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
-        self.rows = rows
-
-    def request(self, command: str, argument: Any = None) -> None:
-        with contextlib.suppress(OSError):  # the process has ended: `wait` says why
-            self.connection.send((command, argument))
-
-    def wait(self) -> None:
-        try:
-            failure = self.connection.recv()
-        except (EOFError, OSError):
-            failure = "its process was killed"
-        if failure:
-            raise OffrlError(f"The evaluation environment failed ({failure}); eval.workers=1 shows where.")
-
-    def close(self) -> None:
-        self.process.join(timeout=5)
-        self.process.kill()  # nothing happens to a process that has ended
-        self.process.join()
-        self.connection.close()
 
 
 class Evaluator:
@@ -232,6 +102,7 @@ class Evaluator:
         self.width = max(1, (slots or usual) // lanes)  # environments of each lane
         # One of each lane; picklable, for a fresh interpreter.
         self.makers: list[MakeEnv] = [make_env or partial(make_env_of, one) for one in infos]
+        self.robot = plain_robot(info) if make_env is None else None
         probe = self.makers[0]()
         warn_of_no_limit(info, probe)
         self.obs_shape = tuple(probe.observation_space.shape or ())
@@ -240,8 +111,8 @@ class Evaluator:
         probe.close()
         self.workers = workers or min(MOST_WORKERS, usable_cores())
         self.arrays: dict[str, Array] = {}
-        self.processes: list[_Process] = []
-        self.local: Envs | VectorEnvs | None = None
+        self.processes: list[EnvProcess] = []
+        self.local: AnyEnvs | None = None
 
     def __enter__(self) -> Evaluator:
         return self
@@ -280,11 +151,14 @@ class Evaluator:
         """
         self.check(agent.spec)
         policy = copy.deepcopy(agent).to(dtype)
+        width = min(self.width, episodes)
         parts: list[tuple[Array, Array, Array, Array | None]] = []
+        first = 0
         try:
-            self._open(min(self.width, episodes))
-            for start in range(0, episodes, self.width):
-                parts.append(self._rollout(policy, seed + start, min(self.width, episodes - start), dtype))
+            self._open(width)
+            while first < episodes:
+                parts.append(self._rollout(policy, seed + first, episodes - first, width, dtype))
+                first += parts[-1][0].shape[1]
         except BaseException:
             self.close()  # the processes may be in the middle of a step: the next run needs new ones
             raise
@@ -295,43 +169,73 @@ class Evaluator:
         seeds = [seed + k for k in range(episodes)]
         return Episodes(total, np.concatenate(lengths, 1), scores, seeds, together)
 
-    # ---- one batch of episodes, one in each environment -------------------------------------------------------
+    # ---- episodes ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _rollout(
-        self, policy: Agent, seed: int, count: int, dtype: torch.dtype
+        self, policy: Agent, seed: int, count: int, width: int, dtype: torch.dtype
     ) -> tuple[Array, Array, Array, Array | None]:
-        """Returns, lengths, successes and predicted returns `[lanes, count]` of a batch of episodes."""
-        width = len(self.arrays["done"]) // self.lanes
-        self._all("reset", [seed + k if k < count else None for k in range(width)] * self.lanes)
-        observation, action, reward, done = (self.arrays[k] for k in ("observation", "action", "reward", "done"))
-        returns, lengths = np.zeros(len(done)), np.zeros(len(done), dtype=np.int64)
-        state = policy.initial_state(width)
-        device, shape = policy.spec.device, (self.lanes, width)
+        """Returns, lengths, successes and predicted returns `[lanes, n]` of the first n of `count` episodes of every lane.
+
+        n is `count`, or at most `width`, the number of environments that are used of every lane.
+        """
+        every = {name: array.reshape(self.lanes, -1, *array.shape[1:]) for name, array in self.arrays.items()}
+        used = {name: array[:, :width] for name, array in every.items()}
+        observation, action, reward, done = (used[name] for name in ("observation", "action", "reward", "done"))
+        state, device = policy.initial_state(width), policy.spec.device
 
         def by_lane(array: Array) -> Tensor:
-            return torch.from_numpy(array).to(device, dtype).unflatten(0, shape)
+            return torch.from_numpy(array).to(device, dtype)
 
+        every["done"][:] = True
+        episode = np.tile(np.arange(width), (self.lanes, 1))  # the one that each environment plays
+        self._start(episode < count, episode + seed)
         prediction = policy.predicted_return(by_lane(observation), state)
-        predicted = None if prediction is None else prediction.cpu().numpy()[:, :count]
+        if state is not None or prediction is not None or self.vector:
+            count = min(count, width)
+        returns, lengths = np.zeros((self.lanes, count)), np.zeros((self.lanes, count), dtype=np.int64)
+        successes = np.zeros((self.lanes, count), dtype=bool)
         while not done.all():
             running = ~done
             chosen = policy.select_action(by_lane(observation), state)
-            action[...] = chosen.flatten(0, 1).cpu().numpy()
-            self._all("step")
-            returns[running] += reward[running]
-            lengths[running] += 1
+            action[...] = chosen.cpu().numpy()
+            self._step()
+            lane = np.nonzero(running)[0]
+            returns[lane, episode[running]] += reward[running]
+            lengths[lane, episode[running]] += 1
             state = policy.update_state(state, chosen, by_lane(reward))
-        success = self.arrays["success"].copy()  # the next batch of episodes writes over it
-        totals, steps, successes = (array.reshape(shape)[:, :count] for array in (returns, lengths, success))
-        return totals, steps, successes, predicted
+            ended = running & done
+            if ended.any():
+                successes[np.nonzero(ended)[0], episode[ended]] = used["success"][ended]
+                episode[ended] += width
+                self._start(ended & (episode < count), episode + seed)
+        predicted = None if prediction is None else prediction.cpu().numpy()[:, :count]
+        return returns, lengths, successes, predicted
 
-    def _all(self, command: str, argument: list[int | None] | None = None) -> None:
+    def _start(self, which: Array, seeds: Array) -> None:
+        """Start episodes in some environments; both `[lanes, width]`."""
+        if not which.any():
+            return
+        given = np.full((self.lanes, len(self.arrays["done"]) // self.lanes), None, dtype=object)
+        given[:, : which.shape[1]][which] = seeds[which].tolist()
+        rows = given.reshape(-1).tolist()
         if self.local:
-            self.local.step() if argument is None else self.local.reset(argument)
+            self.local.reset(rows)
+            return
+        asked = [(process, [rows[row] for row in process.rows]) for process in self.processes]
+        asked = [(process, own) for process, own in asked if any(seed is not None for seed in own)]
+        for process, own in asked:
+            process.request("reset", own)
+        for process, _ in asked:
+            process.wait()
+
+    def _step(self) -> None:
+        """Step all environments that are not done."""
+        if self.local:
+            self.local.step()
             return
         for process in self.processes:
-            process.request(command, argument and [argument[row] for row in process.rows])
+            process.request("step")
         for process in self.processes:
             process.wait()
 
@@ -345,6 +249,7 @@ class Evaluator:
         atexit.register(self.close)  # before Python waits for the processes
         total = width * self.lanes
         makers = [maker for maker in self.makers for _ in range(width)]
+        make: MakeEnvs = partial(RobotEnvs, *self.robot) if self.robot else partial(Envs, makers)
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
             "observation": ((total, *self.obs_shape), "d"),
             "action": ((total, *self.action_shape), "d" if self.action_shape else "q"),
@@ -358,33 +263,22 @@ class Evaluator:
             if self.vector:
                 self.local = VectorEnvs(make_vector_env(self.info, total), self.arrays)
             else:
-                self.local = Envs(makers, range(total), self.arrays)
+                self.local = make(range(total), self.arrays)
             return
         context: Any = multiprocessing.get_context(start_method())
         shared = {
             k: (context.RawArray("b", max(1, int(np.prod(shape)) * np.dtype(code).itemsize)), shape, code)
             for k, (shape, code) in shapes.items()
         }
-        self.arrays = {k: _as_array(*value) for k, value in shared.items()}
+        self.arrays = {k: as_array(*value) for k, value in shared.items()}
         # Every process gets episodes of every lane, so that a lane of long episodes is shared.
-        self.processes = [_Process(context, makers, range(first, total, workers), shared) for first in range(workers)]
+        self.processes = [EnvProcess(context, make, range(first, total, workers), shared) for first in range(workers)]
 
 
 def _words(obs_dim: int, action_dim: int, discrete: bool) -> str:
     return f"observations of {obs_dim} numbers and {action_dim} {'choices of action' if discrete else 'action numbers'}"
 
 
-def start_method() -> str:
-    """How to start a process: forking is instant, but with a GPU in use only a fresh interpreter is safe."""
-    can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
-    return "fork" if can_fork else "spawn"
-
-
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _as_array(buffer: Any, shape: tuple[int, ...], code: str) -> Array:
-    count = int(np.prod(shape))
-    return np.frombuffer(buffer, dtype=np.dtype(code), count=count).reshape(shape)

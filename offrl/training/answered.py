@@ -7,7 +7,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from pydantic import BaseModel, ConfigDict
 
 from offrl import results
@@ -56,6 +55,8 @@ def is_answered(folder: Path, step: int, wanted: EvalConfig) -> bool:
     same = all(kept[key] == now[key] for key in TASK)
     if wanted.final_episodes < 1 or (same and _covers(kept, wanted)):
         return True
+    import polars as pl  # only a finished run is asked
+
     rows = results.read([folder]).filter(pl.col("step") == step)
     if not rows.height:
         return False

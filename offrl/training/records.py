@@ -1,47 +1,23 @@
-"""What stands in the JSON of a run's folder and in a checkpoint's header, as schemas: such files come from anywhere."""
+"""What stands in a checkpoint's header, as schemas: such files come from anywhere."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
+from pydantic import Field, FiniteFloat, ValidationInfo, field_validator
 
 from offrl.data.dataset import DatasetInfo
 from offrl.nets.spec import Bound, check_bounds
+from offrl.results.records import Count, FailureRecord, Record, ResultRecord, score_name
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+__all__ = ["FailureRecord", "OnlineRecord", "ResultRecord", "RunRecord", "SpecRecord", "score_name"]
+
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-class _Record(BaseModel):
-    """Further keys, of later versions, are no error."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class ResultRecord(_Record):
-    """`result.json`."""
-
-    step: Count  # updates made
-    returns: list[float | None]  # mean return of each lane; empty when nothing was evaluated
-    scores: list[float | None] | None = None  # the same as normalised scores
-    success: bool = False  # whether these are success rates in percent
-
-
-def score_name(success: bool) -> str:
-    """What a run's scores are called where they are shown."""
-    return "success rate (%)" if success else "normalised score"
-
-
-class FailureRecord(_Record):
-    """`failed.json`: why the last try of a sweep's job failed."""
-
-    message: Annotated[str, Field(max_length=10_000)]
-
-
-class SpecRecord(_Record):
+class SpecRecord(Record):
     """What an agent was built from, without the statistics, which are tensors of the agent."""
 
     obs_dim: Size
@@ -61,16 +37,16 @@ class SpecRecord(_Record):
         return bound
 
 
-class OnlineRecord(_Record):
+class OnlineRecord(Record):
     """Where an online phase stands."""
 
     step: Count  # environment steps of every lane
     episodes: list[Count]  # number of each lane's episode under way
     lengths: list[Count]  # steps of it so far
-    metrics: dict[str, list[float]] = {}  # the latest of each name
+    metrics: dict[str, list[float]] = Field(default_factory=dict)  # the latest of each name
 
 
-class RunRecord(_Record):
+class RunRecord(Record):
     """The facts of a run's checkpoint."""
 
     step: Count

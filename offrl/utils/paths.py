@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from offrl.utils.errors import OffrlError
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -135,6 +133,8 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     Raises:
         OffrlError: the lock's folder can't be written.
     """
+    from filelock import FileLock, Timeout  # with asyncio, half of what `offrl --help` would import
+
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock)

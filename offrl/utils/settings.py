@@ -15,8 +15,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
 from offrl.utils.errors import OffrlError, one_line
 
 
@@ -190,6 +188,8 @@ def target_class(settings: Mapping[str, Any], base: type[Any], group: str) -> An
 
 def class_in(path: Path, base: type[Any]) -> Any:
     """The class that the file of a choice names, `GROUP/NAME.yaml`; None where it names none. Errors are `target_class`'s."""
+    from omegaconf import OmegaConf  # a tenth of a second, which `offrl --help` does not need
+
     target = OmegaConf.select(OmegaConf.load(path), "_target_")
     return target_class({"_target_": target}, base, path.parent.name) if target else None
 
