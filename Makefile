@@ -82,7 +82,7 @@ lint: $(READY)
 
 # The documentation as a site: site/index.html.
 docs: $(READY)
-	$(BIN)/mkdocs build --quiet --site-dir site
+	$(BIN)/mkdocs build --quiet --strict --site-dir site
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel

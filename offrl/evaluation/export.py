@@ -83,9 +83,9 @@ def export(agent: Agent, lane: int, info: DatasetInfo, path: Path, form: str, fa
     write, read = {"onnx": (_write_onnx, _read_onnx), "torchscript": (_write_torchscript, _read_torchscript)}[form]
     try:
         with replacing(path) as temporary:
-            with _quiet(), torch.no_grad():
+            with _quiet(), torch.no_grad(), _explained(one, form):
                 program = _program(one)
-                write(temporary, program, metadata)
+                write(temporary, program, one, metadata)
                 difference, tolerance = compare(one, read(temporary))
             if difference > tolerance:
                 raise OffrlError(
@@ -165,7 +165,7 @@ def _program(one: Agent) -> Any:
         ) from error
 
 
-def _write_onnx(path: Path, program: Any, metadata: dict[str, Any]) -> None:
+def _write_onnx(path: Path, program: Any, one: Agent, metadata: dict[str, Any]) -> None:
     try:
         import onnx
         import onnxruntime  # noqa: F401 - for the check that follows
@@ -194,16 +194,31 @@ def _read_onnx(path: Path) -> Run:
     return lambda obs: cast(NDArray[Any], session.run(["action"], {"obs": obs})[0])
 
 
-def _write_torchscript(path: Path, program: Any, metadata: dict[str, Any]) -> None:
-    module = program.module()
-    example = torch.zeros(2, metadata["obs_dim"])
-    traced = torch.jit.freeze(torch.jit.trace(module, (example,)).eval())  # constants inside, what is unused left out
+def _write_torchscript(path: Path, program: Any, one: Agent, metadata: dict[str, Any]) -> None:
+    # The policy and not `program`, in which a trace would fix the number of rows.
+    traced = torch.jit.trace(Policy(one), (torch.zeros(2, one.spec.obs_dim),))
+    traced = torch.jit.freeze(traced.eval())  # constants inside, what is unused left out
     torch.jit.save(traced, str(path), _extra_files={METADATA: json.dumps(metadata)})
 
 
 def _read_torchscript(path: Path) -> Run:
     module = torch.jit.load(str(path))
     return lambda obs: cast(NDArray[Any], module(torch.from_numpy(obs)).numpy())
+
+
+@contextmanager
+def _explained(one: Agent, form: str) -> Iterator[None]:
+    """Any error of the exporters, or of the engine that runs what they wrote, as a sentence."""
+    try:
+        yield
+    except (OffrlError, OSError):
+        raise
+    except Exception as error:
+        other = next(name for name in SUFFIXES if name != form)
+        raise OffrlError(
+            f"{type(one).__name__} can't be exported as {form} ({type(error).__name__}: {one_line(error)}); "
+            f"try --format {other}, or use agent.predict."
+        ) from error
 
 
 @contextmanager

@@ -23,6 +23,8 @@ def scale_of(dataset: str) -> str:
         return SUCCESS
     if dataset.startswith("forge/"):
         return "forge-normalised score"
+    if not re.search(r"-v\d+$", dataset):
+        return "normalised score"  # by references of one's own
     return "Minari-normalised score" if "/" in dataset else "D4RL-normalised score"
 
 

@@ -102,7 +102,8 @@ def keep(run: Path, options: EvalConfig, seeds: list[int], info: DatasetInfo, pl
                 write_json(folder / "config.json", {**config, "eval": {**(config.get("eval") or {}), **chosen}})
     except OffrlError as error:
         return f"not kept: {error}"
-    return f"{len(new)} new episodes a lane kept in {folder}, where `offrl report` reads them"
+    before = f" ({len(played.seeds) - len(new)} were there)" if len(new) < len(played.seeds) else ""
+    return f"{len(new)} new episodes a lane kept in {folder}{before}, where `offrl report` reads them"
 
 
 def _append(

@@ -18,8 +18,10 @@ import scipy.stats
 from offrl import results
 from offrl.cli.main import main
 from offrl.cli.report import add_parser
+from offrl.data.catalogue import d4rl, minari
 from offrl.results import figures, tables
 from offrl.results import report as reporting
+from offrl.results.labels import scale_of
 from offrl.results.published import lookup
 from offrl.utils.errors import OffrlError
 
@@ -148,6 +150,13 @@ def test_final_evaluation_with_more_episodes_weighs_as_one_of_the_last_k(tmp_pat
     found = cell(make(tmp_path), "bc")
     assert found.average.tolist() == [5.0]
     assert (found.k, found.episodes) == (2, (8, 8))
+
+
+def test_scores_are_named_by_whose_references_they_have():
+    assert {scale_of(name) for name in d4rl()} == {"D4RL-normalised score"}
+    assert {scale_of(name) for name in minari()} == {"Minari-normalised score"}
+    assert scale_of("forge/hopper/medium-v0") == "forge-normalised score"
+    assert scale_of("mine.npz") == scale_of("cart") == "normalised score"
 
 
 def test_raw_returns_where_there_are_no_references(tmp_path):
