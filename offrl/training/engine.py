@@ -1,7 +1,7 @@
 """Engines: turn "draw a batch, update the agent" into many updates per call.
 
 All engines give the numbers of `Eager`, the reference: random draws depend on the update's number alone, so an engine may draw
-for many updates at once. `Compiled` and `CudaGraph` may differ from it by rounding.
+for many updates at once. `Native`, `Compiled` and `CudaGraph` may differ from it by rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offrl.agents.base import Agent, Metrics
 from offrl.data.batch import Batch
-from offrl.nets import apply_no_compile
+from offrl.nets import apply_no_compile, kernels
 from offrl.sampling import BatchLoader
 from offrl.utils.errors import OffrlError
 
@@ -98,6 +98,14 @@ class Compiled(Eager):
             raise OffrlError("engine=compile needs a C++ compiler; install gcc or use engine=eager.") from error
 
 
+class Native(Eager):
+    """`Eager` with the hand-written kernels of `offrl.nets.kernels` in place of the matrix library's, in ReLU networks."""
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        with kernels.in_use():
+            return super().run(step, updates)
+
+
 class CudaGraph:
     """Captures whole periods of "draw + update" in one CUDA graph and replays it, without launch costs or work of the host.
 
@@ -176,13 +184,13 @@ class CudaGraph:
 def make_engine(
     name: str, agent: Agent, loader: BatchLoader, precision: str = "float32", updates_per_launch: int = 16
 ) -> Engine:
-    """`eager`, `compile`, `cudagraph`, or `auto`: the graph on a GPU, else eager.
+    """`eager`, `native`, `compile`, `cudagraph`, or `auto`: the graph on a GPU; on a CPU native where it can be, else eager.
 
-    On a CPU `auto` is eager: there an update is bound by arithmetic, and compiling takes a minute.
+    On a CPU `auto` does not compile the update: that takes a minute, and an update is bound by arithmetic.
     """
     cuda = torch.device(agent.spec.device).type == "cuda"
     if name == "auto":
-        name = "cudagraph" if cuda else "eager"
+        name = "cudagraph" if cuda else "eager" if precision != "float32" or kernels.problem() else "native"
     if name == "cudagraph" and not cuda:
         raise OffrlError("engine=cudagraph needs device=cuda; use engine=eager or engine=compile on a CPU.")
     if name == "cudagraph":
@@ -191,7 +199,13 @@ def make_engine(
         return Compiled(agent, loader, precision)
     if name == "eager":
         return Eager(agent, loader, precision)
-    raise OffrlError(f"engine={name} is unknown; choose auto, eager, compile or cudagraph.")
+    if name == "native":
+        if cuda or precision != "float32":
+            raise OffrlError("engine=native computes in float32 on a CPU; use engine=auto.")
+        if reason := kernels.problem():
+            raise OffrlError(f"engine=native has no kernels: {reason}; use engine=auto.")
+        return Native(agent, loader, precision)
+    raise OffrlError(f"engine={name} is unknown; choose auto, eager, native, compile or cudagraph.")
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
