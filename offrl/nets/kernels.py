@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from offrl.nets import tape
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, one_at_a_time, replacing
 
@@ -158,7 +159,9 @@ def _forward(
     unused = [0] * (_MOST_LAYERS + 1 - len(sizes))
     # The source's `Network`, whose numbers and pointers all have eight bytes; what it has behind the last one is not read.
     call = array("q", [n, batch, len(sizes) - 1, step, *sizes, *unused, *pointers])
-    library.relu_forward(call.buffer_info()[0])
+    address = call.buffer_info()[0]
+    library.relu_forward(address)
+    tape.note(lambda: library.relu_forward(address) if call and hidden is not None else None)
     return call, out, hidden
 
 
@@ -186,11 +189,14 @@ class _ReluMLP(torch.autograd.Function):
             by_parameters = [x.new_empty(p.shape) for p in parameters]
         pointers = array("q", [g.data_ptr() for g in by_parameters])
         grad, by_hidden = grad.contiguous(), torch.empty_like(hidden)
-        library.relu_backward(
+        addresses = (
             ctx.call.buffer_info()[0],
             grad.data_ptr(),
             by_hidden.data_ptr(),
             None if by_x is None else by_x.data_ptr(),
             pointers.buffer_info()[0] if pointers else None,
         )
+        library.relu_backward(*addresses)
+        kept = (ctx.call, x, hidden, parameters, grad, by_hidden, by_x, by_parameters, pointers)
+        tape.note(lambda: library.relu_backward(*addresses) if kept else None)
         return by_x, None, *(by_parameters or [None] * len(parameters))

@@ -75,8 +75,8 @@ class TrainConfig:
     updates: int = 1_000_000  # gradient steps of every lane
     batch_size: int = 256  # rows per lane and update
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    engine: Literal["auto", "eager", "native", "compile", "cudagraph"] = (
-        "auto"  # auto, eager, native, compile, cudagraph
+    engine: Literal["auto", "eager", "taped", "native", "compile", "cudagraph"] = (
+        "auto"  # auto, eager, taped, native, compile, cudagraph
     )
     updates_per_launch: int = 16  # updates in one captured graph
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products: float32 or bfloat16
