@@ -92,7 +92,7 @@ class _Recorder(TorchDispatchMode):
         tape, schema = self.tape, func._schema
         if tape.paused or schema.name in _ALLOCATIONS:
             return out
-        if any(tag in func.tags for tag in _REFUSED):
+        if any(tag in func.tags for tag in _REFUSED) and not _indexes_by_numbers(func, args):
             tape.problem = schema.name
         if schema.is_mutable:
             tape.calls.append(lambda: func(*args, **kwargs))
@@ -105,6 +105,11 @@ class _Recorder(TorchDispatchMode):
 
 def tensors_of(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _indexes_by_numbers(func: Any, args: Any) -> bool:
+    """x[i] with integers, whose shape, unlike that of x[mask], is known beforehand."""
+    return func is torch.ops.aten.index.Tensor and all(i.dtype != torch.bool for i in tensors_of(args[1]))
 
 
 def _memory(tensor: Tensor) -> int:
