@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from offrl.nets import kernels
 from offrl.nets.lanes import lane_generators, per_lane
 from offrl.utils.random import LaneRandom
 
@@ -65,6 +66,8 @@ class _ReluMLP(torch.autograd.Function):
 
 def _relu_mlp(x: Tensor, *parameters: Tensor) -> Tensor:
     """Linear-ReLU-...-Linear; without a gradient to come there is no node, which also is what `torch.compile` can trace."""
+    if (by_kernels := kernels.relu_mlp(x, parameters)) is not None:
+        return by_kernels
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
         out: Tensor = _ReluMLP.apply(x, *parameters)
         return out

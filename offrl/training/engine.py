@@ -1,7 +1,7 @@
 """Engines: turn "draw a batch, update the agent" into many updates per call.
 
 All engines give the numbers of `Eager`, the reference: random draws depend on the update's number alone, so an engine may draw
-for many updates at once. `Compiled` and `CudaGraph` may differ from it by rounding.
+for many updates at once. `Native`, `Compiled` and `CudaGraph` may differ from it by rounding.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from offrl.agents.base import Agent, Metrics
 from offrl.data.batch import Batch
-from offrl.nets import apply_no_compile
+from offrl.nets import apply_no_compile, kernels
 from offrl.sampling import BatchLoader
+from offrl.training.take import Take
 from offrl.utils.errors import OffrlError
 
 # Size of a chunk of batches that stays in the processor's cache until it is used.
@@ -98,6 +100,56 @@ class Compiled(Eager):
             raise OffrlError("engine=compile needs a C++ compiler; install gcc or use engine=eager.") from error
 
 
+class Taped(Eager):
+    """`Eager` without Python between an update's operations, which are played from a tape (`offrl.nets.tape`).
+
+    The second update of each phase is recorded. The third is made twice, from the tape and as `Eager` makes it, and if all
+    numbers agree to the bit, the tape is played from then on. An update that no tape can hold, because it works outside
+    PyTorch for example, is made as by `Eager`.
+    """
+
+    def __init__(self, agent: Agent, loader: BatchLoader, precision: str = "float32") -> None:
+        super().__init__(agent, loader, precision)
+        self.update = self._update_by_tape
+        # Our agents are tested on what a tape asks for; another's Python may do what is left out when it is played.
+        ours = all(cls.__module__.startswith("offrl.") for m in agent.modules() for cls in _agent_classes(m))
+        self.tapes = ours and precision == "float32"
+        self.takes: dict[int, Take] = {}
+        self.met: set[int] = set()
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in super().run(step, updates).items()}  # tapes write theirs in place
+
+    def invalidate(self) -> None:
+        """Record again: the tapes read what the agent had when they were recorded."""
+        self.takes, self.met = {}, set()
+
+    def _update_by_tape(self, batch: Batch, phase: int) -> Metrics:
+        if not self.tapes or phase not in self.met:
+            self.met.add(phase)
+            return self._update(batch, phase)
+        update = partial(self._update, phase=phase)
+        if phase not in self.takes:
+            self.takes[phase] = Take(self.agent, batch)
+            return self.takes[phase].record(update)
+        take = self.takes[phase]
+        if take.faithful is None:
+            return take.compare(batch, update)
+        return take.play(batch) if take.faithful else update(batch)
+
+
+def _agent_classes(module: torch.nn.Module) -> list[type]:
+    return [cls for cls in type(module).__mro__ if issubclass(cls, Agent)]
+
+
+class Native(Taped):
+    """`Taped` with hand-written kernels in ReLU networks (`offrl.nets.kernels`), which round differently."""
+
+    def run(self, step: int, updates: int) -> dict[str, Tensor]:
+        with kernels.in_use():
+            return super().run(step, updates)
+
+
 class CudaGraph:
     """Captures whole periods of "draw + update" in one CUDA graph and replays it, without launch costs or work of the host.
 
@@ -176,22 +228,26 @@ class CudaGraph:
 def make_engine(
     name: str, agent: Agent, loader: BatchLoader, precision: str = "float32", updates_per_launch: int = 16
 ) -> Engine:
-    """`eager`, `compile`, `cudagraph`, or `auto`: the graph on a GPU, else eager.
+    """`eager`, `taped`, `native`, `compile`, `cudagraph`, or `auto`.
 
-    On a CPU `auto` is eager: there an update is bound by arithmetic, and compiling takes a minute.
+    `auto` is the graph on a GPU. On a CPU it is native where there are kernels (one thread, float32, a C compiler), else
+    taped, which gives eager's numbers. It does not compile the update: that takes a minute, and an update is bound by arithmetic.
     """
     cuda = torch.device(agent.spec.device).type == "cuda"
     if name == "auto":
-        name = "cudagraph" if cuda else "eager"
+        name = "cudagraph" if cuda else "taped" if precision != "float32" or kernels.problem() else "native"
     if name == "cudagraph" and not cuda:
         raise OffrlError("engine=cudagraph needs device=cuda; use engine=eager or engine=compile on a CPU.")
+    if name == "native" and (cuda or precision != "float32"):
+        raise OffrlError("engine=native computes in float32 on a CPU; use engine=auto.")
+    if name == "native" and (reason := kernels.problem()):
+        raise OffrlError(f"engine=native has no kernels here: {reason}; use engine=auto.")
     if name == "cudagraph":
         return CudaGraph(agent, loader, precision, updates_per_launch)
-    if name == "compile":
-        return Compiled(agent, loader, precision)
-    if name == "eager":
-        return Eager(agent, loader, precision)
-    raise OffrlError(f"engine={name} is unknown; choose auto, eager, compile or cudagraph.")
+    engines = {"eager": Eager, "taped": Taped, "native": Native, "compile": Compiled}
+    if name not in engines:
+        raise OffrlError(f"engine={name} is unknown; choose auto, eager, taped, native, compile or cudagraph.")
+    return engines[name](agent, loader, precision)
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

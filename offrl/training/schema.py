@@ -76,7 +76,9 @@ class TrainConfig:
     updates: int = 1_000_000  # gradient steps of every lane
     batch_size: int = 256  # rows per lane and update
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    engine: Literal["auto", "eager", "compile", "cudagraph"] = "auto"  # auto, eager, compile, cudagraph
+    engine: Literal["auto", "eager", "taped", "native", "compile", "cudagraph"] = (
+        "auto"  # auto, eager, taped, native, compile, cudagraph
+    )
     updates_per_launch: int = 16  # updates in one captured graph
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products: float32 or bfloat16
     threads: int = 1  # of this process

@@ -11,7 +11,7 @@ counter with the golden-ratio step through a 64-bit mixer; each (seed, name, upd
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class LaneRandom:
 
     Attributes:
         step: int64 scalar tensor, the number of the update under way; whoever runs updates sets it.
+        place: gives normals a place of their own, `place(name, like, draw)`; None: `draw(name, like)` itself.
 
     Many updates' normals can be made in one go: between `look_ahead(first, count)` and the next such call, the first
     request of a name makes its numbers for all these updates, and `step` moves by `advance`. The numbers are the same.
@@ -67,9 +68,9 @@ class LaneRandom:
         self._block: tuple[Tensor | None, int] = (None, 0)  # the updates looked ahead to, and which one is under way
         self._first = 0  # the first update looked ahead to
         self._normals: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
-        self._uniforms: dict[
-            tuple[str, tuple[int, ...]], tuple[int, Tensor]
-        ] = {}  # from which update on, and the numbers
+        # Uniforms of single updates: from which update on, and the numbers.
+        self._uniforms: dict[tuple[str, tuple[int, ...]], tuple[int, Tensor]] = {}
+        self.place: Callable[[str, Tensor, Callable[[str, Tensor], Tensor]], Tensor] | None = None
 
     def look_ahead(self, first: int, count: int) -> None:
         """The next updates are number `first ... first + count - 1`; the first one is under way."""
@@ -127,6 +128,10 @@ class LaneRandom:
 
         One 64-bit draw makes two normals: 32 bits for the radius and 32 for the angle, so |z| stays below 6.8.
         """
+        return self.draw_normal(name, like) if self.place is None else self.place(name, like, self.draw_normal)
+
+    def draw_normal(self, name: str, like: Tensor) -> Tensor:
+        """`normal`, whoever gives numbers a `place`."""
         steps, under_way = self._block
         if steps is None:
             return self._normal(name, like, None)

@@ -1,0 +1,269 @@
+/* Forward and backward passes of batched Linear-ReLU-...-Linear networks in float32; `kernels.py` compiles and calls this.
+
+   A product C = A B is computed in tiles of MR rows by NR columns whose sums stay in registers. NR columns of B at a time
+   are first copied into a dense panel, which the inner loop reads from the nearest cache; A is read where it lies. Bias,
+   ReLU and the backward pass's mask are applied while a tile is in registers. (Goto & van de Geijn, "Anatomy of
+   high-performance matrix multiplication", ACM TOMS 2008.)
+
+   Each sum runs over its terms in the same order whatever the tile, so a number does not depend on the rows beside it.
+   Matrices are row-major and dense; a network's arrays follow those of the network before it. */
+
+#include <stdint.h>
+#include <stddef.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+enum { W = 16, MR = 12 }; /* numbers in a vector, rows in a tile: MR x 2 sums fill most of the registers */
+#elif defined(__AVX__)
+enum { W = 8, MR = 6 };
+#else
+enum { W = 4, MR = 6 };
+#endif
+enum { NR = 2 * W, KC = 256, MC = 264 }; /* columns of a tile; terms and rows of A that stay in the cache */
+
+typedef float vec __attribute__((vector_size(4 * W), aligned(4)));
+typedef int bits __attribute__((vector_size(4 * W), aligned(4)));
+typedef float vec4 __attribute__((vector_size(16), aligned(4)));
+typedef int index4 __attribute__((vector_size(16)));
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (index4){__VA_ARGS__})
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec x) { *(vec *)p = x; }
+
+/* x where `by` is above 0, else 0; a NaN in `by` lets x pass, as in PyTorch. */
+INLINE vec where_positive(vec x, vec by) { return (vec)((bits)x & ~(bits)(by <= 0)); }
+
+/* What happens to a product's sums on their way to memory. */
+typedef struct {
+    const float *bias; /* added to each row; NULL: nothing is */
+    const float *mask; /* shaped like the result: where it isn't positive the result is 0; NULL: no mask */
+    int relu;
+    int add; /* add to what is there: an earlier block of terms */
+} Finish;
+
+/* ---- one tile ------------------------------------------------------------------------------------------------- */
+
+INLINE void finish_row(vec x0, vec x1, float *c, const float *mask, const Finish *finish, const float *bias)
+{
+    if (finish->add) x0 += load(c), x1 += load(c + W);
+    if (bias) x0 += load(bias), x1 += load(bias + W);
+    if (finish->relu) x0 = where_positive(x0, x0), x1 = where_positive(x1, x1);
+    if (mask) x0 = where_positive(x0, load(mask)), x1 = where_positive(x1, load(mask + W));
+    store(c, x0);
+    store(c + W, x1);
+}
+
+/* c[0..rows][0..columns] = sum over p < k of a[i rows_a + p next_a] b[p next_b + j]; `rows` is known to the compiler. */
+INLINE void tile(const int rows, long k, const float *a, long rows_a, long next_a, const float *b, long next_b, float *c,
+                 long ldc, long columns, const Finish *finish)
+{
+    vec sum[MR][2];
+    for (int i = 0; i < rows; i++) {
+        sum[i][0] = sum[i][1] = (vec){0};
+        __builtin_prefetch(c + i * ldc, 1);
+    }
+    for (long p = 0; p < k; p++) {
+        const vec b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            sum[i][0] += a[i * rows_a] * b0;
+            sum[i][1] += a[i * rows_a] * b1;
+        }
+        a += next_a, b += next_b;
+    }
+    if (columns == NR) {
+        for (int i = 0; i < rows; i++)
+            finish_row(sum[i][0], sum[i][1], c + i * ldc, finish->mask ? finish->mask + i * ldc : NULL, finish, finish->bias);
+        return;
+    }
+    const size_t bytes = columns * sizeof(float); /* the last columns fill no tile */
+    for (int i = 0; i < rows; i++) {
+        float result[NR], mask[NR], bias[NR];
+        memcpy(result, c + i * ldc, bytes);
+        if (finish->bias) memcpy(bias, finish->bias, bytes);
+        if (finish->mask) memcpy(mask, finish->mask + i * ldc, bytes);
+        finish_row(sum[i][0], sum[i][1], result, finish->mask ? mask : NULL, finish, finish->bias ? bias : NULL);
+        memcpy(c + i * ldc, result, bytes);
+    }
+}
+
+#define TILE(n)                                                                                                         \
+    static __attribute__((noinline)) void tile_##n(long k, const float *a, long rows_a, long next_a, const float *b,    \
+                                                   long next_b, float *c, long ldc, long columns, const Finish *finish) \
+    {                                                                                                                   \
+        tile(n, k, a, rows_a, next_a, b, next_b, c, ldc, columns, finish);                                              \
+    }
+TILE(MR)
+TILE(4)
+TILE(2)
+TILE(1)
+
+/* The same for any number of rows. */
+static void tiles(long rows, long k, const float *a, long rows_a, long next_a, const float *b, long next_b, float *c,
+                  long ldc, long columns, Finish finish)
+{
+#define TILES(n)                                                                                                        \
+    for (; rows >= n; rows -= n, a += n * rows_a, c += n * ldc, finish.mask += finish.mask ? n * ldc : 0)               \
+        tile_##n(k, a, rows_a, next_a, b, next_b, c, ldc, columns, &finish);
+    TILES(MR)
+    TILES(4)
+    TILES(2)
+    TILES(1)
+}
+
+/* ---- packing -------------------------------------------------------------------------------------------------- */
+
+/* Four rows of four numbers, `next` apart, to columns NR apart. */
+INLINE void transpose4(const float *from, long next, float *to)
+{
+    vec4 a = *(const vec4 *)from, b = *(const vec4 *)(from + next);
+    vec4 c = *(const vec4 *)(from + 2 * next), d = *(const vec4 *)(from + 3 * next);
+    vec4 ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
+    *(vec4 *)to = SHUFFLE(ab, cd, 0, 1, 4, 5);
+    *(vec4 *)(to + NR) = SHUFFLE(ab, cd, 2, 3, 6, 7);
+    ab = SHUFFLE(a, b, 2, 6, 3, 7), cd = SHUFFLE(c, d, 2, 6, 3, 7);
+    *(vec4 *)(to + 2 * NR) = SHUFFLE(ab, cd, 0, 1, 4, 5);
+    *(vec4 *)(to + 3 * NR) = SHUFFLE(ab, cd, 2, 3, 6, 7);
+}
+
+/* A panel of B: to[p NR + j] = b[p rows_b + j columns_b], zero behind the last column. */
+static __attribute__((noinline)) void pack(float *to, long k, long columns, const float *b, long rows_b, long columns_b)
+{
+    long p = 0;
+    if (columns == NR && columns_b == 1)
+        for (; p < k; p++) {
+            store(to + p * NR, load(b + p * rows_b));
+            store(to + p * NR + W, load(b + p * rows_b + W));
+        }
+    else if (columns == NR && rows_b == 1)
+        for (; p + 4 <= k; p += 4)
+            for (int j = 0; j < NR; j += 4) transpose4(b + p + j * columns_b, columns_b, to + p * NR + j);
+    for (; p < k; p++)
+        for (long j = 0; j < NR; j++) to[p * NR + j] = j < columns ? b[p * rows_b + j * columns_b] : 0;
+}
+
+/* ---- products ------------------------------------------------------------------------------------------------- */
+
+/* c = A B, m x n, over k terms: a[i rows_a + p columns_a], b[p rows_b + j columns_b]; then bias, ReLU and mask. */
+static void product(long m, long n, long k, const float *a, long rows_a, long columns_a, const float *b, long rows_b,
+                    long columns_b, float *c, const float *bias, int relu, const float *mask)
+{
+    float copy[KC * NR] __attribute__((aligned(64)));
+    for (long p = 0; p < k; p += KC) {
+        const long terms = k - p < KC ? k - p : KC;
+        const int last = p + terms == k;
+        for (long i = 0; i < m; i += MC) {
+            const long rows = m - i < MC ? m - i : MC;
+            for (long j = 0; j < n; j += NR) {
+                const long columns = n - j < NR ? n - j : NR;
+                const float *panel = b + p * rows_b + j * columns_b;
+                long next = rows_b;
+                if (columns_b != 1 || columns < NR || rows > MR) { /* else one row of tiles reads it, where it lies */
+                    pack(copy, terms, columns, panel, rows_b, columns_b);
+                    panel = copy, next = NR;
+                }
+                Finish finish = {last && bias ? bias + j : NULL, last && mask ? mask + i * n + j : NULL, last && relu, p > 0};
+                tiles(rows, terms, a + i * rows_a + p * columns_a, rows_a, columns_a, panel, next, c + i * n + j, n, columns,
+                      finish);
+            }
+        }
+    }
+}
+
+/* c[i] = a[i] . b + bias, the product for a single output. */
+static void dots(long m, long k, const float *a, const float *b, float bias, float *c)
+{
+    for (long i = 0; i < m; i++, a += k) {
+        vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+        long p = 0;
+        for (; p + 4 * W <= k; p += 4 * W) {
+            s0 += load(a + p) * load(b + p);
+            s1 += load(a + p + W) * load(b + p + W);
+            s2 += load(a + p + 2 * W) * load(b + p + 2 * W);
+            s3 += load(a + p + 3 * W) * load(b + p + 3 * W);
+        }
+        vec s = (s0 + s1) + (s2 + s3);
+        float sum = bias;
+        for (int j = 0; j < W; j++) sum += s[j];
+        for (; p < k; p++) sum += a[p] * b[p];
+        c[i] = sum;
+    }
+}
+
+/* to[j] = sum over i of a[i][j]. */
+static void sum_rows(long m, long n, const float *a, float *to)
+{
+    memset(to, 0, n * sizeof(float));
+    for (long i = 0; i < m; i++, a += n)
+        for (long j = 0; j < n; j++) to[j] += a[j];
+}
+
+/* ---- networks ------------------------------------------------------------------------------------------------- */
+
+enum { MOST_LAYERS = 16 };
+
+typedef struct {
+    int64_t nets, batch, layers;
+    int64_t step; /* distance of two networks in the parameters' arrays, in networks */
+    int64_t sizes[MOST_LAYERS + 1];
+    float *x;                          /* [nets, batch, sizes[0]] */
+    float *hidden;                     /* outputs of the hidden layers, [nets, batch, width] each, one behind the other */
+    float *out;                        /* [nets, batch, last width] */
+    float *parameters[2 * MOST_LAYERS]; /* weight [.., out, in] and bias [.., out] of each layer */
+} Network;
+
+/* Input of layer `layer` (0, 1, ...) of network i, in an array like `hidden` unless it is the network's own. */
+static float *input_of(const Network *net, float *hidden, long layer, long i)
+{
+    if (layer == 0) return net->x + i * net->batch * net->sizes[0];
+    for (long l = 1; l < layer; l++) hidden += net->nets * net->batch * net->sizes[l];
+    return hidden + i * net->batch * net->sizes[layer];
+}
+
+static const float *weight_of(const Network *net, long layer, long i)
+{
+    return net->parameters[2 * layer] + i * net->step * net->sizes[layer] * net->sizes[layer + 1];
+}
+
+/* Fill `hidden` and `out`. */
+void relu_forward(const Network *net)
+{
+    for (long i = 0; i < net->nets; i++)
+        for (long l = 0; l < net->layers; l++) {
+            const long in = net->sizes[l], width = net->sizes[l + 1], last = l == net->layers - 1;
+            const float *a = input_of(net, net->hidden, l, i);
+            const float *bias = net->parameters[2 * l + 1] + i * net->step * width;
+            float *c = last ? net->out + i * net->batch * width : input_of(net, net->hidden, l + 1, i);
+            if (width == 1 && last)
+                dots(net->batch, in, a, weight_of(net, l, i), *bias, c);
+            else
+                product(net->batch, width, in, a, in, 1, weight_of(net, l, i), 1, in, c, bias, !last, NULL);
+        }
+}
+
+/* Gradients from that of the output, by_out, and from `hidden`.
+
+   by_hidden: memory of `hidden`'s size, for the gradients by the hidden layers' sums.
+   by_x: shaped like x, or NULL: not wanted. by_parameters: dense arrays in the order of `parameters`, or NULL. */
+void relu_backward(const Network *net, const float *by_out, float *by_hidden, float *by_x, float *const *by_parameters)
+{
+    for (long i = 0; i < net->nets; i++)
+        for (long l = net->layers - 1; l >= 0; l--) {
+            const long in = net->sizes[l], width = net->sizes[l + 1];
+            const float *x = input_of(net, net->hidden, l, i);
+            const float *g = l == net->layers - 1 ? by_out + i * net->batch * width : input_of(net, by_hidden, l + 1, i);
+            if (by_parameters) {
+                product(width, in, net->batch, g, 1, width, x, in, 1, by_parameters[2 * l] + i * width * in, NULL, 0, NULL);
+                sum_rows(net->batch, width, g, by_parameters[2 * l + 1] + i * width);
+            }
+            float *c = l ? input_of(net, by_hidden, l, i) : by_x ? by_x + i * net->batch * in : NULL;
+            if (c) product(net->batch, in, width, g, width, 1, weight_of(net, l, i), in, 1, c, NULL, 0, l ? x : NULL);
+        }
+}

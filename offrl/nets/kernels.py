@@ -1,0 +1,202 @@
+"""Hand-written kernels for ReLU networks in float32 on a CPU: `kernels.c`, compiled on first use by the system's compiler.
+
+The plain path, and what the numbers are checked against, is `mlp.py`; the two agree up to rounding. Kernels are off unless an
+engine switches them on for its updates (`in_use`), so evaluation and everything else compute as they do without them.
+
+Why by hand: of an update's time a CPU spends most in products of some hundred rows and columns. The matrix library behind
+PyTorch runs these at half to four fifths of an AMD core's multiply-add rate, and each of bias, ReLU, mask and sum is
+another pass over memory and another call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from offrl.nets import tape
+from offrl.utils.errors import OffrlError
+from offrl.utils.paths import cache_dir, one_at_a_time, replacing
+
+SOURCE = Path(__file__).with_name("kernels.c")
+# No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
+_MOST_LAYERS = 16  # as in the source
+
+
+class _Switch(threading.local):
+    on = False
+
+
+_switch = _Switch()
+
+
+@contextmanager
+def in_use() -> Iterator[None]:
+    """Compute ReLU networks by the kernels while this thread is inside, where `library` has them."""
+    before, _switch.on = _switch.on, _library() is not None
+    try:
+        yield
+    finally:
+        _switch.on = before
+
+
+def problem() -> str:
+    """Why the kernels can't be used in this process; empty if they can. The first call compiles them, for a second or two."""
+    if torch.get_num_threads() != 1:
+        return "they run on one thread (threads=1)"
+    return "" if _library() else "no C compiler built them (gcc or clang, as cc on the path or named by CC)"
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they can't be compiled, or don't compute what they should."""
+    try:
+        library = ctypes.CDLL(str(_built()))
+        library.relu_forward.argtypes = [ctypes.c_void_p]
+        library.relu_backward.argtypes = [ctypes.c_void_p] * 5
+    except (OSError, AttributeError, OffrlError, subprocess.SubprocessError):
+        return None
+    library.relu_forward.restype = library.relu_backward.restype = None
+    return library if _computes_right(library) else None
+
+
+def _built() -> Path:
+    """The compiled file, one for each source, compiler and kind of processor, beside the cached datasets."""
+    words = (os.environ.get("CC") or "cc").split()
+    compiler = shutil.which(words[0]) if words else None
+    if compiler is None:
+        raise OSError("no compiler")
+    key = hashlib.sha256(SOURCE.read_bytes())
+    for word in (*words, compiler, *FLAGS, platform.machine(), _processor()):
+        key.update(b"\0" + word.encode())
+    path = cache_dir() / "kernels" / f"{key.hexdigest()[:32]}.so"
+    if not path.exists():
+        with one_at_a_time(path.with_suffix(".lock")):
+            if not path.exists():
+                with replacing(path) as temporary:
+                    command = [compiler, *words[1:], *FLAGS, str(SOURCE), "-o", str(temporary)]
+                    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return path
+
+
+def _processor() -> str:
+    """What -march=native depends on: homes are shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.split("\t")[0].rstrip(": ") in wanted))
+
+
+def _computes_right(library: ctypes.CDLL) -> bool:
+    """Whether a small network's outputs are those of plain operations: a library for another processor has no second chance."""
+    generator = torch.Generator().manual_seed(0)
+    x, *parameters = (torch.randn(s, generator=generator) for s in ((1, 7, 5), (1, 40, 5), (1, 40), (1, 3, 40), (1, 3)))
+    plain = (x @ parameters[0].mT + parameters[1]).relu() @ parameters[2].mT + parameters[3]
+    call, out, _ = _forward(library, x, parameters, 1)
+    assert call
+    return bool(torch.allclose(out, plain, rtol=1e-4, atol=1e-4))
+
+
+# ---- a network ------------------------------------------------------------------------------------------------------
+
+
+def relu_mlp(x: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
+    """Linear-ReLU-...-Linear of x `[n, batch, in]`; None: kernels are off or don't apply here.
+
+    Args:
+        parameters: weight `[n, out, in]` and bias `[n, out]` of each layer in turn; n may be two axes, lanes and members.
+    """
+    if not _switch.on or x.dtype != torch.float32 or not x.is_cpu or x.ndim != 3 or not x.numel():
+        return None
+    step = _distance(parameters)
+    if not step or len(parameters) > 2 * _MOST_LAYERS or torch.get_num_threads() != 1:
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
+        out: Tensor = _ReluMLP.apply(x, step, *parameters)
+        return out
+    library = _library()
+    assert library is not None
+    return _forward(library, x.contiguous(), parameters, step)[1]
+
+
+def _distance(parameters: Sequence[Tensor]) -> int:
+    """How many networks apart two networks lie in the parameters' memory: 1, or an ensemble's size for one member of each.
+
+    0: their memory has another order.
+    """
+    if all(p.is_contiguous() for p in parameters):
+        return 1
+    steps = {p.stride(0) // p[0].numel() if p[0].is_contiguous() else 0 for p in parameters}
+    exact = len(steps) == 1 and all(p.stride(0) % p[0].numel() == 0 for p in parameters)
+    return steps.pop() if exact and parameters[0].ndim == 3 else 0
+
+
+def _forward(
+    library: ctypes.CDLL, x: Tensor, parameters: Sequence[Tensor], step: int
+) -> tuple[array[int], Tensor, Tensor]:
+    """The call's arguments, the output `[n, batch, out]`, and all hidden layers' outputs in one piece; x is dense."""
+    n, batch, width = x.shape
+    sizes = [width, *[b.shape[-1] for b in parameters[1::2]]]
+    hidden, out = x.new_empty(n * batch * sum(sizes[1:-1])), x.new_empty((n, batch, sizes[-1]))
+    pointers = [x.data_ptr(), hidden.data_ptr(), out.data_ptr(), *[p.data_ptr() for p in parameters]]
+    unused = [0] * (_MOST_LAYERS + 1 - len(sizes))
+    # The source's `Network`, whose numbers and pointers all have eight bytes; what it has behind the last one is not read.
+    call = array("q", [n, batch, len(sizes) - 1, step, *sizes, *unused, *pointers])
+    address = call.buffer_info()[0]
+    library.relu_forward(address)
+    tape.note(lambda: library.relu_forward(address) if call and hidden is not None else None)
+    return call, out, hidden
+
+
+class _ReluMLP(torch.autograd.Function):
+    """The network as one node, as `mlp._ReluMLP` is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: int, *parameters: Tensor) -> Tensor:
+        library = _library()
+        assert library is not None
+        x = x.contiguous()
+        ctx.call, out, hidden = _forward(library, x, parameters, step)
+        ctx.save_for_backward(x, hidden, *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        library = _library()
+        assert library is not None
+        x, hidden, *parameters = ctx.saved_tensors
+        by_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        by_parameters: list[Tensor] = []
+        if any(ctx.needs_input_grad[2:]):
+            by_parameters = [x.new_empty(p.shape) for p in parameters]
+        pointers = array("q", [g.data_ptr() for g in by_parameters])
+        grad, by_hidden = grad.contiguous(), torch.empty_like(hidden)
+        addresses = (
+            ctx.call.buffer_info()[0],
+            grad.data_ptr(),
+            by_hidden.data_ptr(),
+            None if by_x is None else by_x.data_ptr(),
+            pointers.buffer_info()[0] if pointers else None,
+        )
+        library.relu_backward(*addresses)
+        kept = (ctx.call, x, hidden, parameters, grad, by_hidden, by_x, by_parameters, pointers)
+        tape.note(lambda: library.relu_backward(*addresses) if kept else None)
+        return by_x, None, *(by_parameters or [None] * len(parameters))
