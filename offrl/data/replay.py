@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 
 ROW_FIELDS = ("observations", "actions", "rewards", "next_observations", "terminations", "timesteps")
+NAME = re.compile(r"(\d{8,12})-(\d{8,12})\.safetensors", re.ASCII)  # of a file: its first row and its end
 
 
 class Replay:
@@ -122,25 +124,19 @@ class ReplayFiles:
         self.saved = replay.size
 
     def load(self, replay: Replay, size: int) -> None:
-        """Fill the replay with its first `size` rows and remove what a killed process wrote beyond them.
+        """Fill the replay with its first `size` rows; nothing in the folder changes.
 
         Raises:
-            OffrlError: a file is missing or damaged.
+            OffrlError: a file is missing, damaged, or of another run.
         """
         at = 0
-        for path in sorted(self.folder.glob("*.safetensors")):
-            first, end = (int(text) for text in path.stem.split("-"))
+        for first, end, path in self._files():
             if first >= size:
-                path.unlink()
                 continue
             if first != at or end > size:
                 break
             tensors, _ = checkpoint.load(path)
-            fits = tensors.keys() == replay.rows.keys() and all(
-                tensor.shape == replay.rows[name][:, first:end].shape for name, tensor in tensors.items()
-            )
-            if not fits:
-                raise OffrlError(f"{path} holds rows of another run; restore it, or start over with fresh=true.")
+            checkpoint.check_fits({k: rows[:, first:end] for k, rows in replay.rows.items()}, tensors, path, "replay")
             for name, tensor in tensors.items():
                 replay.rows[name][:, first:end] = tensor.to(replay.count.device)
             at = end
@@ -151,8 +147,18 @@ class ReplayFiles:
         replay.cut(size)
         self.saved = size
 
+    def drop_beyond(self, size: int) -> None:
+        """Remove what a killed process wrote beyond the first `size` rows."""
+        for first, _, path in self._files():
+            if first >= size:
+                path.unlink()
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """First row, end and path of each file of rows; what has another name is none of ours."""
+        named = [(NAME.fullmatch(path.name), path) for path in sorted(self.folder.glob("*.safetensors"))]
+        return [(int(match[1]), int(match[2]), path) for match, path in named if match and path.is_file()]
+
     def clear(self) -> None:
         """Remove the files of an earlier run in the folder."""
-        for path in self.folder.glob("*.safetensors"):
-            path.unlink(missing_ok=True)
+        self.drop_beyond(0)
         self.saved = 0

@@ -65,6 +65,7 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
     extra = extra or config_dir_of(arguments)
     known = groups(extra)
     _check_choices(arguments, known, extra)
+    _check_flags(arguments)
     words = []
     for before, word in zip(["", *arguments], map(quoted, arguments)):
         if before not in WITH_VALUE:
@@ -105,6 +106,13 @@ def _exists(text: str) -> bool:
         return Path(text).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # a name that is too long, no home, a zero in it
         return False
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """Refuse a flag without its value: Hydra would take an option for it, and train with that option's default."""
+    for flag, value in zip(arguments, [*arguments[1:], ""]):
+        if flag in WITH_VALUE and flag not in ("--info", "-i") and (not value or value[0] == "-" or "=" in value):
+            raise OffrlError(f"{flag} needs a value behind it; `offrl train --help` lists the options.")
 
 
 def _check_word(word: str) -> None:

@@ -87,12 +87,26 @@ class OnlinePhase:
 
     # ---- the switch, and its repetition when a run is resumed --------------------------------------------------
 
+    def load(self, kept: OnlineRecord) -> None:
+        """Read the rows of a phase that is to go on; nothing in the run's folder changes.
+
+        Raises:
+            OffrlError: they are missing or damaged, or the record does not fit this run.
+        """
+        lanes = len(kept.episodes) == len(kept.lengths) == self.spec.lanes
+        if not lanes or max(kept.lengths) > kept.step or kept.step > self.cfg.steps:
+            raise OffrlError(
+                f"{self.files.folder.parent}: its checkpoint stands at step {kept.step} of an online phase with episodes "
+                f"{kept.episodes} of {kept.lengths} steps, which is none of this run's; remove it."
+            )
+        self.files.load(self.replay, kept.step)
+
     def begin(self, agent: Agent, kept: OnlineRecord | None) -> Agent:
         """Start the phase, or go on with it; returns the agent with the settings of this phase.
 
         Args:
             agent: as the checkpoint has it.
-            kept: where the phase stood; None at the switch.
+            kept: where the phase stood, after `load`; None at the switch.
         """
         self.agent = self._changed(agent)
         for key in self.cfg.anneal:
@@ -138,7 +152,7 @@ class OnlinePhase:
         self.agent.cfg = replace(self.agent.cfg, **{key: self.weights[key][0]})
 
     def _restore(self, kept: OnlineRecord) -> None:
-        self.files.load(self.replay, kept.step)
+        self.files.drop_beyond(kept.step)
         self.step = kept.step
         actions = self.replay.episode_actions(kept.lengths)
         try:

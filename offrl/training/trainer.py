@@ -169,13 +169,16 @@ class Trainer:
         resumed = self._restore()
         if resumed:
             check_rows(self.folder, self.step, needed=True)
-            (self.folder / "result.json").unlink(missing_ok=True)  # it may sum up an evaluation that is made again
+            if self.online and self.kept_online:
+                self.online.load(self.kept_online)
         else:  # nothing in the folder is touched before this line
             self._clear()
             self.sampler.start()
         remove_torn(self.folder)
         if self.synthetic:
             self.synthetic.begin(self.loader, self.agent, self.step, self.cfg.progress)
+        if resumed:
+            (self.folder / "result.json").unlink(missing_ok=True)  # it may sum up an evaluation that is made again
         self.tracker = make_tracker(
             self.cfg.tracker, self.folder, self.job.to_dict(), self.folder.name, self.step if resumed else None
         )

@@ -139,6 +139,8 @@ def test_every_setting_of_an_agent_is_explained(name: str, capsys: pytest.Captur
         (["updates=1e30"], "updates=1e+30 should have at most 63 bits."),
         (["agent.hidden=[-1]"], "agent.hidden=[-1] should be a list of whole numbers of at least 1."),
         (["agent=[-1]"], "argument of type 'int' is not iterable"),
+        (["--package"], "--package needs a value behind it"),
+        (["--config-name", "updates=3"], "--config-name needs a value behind it"),
         (["--resolve"], "The --resolve flag can only be used in conjunction with --cfg"),
         (["two\nlines"], "two lines can't be read; give key=value"),
         (["agent.hidden=[0]"], "agent.hidden=[0] should be a list of whole numbers of at least 1."),

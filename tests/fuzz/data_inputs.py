@@ -57,6 +57,7 @@ def _columns(data: dict[str, Any], rng: Rng) -> tuple[dict[str, Any], str]:
             new = rng.choice(["f8", "f2", "i8", "i1", "u8", "?", "c8", "S3", ">f4", "U4"])
             data[key] = value.astype(new)
         elif kind == "shape":
+            value = np.atleast_1d(value)
             shapes = [
                 value[:, None],
                 value.reshape(-1),
@@ -353,17 +354,17 @@ def flat(material: Material, folder: Path, rng: Rng) -> Case:
     return Case(_command(path, rng), what)
 
 
-def safetensors(data: bytes, rng: Rng) -> tuple[bytes, str]:
-    """A safetensors file with a changed header: its entries, or the JSON that offrl keeps in it."""
+def safetensors(data: bytes, rng: Rng, owner: str = "offrl") -> tuple[bytes, str]:
+    """A safetensors file with a changed header: its entries, or the JSON that offrl keeps in it under the key `owner`."""
     length = int.from_bytes(data[:8], "little")
     header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
     kind = rng.choice(["entry", "entry", "facts", "facts", "facts", "numbers", "length"])
-    if kind == "facts":
-        facts, what = value_of(json.loads(header["__metadata__"]["offrl"]), rng)
-        header["__metadata__"]["offrl"] = json_text(facts)
+    if kind == "facts" and owner:
+        facts, what = value_of(json.loads(header["__metadata__"][owner]), rng)
+        header["__metadata__"][owner] = json_text(facts)
         header["__metadata__"].pop("checksum", None)
         text = json.dumps(header)
-    elif kind == "entry":
+    elif kind in ("entry", "facts"):
         odd = [
             "F64",
             "I64",

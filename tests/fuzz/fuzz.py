@@ -20,8 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data_inputs
+import format_inputs
 import material as materials
 import run_inputs
+import server_inputs
+import state_inputs
 import word_inputs
 from judge import Case, Judge, Verdict
 
@@ -36,9 +39,18 @@ KINDS: dict[str, Kind] = {
     "train": word_inputs.train,
     "others": word_inputs.others,
     "yaml": word_inputs.yaml,
+    "d3rlpy": format_inputs.d3rlpy,
+    "ogbench": format_inputs.ogbench,
+    "unusual": format_inputs.unusual,
+    "online": state_inputs.online,
+    "history": state_inputs.history,
+    "home": state_inputs.home,
+    "sweep": state_inputs.sweep,
+    "surroundings": state_inputs.surroundings,
+    "server": server_inputs.server,
 }
 # What a child of the harness would otherwise import anew for each input.
-SHARED = ("data", "train", "evaluate", "report", "status", "select", "probe", "agents", "finetune", "augment")
+SHARED = ("data", "train", "evaluate", "report", "status", "select", "probe", "agents", "finetune", "augment", "export")
 
 
 @dataclass(frozen=True)

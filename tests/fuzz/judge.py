@@ -1,8 +1,8 @@
 """One command line in a process of its own, within limits, and a verdict on what it did.
 
 Good is success, or one sentence on standard error with exit status 2. Bad is a traceback, another exit status, several
-sentences, a death by signal, too much time or memory, the import of a canary module, the opening of a canary file, and a
-refused command that changed the run folder it was given.
+sentences, a death by signal, too much time or memory, the import of a canary module, the opening of a canary file, a
+refused command that changed the run folder it was given, and a success whose result is wrong.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -41,6 +42,8 @@ class Case:
         what: what was done to an honest input, for the reader of a bad one.
         guarded: a run folder that a refused command leaves as it is.
         sweep: whether status 1 is an answer, too.
+        limits: of `resource`, such as RLIMIT_FSIZE: what stands for a full disk. stdout: where standard output goes.
+        wrong: called after a success; says in words what is not as it should be.
     """
 
     words: list[str]
@@ -48,6 +51,9 @@ class Case:
     guarded: Path | None = None
     sweep: bool = False
     env: dict[str, str] = field(default_factory=dict)
+    limits: dict[int, int] = field(default_factory=dict)
+    stdout: str | None = None
+    wrong: Callable[[], str] = str
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ class Judge:
         if name := self.watch.opened():
             return Verdict("read outside", f"{name} was opened")
         verdict = _of_output(status, out, err, case.sweep)
+        if verdict.name == "success" and (wrong := case.wrong()):
+            return Verdict("wrong", wrong)
         if verdict.name != "success" and (changed := _difference(before, _content(case.guarded))):
             return Verdict("changed", f"{changed} is another after: {verdict.detail}")
         return verdict
@@ -143,6 +151,8 @@ def _child(case: Case, folder: Path, outputs: list[Path]) -> NoReturn:
         os.setsid()
         for descriptor, path in zip((1, 2), outputs):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        if case.stdout:
+            os.dup2(os.open(case.stdout, os.O_WRONLY), 1)
         sys.stdin = open(os.devnull)  # noqa: SIM115 - until the process ends
         sys.stdout, sys.stderr = (open(d, "w", closefd=False) for d in (1, 2))  # noqa: SIM115
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -152,6 +162,8 @@ def _child(case: Case, folder: Path, outputs: list[Path]) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(folder)
         os.environ.update(case.env)
+        for limit, value in case.limits.items():
+            resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
         warnings.simplefilter("ignore")
         from offrl.cli.main import main
 

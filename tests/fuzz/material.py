@@ -68,6 +68,7 @@ class Material:
     """
 
     place: Path
+    judge: Judge
     columns: dict[str, Any]
     hdf5: Path
     npz: Path
@@ -76,6 +77,21 @@ class Material:
     finished: Path
     stopped: Path
     outside: tuple[Path, ...]
+
+    def made(self, name: str, *commands: list[str], env: dict[str, str] | None = None) -> Path:
+        """A folder below `place` in which commands have been run, when it was first asked for."""
+        folder = self.place / "made" / name
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            for words in commands:
+                _succeed(self.judge, words, folder, env or {})
+        return folder
+
+
+def _succeed(judge: Judge, words: list[str], folder: Path, env: dict[str, str]) -> None:
+    verdict = judge.judge(Case(words, "nothing", env=env), folder)
+    if verdict.name != "success":
+        raise AssertionError(f"offrl {' '.join(words)}: {verdict}")
 
 
 def columns() -> dict[str, Any]:
@@ -110,6 +126,7 @@ def make(place: Path, judge: Judge, canaries: tuple[Path, ...]) -> Material:
     data = columns()
     made = Material(
         place,
+        judge,
         data,
         place / "base.hdf5",
         place / "base.npz",
@@ -139,9 +156,7 @@ def make(place: Path, judge: Judge, canaries: tuple[Path, ...]) -> Material:
             "keep_checkpoints=true",
         ],
     ):
-        verdict = judge.judge(Case(words, "nothing"), place)
-        if verdict.name != "success":
-            raise AssertionError(f"offrl {' '.join(words)}: {verdict}")
+        _succeed(judge, words, place, {})
     found = next((place / "runs").rglob("result.json")).parent
     if found != made.finished:
         made.finished.parent.mkdir(parents=True, exist_ok=True)

@@ -131,8 +131,9 @@ def _table(path: Path, rng: Rng) -> str:
     if not _plain(path):
         return ""
     kind = rng.choice(["bytes", "bytes", "other columns", "alone"])
-    if kind == "other columns":
-        shutil.copy(path.with_name("metrics.parquet" if path.stem == "episodes" else "episodes.parquet"), path)
+    other = path.with_name("metrics.parquet" if path.stem == "episodes" else "episodes.parquet")
+    if kind == "other columns" and _plain(other):
+        shutil.copy(other, path)
     else:
         data, _ = bytes_of(path.read_bytes(), rng)
         path.write_bytes(data)

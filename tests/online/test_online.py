@@ -371,6 +371,36 @@ def test_a_sigkill_in_the_online_phase(world: Path) -> None:
     assert same(quiet.folder, folder)
 
 
+def test_a_damaged_replay_is_refused_and_the_run_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Foreign files in the folder don't matter; other rows, numbers that are none, or another place of the phase do."""
+    values = options(updates=4, checkpoint_every=2, online={"steps": 12, "eval_every": 0}, out="killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", dying(checkpoint.save, 5))
+        with pytest.raises(Killed):
+            train(values)
+    (folder,) = Path("killed").glob("*/*/*")
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")  # to be seen if it is written anew
+    main, first = folder / checkpoint.NAME, sorted((folder / "replay").iterdir())[0]
+    (tensors, facts), (row, row_facts) = checkpoint.load(main), checkpoint.load(first)
+    damages: list[tuple[Path, dict[str, Tensor], dict[str, Any], str]] = [
+        (first, {**row, "rewards": row["rewards"] / 0}, row_facts, "not finite"),
+        (first, {**row, "terminations": row["terminations"].double()}, row_facts, "does not fit this replay"),
+        (main, tensors, {**facts, "online": {**facts["online"], "lengths": [1, 2, 3]}}, "none of this run's"),
+        (main, tensors, {**facts, "online": {**facts["online"], "lengths": [10**6, 0]}}, "none of this run's"),
+    ]
+    for path, changed, told, sentence in damages:
+        honest = path.read_bytes()
+        checkpoint.write(path, changed, told)
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+        with pytest.raises(OffrlError, match=sentence):
+            resume(folder)
+        assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+        path.write_bytes(honest)
+    for name in ("x.safetensors", "1-2-3.safetensors"):
+        (folder / "replay" / name).write_bytes(first.read_bytes())
+    assert resume(folder).status == "finished"
+
+
 def test_an_environment_that_raises_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = options(online={"burst": 3})
     quiet = train({**values, "out": "quiet"})
