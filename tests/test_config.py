@@ -12,6 +12,7 @@ import torch
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
 from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC as TD3BC_CLASS
@@ -19,7 +20,7 @@ from offrl.data import catalogue, ogbench_names
 from offrl.data.mixtures import D4RL_MIXTURE
 from offrl.forge import registry as forge
 from offrl.results import published
-from offrl.training.compose import choices, compose, compose_words, groups, register, to_hydra_overrides
+from offrl.training.compose import choices, compose, compose_words, groups, named, plain, register, to_hydra_overrides
 from offrl.training.schema import TrainConfig
 from offrl.training.trainer import RunConfig, make_agent, resolve_config
 from offrl.utils.errors import OffrlError
@@ -477,6 +478,11 @@ EXPERIMENTS = choices("experiment")
 
 def swept(*words: str) -> dict[str, list[Any]]:
     """Values that a recipe or suite sweeps over, by key."""
+    return composition(*words)[1]
+
+
+def composition(*words: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The configuration of a recipe or suite without what it sweeps over, and the values of that, by key."""
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = hydra_compose("train", overrides=[*words], return_hydra_config=True)
@@ -485,7 +491,8 @@ def swept(*words: str) -> dict[str, list[Any]]:
         " " in str(value) for value in cfg.hydra.sweeper.params.values()
     )  # a line's end that lacks its backslash
     given = {key: str(value).split(",") for key, value in cfg.hydra.sweeper.params.items()}
-    return {
+    ours = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return named(plain(ours), cfg.hydra.runtime.choices, words), {
         key: values if key in groups() else [yaml.safe_load(value) for value in values] for key, values in given.items()
     }
 
@@ -522,22 +529,22 @@ def test_every_recipe_composes_to_plans(name: str) -> None:
 
     And published numbers on D4RL are compared with what was learnt from the same rows.
     """
-    params = swept(f"experiment={name}")
-    first = {key: values[0] for key, values in params.items()}
+    values, params = composition(f"experiment={name}")
+    first = {key: found[0] for key, found in params.items()}
     known = groups()
-    chosen = [(key, value) for key, values in params.items() for value in values[1:] if key in known]
-    for key, value in [("dataset", first["dataset"]), *chosen]:
-        values = compose({"experiment": name, **first, key: value})
+    chosen = [(key, value) for key, found in params.items() for value in found if key in known]
+    composed = [compose({"experiment": name, **first, key: value}) for key, value in chosen] or [values]
+    for key, value in first.items():
+        composed = [with_value(each, key, value) if key not in known else each for each in composed]
+    for each in composed:
         for dataset in params["dataset"]:
-            made = resolve_config({**values, "dataset": dataset}).train
+            made = resolve_config({**each, "dataset": dataset}).train
             on_d4rl = dataset in catalogue.d4rl() or D4RL_MIXTURE.fullmatch(dataset)
             assert made.data.semantics == ("d4rl" if on_d4rl and name not in WINDOWS else "exact")
-    plain = {key: values[1:] for key, values in params.items() if key not in {"dataset", "seed", *known}}
-    composed = compose({"experiment": name, **first}) if any(plain.values()) else {}
-    for key, value in ((key, value) for key, values in plain.items() for value in values):
-        resolve_config(
-            compose({"experiment": name, **first, key: value}) if key == "updates" else with_value(composed, key, value)
-        )
+    assert "updates" not in params  # other keys depend on it, which `with_value` does not see
+    others = {key: found[1:] for key, found in params.items() if key not in {"dataset", "seed", *known}}
+    for key, value in ((key, value) for key, found in others.items() for value in found):
+        resolve_config(with_value(composed[0], key, value))
 
 
 @pytest.mark.parametrize("name", choices("suite"))

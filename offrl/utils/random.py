@@ -18,6 +18,7 @@ from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 _STEP = -3335678366873096957  # 0xD1B54A32D192ED03, another odd constant: updates don't walk along the counter
+_LARGEST_KEPT = 1 << 14  # numbers of an update that are kept; of more, making them one by one costs little
 _MADE_AT_ONCE = 64  # updates whose numbers are made together where updates are asked for one by one
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -100,7 +101,8 @@ class LaneRandom:
 
     def uniform(self, name: str, shape: Sequence[int], steps: Tensor | None = None) -> Tensor:
         """`[*steps, lanes, *shape]` float64 in [0, 1) with 53 random bits."""
-        if steps is not None and steps.shape == (1,) and steps.device.type == "cpu":
+        few = math.prod(shape) * len(self.seeds) <= _LARGEST_KEPT
+        if few and steps is not None and steps.shape == (1,) and steps.device.type == "cpu":
             return self._kept_uniform(name, tuple(shape), int(steps))
         bits = self.bits(name, math.prod(shape), steps)
         return (_shift(bits, 11).double() * 2.0**-53).unflatten(-1, tuple(shape))
