@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--skip-build", action="store_true", help="don't time the building of the index")
     arguments = parser.parse_args()
-    arguments.marks = [int(mark) for mark in arguments.marks.split(",")]
+    arguments.marks = [int(mark) for mark in arguments.marks.split(",") if mark]
     tune_process(arguments.threads)
     store = load(forge.ensure(arguments.dataset, size=arguments.size, seed=0), device=arguments.device)
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")

@@ -247,7 +247,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
     cores, device, agent = CORES, arguments.device, arguments.agent
     peers = [kind for kind in PEERS if getattr(arguments, kind)]
     engines = arguments.engines.split(",")
-    if device != "cpu":
+    if device != "cpu" or arguments.alone:
         lanes = [int(n) for n in arguments.lanes.split(",")]
         every = [
             Contestant("offrl", n, 1, 1, e, p, device, agent)
@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--corl", type=Path, help="checkout of corl-team/CORL: td3_bc, iql, cql, sac_n, edac, dt")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lanes", default="10", help="lanes to try, with commas")
+    parser.add_argument("--alone", action="store_true", help="one process and one thread alone, as always on a GPU")
     parser.add_argument("--engines", default="eager", help="engines to try, with commas")
     parser.add_argument("--precisions", default="float32", help="float32 and, or, bfloat16")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each contestant in each round")

@@ -19,7 +19,7 @@ class Evaluation:
         step: updates made.
         returns: `[lanes, episodes]`; lengths: the same, steps.
         scores: `[lanes, episodes]` normalised; None without references.
-        agent: the agent as it stands, to look at and not to change.
+        agent: the agent that played, to look at and not to change.
     """
 
     step: int
@@ -32,6 +32,9 @@ class Evaluation:
 @dataclass(frozen=True)
 class Hooks:
     """Functions that a run calls: after each evaluation, and after each checkpoint with the updates made and its file.
+
+    Under `eval.asynchronous` an evaluation's episodes come while later updates are made; it names its own update and has a copy
+    of the agent as it was then.
 
     What they raise ends the run; the same call goes on from the last checkpoint.
     """
