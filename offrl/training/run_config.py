@@ -402,6 +402,9 @@ def history_config(settings: Mapping[str, Any], lanes: int) -> HistoryConfig:
     cfg: HistoryConfig = build(HistoryConfig, settings, "history.", per_lane=True)
     check_least(cfg, "history")
     check_lane_lists(cfg, "history", lanes)
+    shares = cfg.events if isinstance(cfg.events, list) else [cfg.events]
+    if odd := [share for share in shares if not 0 <= share <= 1]:
+        raise OffrlError(f"history.events={odd[0]} should be a share of pairs, between 0 and 1.")
     return cfg
 
 
