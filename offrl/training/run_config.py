@@ -222,6 +222,8 @@ def _resolved_history(history: dict[str, Any], train: TrainConfig, augment: Mapp
         raise OffrlError(
             f"{other} makes single transitions, and history={history['encoder']} learns from histories; set one of them."
         )
+    if train.engine == "compile":  # PyTorch's compiler loses the shape of a view where critics pass their gradient on
+        raise OffrlError(f"engine=compile can't compile history={history['encoder']}; use engine=auto or engine=eager.")
     settings: dict[str, Any] = json.loads(json.dumps(asdict(history_config(history, train.lanes))))
     return settings
 

@@ -293,6 +293,7 @@ def test_a_run_trains_resumes_evaluates_and_loads(tmp_path: Path) -> None:
         ({"history": "gru", "augment": "world_model"}, "learns from histories"),
         ({"history": "gru", "online.steps": 10}, "learns from histories"),
         ({"history": "gru", "history.burnin": 8}, "did you mean history.burn_in"),
+        ({"history": "window", "engine": "compile"}, "can't compile history=window; use engine=auto or engine=eager"),
         ({"history": "gru", "history.events": 1.5}, "history.events=1.5 should be a share of pairs, between 0 and 1"),
         ({"history": "gru", "history.length": 0}, "history.length=0 should be at least 1"),
     ],
