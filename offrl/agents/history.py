@@ -25,7 +25,7 @@ from torch import Tensor
 
 from offrl.agents.base import ActingState, Agent, Batch, RecurrentAgent, Spec, WindowBatch
 from offrl.nets import Adam, Critics, make_target, one_hot, per_lane, polyak
-from offrl.nets.bisimulation import EncodingModels, Metric, Step, bisimulation_loss, pairs
+from offrl.nets.bisimulation import EncodingModels, Metric, Step, bisimulation_loss, pairs, with_events
 from offrl.nets.history import Encoder, GRUEncoder, WindowEncoder, memories
 from offrl.utils.errors import OffrlError
 
@@ -44,6 +44,7 @@ class HistoryConfig:
     models: bool = True  # train the models of the bisimulation loss; without them it is neither used nor logged
     metric: Metric = "vector"  # distance of encodings: of vectors, or of each coordinate
     pairs: Literal["any", "same_action"] = "any"  # timesteps that are compared; same_action: of discrete actions
+    events: float = 0.0  # share of pairs with a reward far from the batch's median, for sparse rewards; 0: as they come
     slope: float = 0.5  # weight of pairs that are too close, against 1 - slope; 0.5: alike
     warmup: int = 0  # updates before the loss has its weight
     model_hidden: int = 256  # width of the models' hidden layer
@@ -246,12 +247,21 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
         self.model_optimizer.step(losses["transition_loss"] + losses["reward_loss"])
         with torch.no_grad():
             mean, std = self.models.next_encoding(z, action)
+        step = Step(z, reward, batch.mask, mean, std)
         group = batch.action if cfg.pairs == "same_action" and self.spec.discrete else None
+        if isinstance(cfg.events, Tensor) or cfg.events > 0:
+            compared = self.compared(reward)
+            step, group = step.at(compared), None if group is None else group.gather(1, compared)
         pair, valid = pairs(self.random.uniform("history/pairs", z.shape[1:2]), group)
         discount = getattr(self.agent.cfg, "discount", 0.99)
-        step = Step(z, reward, batch.mask, mean, std)
         loss = bisimulation_loss(step, pair, valid.to(z.dtype), discount, cfg.metric, cfg.slope)
         return loss, {"bisimulation": loss, **losses}
+
+    def compared(self, reward: Tensor) -> Tensor:
+        """`[lanes, n]`: the rows that are paired, with their share of rewards far from the median `[lanes, n]`."""
+        median = reward.sort(-1).values[:, reward.shape[1] // 2, None]
+        event = (reward - median).abs() > 1  # in standard deviations of the dataset's rewards
+        return with_events(self.random.uniform("history/events", reward.shape[1:]), event, self.cfg.events)
 
 
 def rows(x: Tensor, at: Tensor) -> Tensor:

@@ -107,6 +107,22 @@ def pairs(uniform: Tensor, group: Tensor | None = None) -> tuple[Tensor, Tensor]
     return partner, (group == group.gather(1, partner)).to(uniform.dtype)
 
 
+def with_events(uniform: Tensor, event: Tensor, share: float | Tensor) -> Tensor:
+    """Rows to pair, `[lanes, n]` int64, so that a random pair of them holds an event with probability `share` or more.
+
+    The first ceil(n p) rows, p = 1 - sqrt(1 - share), give way to rows that are events, each as often as the others: two rows
+    that were drawn at random are then both without one with probability (1 - p)^2 or less. Without an event nothing changes.
+
+    Args:
+        uniform: `[lanes, n]` draws on [0, 1). event: `[lanes, n]` bool. share: of pairs, one number or `[lanes]`.
+    """
+    n, count = event.shape[1], event.sum(-1, keepdim=True)
+    place = torch.arange(n, device=event.device)
+    events = (uniform + ~event).argsort(-1).gather(1, place % count.clamp(min=1))
+    replaced = place < n * (1 - (1 - per_lane(share)) ** 0.5)
+    return torch.where(replaced & (count > 0), events, place)
+
+
 class EncodingModels(nn.Module):
     """P(z' | z, a), a diagonal Gaussian, and the reward r(z, a), each of one hidden layer."""
 

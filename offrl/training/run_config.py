@@ -222,6 +222,8 @@ def _resolved_history(history: dict[str, Any], train: TrainConfig, augment: Mapp
         raise OffrlError(
             f"{other} makes single transitions, and history={history['encoder']} learns from histories; set one of them."
         )
+    if train.engine == "compile":  # PyTorch's compiler loses the shape of a view where critics pass their gradient on
+        raise OffrlError(f"engine=compile can't compile history={history['encoder']}; use engine=auto or engine=eager.")
     settings: dict[str, Any] = json.loads(json.dumps(asdict(history_config(history, train.lanes))))
     return settings
 
@@ -407,6 +409,9 @@ def history_config(settings: Mapping[str, Any], lanes: int) -> HistoryConfig:
     cfg: HistoryConfig = build(HistoryConfig, settings, "history.", per_lane=True)
     check_least(cfg, "history")
     check_lane_lists(cfg, "history", lanes)
+    shares = cfg.events if isinstance(cfg.events, list) else [cfg.events]
+    if odd := [share for share in shares if not 0 <= share <= 1]:
+        raise OffrlError(f"history.events={odd[0]} should be a share of pairs, between 0 and 1.")
     return cfg
 
 

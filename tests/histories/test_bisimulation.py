@@ -9,7 +9,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from offrl.nets import Adam
-from offrl.nets.bisimulation import EncodingModels, Step, bisimulation_loss, distance_to_match, pairs
+from offrl.nets.bisimulation import EncodingModels, Step, bisimulation_loss, distance_to_match, pairs, with_events
 
 GAMMA = 0.9
 
@@ -166,6 +166,31 @@ def test_pairs_are_a_cycle_within_the_groups() -> None:
     pair, valid = pairs(uniform, group)
     assert (group.gather(1, pair) == group)[valid > 0].all()
     assert ((valid == 0).sum(-1) == 4).all()  # one pair between a group and the next
+
+
+def test_rare_events_are_in_their_share_of_the_pairs() -> None:
+    """Two events of 64 rows in the first lane, none in the second, half of them in the third; 400 draws."""
+    g = torch.Generator().manual_seed(0)
+    event = torch.zeros(3, 64, dtype=torch.bool)
+    event[0, [5, 40]], event[2, ::2] = True, True
+    share, draws = torch.tensor([0.25, 0.25, 0.25]), 400
+    found = torch.zeros(3)
+    for _ in range(draws):
+        rows = with_events(torch.rand(3, 64, generator=g), event, share)
+        pair, _ = pairs(torch.rand(3, 64, generator=g))
+        held = event.gather(1, rows)
+        found += (held | held.gather(1, pair)).double().mean(-1) / draws
+    assert found[0] > 0.25
+    # nine places and row 40 itself: 10 of 64 rows hold an event
+    assert abs(found[0] - (1 - 54 / 64 * 53 / 63)) < 0.01
+    assert found[1] == 0
+    assert found[2] >= 1 - 0.5**2
+    rows = with_events(torch.rand(3, 64, generator=g), event, 0.25)
+    counts = [(rows[0, :9] == number).sum().item() for number in (5, 40)]
+    assert sorted(counts) == [4, 5]  # each as often as the others
+    assert (rows[:, 9:] == torch.arange(9, 64)).all()
+    assert (rows[1] == torch.arange(64)).all()
+    assert (with_events(torch.rand(3, 64, generator=g), event, 0.0) == torch.arange(64)).all()
 
 
 @pytest.mark.slow

@@ -223,11 +223,12 @@ def test_the_models_change_nothing_at_weight_zero_and_much_above() -> None:
 
 
 def test_lanes_equal_separate_runs() -> None:
-    store, history = make_toy(256, **double), GRU | {"bisimulation": [0.0, 0.75]}
+    store, history = make_toy(256, **double), GRU | {"bisimulation": [0.0, 0.75], "events": [0.0, 0.3]}
     both = history_of(store, history, seeds=(5, 6))
     advance(both, store, 5)
     for lane, seed in enumerate((5, 6)):
-        alone = history_of(store, GRU | {"bisimulation": history["bisimulation"][lane]}, seeds=(seed,))
+        own = {name: history[name][lane] for name in ("bisimulation", "events")}
+        alone = history_of(store, GRU | own, seeds=(seed,))
         advance(alone, store, 5)
         for (key, many), one in zip(both.state_dict().items(), alone.state_dict().values()):
             if many.shape != one.shape:
@@ -257,7 +258,9 @@ class _NoHostCopy(TorchDispatchMode):
 
 def test_an_update_can_be_captured() -> None:
     store = make_discrete_toy(256)
-    agent = history_of(store, GRU | {"bisimulation": 0.5, "pairs": "same_action", "warmup": 3}, "discrete_cql")
+    agent = history_of(
+        store, GRU | {"bisimulation": 0.5, "pairs": "same_action", "events": 0.25, "warmup": 3}, "discrete_cql"
+    )
     batch = windows(agent, store)
     with _NoHostCopy():
         agent.update(batch, 0)
@@ -290,6 +293,8 @@ def test_a_run_trains_resumes_evaluates_and_loads(tmp_path: Path) -> None:
         ({"history": "gru", "augment": "world_model"}, "learns from histories"),
         ({"history": "gru", "online.steps": 10}, "learns from histories"),
         ({"history": "gru", "history.burnin": 8}, "did you mean history.burn_in"),
+        ({"history": "window", "engine": "compile"}, "can't compile history=window; use engine=auto or engine=eager"),
+        ({"history": "gru", "history.events": 1.5}, "history.events=1.5 should be a share of pairs, between 0 and 1"),
         ({"history": "gru", "history.length": 0}, "history.length=0 should be at least 1"),
     ],
     ids=str,
