@@ -160,7 +160,7 @@ def test_a_list_per_lane_needs_as_many_values_as_lanes() -> None:
         ({"eval": {"slots": 0}}, "eval.slots=0 should be at least 1."),
         ({"seed": 2**63}, "seed=9223372036854775808 should have at most 63 bits."),
         ({"seeds": [1, 2, 3], "lanes": 2}, "seeds has 3 values for lanes=2; give one per lane."),
-        ({"engine": "jit"}, "engine=jit should be one of auto, eager, compile, cudagraph."),
+        ({"engine": "jit"}, "engine=jit should be one of auto, eager, taped, native, compile, cudagraph."),
         ({"precision": "float16"}, "precision=float16 should be one of float32, bfloat16."),
     ],
     ids=str,

@@ -15,7 +15,7 @@ from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.data.batch import Batch
 from offrl.data.dataset import OfflineDataset
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Compiled, CudaGraph, Eager, make_engine
+from offrl.training.engine import Compiled, CudaGraph, Eager, Native, Taped, make_engine
 from offrl.utils.errors import OffrlError
 
 
@@ -51,7 +51,7 @@ def recorder(store: OfflineDataset) -> Recorder:
 
 @pytest.mark.parametrize("name", ["jit", "", "Eager"])
 def test_unknown_engines_are_refused(name: str, toy: OfflineDataset) -> None:
-    with pytest.raises(OffrlError, match=f"engine={name} is unknown; choose auto, eager, compile or cudagraph"):
+    with pytest.raises(OffrlError, match=f"engine={name} is unknown; choose auto, eager, taped, native, compile or cudagraph"):
         make_engine(name, agent_of(toy), replay_of(toy))
 
 
@@ -60,8 +60,8 @@ def test_a_graph_needs_a_gpu(toy: OfflineDataset) -> None:
         make_engine("cudagraph", agent_of(toy), replay_of(toy))
 
 
-def test_automatic_choice_on_a_cpu_is_eager(toy: OfflineDataset) -> None:
-    assert type(make_engine("auto", agent_of(toy), replay_of(toy))) is Eager
+def test_automatic_choice_on_a_cpu_compiles_no_update(toy: OfflineDataset) -> None:
+    assert type(make_engine("auto", agent_of(toy), replay_of(toy))) in (Taped, Native)
     assert type(make_engine("compile", agent_of(toy), replay_of(toy))) is Compiled
 
 

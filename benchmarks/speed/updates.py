@@ -2,6 +2,7 @@
 
     python benchmarks/speed/updates.py                          # offrl alone
     python benchmarks/speed/updates.py --corl PATH              # PATH: a checkout of corl-team/CORL
+    python benchmarks/speed/updates.py --corl PATH --jax PATH --jax-python PYTHON      # a checkout of nissymori/JAX-CORL
     python benchmarks/speed/updates.py --agent cql --corl PATH
     python benchmarks/speed/updates.py --agent dt --corl PATH --lanes 1
     python benchmarks/speed/updates.py --agent a2pr --official PATH --lanes 2     # PATH: a checkout of ltlhuuu/A2PR
@@ -9,19 +10,24 @@
 
 Everything runs in rounds: in each, every contestant runs for the same few seconds, so that a noisy machine is noisy for
 all, and ratios are taken within one run. Arrays are random with HalfCheetah's sizes. The number that counts is
-seed-updates per second of the whole machine, with any number of lanes, threads and processes.
+seed-updates per second of the whole machine, with any number of lanes, threads and processes. The limit is the cores'
+multiply-add rate, measured in the same rounds (`peak.c`, which needs a C compiler).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,14 +40,16 @@ from torch.utils.flop_counter import FlopCounterMode
 OBS, ACTION, BATCH, HIDDEN, ROWS = 17, 6, 256, 256, 200_000
 BATCHES = {"dt": 64}  # of agents whose papers have another one
 CORES = len(os.sched_getaffinity(0))
-PEERS = ("official", "corl")
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+PEERS = ("official", "corl", "jax")
+IN_JAX = ("td3_bc", "iql", "cql")  # agents of `jax_corl.py`
 
 
 @dataclass(frozen=True)
 class Contestant:
     """`processes` processes of `lanes` lanes with `threads` threads each."""
 
-    kind: str  # offrl, official, corl or matmul
+    kind: str  # offrl, official, corl, jax, matmul or peak
     lanes: int = 1
     threads: int = 1
     processes: int = 1
@@ -203,34 +211,75 @@ def matmul_burst(who: Contestant) -> Callable[[int], None]:
     return burst
 
 
-def compete(who: Contestant, checkout: Path, seconds: float, gate: Any, answers: Any) -> None:
+def peak_burst(who: Contestant) -> Callable[[int], None]:
+    """Nothing but multiply-adds in registers; an "update" is 10^9 operations."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["cc", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        source, library = str(Path(__file__).with_name("peak.c")), f"{folder}/peak.so"
+        subprocess.run([*command, source, "-o", library], check=True)
+        loop = ctypes.CDLL(library).multiply_add
+    loop.argtypes, loop.restype = [ctypes.c_long, ctypes.POINTER(ctypes.c_float)], ctypes.c_long
+    total = ctypes.c_float()
+    rounds = 10**9 // loop(1, ctypes.byref(total))
+
+    def burst(updates: int) -> None:
+        loop(updates * rounds, ctypes.byref(total))
+
+    return burst
+
+
+def compete(who: Contestant, checkout: Path, seconds: float, clock: str, gate: Any, answers: Any) -> None:
     """One process: warm up, wait for the others, run for `seconds`, answer with seed-updates per second."""
-    own: dict[str, Callable[[Contestant], Callable[[int], None]]] = {"offrl": offrl_burst, "matmul": matmul_burst}
+    now = CLOCKS[clock]
+    own: dict[str, Callable[[Contestant], Callable[[int], None]]] = {"offrl": offrl_burst, "matmul": matmul_burst, "peak": peak_burst}
     peers = {"official": official_burst, "corl": corl_burst}
     burst = own[who.kind](who) if who.kind in own else peers[who.kind](who, checkout)
     size = 4 if who.agent == "dt" else 16
     burst(size)
     burst(size)
     gate.wait()
-    done, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    done, began = 0, now()
+    while now() - began < seconds:
         burst(size)
         done += size
-    answers.put(who.lanes * done / (time.perf_counter() - began))
+    answers.put(who.lanes * done / (now() - began))
 
 
-def run(who: Contestant, checkout: Path, seconds: float) -> float:
+def run(who: Contestant, checkout: Path, arguments: argparse.Namespace) -> float:
     """Seed-updates per second of the machine; `checkout` is that of the peer's code."""
+    if who.kind == "jax":
+        return run_jax(who, checkout, arguments)
     context = multiprocessing.get_context("spawn")
     gate, answers = context.Barrier(who.processes), context.Queue()
-    arguments = (who, checkout, seconds, gate, answers)
-    processes = [context.Process(target=compete, args=arguments) for _ in range(who.processes)]
+    shared = (who, checkout, arguments.seconds, arguments.clock, gate, answers)
+    processes = [context.Process(target=compete, args=shared) for _ in range(who.processes)]
     for process in processes:
         process.start()
     total = sum(answers.get(timeout=600) for _ in processes)
     for process in processes:
         process.join()
     return total
+
+
+def run_jax(who: Contestant, checkout: Path, arguments: argparse.Namespace) -> float:
+    """The same for `jax_corl.py`, which runs in an interpreter of its own."""
+    script, cores = Path(__file__).with_name("jax_corl.py"), sorted(os.sched_getaffinity(0))
+    command = [arguments.jax_python, str(script), who.agent, str(checkout.resolve()), str(who.threads)]
+    processes = [
+        subprocess.Popen([*command, str(core)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for core in cores[: who.processes]
+    ]
+    for process in processes:
+        if not process.stdout or process.stdout.readline() != "ready\n":
+            raise SystemExit(f"{arguments.jax_python} could not run JAX-CORL; see above what it says.")
+    answers = []
+    for process in processes:
+        assert process.stdin
+        process.stdin.write(f"{arguments.seconds} {arguments.clock}\n")
+        process.stdin.flush()
+    for process in processes:
+        answers.append(float(process.communicate()[0]))
+    return sum(answers)
 
 
 def flop_per_update(agent: str) -> float:
@@ -262,11 +311,14 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
         )
     many = int(arguments.lanes.split(",")[-1])
     shapes = [(1, 1, 1), (1, 1, cores), (1, cores, 1), (many, 1, 1), (many, 1, cores), (many, cores, 1)]
+    shapes = shapes[:1] if arguments.clock == "processor" else shapes
     kinds = ["offrl", *peers, "matmul"]
-    every = []
+    every = [Contestant("peak", processes=n) for n in dict.fromkeys(s[2] for s in shapes)] if shutil.which("cc") else []
     for kind in kinds:
         for lanes, threads, processes in dict.fromkeys(shapes):
             if kind in PEERS and lanes > 1:
+                continue
+            if kind == "jax" and agent not in IN_JAX:
                 continue
             for engine in engines if kind == "offrl" else ["eager"]:
                 for precision in arguments.precisions.split(",") if kind == "offrl" else ["float32"]:
@@ -279,29 +331,40 @@ def main() -> None:
     parser.add_argument("--agent", default="td3_bc", help="name of a file in conf/agent")
     parser.add_argument("--official", type=Path, help="checkout of the authors' code of the agent: a2pr")
     parser.add_argument("--corl", type=Path, help="checkout of corl-team/CORL: td3_bc, iql, cql, sac_n, edac, dt")
+    parser.add_argument("--jax", type=Path, help="checkout of nissymori/JAX-CORL: td3_bc, iql, cql")
+    parser.add_argument("--jax-python", default=sys.executable, help="interpreter that has jax, flax, optax, distrax")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lanes", default="10", help="lanes to try, with commas")
     parser.add_argument("--alone", action="store_true", help="one process and one thread alone, as always on a GPU")
-    parser.add_argument("--engines", default="eager", help="engines to try, with commas")
+    parser.add_argument("--engines", default="auto", help="engines to try, with commas")
     parser.add_argument("--precisions", default="float32", help="float32 and, or, bfloat16")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each contestant in each round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="processor: one lane on one thread, by processor time, where others use the machine too",
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     arguments = parser.parse_args()
     everyone = contestants(arguments)
     rates: dict[Contestant, list[float]] = {who: [] for who in everyone}
     for _ in range(arguments.rounds):
         for who in everyone:
-            rates[who].append(run(who, getattr(arguments, who.kind, None) or Path(), arguments.seconds))
+            checkout = getattr(arguments, who.kind, None) or Path()
+            rates[who].append(run(who, checkout, arguments))
     flop = flop_per_update(arguments.agent)
     middle = {who: statistics.median(values) for who, values in rates.items()}
     best = {kind: max((middle[w], w) for w in everyone if w.kind == kind)[0] for kind in {w.kind for w in everyone}}
-    ceiling = best["matmul"] * 2 * HIDDEN**3
+    products = best["matmul"] * 2 * HIDDEN**3
+    ceiling = best["peak"] * 1e9 if "peak" in best else products
     print(f"{platform.processor() or platform.machine()}, {CORES} cores, torch {torch.__version__}")
-    print(f"an update of one seed: {flop / 1e6:.0f} MFLOP; 256 x 256 products: {ceiling / 1e9:.0f} GFLOP/s\n")
-    print(f"{'contestant':64} {'seed-updates/s':>14} {'low':>7} {'high':>7} {'share of products':>18}")
+    print(f"an update of one seed: {flop / 1e6:.0f} MFLOP; 256 x 256 products of PyTorch: {products / 1e9:.0f} GFLOP/s")
+    print(f"multiply-add peak: {ceiling / 1e9:.0f} GFLOP/s\n" if "peak" in best else "multiply-add peak: no C compiler\n")
+    print(f"{'contestant':64} {'seed-updates/s':>14} {'low':>7} {'high':>7} {'share of the peak':>18}")
     for who in everyone:
-        if who.kind == "matmul":
+        if who.kind in ("matmul", "peak"):
             continue
         share = middle[who] * flop / ceiling
         print(f"{who!s:64} {middle[who]:14.1f} {min(rates[who]):7.1f} {max(rates[who]):7.1f} {share:18.0%}")
@@ -310,7 +373,7 @@ def main() -> None:
             print(f"\nbest of offrl / best of {kind}: {best['offrl'] / best[kind]:.2f}")
     if arguments.out:
         rows = [{**asdict(who), "seed_updates_per_second": values} for who, values in rates.items()]
-        metadata = {"flop_per_update": flop, "matmul_flop_per_second": ceiling, "torch": torch.__version__}
+        metadata = {"flop_per_update": flop, "matmul_flop_per_second": products, "peak_flop_per_second": ceiling, "torch": torch.__version__}
         arguments.out.write_text(
             json.dumps({**metadata, "machine": platform.platform(), "rows": rows}, indent=1) + "\n"
         )
