@@ -92,16 +92,15 @@ def history(material: Material, folder: Path, rng: Rng) -> Case:
 
 
 def home(material: Material, folder: Path, rng: Rng) -> Case:
-    """What lies in OFFRL_HOME: flat caches, built datasets, fitted models, indices of neighbours, downloads and their sums."""
+    """What lies in OFFRL_HOME: flat caches, built datasets, fitted models, downloads and their sums."""
     place = material.place / "made/home"
     env = {"OFFRL_HOME": str(place / "kept")}
     train = [*TRAIN, "out=runs", "eval.every=0", "eval.final_episodes=0"]
     chain = "forge/bandit/p0.4-v0"
     plain = [*train, "agent=bc", f"dataset={material.npz}"]
-    prdc = [*train, "agent=prdc", f"dataset={material.hdf5}"]
     model = ["augment", "train", f"dataset={material.npz}", *MODEL]
     fetched, built = ["data", "info", "hopper-medium-v2", "--json"], ["data", "info", chain, "--json"]
-    material.made("home", plain, prdc, model, ["data", "build", chain, "--size", "300"], env=env)
+    material.made("home", plain, model, ["data", "build", chain, "--size", "300"], env=env)
     kept = place / "kept"
     if not (kept / "d4rl").exists():
         (kept / "d4rl").mkdir()
@@ -109,7 +108,7 @@ def home(material: Material, folder: Path, rng: Rng) -> Case:
         (kept / "d4rl/hopper-medium-v2.hdf5.sha256").write_text("0" * 64 + "  hopper-medium-v2.hdf5\n")
     target = copied(kept, folder, "kept")
     commands = {
-        "flat": plain, "neighbors": prdc, "forge": rng.choice([built, [*built[:-1], "--plot", "x.png"]]), "d4rl": fetched,
+        "flat": plain, "forge": rng.choice([built, [*built[:-1], "--plot", "x.png"]]), "d4rl": fetched,
         "augment": rng.choice([model, ["augment", "sample", "x.npz", *model[2:]]]),
     }  # fmt: skip
     parts = {p.name: _files(p, "*") for p in sorted(target.iterdir()) if p.is_dir() and p.name in commands}
@@ -167,7 +166,7 @@ def surroundings(material: Material, folder: Path, rng: Rng) -> Case:
         what = rng.choice([4096, 8192, 20_000, 100_000])  # the sentence itself goes to a file
         limits[resource.RLIMIT_FSIZE] = what
     elif kind == "descriptors":
-        what = rng.choice([6, 10, 16, 30])
+        what = rng.choice([16, 24, 40])
         limits[resource.RLIMIT_NOFILE] = what
     elif kind == "variable":
         key = rng.choice(["OFFRL_HOME", "HOME", "XDG_CACHE_HOME", "D4RL_DATASET_DIR", "MINARI_DATASETS_PATH", "TMPDIR", "COLUMNS", "TERM"])
