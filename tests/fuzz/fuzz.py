@@ -56,7 +56,14 @@ KINDS: dict[str, Kind] = {
 # What a child of the harness would otherwise import anew for each input.
 SHARED = ("data", "train", "evaluate", "report", "status", "select", "probe", "agents", "finetune", "augment", "export")
 LIBRARIES = (
-    *("torch._dynamo", "gymnasium.envs.classic_control.pendulum", "polars", "rich.table", "hydra", "hydra._internal.hydra"),
+    *(
+        "torch._dynamo",
+        "gymnasium.envs.classic_control.pendulum",
+        "polars",
+        "rich.table",
+        "hydra",
+        "hydra._internal.hydra",
+    ),
     *("hydra.core.plugins", "matplotlib.pyplot", "matplotlib.backends.backend_agg"),
 )
 
