@@ -180,7 +180,8 @@ def surroundings(material: Material, folder: Path, rng: Rng) -> Case:
         ["evaluate", name, "--episodes", "1", "--workers", "1", "--record", "recorded-v0"],
         ["export", name, "--format", "torchscript"],
         trained, trained, [*trained, "eval.workers=2"], ["train", f"resume={name}", "progress=false"],
-        ["finetune", name, *TUNE], ["augment", "train", f"dataset={data}", *MODEL], ["augment", "sample", "x.npz", f"dataset={data}", *MODEL],
+        ["finetune", name, *TUNE],
+        ["augment", "train", f"dataset={data}", *MODEL], ["augment", "sample", "x.npz", f"dataset={data}", *MODEL],
         ["select", name, "--updates", "3", "--hidden", "8"], ["probe", name, "--updates", "3", "--episodes", "1", "--json"],
     ]  # fmt: skip
     words = rng.choice(commands)
