@@ -83,13 +83,19 @@ class OptunaSweeper(Sweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        backend = self.optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
-        study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(backend),
-            study_name=self.name,
-            direction="maximize",
-            load_if_exists=True,
-        )
+        try:
+            backend = self.optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
+            study = optuna.create_study(
+                storage=optuna.storages.JournalStorage(backend),
+                study_name=self.name,
+                direction="maximize",
+                load_if_exists=True,
+            )
+        except Exception as error:  # whatever Optuna's reader of a damaged journal raises
+            raise CompactHydraException(
+                f"{folder / JOURNAL}: the study can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+                "remove the file, or choose another folder with out=DIR."
+            ) from error
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials), constant_liar=self.n_jobs > 1)
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)

@@ -142,7 +142,11 @@ class OfflineDataset:
         for name in self.ROW_FIELDS:
             if len(getattr(self, name)) != n:
                 raise OffrlError(f"{where}: {name} has {len(getattr(self, name))} rows but rewards has {n}.")
-        kinds = {"observations": (2, True), "actions": (1, False) if self.info.discrete else (2, True), "rewards": (1, True)}
+        kinds = {
+            "observations": (2, True),
+            "actions": (1, False) if self.info.discrete else (2, True),
+            "rewards": (1, True),
+        }
         for name, (dims, floats) in kinds.items():
             tensor = getattr(self, name)
             if (tensor.ndim, tensor.is_floating_point()) != (dims, floats):
@@ -154,7 +158,9 @@ class OfflineDataset:
                 raise OffrlError(f"{where}: {name} has {len(getattr(self, name))} rows for {self.episodes} episodes.")
         one_each = self.terminations.ndim == self.tail_rewards.ndim == self.has_tail.ndim == self.complete.ndim == 1
         if not one_each or self.tail_actions.shape[1:] != self.actions.shape[1:]:
-            raise OffrlError(f"{where}: terminations or last steps of episodes have another shape than the rows; fix the file.")
+            raise OffrlError(
+                f"{where}: terminations or last steps of episodes have another shape than the rows; fix the file."
+            )
         if self.observations.shape != self.next_observations.shape:
             raise OffrlError(f"{where}: observations and next_observations differ in shape; fix the file.")
         if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != n or bool((self.offsets.diff() < 1).any()):

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.hdf5 import create_hdf5
 from offrl.utils.errors import OffrlError
+from offrl.utils.paths import beside
 
 MINARI_VERSION = "0.5.4"
 Space = dict[str, Any]
@@ -83,8 +84,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     If another process has created `folder` meanwhile, that one stays.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    temporary = beside(folder)
+    old = temporary.with_suffix(".old")
     try:
         existed = folder.exists()
         temporary.mkdir(parents=True)

@@ -85,10 +85,7 @@ def remove_torn(folder: Path, name: str = "*") -> None:
     Only for whoever holds the lock of what is written: other processes' files look the same.
     """
     for torn in (*folder.glob(f".{name}.*.part"), *folder.glob(f".{name}.*.old")):
-        if torn.is_dir() and not torn.is_symlink():
-            shutil.rmtree(torn, ignore_errors=True)
-        else:
-            torn.unlink(missing_ok=True)
+        _remove(torn)
 
 
 @contextmanager
@@ -99,11 +96,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary file is removed by the next one that writes `path` on the same machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    mark = f".{path.name}.{platform.node()}-"
-    for torn in path.parent.glob(f"{glob.escape(mark)}*.part"):
-        if not _lives(torn.name.removeprefix(mark).removesuffix(".part")):
-            torn.unlink(missing_ok=True)
-    temporary = path.with_name(f"{mark}{os.getpid()}.part")
+    temporary = beside(path)
     try:
         yield temporary
         with open(temporary, "r+b") as file:  # Windows syncs only what may be written
@@ -111,6 +104,22 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """A temporary name for what is to become `path`; what killed processes of this machine left under theirs is removed."""
+    mark = f".{path.name}.{platform.node()}-"
+    for torn in path.parent.glob(f"{glob.escape(mark)}*.part"):
+        if not _lives(torn.name.removeprefix(mark).removesuffix(".part")):
+            _remove(torn)
+    return path.with_name(f"{mark}{os.getpid()}.part")
+
+
+def _remove(torn: Path) -> None:
+    if torn.is_dir() and not torn.is_symlink():
+        shutil.rmtree(torn, ignore_errors=True)
+    else:
+        torn.unlink(missing_ok=True)
 
 
 def _lives(pid: str) -> bool:

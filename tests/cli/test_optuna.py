@@ -100,3 +100,13 @@ def test_fitted_q_evaluation_needs_no_environment() -> None:
     assert math.isfinite(trial.value)
     assert trial.value == value_of_run(run, "fqe", 30)
     assert cli.main([*words, "out=none"]) == 2  # a score of what was not evaluated
+
+
+@pytest.mark.parametrize("text", ["garbage\n", '{"op_code": 0}\n', "[]\n", "\0\0\n"])
+def test_a_damaged_study_is_a_sentence(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("search").mkdir()
+    Path("search/optuna.log").write_text(text)
+    assert cli.main([*WORDS, "hydra.sweeper.n_trials=1"]) == 2
+    error = capsys.readouterr().err
+    assert "optuna.log: the study can't be read" in error
+    assert error.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import http.server
 import io
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -457,6 +458,13 @@ def test_a_destination_that_cannot_be_written(host: Host, tmp_path: Path, kind: 
     assert "--dest" in message
     assert host.requests == []
     assert (tmp_path / "file").read_text() == "here"
+
+
+def test_a_part_that_is_no_file_does_not_hang(host: Host, tmp_path: Path) -> None:
+    for kind in ("pipe", "folder"):
+        part = tmp_path / f"{kind}.hdf5.part"
+        os.mkfifo(part) if kind == "pipe" else part.mkdir()
+        assert f"{part}: this is a folder or a device; remove it" in refused(tmp_path / f"{kind}.hdf5")
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xff\xfe\x00", b"hello", b"0" * 64 + b"  x", b"\n" * 99])

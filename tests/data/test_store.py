@@ -154,8 +154,14 @@ def test_fingerprint_changes_with_episode_boundaries() -> None:
         ({"actions": torch.zeros(17, 2)}, "actions has 17 rows but rewards has 18"),
         ({"next_observations": torch.zeros(18, 5)}, "differ in shape"),
         ({"offsets": torch.tensor([0, 3, 3, 11, 13, 18])}, "at least one row"),
-        ({"actions": torch.zeros(18)}, r"actions has shape \(18,\) and type float32, where \[rows, width\] floats belong"),
-        ({"rewards": torch.zeros(18, 1)}, r"rewards has shape \(18, 1\) and type float32, where \[rows\] floats belong"),
+        (
+            {"actions": torch.zeros(18)},
+            r"actions has shape \(18,\) and type float32, where \[rows, width\] floats belong",
+        ),
+        (
+            {"rewards": torch.zeros(18, 1)},
+            r"rewards has shape \(18, 1\) and type float32, where \[rows\] floats belong",
+        ),
         ({"tail_actions": torch.zeros(5, 9)}, "last steps of episodes have another shape"),
         ({"complete": torch.ones(4, dtype=torch.bool)}, "complete has 4 rows for 5 episodes"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,18 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(tmp_path: Path) -> No
     assert ended.returncode == 2, ended.stderr
     assert f"{folder} cannot be written (File too large)" in ended.stderr
     assert list(folder.parent.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Of dead processes of this machine alone: another one may be writing the same."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = [
+        f".mine-v0.{platform.node()}-{gone.pid}.part",
+        f".mine-v0.elsewhere-{gone.pid}.part",
+        f".mine-v0.{platform.node()}-1.part",
+    ]
+    for name in names:
+        (tmp_path / name / "data").mkdir(parents=True)
+    writer(tmp_path / "mine-v0")(dataset())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "mine-v0"])

@@ -20,7 +20,11 @@ Columns = dict[str, Any]
 
 def _d3rlpy_2(data: Columns) -> Columns:
     """Arrays of each episode, as `ReplayBuffer.dump` names them."""
-    made: Columns = {"columns": ["observations", "actions", "rewards", "terminated"], "num_episodes": 4, "version": "2.1"}
+    made: Columns = {
+        "columns": ["observations", "actions", "rewards", "terminated"],
+        "num_episodes": 4,
+        "version": "2.1",
+    }
     ends = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
     for number, (start, stop) in enumerate(zip([0, *ends[:-1]], ends)):
         for key in ("observations", "actions", "rewards"):
@@ -50,7 +54,9 @@ def d3rlpy(material: Material, folder: Path, rng: Rng) -> Case:
         data = {key: value for key, value in data.items() if key not in numeric} | changed
     elif kind == "name":
         key = rng.choice(sorted(data))
-        new = rng.choice(["rewards_x", "rewards_7", "observations_0_0", "rewards_-1", "terminated_9", "rewards_00", "masks"])
+        new = rng.choice(
+            ["rewards_x", "rewards_7", "observations_0_0", "rewards_-1", "terminated_9", "rewards_00", "masks"]
+        )
         data[new] = data[key] if rng.random() < 0.5 else data.pop(key)
         what = f"{key} is {new}"
     with h5py.File(path, "w") as file:
@@ -70,7 +76,11 @@ def d3rlpy(material: Material, folder: Path, rng: Rng) -> Case:
 # ---- OGBench ---------------------------------------------------------------------------------------------------------
 
 
-OGBENCH = {"pointmaze-medium-navigate-v0": (2, 2, 2, 0), "cube-single-play-v0": (28, 5, 21, 0), "puzzle-3x3-play-v0": (55, 5, 23, 9)}
+OGBENCH = {
+    "pointmaze-medium-navigate-v0": (2, 2, 2, 0),
+    "cube-single-play-v0": (28, 5, 21, 0),
+    "puzzle-3x3-play-v0": (55, 5, 23, 9),
+}
 
 
 def _trajectories(name: str) -> Columns:
@@ -98,7 +108,16 @@ def ogbench(material: Material, folder: Path, rng: Rng) -> Case:
     if kind == "columns":
         data, what = _columns(data, rng)
     elif kind == "name":
-        what = rng.choice(["x", "pointmaze-nope-navigate-v0", "cube-single-play-v0-val", "cube-double-play-v0", "visual-cube-single-play-v0", "a=1"])
+        what = rng.choice(
+            [
+                "x",
+                "pointmaze-nope-navigate-v0",
+                "cube-single-play-v0-val",
+                "cube-double-play-v0",
+                "visual-cube-single-play-v0",
+                "a=1",
+            ]
+        )
         path = folder / f"{what}.npz"
     np.savez(path, **{key.replace("/", "."): value for key, value in data.items()})
     if kind == "bytes":
@@ -112,7 +131,15 @@ def ogbench(material: Material, folder: Path, rng: Rng) -> Case:
     words = _command(Path(chosen), rng)
     if kind == "words":
         key = rng.choice(["data.task", "data.tasks", "data.success_timing", "data.semantics"])
-        words = [*TRAIN, "agent=bc", f"dataset='{chosen}'", "out=runs", "eval.final_episodes=0", "eval.every=0", f"{key}={task}"]
+        words = [
+            *TRAIN,
+            "agent=bc",
+            f"dataset='{chosen}'",
+            "out=runs",
+            "eval.final_episodes=0",
+            "eval.every=0",
+            f"{key}={task}",
+        ]
     return Case(words, f"{kind}: {what}", env={"OGBENCH_DATASET_DIR": str(folder)})
 
 
@@ -127,7 +154,8 @@ def _unusual(data: Columns, rng: Rng) -> tuple[Columns, str]:
         "one integer": np.zeros(n, int), "column of integers": draw.integers(0, 3, (n, 1)),
         "indices as floats": draw.integers(0, 3, n).astype("f4"), "one-hot": np.eye(3)[draw.integers(0, 3, n)],
         "one-hot integers": np.eye(3, dtype=int)[draw.integers(0, 3, n)], "bool": draw.random(n) < 0.5,
-        "bool of two": draw.random((n, 2)) < 0.5, "many integers": draw.integers(0, 10**9, n), "wide": draw.uniform(-50, 50, (n, 2)),
+        "bool of two": draw.random((n, 2)) < 0.5, "many integers": draw.integers(0, 10**9, n),
+        "wide": draw.uniform(-50, 50, (n, 2)),
         "as they are": data["actions"],
     }  # fmt: skip
     observations = {
@@ -141,7 +169,7 @@ def _unusual(data: Columns, rng: Rng) -> tuple[Columns, str]:
 
 
 def unusual(material: Material, folder: Path, rng: Rng) -> Case:
-    """Discrete, boolean, one-hot and image data, with or without successors; read, converted or trained on without evaluation."""
+    """Discrete, boolean, one-hot and image data, with or without successors; read, converted or trained on."""
     path = folder / "x.npz"
     data, what = _unusual(material.columns, rng)
     ends = rng.choice(["timeouts", "dones", "masks", "truncations", "none"])
@@ -157,6 +185,15 @@ def unusual(material: Material, folder: Path, rng: Rng) -> Case:
     np.savez(path, **out)
     agent = rng.choice(["bc", "discrete_cql", "td3_bc", "iql", "dt", "rvs"])
     settings = "agent.embed=8" if agent == "dt" else "agent.hidden=[8]"
-    train = ["train", "updates=3", "batch_size=8", f"agent={agent}", settings, f"dataset={path}", "out=runs", "progress=false"]
+    train = [
+        "train",
+        "updates=3",
+        "batch_size=8",
+        f"agent={agent}",
+        settings,
+        f"dataset={path}",
+        "out=runs",
+        "progress=false",
+    ]
     words = rng.choice([_command(path, rng), [*train, "eval.every=0", "eval.final_episodes=0", "engine=eager"]])
     return Case(words, f"{what}, ends {ends}, {agent}")

@@ -7,6 +7,8 @@ and verdict come at the end; the exit status is 1 if any input is bad. Linux onl
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import importlib
 import os
 import random
@@ -17,6 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from hydra.core.plugins import Plugins
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data_inputs
@@ -51,6 +55,17 @@ KINDS: dict[str, Kind] = {
 }
 # What a child of the harness would otherwise import anew for each input.
 SHARED = ("data", "train", "evaluate", "report", "status", "select", "probe", "agents", "finetune", "augment", "export")
+LIBRARIES = (
+    *(
+        "torch._dynamo",
+        "gymnasium.envs.classic_control.pendulum",
+        "polars",
+        "rich.table",
+        "hydra",
+        "hydra._internal.hydra",
+    ),
+    *("hydra.core.plugins", "matplotlib.pyplot", "matplotlib.backends.backend_agg"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +95,12 @@ def fuzz(
         os.environ.pop(name, None)
     for name in SHARED:
         importlib.import_module(f"offrl.cli.{name}")
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    Plugins.instance()
     canaries = materials.outside(place)
     judge = Judge(place)
+    gc.freeze()  # a collection in a child would copy all pages
     material = materials.make(place, judge, canaries)
     for number, kind in sorted((first + i, kind) for kind, count in counts.items() for i in range(count)):
         folder = place / "input"
@@ -132,7 +151,8 @@ def main() -> int:
         wanted = {kind: int(count) for kind, count in (word.split("=") for word in arguments.counts)}
     counts: Counter[tuple[str, str]] = Counter()
     bad = 0
-    with tempfile.TemporaryDirectory(prefix="offrl-fuzz-") as place:
+    # An interrupt ends it with the counts so far.
+    with tempfile.TemporaryDirectory(prefix="offrl-fuzz-") as place, contextlib.suppress(KeyboardInterrupt):
         for o in fuzz(Path(place), wanted, arguments.seed, arguments.number, arguments.keep):
             counts[o.kind, o.verdict.name] += 1
             bad += o.verdict.bad

@@ -15,9 +15,20 @@ from judge import Case
 from material import Material
 from mutate import Rng, as_file, bytes_of
 
-NAME, OGBENCH = "hopper-medium-v2", "pointmaze-medium-navigate-singletask-v0"
+NAME = "hopper-medium-v2"
 ODD_LENGTHS = ["", "x", "-1", "1e3", "0", "99999999999999999999", "1, 2", "٣", "0x10", "5"]
-PLACES = ["file:///etc/passwd", "ftp://127.0.0.1/x", "//", "http://[", "http://127.0.0.1:99999/", "x" * 5000, "", "data:,x", "/", "é"]
+PLACES = [
+    "file:///etc/passwd",
+    "ftp://127.0.0.1/x",
+    "//",
+    "http://[",
+    "http://127.0.0.1:99999/",
+    "x" * 5000,
+    "",
+    "data:,x",
+    "/",
+    "é",
+]
 
 
 def _serve(listener: socket.socket, answers: Path) -> None:
@@ -34,9 +45,17 @@ def _serve(listener: socket.socket, answers: Path) -> None:
                 rest[0].unlink()
             body = bytes.fromhex(answer["body"])
             begin = int(asked.split(b"bytes=")[1].split(b"-")[0]) if b"bytes=" in asked and answer["ranges"] else 0
-            range_of = f"Content-Range: bytes {begin + answer['shift']}-{len(body) - 1}/{len(body)}\r\n" if begin else ""
-            head = answer["head"].replace("@LENGTH", str(len(body) - begin)).replace("@STATUS", "206 x" if begin else "200 OK")
-            connection.sendall(head.replace("@RANGE", range_of).encode("utf-8", "surrogatepass") + body[begin:][: answer["cut"]])
+            range_of = (
+                f"Content-Range: bytes {begin + answer['shift']}-{len(body) - 1}/{len(body)}\r\n" if begin else ""
+            )
+            head = (
+                answer["head"]
+                .replace("@LENGTH", str(len(body) - begin))
+                .replace("@STATUS", "206 x" if begin else "200 OK")
+            )
+            connection.sendall(
+                head.replace("@RANGE", range_of).encode("utf-8", "surrogatepass") + body[begin:][: answer["cut"]]
+            )
 
 
 @cache
@@ -95,7 +114,10 @@ def _plain(body: bytes) -> dict[str, object]:
 
 def _answer(honest: bytes, rng: Rng) -> tuple[dict[str, object], str, bool]:
     """An odd answer, in words, and whether its content may be taken for another file's."""
-    answer, kind = _plain(honest), rng.choice(["cut", "cut", "length", "lengths", "status", "redirect", "range", "body", "noise", "other"])
+    answer, kind = (
+        _plain(honest),
+        rng.choice(["cut", "cut", "length", "lengths", "status", "redirect", "range", "body", "noise", "other"]),
+    )
     if kind == "cut":
         answer["cut"] = rng.choice([0, 1, 100, len(honest) // 2, len(honest) - 1])
         answer["ranges"] = rng.random() < 0.5
@@ -107,7 +129,22 @@ def _answer(honest: bytes, rng: Rng) -> tuple[dict[str, object], str, bool]:
         answer["head"] = "HTTP/1.1 @STATUS\r\n" + "".join(f"Content-Length: {n}\r\n" for n in lengths) + "@RANGE\r\n"
         return answer, f"lengths {lengths}", False
     if kind == "status":
-        status = rng.choice(["404 x", "500 x", "416 x", "206 x", "204 x", "999 x", "x", "200", "100 Continue", "302 x", "401 x", "000 x"])
+        status = rng.choice(
+            [
+                "404 x",
+                "500 x",
+                "416 x",
+                "206 x",
+                "204 x",
+                "999 x",
+                "x",
+                "200",
+                "100 Continue",
+                "302 x",
+                "401 x",
+                "000 x",
+            ]
+        )
         answer["head"] = f"HTTP/1.1 {status}\r\nContent-Length: @LENGTH\r\n@RANGE\r\n"
         return answer, f"status {status}", False
     if kind == "redirect":
@@ -124,13 +161,35 @@ def _answer(honest: bytes, rng: Rng) -> tuple[dict[str, object], str, bool]:
     if kind == "other":
         answer["body"] = rng.choice([b"", b"<html>", b"\x1f\x8b", b"PK\x03\x04", honest[: len(honest) // 2]]).hex()
         return answer, "another body", True
-    answer["head"] = rng.choice(["", "x\r\n\r\n", "HTTP/1.1 @STATUS\r\n" + "A: b\r\n" * 200 + "\r\n", "HTTP/9 200\r\n\r\n", "\0" * 100, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"])
+    answer["head"] = rng.choice(
+        [
+            "",
+            "x\r\n\r\n",
+            "HTTP/1.1 @STATUS\r\n" + "A: b\r\n" * 200 + "\r\n",
+            "HTTP/9 200\r\n\r\n",
+            "\0" * 100,
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n",
+        ]
+    )
     return answer, f"head {answer['head'][:40]!r}", False
 
 
 def _before(target: Path, honest: bytes, rng: Rng, outside: tuple[Path, ...]) -> str:
     """What lies where the download goes: a part of it, a sum, a whole file, in order or not."""
-    kind = rng.choice(["honest part", "foreign part", "longer part", "sum alone", "garbage sum", "damaged file", "odd part", "odd sum", "odd file"])
+    kind = rng.choice(
+        [
+            "honest part",
+            "foreign part",
+            "longer part",
+            "sum alone",
+            "garbage sum",
+            "damaged file",
+            "odd part",
+            "odd sum",
+            "odd file",
+        ]
+    )
     part, sums = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.sha256")
     if kind == "honest part":
         part.write_bytes(honest[: rng.randrange(len(honest) + 1)])

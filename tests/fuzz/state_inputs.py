@@ -6,10 +6,9 @@ import json
 import resource
 from pathlib import Path
 
-import numpy as np
 from data_inputs import safetensors
 from judge import Case
-from material import INFO, MODEL, TRAIN, TUNE, Material
+from material import MODEL, TRAIN, TUNE, Material
 from mutate import Rng, as_file, bytes_of, copied, json_file, json_lines
 
 BIG = 1 << 20  # bytes; larger files are left as they are
@@ -60,22 +59,40 @@ def online(material: Material, folder: Path, rng: Rng) -> Case:
     if kind == "replay":
         what = damaged(rng.choice(_files(target / "replay", "*")), rng, material.outside)
     elif kind == "litter":
-        what = rng.choice(["x.safetensors", "1-2-3.safetensors", "00000000-00000099.safetensors", "00000000-00000002.safetensors"])
+        what = rng.choice(
+            ["x.safetensors", "1-2-3.safetensors", "00000000-00000099.safetensors", "00000000-00000002.safetensors"]
+        )
         path = target / "replay" / what
-        path.mkdir() if rng.random() < 0.3 else path.write_bytes(rng.choice(_files(target / "replay", "*")).read_bytes())
+        path.mkdir() if rng.random() < 0.3 else path.write_bytes(
+            rng.choice(_files(target / "replay", "*")).read_bytes()
+        )
     else:
         pattern = {"rows": "*.jsonl", "checkpoint": "checkpoint.safetensors", "json": "*.json"}[kind]
         what = damaged(rng.choice([f for f in _files(target, pattern) if f.parent == target]), rng, material.outside)
     name = str(target)
-    commands = [["train", f"resume={name}", "progress=false"]] * 6 + [["status", name], ["report", name, "--out", "report"]]
-    commands += [["finetune", name, *TUNE], ["evaluate", name, "--episodes", "1", "--workers", "1"], ["select", name, "--updates", "3"]]
+    commands = [["train", f"resume={name}", "progress=false"]] * 6 + [
+        ["status", name],
+        ["report", name, "--out", "report"],
+    ]
+    commands += [
+        ["finetune", name, *TUNE],
+        ["evaluate", name, "--episodes", "1", "--workers", "1"],
+        ["select", name, "--updates", "3"],
+    ]
     return Case(rng.choice(commands), f"{kind} ({'stopped' if stopped else 'finished'}): {what}", target)
 
 
 def history(material: Material, folder: Path, rng: Rng) -> Case:
     """A run on encodings of histories: its checkpoint and configuration; evaluated, exported, resumed, continued."""
     encoder = rng.choice(["gru", "window"])
-    words = ["agent=td3_bc", f"dataset={material.npz}", "out=runs", "name=run", f"history={encoder}", "history.context=3"]
+    words = [
+        "agent=td3_bc",
+        f"dataset={material.npz}",
+        "out=runs",
+        "name=run",
+        f"history={encoder}",
+        "history.context=3",
+    ]
     made = material.made(encoder, [*TRAIN, *words, "keep_checkpoints=true"])
     target = copied(made / "runs/run", folder, "run")
     if rng.random() < 0.5:
@@ -84,7 +101,11 @@ def history(material: Material, folder: Path, rng: Rng) -> Case:
     path = target / rng.choice(["checkpoint.safetensors", "checkpoint.safetensors", "config.json"])
     what, name = damaged(path, rng, material.outside), str(target)
     commands = [["train", f"resume={name}", "progress=false"], ["evaluate", name, "--episodes", "1", "--workers", "1"]]
-    commands += [["export", name, "--format", "torchscript", "--out", "policy.pt"], ["finetune", name, *TUNE], ["probe", name]]
+    commands += [
+        ["export", name, "--format", "torchscript", "--out", "policy.pt"],
+        ["finetune", name, *TUNE],
+        ["probe", name],
+    ]
     return Case(rng.choice(commands), f"{encoder}: {what}", target)
 
 
@@ -92,16 +113,15 @@ def history(material: Material, folder: Path, rng: Rng) -> Case:
 
 
 def home(material: Material, folder: Path, rng: Rng) -> Case:
-    """What lies in OFFRL_HOME: flat caches, built datasets, fitted models, indices of neighbours, downloads and their sums."""
+    """What lies in OFFRL_HOME: flat caches, built datasets, fitted models, downloads and their sums."""
     place = material.place / "made/home"
     env = {"OFFRL_HOME": str(place / "kept")}
     train = [*TRAIN, "out=runs", "eval.every=0", "eval.final_episodes=0"]
     chain = "forge/bandit/p0.4-v0"
     plain = [*train, "agent=bc", f"dataset={material.npz}"]
-    prdc = [*train, "agent=prdc", f"dataset={material.hdf5}"]
     model = ["augment", "train", f"dataset={material.npz}", *MODEL]
     fetched, built = ["data", "info", "hopper-medium-v2", "--json"], ["data", "info", chain, "--json"]
-    material.made("home", plain, prdc, model, ["data", "build", chain, "--size", "300"], env=env)
+    material.made("home", plain, model, ["data", "build", chain, "--size", "300"], env=env)
     kept = place / "kept"
     if not (kept / "d4rl").exists():
         (kept / "d4rl").mkdir()
@@ -109,7 +129,7 @@ def home(material: Material, folder: Path, rng: Rng) -> Case:
         (kept / "d4rl/hopper-medium-v2.hdf5.sha256").write_text("0" * 64 + "  hopper-medium-v2.hdf5\n")
     target = copied(kept, folder, "kept")
     commands = {
-        "flat": plain, "neighbors": prdc, "forge": rng.choice([built, [*built[:-1], "--plot", "x.png"]]), "d4rl": fetched,
+        "flat": plain, "forge": rng.choice([built, [*built[:-1], "--plot", "x.png"]]), "d4rl": fetched,
         "augment": rng.choice([model, ["augment", "sample", "x.npz", *model[2:]]]),
     }  # fmt: skip
     parts = {p.name: _files(p, "*") for p in sorted(target.iterdir()) if p.is_dir() and p.name in commands}
@@ -132,7 +152,9 @@ def sweep(material: Material, folder: Path, rng: Rng) -> Case:
     target = copied(made / "search", folder, "search")
     (target / ".sweep").mkdir(exist_ok=True)
     (target / ".sweep/failed.json").write_text(json.dumps({"agent=nope": "there is no such agent"}))
-    files = [target / "optuna.log"] * 4 + [target / ".sweep/failed.json"] * 2 + _files(target, "multirun.yaml", "*.json")
+    files = (
+        [target / "optuna.log"] * 4 + [target / ".sweep/failed.json"] * 2 + _files(target, "multirun.yaml", "*.json")
+    )
     path = rng.choice(files)
     what = damaged(path, rng, material.outside)
     asked = ["status", "search"] if path.name == "failed.json" else words
@@ -152,10 +174,13 @@ def surroundings(material: Material, folder: Path, rng: Rng) -> Case:
     commands = [
         ["data", "info", data], ["data", "info", data, "--json"], ["data", "convert", data, "x.npz"], ["data", "list"],
         ["data", "convert", data, "x.hdf5"], ["data", "convert", data, "x-v0"], ["data", "convert", data, "x.safetensors"],
-        ["data", "build", "forge/bandit/p0.4-v0", "--size", "300"], ["report", name], ["status", name], ["agents"], ["agents", "iql"],
+        ["data", "build", "forge/bandit/p0.4-v0", "--size", "300"], ["report", name], ["status", name],
+        ["agents"], ["agents", "iql"],
         ["evaluate", name, "--episodes", "1", "--workers", "1"], ["evaluate", name, "--episodes", "1", "--workers", "2"],
-        ["evaluate", name, "--episodes", "1", "--workers", "1", "--record", "recorded-v0"], ["export", name, "--format", "torchscript"],
-        trained, trained, [*trained, "eval.workers=2"], ["train", f"resume={name}", "progress=false"], ["finetune", name, *TUNE],
+        ["evaluate", name, "--episodes", "1", "--workers", "1", "--record", "recorded-v0"],
+        ["export", name, "--format", "torchscript"],
+        trained, trained, [*trained, "eval.workers=2"], ["train", f"resume={name}", "progress=false"],
+        ["finetune", name, *TUNE],
         ["augment", "train", f"dataset={data}", *MODEL], ["augment", "sample", "x.npz", f"dataset={data}", *MODEL],
         ["select", name, "--updates", "3", "--hidden", "8"], ["probe", name, "--updates", "3", "--episodes", "1", "--json"],
     ]  # fmt: skip
@@ -167,10 +192,21 @@ def surroundings(material: Material, folder: Path, rng: Rng) -> Case:
         what = rng.choice([4096, 8192, 20_000, 100_000])  # the sentence itself goes to a file
         limits[resource.RLIMIT_FSIZE] = what
     elif kind == "descriptors":
-        what = rng.choice([6, 10, 16, 30])
+        what = rng.choice([16, 24, 40])
         limits[resource.RLIMIT_NOFILE] = what
     elif kind == "variable":
-        key = rng.choice(["OFFRL_HOME", "HOME", "XDG_CACHE_HOME", "D4RL_DATASET_DIR", "MINARI_DATASETS_PATH", "TMPDIR", "COLUMNS", "TERM"])
+        key = rng.choice(
+            [
+                "OFFRL_HOME",
+                "HOME",
+                "XDG_CACHE_HOME",
+                "D4RL_DATASET_DIR",
+                "MINARI_DATASETS_PATH",
+                "TMPDIR",
+                "COLUMNS",
+                "TERM",
+            ]
+        )
         value = rng.choice(ODD_PLACES)
         env, what = env | {key: value}, f"{key}={value[:20]!r}"
         if key in ("HOME", "XDG_CACHE_HOME"):
@@ -178,4 +214,4 @@ def surroundings(material: Material, folder: Path, rng: Rng) -> Case:
     else:
         what = "/dev/full"
     told = f"{kind}: {what}"
-    return Case(words, told, env=env, limits=limits, stdout="/dev/full" if kind == "output" else None, sweep=False)
+    return Case(words, told, env=env, limits=limits, stdout="/dev/full" if kind == "output" else None)

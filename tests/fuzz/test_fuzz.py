@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and watches are Linux's")
-SLICE = {"hdf5": 24, "npz": 24, "minari": 20, "flat": 12, "run": 12, "checkpoint": 8}
+SLICE = {"hdf5": 20, "npz": 20, "minari": 16, "flat": 12, "run": 12, "checkpoint": 8, "d3rlpy": 6, "ogbench": 6}
 HERE = Path(__file__).resolve().parent
 
 
@@ -34,6 +34,7 @@ FAULTS = {
     "open(KEPT, 'w'); print('offrl: error: No.', file=sys.stderr); sys.exit(2)": "changed",
     "print('offrl: error: No.', file=sys.stderr); sys.exit(2)": "refused",
     "pass": "success",
+    "WRONG": "wrong",
 }
 SCRIPT = """
 import json, os, sys, time
@@ -47,11 +48,12 @@ for file in (OUTSIDE, KEPT):
     file.write_text("x")
 judge.CPU_SECONDS, judge.WALL_SECONDS = 1, 20
 def act(words):
-    exec(words[0])
+    exec(words[0]) if words[0] != "WRONG" else None
     return 0
 offrl.cli.main.main = act
 judges = judge.Judge(place)
-print(json.dumps([judges.judge(judge.Case([code], "", place / "run"), place).name for code in codes]))
+cases = [judge.Case([code], "", place / "run", wrong=lambda code=code: code * (code == "WRONG")) for code in codes]
+print(json.dumps([judges.judge(case, place).name for case in cases]))
 """
 
 

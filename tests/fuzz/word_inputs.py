@@ -35,6 +35,8 @@ TRAIN_KEYS = [
     "hydra.searchpath", "hydra.mode", "hydra",
     "online.steps", "online.burst", "online.updates_per_step", "online.offline_share", "online.random_steps",
     "online.noise", "online.recompute_every", "online.eval_every", "online.agent.lr", "online.anneal.alpha", "online",
+    "history", "history.encoder", "history.context", "history.nope", "data.mask", "data.flicker", "data.tasks", "data.family",
+    "eval.env", "eval.env_kwargs.g", "eval.max_episode_steps", "eval.ref_min", "eval.ref_max",
 ]  # fmt: skip
 FLAGS = [
     "--cfg", "--cfg=job", "--cfg=all", "-m", "--multirun", "--config-name=zz", "--config-path=/", "--info", "--help",
@@ -55,7 +57,20 @@ OPTIONS = {
     ],
     "report": ["--last-k", "--metric", "--out"],
     "status": ["--json"],
-    "evaluate": ["--episodes", "--seed", "--workers"],
+    "evaluate": [
+        "--episodes",
+        "--seed",
+        "--workers",
+        "--lane",
+        "--video",
+        "--record",
+        "--env",
+        "--env-kwargs",
+        "--max-episode-steps",
+        "--ref-min",
+        "--no-save",
+    ],
+    "export": ["--format", "--lane", "--out"],
     "select": [
         "--updates",
         "--batch-size",
@@ -119,6 +134,11 @@ def others(material: Material, folder: Path, rng: Rng) -> Case:
         ["evaluate", str(run), "--episodes", "1", "--seed", "3"], ["agents"], ["agents", "bc"],
         ["agents", rng.choice(AGENTS)],
         ["select", str(run), "--updates", "3", "--hidden", "8", "--out", "select"], ["probe", str(run)], [],
+        ["evaluate", str(run), "--episodes", "1", "--workers", "1", "--record", "recorded-v0"],
+        ["evaluate", str(run), "--episodes", "1", "--workers", "1", "--video", "x.gif"], ["completion", "bash"],
+        ["export", str(run), "--format", "torchscript"], ["export", str(run), "--lane", "0", "--out", "x.onnx"],
+        ["data", "fetch", "hopper-medium-v2", "--base-url", "http://127.0.0.1:9/"],
+        ["augment", "metrics", str(run), "--transitions", "64", "--coefficients", "0", *MODEL],
         ["finetune", str(run), *TUNE], ["finetune", str(run), *TUNE], model, ["augment", "sample", "made.npz", *model[2:]],
     ]  # fmt: skip
     words = list(rng.choice(bases))

@@ -394,7 +394,9 @@ def test_a_damaged_replay_is_refused_and_the_run_stays_as_it_is(monkeypatch: pyt
         before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
         with pytest.raises(OffrlError, match=sentence):
             resume(folder)
-        assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+        assert before == {
+            file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"
+        }
         path.write_bytes(honest)
     for name in ("x.safetensors", "1-2-3.safetensors"):
         (folder / "replay" / name).write_bytes(first.read_bytes())
