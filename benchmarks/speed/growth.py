@@ -138,9 +138,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1.0, help="of CPU time for each cell")
-    parser.add_argument(
-        "--out", type=Path, default=ROWS, help="JSON lines; cells that are there are not measured again"
-    )
+    parser.add_argument("--turns", type=int, default=1, help="rows that every cell has in the end")
+    parser.add_argument("--out", type=Path, default=ROWS, help="JSON lines, which are added to")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     arguments = parser.parse_args()
