@@ -341,7 +341,7 @@ def test_rows_that_vanish_under_a_run_are_missed(
     name = "_log" if moment == "before a checkpoint" else "_evaluate"
     before = getattr(Trainer, name)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, name, lambda *arguments: (before(*arguments), remove())[0])
+        patch.setattr(Trainer, name, lambda *arguments, **named: (before(*arguments, **named), remove())[0])
         with pytest.raises(OffrlError, match=r"jsonl was removed or replaced while the run wrote to it"):
             train(values)
     assert not (folder / "result.json").exists()
