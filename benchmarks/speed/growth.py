@@ -1,6 +1,7 @@
 """What an update's cost grows with: lanes, rows of data, batch, width of the networks, for TD3+BC, IQL and PRDC.
 
-    python benchmarks/speed/growth.py                       # measures what is not in the rows yet; then draws the picture
+    python benchmarks/speed/growth.py                       # measures what is not in the rows yet, then draws the picture
+    python benchmarks/speed/growth.py --turns 3             # until every cell was measured three times; the best counts
     python benchmarks/speed/growth.py --draw                # the picture alone
 
 One setting at a time is changed from one lane, 100,000 rows, batch 256 and width 256 (two hidden layers). Every cell runs on
@@ -32,7 +33,7 @@ from offrl.training.runs import make_agent
 from offrl.utils.process import tune_process
 
 OBS, ACTION, EPISODE = 17, 6, 1000
-AGENTS = {"td3_bc": "TD3BC", "iql": "IQL", "prdc": "PRDC"}
+AGENTS = {"td3_bc": "TD3BC", "iql": "IQL", "prdc": "PRDC"}  # file and class
 GRID = {
     "lanes": (1, 2, 5, 10, 20, 50),
     "rows": (100_000, 1_000_000, 10_000_000),
@@ -113,14 +114,17 @@ def measure(cell: Cell, store: OfflineDataset, seconds: float) -> dict[str, Any]
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     base = asdict(Cell(""))
-    with style.sheet(1, 4, (11, 2.9)) as (figure, panels):
+    with style.sheet(1, 4, (11, 2.9), sharey="row") as (figure, panels):
         for panel, (name, values) in zip(panels[0], GRID.items()):
             for (agent, title), colour in zip(AGENTS.items(), style.COLOURS):
                 same = {key: value for key, value in base.items() if key not in (name, "agent")}
-                found = {row[name]: row for row in rows if row["agent"] == agent and same.items() <= row.items()}
-                x = [value for value in values if value in found]
-                y = [found[value]["updates_per_cpu_second"] * found[value]["lanes"] for value in x]
-                panel.plot(x, y, "o-", color=colour, markersize=3, linewidth=1, label=title)
+                best: dict[int, float] = {}
+                for row in rows:
+                    if row["agent"] == agent and same.items() <= row.items():
+                        rate = row["lanes"] * row["updates_per_cpu_second"]
+                        best[row[name]] = max(rate, best.get(row[name], 0.0))
+                x = sorted(best)
+                panel.plot(x, [best[value] for value in x], "o-", color=colour, markersize=3, linewidth=1, label=title)
             panel.set(xscale="log", yscale="log")
             panel.set_xticks(
                 values, [f"{value:g}" if value < 10_000 else f"1e{len(str(value)) - 1}" for value in values]
@@ -134,9 +138,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1.0, help="of CPU time for each cell")
-    parser.add_argument(
-        "--out", type=Path, default=ROWS, help="JSON lines; cells that are there are not measured again"
-    )
+    parser.add_argument("--turns", type=int, default=1, help="rows that every cell has in the end")
+    parser.add_argument("--out", type=Path, default=ROWS, help="JSON lines, which are added to")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     arguments = parser.parse_args()
@@ -144,7 +147,8 @@ def main() -> None:
     if not arguments.draw:
         tune_process(1)
         about = {"torch": torch.__version__, "machine": platform.platform()}
-        missing = [cell for cell in cells() if not any(asdict(cell).items() <= row.items() for row in there)]
+        done = {cell: sum(asdict(cell).items() <= row.items() for row in there) for cell in cells()}
+        missing = [cell for cell, turns in done.items() for _ in range(arguments.turns - turns)]
         stores: dict[int, OfflineDataset] = {}
         with tempfile.TemporaryDirectory() as folder:
             for cell in missing:

@@ -41,6 +41,7 @@ TESTS: dict[str, list[str]] = {
     "evaluation/fqe": ["test_ope"],
     "evaluation/selection": ["cli/test_select"],
     "evaluation/evaluator": ["test_evaluate"],
+    "evaluation/environments": ["test_evaluate"],
     "data/ends": ["data/test_ends", "data/test_d4rl", "data/test_arrays"],
     "data/dataset": ["data/test_store", "steps/test_tails"],
     "data/episodes": ["data/test_store", "data/test_arrays", "data/test_ends"],
