@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -311,6 +312,7 @@ class Evaluator:
         def by_lane(array: Array) -> Tensor:
             return torch.from_numpy(array).to(device, dtype).unflatten(0, shape)
 
+        finite = np.isfinite(observation).all()
         prediction = policy.predicted_return(by_lane(observation), state)
         predicted = None if prediction is None else prediction.cpu().numpy()[:, :count]
         while not done.all():
@@ -320,7 +322,14 @@ class Evaluator:
             self._all("step")
             returns[running] += reward[running]
             lengths[running] += 1
+            finite &= np.isfinite(observation).all()
             state = policy.update_state(state, chosen, by_lane(reward))
+        if not (finite and np.isfinite(returns).all()):
+            warnings.warn(
+                f"{self.info.env_id or 'the environment'}: an observation or a reward of it is not finite, so that these "
+                "scores mean nothing; look at its steps.",
+                stacklevel=2,
+            )
         success = self.arrays["success"].copy()  # the next batch of episodes writes over it
         totals, steps, successes = (array.reshape(shape)[:, :count] for array in (returns, lengths, success))
         return totals, steps, successes, predicted

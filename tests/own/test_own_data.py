@@ -143,6 +143,14 @@ def test_a_frame_of_polars_is_the_flat_columns() -> None:
     arrays = {key: columns[key] for key in ("observations", "actions", "rewards", "terminals")}
     same = from_arrays(arrays | {"timeouts": ends & ~columns["terminals"]})
     assert store.fingerprint == same.fingerprint
+    again = pl.concat([frame, frame])  # a counter that begins anew
+    assert from_frame(again, ["x", "y"], "push", episode="episode").episodes == 2 * store.episodes
+    mixed = frame[np.argsort(np.arange(len(frame)) % STEPS, kind="stable")]
+    with pytest.raises(OffrlError, match="rows of an episode don't stand together: episode changes 29 times between 6"):
+        from_frame(mixed, ["x", "y"], "push", episode="episode")
+    frame.write_csv("log.csv")
+    with pytest.raises(OffrlError, match=r"log.csv: a table has no fixed names of columns; .*from_frame"):
+        load("log.csv")
     with pytest.raises(OffrlError, match=r"no column z, which observations= names; it has x, y, push"):
         from_frame(frame, ["x", "z"], "push")
 
