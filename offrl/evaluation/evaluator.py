@@ -34,7 +34,7 @@ from offrl.data.dataset import DatasetInfo
 from offrl.data.lane_tasks import lane_infos
 from offrl.envs import make_env as make_env_of
 from offrl.envs import make_vector_env
-from offrl.envs.chosen import give, given, warn_of_no_limit
+from offrl.envs.chosen import give, given, warn_of_no_limit, warn_of_other_bounds
 from offrl.envs.tabular_env import features
 from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError
@@ -234,6 +234,7 @@ class Evaluator:
         self.makers: list[MakeEnv] = [make_env or partial(make_env_of, one) for one in infos]
         probe = self.makers[0]()
         warn_of_no_limit(info, probe)
+        warn_of_other_bounds(info, probe)
         self.obs_shape = tuple(probe.observation_space.shape or ())
         self.action_shape = tuple(probe.action_space.shape or ())
         self.actions = int(getattr(probe.action_space, "n", 0))  # number of discrete ones; 0: they are continuous

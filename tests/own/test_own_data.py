@@ -354,6 +354,19 @@ def test_a_wrong_environment_gets_a_sentence(
     assert sentence in capsys.readouterr().err
 
 
+def test_an_environment_of_other_bounds_is_warned_of() -> None:
+    def wide() -> gymnasium.Env:
+        env = make_count()
+        env.action_space = gymnasium.spaces.Box(-3, 3, (1,))
+        return env
+
+    env = {"env": wide, "max_episode_steps": 2, "every": 0, "final_episodes": 1}
+    with pytest.warns(
+        UserWarning, match=r"takes actions from -3 to 3, and the policy acts from -1 to 1.*RescaleAction"
+    ):
+        fit(from_episodes(episodes()), eval=env)
+
+
 def test_an_environment_without_end_is_warned_of(mine: OfflineDataset, tmp_path: Path) -> None:
     from offrl.envs.chosen import with_environment
     from offrl.evaluation.evaluator import Evaluator
