@@ -160,11 +160,12 @@ def warn_of_other_bounds(info: DatasetInfo, env: Any) -> None:
         return
     ours, theirs = (info.action_low, info.action_high), (space.low, space.high)
     if not all(np.allclose(a, b) for a, b in zip(ours, theirs)):
+        bounds = f"{option('data.action_low', 'LOW')}, {option('data.action_high', 'HIGH')}"
         warnings.warn(
             f"{info.env_id} takes actions from {space.low.min():g} to {space.high.max():g}, and the policy acts from "
             f"{np.min(info.action_low):g} to {np.max(info.action_high):g}, as the dataset. If the data has the environment's "
-            f"own actions, give their bounds ({option('data.action_low', 'LOW')}, {option('data.action_high', 'HIGH')}); if it has "
-            "scaled ones, choose an environment that takes those (gymnasium.wrappers.RescaleAction).",
+            f"own actions, give their bounds ({bounds}); if it has scaled ones, choose an environment that takes those "
+            "(gymnasium.wrappers.RescaleAction).",
             stacklevel=4,
         )
 
