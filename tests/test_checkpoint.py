@@ -262,3 +262,11 @@ def test_a_folder_that_cant_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OffrlError, match=r"could not be written .*out=DIR"):
         checkpoint.save(tmp_path / "file" / "run" / checkpoint.NAME, agent_of(), FACTS)
+
+
+def test_a_file_that_was_named_by_mistake_need_not_be_removed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        OffrlError, match=r"config.json: this is no offrl checkpoint.*; name the folder of a run, or its ch"
+    ):
+        checkpoint.load(tmp_path / "config.json")

@@ -334,6 +334,28 @@ def test_a_broken_environment_is_named_and_leaves_no_process(where: str, message
     assert not multiprocessing.active_children()
 
 
+class Undefined(Toy):
+    """Its reward, or an observation, is not a number."""
+
+    def __init__(self, part: int) -> None:
+        super().__init__()
+        self.part = part
+
+    def step(self, action: Any) -> Any:
+        found = list(super().step(action))
+        found[self.part] = found[self.part] * np.nan
+        return tuple(found)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_what_is_not_finite_is_warned_of(part: int) -> None:
+    with (
+        Evaluator(INFO, 2, 1, make_env=lambda: Undefined(part)) as evaluator,
+        pytest.warns(UserWarning, match="not finite"),
+    ):
+        evaluator.run(agent_of(), 2)
+
+
 def started(evaluator: Evaluator, agent: Agent) -> list[Any]:
     """The processes of an Evaluator after a first run."""
     evaluator.run(agent, 4, 100)

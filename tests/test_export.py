@@ -159,6 +159,13 @@ def test_the_command(toy_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     folder = train({"agent": settings, "dataset": str(toy_file), "updates": 4, "batch_size": 8, **quiet}).folder
     assert main(["export", str(folder), "--format", "torchscript"]) == 2
     assert "name one: lane=0 to lane=1" in capsys.readouterr().err
-    assert main(["export", str(folder), "--format", "torchscript", "--lane", "1"]) == 0
+    one = ["export", str(folder), "--format", "torchscript", "--lane", "1"]
+    for out, words in (
+        (str(tmp_path), "is a folder; name a file in it"),
+        ("p.onnx", "that of onnx; give --format onnx"),
+    ):
+        assert main([*one, "--out", out]) == 2
+        assert words in capsys.readouterr().err
+    assert main(one) == 0
     assert "actions differ by at most" in capsys.readouterr().out
     assert (folder / "policy.pt").is_file()

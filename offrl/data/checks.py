@@ -152,4 +152,9 @@ def file_kind(path: Path) -> str:
         raise OffrlError(f"{path}: this is no HDF5 file (it begins with {head[:12]!r}); fetch or write it again.")
     if suffix == ".npz":
         raise OffrlError(f"{path}: this is no NPZ file (it begins with {head[:12]!r}); write it with numpy.savez.")
+    if suffix in (".csv", ".tsv", ".parquet", ".feather"):
+        raise OffrlError(
+            f"{path}: a table has no fixed names of columns; read it with pandas or polars, and name them in Python: "
+            "offrl.fit(dataset=offrl.data.from_frame(frame, observations=[...], actions=[...], ...))."
+        )
     raise OffrlError(f"{path}: not a format that can be read; use .hdf5, .h5, .hdf5.gz, .npz or a Minari folder.")

@@ -117,6 +117,14 @@ def from_frame(
     if "episode" in columns and len(frame):
         number = array("episode")[:, 0]
         last = np.append(number[1:] != number[:-1], True)
+        runs, values = int(last.sum()), len(np.unique(number))
+        if (
+            2 * runs > len(number) and runs > 2 * values
+        ):  # most are of one row; a counter that begins anew has long ones
+            raise OffrlError(
+                f"the rows of an episode don't stand together: {episode} changes {runs - 1} times between {values} values; "
+                "sort the frame by episode and step."
+            )
         cut = last & (np.asarray(ended) != 1)
         arrays["timeouts"] = cut | (np.asarray(arrays["timeouts"]) == 1) if "timeouts" in arrays else cut
     return from_arrays(arrays, info, options)

@@ -16,9 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 import gymnasium
+import numpy as np
 
 from offrl.data.catalogue import environment_references
 from offrl.data.dataset import DatasetInfo
+from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError, one_line
 
 PYTHON = "python/"  # namespace of the ids of functions
@@ -147,6 +149,23 @@ def warn_of_no_limit(info: DatasetInfo, env: Any) -> None:
     if is_chosen(info) and limit is None:
         warnings.warn(
             f"{info.env_id} has no time limit; if its episodes may go on for ever, give eval.max_episode_steps=N.",
+            stacklevel=4,
+        )
+
+
+def warn_of_other_bounds(info: DatasetInfo, env: Any) -> None:
+    """Warn where a chosen environment's actions have another range than the dataset's, within which a policy acts."""
+    space = env.action_space
+    if not is_chosen(info) or not isinstance(space, gymnasium.spaces.Box) or not space.is_bounded():
+        return
+    ours, theirs = (info.action_low, info.action_high), (space.low, space.high)
+    if not all(np.allclose(a, b) for a, b in zip(ours, theirs)):
+        bounds = f"{option('data.action_low', 'LOW')}, {option('data.action_high', 'HIGH')}"
+        warnings.warn(
+            f"{info.env_id} takes actions from {space.low.min():g} to {space.high.max():g}, and the policy acts from "
+            f"{np.min(info.action_low):g} to {np.max(info.action_high):g}, as the dataset. If the data has the environment's "
+            f"own actions, give their bounds ({bounds}); if it has scaled ones, choose an environment that takes those "
+            "(gymnasium.wrappers.RescaleAction).",
             stacklevel=4,
         )
 

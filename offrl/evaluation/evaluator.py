@@ -16,6 +16,7 @@ import copy
 import math
 import multiprocessing
 import os
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ from offrl.data.lane_tasks import lane_infos
 from offrl.envs import make_env as make_env_of
 from offrl.envs import make_vector_env
 from offrl.envs.adapters import plain_robot
-from offrl.envs.chosen import warn_of_no_limit
+from offrl.envs.chosen import warn_of_no_limit, warn_of_other_bounds
 from offrl.evaluation.environments import (
     AnyEnvs,
     Array,
@@ -105,6 +106,7 @@ class Evaluator:
         self.robot = plain_robot(info) if make_env is None else None
         probe = self.makers[0]()
         warn_of_no_limit(info, probe)
+        warn_of_other_bounds(info, probe)
         self.obs_shape = tuple(probe.observation_space.shape or ())
         self.action_shape = tuple(probe.action_space.shape or ())
         self.actions = int(getattr(probe.action_space, "n", 0))  # number of discrete ones; 0: they are continuous
@@ -190,6 +192,7 @@ class Evaluator:
         every["done"][:] = True
         episode = np.tile(np.arange(width), (self.lanes, 1))  # the one that each environment plays
         self._start(episode < count, episode + seed)
+        finite = np.isfinite(observation).all()
         prediction = policy.predicted_return(by_lane(observation), state)
         if state is not None or prediction is not None or self.vector:
             count = min(count, width)
@@ -200,6 +203,7 @@ class Evaluator:
             chosen = policy.select_action(by_lane(observation), state)
             action[...] = chosen.cpu().numpy()
             self._step()
+            finite &= np.isfinite(observation).all()
             lane = np.nonzero(running)[0]
             returns[lane, episode[running]] += reward[running]
             lengths[lane, episode[running]] += 1
@@ -209,6 +213,12 @@ class Evaluator:
                 successes[np.nonzero(ended)[0], episode[ended]] = used["success"][ended]
                 episode[ended] += width
                 self._start(ended & (episode < count), episode + seed)
+        if not (finite and np.isfinite(returns).all()):
+            warnings.warn(
+                f"{self.info.env_id or 'the environment'}: an observation or a reward of it is not finite, so that these "
+                "scores mean nothing; look at its steps.",
+                stacklevel=2,
+            )
         predicted = None if prediction is None else prediction.cpu().numpy()[:, :count]
         return returns, lengths, successes, predicted
 

@@ -78,6 +78,7 @@ def export(agent: Agent, lane: int, info: DatasetInfo, path: Path, form: str, fa
         OffrlError: the method can't be exported, a package is missing, the file can't be written, or its actions differ.
     """
     check_exportable(agent)
+    _check_path(path, form)
     one = agent.lane(lane).cpu().float()
     metadata = {**_metadata(one, info), "lane": lane, **facts}
     write, read = {"onnx": (_write_onnx, _read_onnx), "torchscript": (_write_torchscript, _read_torchscript)}[form]
@@ -112,6 +113,16 @@ def check_exportable(agent: Agent) -> None:
         raise OffrlError(
             f"{name} samples its actions, and an exported graph has no random numbers; train it with "
             "agent.sample_actions=false, or use agent.predict."
+        )
+
+
+def _check_path(path: Path, form: str) -> None:
+    """Raise OffrlError for a folder, and for a file whose ending is another format's."""
+    if path.is_dir() or not path.name:
+        raise OffrlError(f"{path} is a folder; name a file in it, such as {path / f'policy{SUFFIXES[form]}'}.")
+    if other := next((name for name, suffix in SUFFIXES.items() if name != form and path.suffix == suffix), None):
+        raise OffrlError(
+            f"{path}: the ending is that of {other}; give --format {other}, or end it in {SUFFIXES[form]}."
         )
 
 

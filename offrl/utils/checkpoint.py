@@ -84,8 +84,13 @@ def metadata(path: Path, schema: Any = dict[str, Any]) -> Any:
 
 def _facts(header: Mapping[str, str], schema: Any, path: Path) -> Any:
     if _KEY not in header:
-        raise OffrlError(f"{path}: {_FOREIGN} (it has no offrl header); remove it.")
-    return parse_json(header[_KEY], schema, f"{path}: {_FOREIGN}", "remove it")
+        raise OffrlError(f"{path}: {_FOREIGN} (it has no offrl header); {_remedy(path)}.")
+    return parse_json(header[_KEY], schema, f"{path}: {_FOREIGN}", _remedy(path))
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a file that is no checkpoint: nobody should remove what merely was named by mistake."""
+    return "remove it" if path.suffix == ".safetensors" else f"name the folder of a run, or its {NAME}"
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -107,7 +112,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise OffrlError(f"{path}: there is no checkpoint; train first, or name the folder of a run.") from error
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, MemoryError) as error:
-        raise OffrlError(f"{path}: {_FOREIGN} ({one_line(error)}); remove it.") from error
+        raise OffrlError(f"{path}: {_FOREIGN} ({one_line(error)}); {_remedy(path)}.") from error
 
 
 def restore(agent: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -143,6 +143,14 @@ def test_a_frame_of_polars_is_the_flat_columns() -> None:
     arrays = {key: columns[key] for key in ("observations", "actions", "rewards", "terminals")}
     same = from_arrays(arrays | {"timeouts": ends & ~columns["terminals"]})
     assert store.fingerprint == same.fingerprint
+    again = pl.concat([frame, frame])  # a counter that begins anew
+    assert from_frame(again, ["x", "y"], "push", episode="episode").episodes == 2 * store.episodes
+    mixed = frame[np.argsort(np.arange(len(frame)) % STEPS, kind="stable")]
+    with pytest.raises(OffrlError, match="rows of an episode don't stand together: episode changes 29 times between 6"):
+        from_frame(mixed, ["x", "y"], "push", episode="episode")
+    frame.write_csv("log.csv")
+    with pytest.raises(OffrlError, match=r"log.csv: a table has no fixed names of columns; .*from_frame"):
+        load("log.csv")
     with pytest.raises(OffrlError, match=r"no column z, which observations= names; it has x, y, push"):
         from_frame(frame, ["x", "z"], "push")
 
@@ -344,6 +352,19 @@ def test_a_wrong_environment_gets_a_sentence(
 ) -> None:
     assert cli.main(words(given)) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_an_environment_of_other_bounds_is_warned_of() -> None:
+    def wide() -> gymnasium.Env:
+        env = make_count()
+        env.action_space = gymnasium.spaces.Box(-3, 3, (1,))
+        return env
+
+    env = {"env": wide, "max_episode_steps": 2, "every": 0, "final_episodes": 1}
+    with pytest.warns(
+        UserWarning, match=r"takes actions from -3 to 3, and the policy acts from -1 to 1.*RescaleAction"
+    ):
+        fit(from_episodes(episodes()), eval=env)
 
 
 def test_an_environment_without_end_is_warned_of(mine: OfflineDataset, tmp_path: Path) -> None:
