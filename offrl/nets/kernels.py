@@ -212,4 +212,4 @@ class _ReluMLP(torch.autograd.Function):
         library.relu_backward(*addresses)
         kept = (ctx.call, x, hidden, parameters, grad, by_hidden, by_x, by_parameters, pointers)
         tape.note(lambda: library.relu_backward(*addresses) if kept else None)
-        return by_x, None, *(by_parameters or [None] * len(parameters))
+        return by_x, None, *(by_parameters if by_parameters else (None for _ in parameters))
