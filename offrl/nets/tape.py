@@ -82,6 +82,11 @@ class Tape:
 class _Recorder(TorchDispatchMode):
     """Puts operations on a tape while they run."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import its compiler, for a second, to say that it does not compile this class."""
+        return False
+
     def __init__(self, tape: Tape) -> None:
         super().__init__()
         self.tape = tape
