@@ -16,6 +16,7 @@ from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.data.batch import Batch
 from offrl.data.dataset import OfflineDataset
+from offrl.nets import tape
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Compiled, CudaGraph, Eager, Native, Taped, make_engine, noted_engine
 from offrl.utils.errors import OffrlError
@@ -124,6 +125,14 @@ def test_only_faithful_tapes_are_played(cls: type[TD3BC], faithful: list[bool], 
         assert torch.equal(metrics[0]["critic_loss"], kept)  # later updates do not write into what was returned
     assert sorted(bool(take.faithful) for take in engine.takes.values()) == faithful
     assert all(torch.equal(a, b) for a, b in zip(agents[0].state_dict().values(), agents[1].state_dict().values()))
+
+
+def test_a_tape_that_would_hold_much_memory_is_given_up(toy: OfflineDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "_MOST_BYTES", 10_000)
+    engine = Taped(agent_of(toy), replay_of(toy))
+    engine.run(0, 6)
+    assert [take.faithful for take in engine.takes.values()] == [False, False]
+    assert not any(take.tape.calls for take in engine.takes.values())
 
 
 def test_what_is_invalid_is_recorded_again(toy: OfflineDataset) -> None:

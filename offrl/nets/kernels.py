@@ -174,7 +174,7 @@ def _forward(
     address = call.buffer_info()[0]
     library.relu_forward(address)
     kept = (call, x, parameters, hidden, out)  # as long as the tape may call
-    tape.note(lambda: library.relu_forward(address) if kept else None)
+    tape.note(lambda: library.relu_forward(address) if kept else None, hidden, out)
     return call, out, hidden
 
 
@@ -211,5 +211,5 @@ class _ReluMLP(torch.autograd.Function):
         )
         library.relu_backward(*addresses)
         kept = (ctx.call, x, hidden, parameters, grad, by_hidden, by_x, by_parameters, pointers)
-        tape.note(lambda: library.relu_backward(*addresses) if kept else None)
+        tape.note(lambda: library.relu_backward(*addresses) if kept else None, *by_parameters)
         return by_x, None, *(by_parameters if by_parameters else (None for _ in parameters))
