@@ -29,7 +29,7 @@ RTOL = 1e-5  # some hundred float32 roundings of 6e-8 in a sum, relative to the 
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The kernels, compiled by the system's compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFRL_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("OFFRL_HOME", str(tmp_path_factory.getbasetemp() / "offrl-home"))  # the session's, as in each test
         patch.delenv("CC", raising=False)
         kernels._library.cache_clear()
         if kernels.problem():
