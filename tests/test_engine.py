@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import best_action, make_toy
@@ -14,8 +16,9 @@ from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.data.batch import Batch
 from offrl.data.dataset import OfflineDataset
+from offrl.nets import tape
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Compiled, CudaGraph, Eager, Native, Taped, make_engine
+from offrl.training.engine import Compiled, CudaGraph, Eager, Native, Taped, make_engine, noted_engine
 from offrl.utils.errors import OffrlError
 
 
@@ -51,7 +54,9 @@ def recorder(store: OfflineDataset) -> Recorder:
 
 @pytest.mark.parametrize("name", ["jit", "", "Eager"])
 def test_unknown_engines_are_refused(name: str, toy: OfflineDataset) -> None:
-    with pytest.raises(OffrlError, match=f"engine={name} is unknown; choose auto, eager, taped, native, compile or cudagraph"):
+    with pytest.raises(
+        OffrlError, match=f"engine={name} is unknown; choose auto, eager, taped, native, compile or cudagraph"
+    ):
         make_engine(name, agent_of(toy), replay_of(toy))
 
 
@@ -68,6 +73,77 @@ def test_automatic_choice_on_a_cpu_compiles_no_update(toy: OfflineDataset) -> No
 def test_unknown_precisions_are_refused(toy: OfflineDataset) -> None:
     with pytest.raises(OffrlError, match="precision=float16 is unknown; choose float32 or bfloat16"):
         make_engine("eager", agent_of(toy), replay_of(toy), precision="float16").run(0, 1)
+
+
+def test_a_run_that_goes_on_with_another_engine_says_so(
+    toy: OfflineDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "manifest.json"
+    taped = make_engine("taped", agent_of(toy), replay_of(toy))
+    for written in (None, "{", '{"engine": "taped"}', '{"engine": "eager"}', "[]"):  # the last two: no other numbers
+        if written is not None:
+            manifest.write_text(written)
+        assert noted_engine(taped, manifest) == "taped"
+    assert capsys.readouterr().err == ""
+    manifest.write_text('{"engine": "native"}')
+    assert noted_engine(taped, manifest) == "taped"
+    assert "began with engine=native and goes on with engine=taped" in capsys.readouterr().err
+
+
+# ---- tapes ----------------------------------------------------------------------------------------------------
+
+
+class OutsidePyTorch(TD3BC):
+    """Its actor's loss goes through NumPy, which no tape sees."""
+
+    def policy_regularizer(self, batch: Batch, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        nearest = torch.from_numpy(np.sign(batch.action.numpy()))
+        return (action - nearest).square().mean((-2, -1)), {}
+
+
+class ReadsAValue(TD3BC):
+    def critic_loss(self, batch: Batch) -> Tensor:
+        return super().critic_loss(batch) * (2.0 if float(batch.reward.mean()) > 0 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("cls", "faithful"), [(TD3BC, [True, True]), (OutsidePyTorch, [False, True]), (ReadsAValue, [False] * 2)]
+)
+def test_only_faithful_tapes_are_played(cls: type[TD3BC], faithful: list[bool], toy: OfflineDataset) -> None:
+    """The numbers are eager's to the bit whether an update can be played or not."""
+    agents = []
+    for engine_class in (Eager, Taped):
+        spec = Spec(toy.obs_dim, toy.action_dim, (0, 1), *toy.observation_statistics())
+        agents.append(cls(spec, TD3BCConfig(hidden=(16, 16))))
+        engine = engine_class(agents[-1], replay_of(toy))
+        if isinstance(engine, Taped):
+            assert engine.tapes == (cls is TD3BC)  # another's agent is not played unasked
+            engine.tapes = True
+        metrics = [engine.run(0, 9), engine.run(9, 3)]
+        kept = metrics[0]["critic_loss"].clone()
+        engine.run(12, 4)
+        assert torch.equal(metrics[0]["critic_loss"], kept)  # later updates do not write into what was returned
+    assert sorted(bool(take.faithful) for take in engine.takes.values()) == faithful
+    assert all(torch.equal(a, b) for a, b in zip(agents[0].state_dict().values(), agents[1].state_dict().values()))
+
+
+def test_a_tape_that_would_hold_much_memory_is_given_up(toy: OfflineDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "_MOST_BYTES", 10_000)
+    engine = Taped(agent_of(toy), replay_of(toy))
+    engine.run(0, 6)
+    assert [take.faithful for take in engine.takes.values()] == [False, False]
+    assert not any(take.tape.calls for take in engine.takes.values())
+
+
+def test_what_is_invalid_is_recorded_again(toy: OfflineDataset) -> None:
+    """A setting that changed in Python is on no old tape."""
+    one, two = agent_of(toy), agent_of(toy)
+    for agent, engine in ((one, Eager(one, replay_of(toy))), (two, Taped(two, replay_of(toy)))):
+        engine.run(0, 10)
+        agent.cfg.tau = 0.5
+        engine.invalidate()
+        engine.run(10, 10)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
 
 # ---- how the work is cut --------------------------------------------------------------------------------------

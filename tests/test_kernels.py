@@ -29,7 +29,7 @@ RTOL = 1e-5  # some hundred float32 roundings of 6e-8 in a sum, relative to the 
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The kernels, compiled by the system's compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFRL_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("OFFRL_HOME", str(tmp_path_factory.getbasetemp() / "offrl-home"))  # the session's, as in each test
         patch.delenv("CC", raising=False)
         kernels._library.cache_clear()
         if kernels.problem():
@@ -53,9 +53,7 @@ def net32(n: int, batch: int, sizes: tuple[int, ...]) -> tuple[Tensor, list[Tens
 
 
 @pytest.mark.parametrize(("n", "batch", "sizes"), SHAPES, ids=str)
-def test_values_and_gradients_are_those_of_float64(
-    compiled: None, n: int, batch: int, sizes: tuple[int, ...]
-) -> None:
+def test_values_and_gradients_are_those_of_float64(compiled: None, n: int, batch: int, sizes: tuple[int, ...]) -> None:
     x, parameters, x64, exact = net32(n, batch, sizes)
     with kernels.in_use():
         out = kernels.relu_mlp(x, parameters)
@@ -163,14 +161,16 @@ def test_without_a_compiler_the_numbers_are_eagers(monkeypatch: pytest.MonkeyPat
     kernels._library.cache_clear()
     agent, rows = made()
     assert type(make_engine("auto", agent, rows)) is Taped
-    with pytest.raises(OffrlError, match=r"engine=native has no kernels here: no C compiler built them .*; use engine=auto"):
+    with pytest.raises(
+        OffrlError, match=r"engine=native has no kernels here: no C compiler built them .*; use engine=auto"
+    ):
         make_engine("native", agent, rows)
     with kernels.in_use():
         assert kernels.relu_mlp(torch.ones(1, 2, 3), [torch.ones(1, 1, 3), torch.ones(1, 1)]) is None
 
 
 def test_the_compiled_file_is_made_once_and_beside_the_other_caches(compiled: None) -> None:
-    path = kernels._built()
+    path = kernels._built()  # in the session's own folder
     made_at = path.stat().st_mtime_ns
     assert path.parent == Path(os.environ["OFFRL_HOME"]) / "kernels"
     assert kernels._built() == path

@@ -4,8 +4,8 @@
 
 The interpreter needs jax, flax, optax, distrax, omegaconf, pydantic and tqdm. The checkout's own classes run, with its settings
 but for layer normalisation, which its TD3+BC and IQL have and the papers don't: it is off. Arrays are those of `updates.py` in
-kind. When it is warm the script writes "ready", reads a number of seconds and a clock (wall or processor), and writes its updates
-per second.
+kind. When it is warm the script writes "ready", reads seconds and a clock (wall or processor), and writes its
+updates per second.
 """
 
 from __future__ import annotations

@@ -231,7 +231,11 @@ def peak_burst(who: Contestant) -> Callable[[int], None]:
 def compete(who: Contestant, checkout: Path, seconds: float, clock: str, gate: Any, answers: Any) -> None:
     """One process: warm up, wait for the others, run for `seconds`, answer with seed-updates per second."""
     now = CLOCKS[clock]
-    own: dict[str, Callable[[Contestant], Callable[[int], None]]] = {"offrl": offrl_burst, "matmul": matmul_burst, "peak": peak_burst}
+    own: dict[str, Callable[[Contestant], Callable[[int], None]]] = {
+        "offrl": offrl_burst,
+        "matmul": matmul_burst,
+        "peak": peak_burst,
+    }
     peers = {"official": official_burst, "corl": corl_burst}
     burst = own[who.kind](who) if who.kind in own else peers[who.kind](who, checkout)
     size = 4 if who.agent == "dt" else 16
@@ -361,7 +365,9 @@ def main() -> None:
     ceiling = best["peak"] * 1e9 if "peak" in best else products
     print(f"{platform.processor() or platform.machine()}, {CORES} cores, torch {torch.__version__}")
     print(f"an update of one seed: {flop / 1e6:.0f} MFLOP; 256 x 256 products of PyTorch: {products / 1e9:.0f} GFLOP/s")
-    print(f"multiply-add peak: {ceiling / 1e9:.0f} GFLOP/s\n" if "peak" in best else "multiply-add peak: no C compiler\n")
+    print(
+        f"multiply-add peak: {ceiling / 1e9:.0f} GFLOP/s\n" if "peak" in best else "multiply-add peak: no C compiler\n"
+    )
     print(f"{'contestant':64} {'seed-updates/s':>14} {'low':>7} {'high':>7} {'share of the peak':>18}")
     for who in everyone:
         if who.kind in ("matmul", "peak"):
@@ -373,7 +379,12 @@ def main() -> None:
             print(f"\nbest of offrl / best of {kind}: {best['offrl'] / best[kind]:.2f}")
     if arguments.out:
         rows = [{**asdict(who), "seed_updates_per_second": values} for who, values in rates.items()]
-        metadata = {"flop_per_update": flop, "matmul_flop_per_second": products, "peak_flop_per_second": ceiling, "torch": torch.__version__}
+        metadata = {
+            "flop_per_update": flop,
+            "matmul_flop_per_second": products,
+            "peak_flop_per_second": ceiling,
+            "torch": torch.__version__,
+        }
         arguments.out.write_text(
             json.dumps({**metadata, "machine": platform.platform(), "rows": rows}, indent=1) + "\n"
         )

@@ -40,6 +40,7 @@ _MOST_LAYERS = 16  # as in the source
 
 class _Switch(threading.local):
     on = False
+    scratch = torch.empty(0)  # memory for a call, which needs no more once the call is over
 
 
 _switch = _Switch()
@@ -148,20 +149,32 @@ def _distance(parameters: Sequence[Tensor]) -> int:
     return steps.pop() if exact and parameters[0].ndim == 3 else 0
 
 
+def _scratch(numbers: int) -> Tensor:
+    """Memory that every call of this thread writes over: it stays in the processor's cache."""
+    if _switch.scratch.numel() < numbers:
+        _switch.scratch = torch.empty(numbers)
+    return _switch.scratch
+
+
 def _forward(
-    library: ctypes.CDLL, x: Tensor, parameters: Sequence[Tensor], step: int
+    library: ctypes.CDLL, x: Tensor, parameters: Sequence[Tensor], step: int, keep: bool = False
 ) -> tuple[array[int], Tensor, Tensor]:
-    """The call's arguments, the output `[n, batch, out]`, and all hidden layers' outputs in one piece; x is dense."""
+    """The call's arguments, the output `[n, batch, out]`, and all hidden layers' outputs in one piece; x is dense.
+
+    Unless `keep` is set, the next call writes over the hidden layers.
+    """
     n, batch, width = x.shape
     sizes = [width, *[b.shape[-1] for b in parameters[1::2]]]
-    hidden, out = x.new_empty(n * batch * sum(sizes[1:-1])), x.new_empty((n, batch, sizes[-1]))
+    numbers = n * batch * sum(sizes[1:-1])
+    hidden, out = x.new_empty(numbers) if keep else _scratch(numbers), x.new_empty((n, batch, sizes[-1]))
     pointers = [x.data_ptr(), hidden.data_ptr(), out.data_ptr(), *[p.data_ptr() for p in parameters]]
     unused = [0] * (_MOST_LAYERS + 1 - len(sizes))
     # The source's `Network`, whose numbers and pointers all have eight bytes; what it has behind the last one is not read.
     call = array("q", [n, batch, len(sizes) - 1, step, *sizes, *unused, *pointers])
     address = call.buffer_info()[0]
     library.relu_forward(address)
-    tape.note(lambda: library.relu_forward(address) if call and hidden is not None else None)
+    kept = (call, x, parameters, hidden, out)  # as long as the tape may call
+    tape.note(lambda: library.relu_forward(address) if kept else None, hidden, out)
     return call, out, hidden
 
 
@@ -173,7 +186,7 @@ class _ReluMLP(torch.autograd.Function):
         library = _library()
         assert library is not None
         x = x.contiguous()
-        ctx.call, out, hidden = _forward(library, x, parameters, step)
+        ctx.call, out, hidden = _forward(library, x, parameters, step, keep=True)
         ctx.save_for_backward(x, hidden, *parameters)
         return out
 
@@ -188,7 +201,7 @@ class _ReluMLP(torch.autograd.Function):
         if any(ctx.needs_input_grad[2:]):
             by_parameters = [x.new_empty(p.shape) for p in parameters]
         pointers = array("q", [g.data_ptr() for g in by_parameters])
-        grad, by_hidden = grad.contiguous(), torch.empty_like(hidden)
+        grad, by_hidden = grad.contiguous(), _scratch(hidden.numel())
         addresses = (
             ctx.call.buffer_info()[0],
             grad.data_ptr(),
@@ -198,5 +211,5 @@ class _ReluMLP(torch.autograd.Function):
         )
         library.relu_backward(*addresses)
         kept = (ctx.call, x, hidden, parameters, grad, by_hidden, by_x, by_parameters, pointers)
-        tape.note(lambda: library.relu_backward(*addresses) if kept else None)
-        return by_x, None, *(by_parameters or [None] * len(parameters))
+        tape.note(lambda: library.relu_backward(*addresses) if kept else None, *by_parameters)
+        return by_x, None, *(by_parameters if by_parameters else (None for _ in parameters))

@@ -10,7 +10,7 @@ left out. This is what a CUDA graph does, on a CPU. Numbers are the update's own
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 Call = Callable[[], Any]
 
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
+# An update's intermediate results all stay. Where they are large, what lies between operations costs little anyway.
+_MOST_BYTES = 1 << 29
 _REFUSED = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
 
@@ -32,10 +34,10 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def note(call: Call) -> None:
-    """Put on the tape that this thread records, if there is one, a call that writes memory outside PyTorch."""
+def note(call: Call, *written: Tensor) -> None:
+    """Put on the tape that this thread records, if there is one, a call that writes tensors outside PyTorch."""
     if _current.tape is not None:
-        _current.tape.calls.append(call)
+        _current.tape.add(call, written)
 
 
 class Tape:
@@ -44,8 +46,8 @@ class Tape:
     Attributes:
         calls: the operations.
         inputs: random numbers of the update by name, shape and type, which whoever plays fills anew.
-        problem: the operation that keeps the tape from being played: its course or shapes depend on values, or it draws
-            from a generator with a state of its own; empty: there is none.
+        problem: what keeps the tape from being played: an operation whose course or shapes depend on values or that draws
+            from a generator with a state of its own, or the memory that it holds; empty: nothing does.
     """
 
     def __init__(self) -> None:
@@ -53,6 +55,14 @@ class Tape:
         self.inputs: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
         self.problem = ""
         self.paused = False
+        self.bytes = 0
+
+    def add(self, call: Call, written: Sequence[Tensor]) -> None:
+        """Put a call on the tape, and the memory that it writes on the account."""
+        self.calls.append(call)
+        self.bytes += sum(tensor.nbytes for tensor in written)
+        if self.bytes > _MOST_BYTES:
+            self.problem = f"more than {_MOST_BYTES >> 20} MiB"
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -82,6 +92,11 @@ class Tape:
 class _Recorder(TorchDispatchMode):
     """Puts operations on a tape while they run."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import its compiler, for a second, to say that it does not compile this class."""
+        return False
+
     def __init__(self, tape: Tape) -> None:
         super().__init__()
         self.tape = tape
@@ -99,7 +114,7 @@ class _Recorder(TorchDispatchMode):
             return out
         outputs, inputs = tensors_of(out), tensors_of((args, kwargs))
         if not any(_memory(a) == _memory(b) for a in outputs for b in inputs):  # else it is a view
-            tape.calls.append(_again(func, args, kwargs, out, outputs))
+            tape.add(_again(func, args, kwargs, out, outputs), outputs)
         return out
 
 

@@ -7,9 +7,12 @@ for many updates at once. `Native`, `Compiled` and `CudaGraph` may differ from i
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -118,7 +121,9 @@ class Taped(Eager):
         self.met: set[int] = set()
 
     def run(self, step: int, updates: int) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in super().run(step, updates).items()}  # tapes write theirs in place
+        return {
+            name: value.clone() for name, value in super().run(step, updates).items()
+        }  # tapes write theirs in place
 
     def invalidate(self) -> None:
         """Record again: the tapes read what the agent had when they were recorded."""
@@ -231,7 +236,7 @@ def make_engine(
     """`eager`, `taped`, `native`, `compile`, `cudagraph`, or `auto`.
 
     `auto` is the graph on a GPU. On a CPU it is native where there are kernels (one thread, float32, a C compiler), else
-    taped, which gives eager's numbers. It does not compile the update: that takes a minute, and an update is bound by arithmetic.
+    taped, which gives eager's numbers. Compiling the update would take a minute, and an update is bound by arithmetic.
     """
     cuda = torch.device(agent.spec.device).type == "cuda"
     if name == "auto":
@@ -248,6 +253,22 @@ def make_engine(
     if name not in engines:
         raise OffrlError(f"engine={name} is unknown; choose auto, eager, taped, native, compile or cudagraph.")
     return engines[name](agent, loader, precision)
+
+
+def noted_engine(engine: Engine, manifest: Path) -> str:
+    """An engine's name, for a run's manifest. Where that names another one, whose numbers differ by rounding, say so."""
+    names = {Eager: "eager", Taped: "taped", Native: "native", Compiled: "compile", CudaGraph: "cudagraph"}
+    name = names.get(type(engine), type(engine).__name__)
+    try:
+        before = json.loads(manifest.read_text()).get("engine", name)
+    except (OSError, ValueError, AttributeError):
+        before = name
+    if before != name and {before, name} != {"eager", "taped"}:
+        text = (
+            f"{manifest.parent}: began with engine={before} and goes on with engine={name}, which rounds differently."
+        )
+        print(text, file=sys.stderr, flush=True)
+    return name
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

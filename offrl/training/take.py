@@ -38,7 +38,7 @@ class Take:
         finally:
             random.place = None
         if self.tape.problem:
-            self.faithful = False
+            self.faithful, self.tape = False, Tape()  # its memory is free again
         return self.metrics
 
     def play(self, batch: Batch) -> Metrics:
@@ -64,6 +64,8 @@ class Take:
         metrics = update(batch)
         made = [*metrics.values(), *state]
         self.faithful = len(played) == len(made) and all(map(_same, played, made))
+        if not self.faithful:
+            self.tape = Tape()
         return metrics
 
 

@@ -23,7 +23,7 @@ from offrl.evaluation.evaluator import Episodes
 from offrl.nets import Critics
 from offrl.results.writer import check_rows
 from offrl.sampling import BatchLoader, further_datasets, make_sampler
-from offrl.training.engine import make_engine
+from offrl.training.engine import make_engine, noted_engine
 from offrl.training.evaluations import Evaluations
 from offrl.training.hooks import Evaluation, Hooks
 from offrl.training.online import EnvironmentFailure, OnlinePhase
@@ -414,6 +414,7 @@ class Trainer:
             "episodes": self.store.episodes,
             "environment": environment(),
             "device": str(self.device),
+            "engine": noted_engine(self.engine, self.folder / "manifest.json"),
             "critic": any(isinstance(module, Critics) for module in self.agent.modules()),
             "parameters_per_lane": sum(p.numel() for p in self.agent.parameters() if p.requires_grad)
             // len(self.seeds),

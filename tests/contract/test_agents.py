@@ -254,8 +254,9 @@ def test_captured_updates_equal_eager_ones(name: str, trained: Trained, toy: Off
     assert distance(trained.agent, agent) == 0
 
 
+@pytest.mark.slow
 def test_taped_updates_equal_eager_ones(name: str, trained: Trained, toy: OfflineDataset) -> None:
-    """To the bit, with odd starts and changing phases; only PRDC, which looks neighbours up outside PyTorch, can't be played."""
+    """To the bit, with odd starts and changing phases. PRDC alone can't be played: it looks neighbours up outside PyTorch."""
     agent = make(name, toy, seeds=(0, 9))
     engine, step, metrics = Taped(agent, loader(agent, toy)), 0, {}
     for updates in bursts(agent):
