@@ -216,7 +216,7 @@ def _read(path: Path, rows: int, width: int) -> dict[str, np.ndarray] | None:
     """The kept index; None when there is none, or it is damaged or of another version (then it is built anew)."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
+    if not path.is_file():
         return None
     wanted = {
         "axes": (width, width),
