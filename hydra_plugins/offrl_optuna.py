@@ -77,12 +77,17 @@ class OptunaSweeper(Sweeper):
             import optuna
         except ImportError as error:
             raise CompactHydraException("hydra/sweeper=optuna needs Optuna: pip install 'offrl[optuna]'.") from error
+        from offrl.utils.paths import replacing
+
         self.optuna: Any = optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         assert self.config is not None
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        with replacing(folder / "multirun.yaml") as temporary:
+            OmegaConf.save(self.config, temporary)
+        if (folder / JOURNAL).exists() and not (folder / JOURNAL).is_file():
+            raise CompactHydraException(f"{folder / JOURNAL} is no regular file; remove it.")
         try:
             backend = self.optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
             study = optuna.create_study(

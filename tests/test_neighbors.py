@@ -281,11 +281,14 @@ def test_the_index_is_kept_and_found_again(monkeypatch: pytest.MonkeyPatch, tmp_
         patch.setattr(OnProcessor, "_build", never)
         second = Neighbors(states, actions).query(rows, asked, 2.0)
     assert torch.equal(first.rows, second.rows)
-    path.write_bytes(kept[: len(kept) // 2])
-    with pytest.warns(UserWarning, match="built again"):
-        third = Neighbors(states, actions).query(rows, asked, 2.0)
-    assert torch.equal(first.rows, third.rows)
-    assert path.read_bytes() == kept
+    flipped = bytearray(kept)
+    flipped[-5] ^= 64  # row numbers lead out of the arrays
+    for damaged in (kept[: len(kept) // 2], bytes(flipped)):
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="built again"):
+            third = Neighbors(states, actions).query(rows, asked, 2.0)
+        assert torch.equal(first.rows, third.rows)
+        assert path.read_bytes() == kept
     Neighbors(states + 1, actions)
     assert len(list((tmp_path / "neighbors").iterdir())) == 2  # other states, another index
 

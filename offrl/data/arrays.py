@@ -25,6 +25,10 @@ from offrl.data.schema import own_info
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
 
+# What zipfile and numpy raise of a damaged NPZ file: RuntimeError of an encrypted member (NotImplementedError of a version to
+# come is one, too), TokenError of a header, which numpy reads by Python's tokenizer.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError, tokenize.TokenError)
+
 
 def from_arrays(
     arrays: Mapping[str, Any], info: DatasetInfo | None = None, options: ReadOptions | None = None
@@ -60,16 +64,7 @@ def read_npz(path: Path, info: DatasetInfo | None = None, options: ReadOptions |
             if written:
                 info = own_info(str(file["offrl_info"]), info, str(path))
             return _to_dataset(NpzFile(file, path), info, options or ReadOptions(), written)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,  # an encrypted member
-        tokenize.TokenError,  # numpy reads some headers by Python's tokenizer
-    ) as error:
+    except UNREADABLE as error:
         raise OffrlError(f"{path}: the file is cut off or damaged ({error}); write or fetch it again.") from error
 
 

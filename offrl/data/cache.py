@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 import zlib
@@ -25,6 +26,7 @@ from offrl.data.checks import ReadOptions
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.schema import own_info
 from offrl.utils.errors import OffrlError, one_line
+from offrl.utils.locks import READ_ONLY
 from offrl.utils.paths import cache_dir, replacing
 
 # Raise it when a reader gives other numbers or other `info` for the same file.
@@ -120,7 +122,9 @@ def read_flat(path: Path, source: dict[str, Any] | None = None) -> OfflineDatase
         OffrlError: the file is no flat dataset, is cut off or damaged, or was made from something else than `source`.
     """
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, READ_ONLY), "rb") as file:
+            if not path.is_file():  # a pipe or a device, from which nothing may ever come
+                raise ValueError("it is no regular file")
             length = int.from_bytes(file.read(8), "little")
             if length > min(path.stat().st_size, MOST_HEADER):
                 raise ValueError("its header is too long")

@@ -18,7 +18,6 @@ row) and the regular one (`next_observations`).
 from __future__ import annotations
 
 import zipfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offrl.data.arrays import Arrays, NpzFile
+from offrl.data.arrays import UNREADABLE, Arrays, NpzFile
 from offrl.data.checks import ReadOptions, check_length, file_kind, flags, with_notices
 from offrl.data.columns import read_rows, shortened
 from offrl.data.dataset import DatasetInfo, OfflineDataset
@@ -49,7 +48,7 @@ def holds_trajectories(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except UNREADABLE:
         return False  # the reader of other files says what is wrong
     return "rewards" not in keys and keys.issuperset({*REQUIRED, "qpos"})
 
@@ -68,7 +67,7 @@ def check_trajectories(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             keys = [name.removesuffix(".npy") for name in archive.namelist()]
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise OffrlError(f"{path}: the file is cut off or damaged ({error}); fetch it again.") from error
     if damaged:
         raise OffrlError(f"{path}: {damaged} is damaged; fetch it again.")
@@ -92,7 +91,7 @@ def read_ogbench(path: Path, name: Name, options: ReadOptions | None = None) -> 
         with np.load(path, allow_pickle=False) as file:
             arrays = _with_task(NpzFile(file, path), name, str(path))
             made_by = from_json(str(file["made_by"]), f"{path}: made_by") if "made_by" in file.files else {}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise OffrlError(f"{path}: the file is cut off or damaged ({error}); fetch or build it again.") from error
     if isinstance(made_by, dict):
         info = replace(info, provenance=made_by)

@@ -29,7 +29,7 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, replacing
 
 LIST_LENGTH = 8  # number of nearest states kept for each row
-_VERSION = "1"  # version of the cached file's layout and content
+_VERSION = "2"  # version of the cached file's layout and content
 _KEPT_FROM = 20_000  # smallest number of rows whose index is cached; below it, rebuilding is fast enough
 _CHUNK = 256  # number of rows whose lists are made in one call
 _SHARE = 48  # smallest number of searches per thread: waking a thread costs as much as a few searches
@@ -216,7 +216,7 @@ def _read(path: Path, rows: int, width: int) -> dict[str, np.ndarray] | None:
     """The kept index; None when there is none, or it is damaged or of another version (then it is built anew)."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
+    if not path.is_file():
         return None
     wanted = {
         "axes": (width, width),
@@ -226,14 +226,25 @@ def _read(path: Path, rows: int, width: int) -> dict[str, np.ndarray] | None:
     }
     try:
         with safe_open(path, framework="np") as file:
-            if (file.metadata() or {}).get("version") != _VERSION:
+            version, _, checksum = (file.metadata() or {}).get("version", "").partition(" ")
+            if version != _VERSION:
                 return None
             parts = {name: file.get_tensor(name) for name in wanted}
+        if checksum != _checksum(parts):  # the kernels trust its row numbers
+            raise ValueError("its content differs from its checksum")
     except (OSError, SafetensorError, ValueError) as error:
         warnings.warn(f"{path} can't be used ({error}); the index is built again.", stacklevel=2)
         return None
     fits = all(parts[name].shape == shape for name, shape in wanted.items())
     return parts if fits and np.array_equal(np.sort(parts["order"]), np.arange(rows)) else None
+
+
+def _checksum(parts: dict[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, part in sorted(parts.items()):
+        digest.update(f"{name} {part.dtype} {part.shape}".encode())
+        digest.update(np.ascontiguousarray(part).data.cast("B"))
+    return digest.hexdigest()
 
 
 def _write(path: Path, parts: dict[str, np.ndarray]) -> None:
@@ -242,7 +253,7 @@ def _write(path: Path, parts: dict[str, np.ndarray]) -> None:
 
     try:
         with replacing(path) as temporary:
-            save_file(parts, temporary, metadata={"version": _VERSION})
+            save_file(parts, temporary, metadata={"version": f"{_VERSION} {_checksum(parts)}"})
     except (OSError, SafetensorError) as error:
         warnings.warn(f"{path} can't be written ({error}); the index is not kept.", stacklevel=2)
 

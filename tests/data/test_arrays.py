@@ -203,7 +203,7 @@ def test_npz_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_npz_files_with_damaged_members(tmp_path: Path) -> None:
-    """A member whose header ends within brackets, and one that says it is encrypted."""
+    """A member whose header ends within brackets, and ones that say they are encrypted or of a version to come."""
     whole = tmp_path / "x.npz"
     np.savez(whole, **arrays())
     with zipfile.ZipFile(tmp_path / "header.npz", "w") as file:
@@ -213,6 +213,10 @@ def test_npz_files_with_damaged_members(tmp_path: Path) -> None:
     data = bytearray(whole.read_bytes())
     data[data.find(b"PK\x01\x02") + 8] |= 1
     (tmp_path / "encrypted.npz").write_bytes(data)
-    for name in ("header.npz", "encrypted.npz"):
-        with pytest.raises(OffrlError, match=rf"{name}: the file is cut off or damaged"):
-            read_npz(tmp_path / name)
+    data = bytearray(whole.read_bytes())
+    data[data.find(b"PK\x01\x02") + 6] = 99
+    (tmp_path / "version.npz").write_bytes(data)
+    for name in ("header.npz", "encrypted.npz", "version.npz"):
+        for read in (read_npz, load):
+            with pytest.raises(OffrlError, match=rf"{name}: the file is cut off or damaged"):
+                read(tmp_path / name)

@@ -123,7 +123,7 @@ def test_options_and_loader_versions_do_not_mix(source: Path, home: Path, monkey
     assert calls == [1]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "header", "text", "empty"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "header", "text", "empty", "pipe"])
 def test_a_damaged_cache_is_rebuilt(source: Path, home: Path, damage: str) -> None:
     first = load(source)
     file = flat_files(home)[0]
@@ -137,6 +137,9 @@ def test_a_damaged_cache_is_rebuilt(source: Path, home: Path, damage: str) -> No
     else:
         content = bytearray(b"" if damage == "empty" else b"hello, this is no cache")
     file.write_bytes(content)
+    if damage == "pipe":
+        file.unlink()
+        os.mkfifo(file)
     with pytest.raises(OffrlError):
         read_flat(file)
     assert_same(load(source), first)

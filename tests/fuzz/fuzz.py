@@ -7,7 +7,6 @@ and verdict come at the end; the exit status is 1 if any input is bad. Linux onl
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import importlib
 import os
@@ -132,6 +131,14 @@ def _copy(folder: Path, target: Path) -> None:
     shutil.copytree(folder, target, symlinks=True, ignore=odd)
 
 
+def _print(o: Outcome) -> None:
+    words = [word for word in o.case.words if word not in materials.TRAIN[1:]]
+    shown = " ".join(ascii(word) if len(word) < 80 else ascii(word[:77]) + "..." for word in words)
+    print(
+        f"{o.kind} {o.number}: {o.verdict.name}: {o.verdict.detail}\n    {o.case.what[:300]}\n    {shown}", flush=True
+    )
+
+
 def main() -> int:
     """Print bad inputs as they come, then counts; 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -150,26 +157,21 @@ def main() -> int:
     if arguments.counts:
         wanted = {kind: int(count) for kind, count in (word.split("=") for word in arguments.counts)}
     counts: Counter[tuple[str, str]] = Counter()
-    bad = 0
-    # An interrupt ends it with the counts so far.
-    with tempfile.TemporaryDirectory(prefix="offrl-fuzz-") as place, contextlib.suppress(KeyboardInterrupt):
-        for o in fuzz(Path(place), wanted, arguments.seed, arguments.number, arguments.keep):
-            counts[o.kind, o.verdict.name] += 1
-            bad += o.verdict.bad
-            if o.verdict.bad or arguments.verbose:
-                words = " ".join(
-                    ascii(w) if len(w) < 80 else ascii(w[:77]) + "..."
-                    for w in o.case.words
-                    if w not in materials.TRAIN[1:]
-                )
-                print(
-                    f"{o.kind} {o.number}: {o.verdict.name}: {o.verdict.detail}\n    {o.case.what[:300]}\n    {words}",
-                    flush=True,
-                )
-    for kind in sorted({kind for kind, _ in counts}):
-        found = {name: n for (k, name), n in sorted(counts.items()) if k == kind}
-        print(f"{kind:12} " + ", ".join(f"{name} {n}" for name, n in found.items()))
-    print(f"{sum(counts.values())} inputs, {bad} bad (seed {arguments.seed})")
+    try:
+        with tempfile.TemporaryDirectory(prefix="offrl-fuzz-") as place:
+            for o in fuzz(Path(place), wanted, arguments.seed, arguments.number, arguments.keep):
+                counts[o.kind, o.verdict.name] += 1
+                counts["all", "bad"] += o.verdict.bad
+                if o.verdict.bad or arguments.verbose:
+                    _print(o)
+    except KeyboardInterrupt:
+        pass  # the counts so far
+    finally:
+        bad = counts.pop(("all", "bad"), 0)
+        for kind in sorted({kind for kind, _ in counts}):
+            found = {name: n for (k, name), n in sorted(counts.items()) if k == kind}
+            print(f"{kind:12} " + ", ".join(f"{name} {n}" for name, n in found.items()))
+        print(f"{sum(counts.values())} inputs, {bad} bad (seed {arguments.seed})", flush=True)
     return int(bad > 0)
 
 

@@ -29,7 +29,7 @@ import torch
 from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from material import INFO, MODEL, columns
+from material import INFO, MODEL, columns, trajectories
 from safetensors.torch import load_file
 
 import offrl.cli.finetune
@@ -61,6 +61,7 @@ AUGMENTATIONS: dict[str, list[str]] = {
     "diffusion": ["augment=diffusion", *DIFFUSION],
     "policy_guided_diffusion": ["augment=policy_guided_diffusion", *DIFFUSION, "augment.coefficient=1"],
 }
+INTEGERS = ("discrete_cql",)
 ONLINE = [f"online.steps={STEPS}", "online.eval_every=40"]
 CLOCKS = ("wall_clock",)  # columns of rows that no two trainings share
 
@@ -76,7 +77,7 @@ class Finished:
 
 
 def trainings() -> dict[str, list[str]]:
-    """Words of `offrl` by name: every agent, every augmentation, an online phase after an offline one, and fine-tuning."""
+    """Words of `offrl` by name: every agent, augmentation and encoder of histories, and an online phase."""
     made: dict[str, list[str]] = {}
     for name in sorted(choices("agent")):
         cls = target_class(OmegaConf.load(choice_file("agent", name)), Agent, "agent")
@@ -90,6 +91,8 @@ def trainings() -> dict[str, list[str]]:
     for name, words in AUGMENTATIONS.items():
         made[name] = [*made["td3_bc"], *words]
     made["online"] = [*made["iql"], *ONLINE]
+    for name in ("gru", "window"):
+        made[name] = [*made["td3_bc"], f"history={name}", "history.context=4"]
     return {name: ["train", *TRAIN, "keep_checkpoints=true", *words] for name, words in made.items()}
 
 
@@ -97,7 +100,17 @@ def command(name: str, dataset: Path, out: Path) -> list[str]:
     """A training's words; `finetune` continues a copy of the offline run that stands in `dataset`'s folder."""
     if name == "finetune":
         return ["finetune", str(dataset.parent / "offline/run"), *ONLINE, f"out={out}", "keep_checkpoints=true"]
-    return [*trainings()[name], f"dataset={dataset}", f"out={out}"]
+    data = dataset.with_name("integers.npz") if name in INTEGERS else dataset
+    return [*trainings()[name], f"dataset={data}", f"out={out}"]
+
+
+def write_datasets(path: Path) -> None:
+    """The dataset of every training, and beside it `integers.npz` for agents of integer actions."""
+    np.savez(path, **columns(), offrl_info=json.dumps(INFO))
+    integers = trajectories([30, 20, 50, 40], [True, False, True, False], width=4)
+    integers["actions"] = np.random.default_rng(0).integers(0, 2, 140)
+    info = {"id": "fuzz/cart", "env_id": "CartPole-v1", "family": "fuzz", "max_episode_steps": 20, "discrete": 2}
+    np.savez(path.with_name("integers.npz"), **integers, offrl_info=json.dumps(info))
 
 
 def started(words: list[str], log: Path) -> Process:
@@ -198,7 +211,7 @@ def kill() -> int:
     with tempfile.TemporaryDirectory(prefix="offrl-kills-") as place:
         os.environ["OFFRL_HOME"] = f"{place}/home"
         dataset = Path(place) / "base.npz"
-        np.savez(dataset, **columns(), offrl_info=json.dumps(INFO))
+        write_datasets(dataset)
         offline = Path(place) / "offline"
         if "finetune" in names:
             uninterrupted([*trainings()["iql"], f"dataset={dataset}", f"out={offline}"], offline)

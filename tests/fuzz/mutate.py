@@ -35,7 +35,9 @@ ODD_VALUES: list[Any] = [
 
 def bytes_of(data: bytes, rng: Rng) -> tuple[bytes, str]:
     """Damage that a disk, a copy or a transfer does."""
-    kind = rng.choice(["flip", "flips", "cut", "zeros", "noise", "insert", "repeat", "empty", "swap"])
+    kind = rng.choice(
+        ["flip", "flips", "cut", "zeros", "noise", "insert", "repeat", "empty", "swap"] if data else ["insert"]
+    )
     at = rng.randrange(max(1, len(data)))
     out = bytearray(data)
     if kind in ("flip", "flips"):

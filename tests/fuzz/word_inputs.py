@@ -36,13 +36,14 @@ TRAIN_KEYS = [
     "online.steps", "online.burst", "online.updates_per_step", "online.offline_share", "online.random_steps",
     "online.noise", "online.recompute_every", "online.eval_every", "online.agent.lr", "online.anneal.alpha", "online",
     "history", "history.encoder", "history.context", "history.nope", "data.mask", "data.flicker", "data.tasks", "data.family",
-    "eval.env", "eval.env_kwargs.g", "eval.max_episode_steps", "eval.ref_min", "eval.ref_max",
+    "eval.env_kwargs.g", "eval.max_episode_steps", "eval.ref_min", "eval.ref_max",
 ]  # fmt: skip
 FLAGS = [
     "--cfg", "--cfg=job", "--cfg=all", "-m", "--multirun", "--config-name=zz", "--config-path=/", "--info", "--help",
     "-h", "--resolve", "--package", "--hydra-help", "-cd", "--config-dir", "--config-dir=nope", "--trust",
     "--version", "-c", "--", "-", "---", "--nope", "-x",
 ]  # fmt: skip
+# Not --env and eval.env: whoever names a module there has it imported.
 OPTIONS = {
     "data": [
         "--action-bound",
@@ -64,7 +65,6 @@ OPTIONS = {
         "--lane",
         "--video",
         "--record",
-        "--env",
         "--env-kwargs",
         "--max-episode-steps",
         "--ref-min",
