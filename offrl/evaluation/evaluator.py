@@ -69,6 +69,10 @@ class Episodes:
     seeds: list[int]
     predicted: Array | None = None
 
+    def lane_means(self) -> tuple[list[float], list[float] | None]:
+        """Each lane's mean return and mean score."""
+        return self.returns.mean(-1).tolist(), None if self.normalized is None else self.normalized.mean(-1).tolist()
+
 
 class Evaluator:
     """Rollouts of every lane of an agent in a dataset's environment.

@@ -423,22 +423,19 @@ class Trainer:
         write_json(self.folder / "manifest.json", manifest)
 
     def _row_metadata(self) -> dict[str, Any]:
+        info, lanes = self.store.info, lane_infos(self.store.info, len(self.seeds))
         return {
             "run_id": self.folder.name,
             "method": self.job.to_dict()["method"],
-            "dataset": title(self.store.info),
-            "env_id": self.store.info.env_id,
-            "by_lane": [
-                {"dataset": title(info), "env_id": info.env_id} for info in lane_infos(self.store.info, len(self.seeds))
-            ],
+            "dataset": title(info),
+            "env_id": info.env_id,
+            "by_lane": [{"dataset": title(lane), "env_id": lane.env_id} for lane in lanes],
             "updates": self.cfg.total_updates,
         }
 
     def _finish(self) -> Result:
         last = self.evaluations.last
-        returns = [] if last is None else last.returns.mean(-1).tolist()
-        normalized = None if last is None else last.normalized
-        scores = None if normalized is None else normalized.mean(-1).tolist()
+        returns, scores = ([], None) if last is None else last.lane_means()
         done, success = self.step >= self.cfg.total_updates, self.store.info.scored_by_success
         if done:
             returns, scores = lane_means(self.folder, self.step, len(self.seeds)) or (returns, scores)
