@@ -60,7 +60,7 @@ def test_runs_are_ranked_on_their_data(world: Path) -> None:  # noqa: F811
         mine = rows.filter(rows["folder"] == str(p.folder), rows["seed"] == p.seed)
         assert p.score == pytest.approx(mine["normalized"].mean())
         assert -8 < p.value < 0  # four rewards between -1.5 and 0 each
-    assert made.scale == "D4RL-normalised score"
+    assert made.scale == "normalised score"  # by references of its own
     assert {path.name for path in Path("out").iterdir()} == set(FILES)
     with open("out/select.csv") as file:
         lines = list(csv.DictReader(file))
