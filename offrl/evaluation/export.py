@@ -10,6 +10,7 @@ from float64, twice that distance (the other engine may err as much to the other
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -198,7 +199,9 @@ def _write_torchscript(path: Path, program: Any, metadata: dict[str, Any]) -> No
     module = program.module()
     example = torch.zeros(2, metadata["obs_dim"])
     traced = torch.jit.freeze(torch.jit.trace(module, (example,)).eval())  # constants inside, what is unused left out
-    torch.jit.save(traced, str(path), _extra_files={METADATA: json.dumps(metadata)})
+    memory = io.BytesIO()  # at a full disk PyTorch's own writer takes the process down
+    torch.jit.save(traced, memory, _extra_files={METADATA: json.dumps(metadata)})
+    path.write_bytes(memory.getvalue())
 
 
 def _read_torchscript(path: Path) -> Run:
