@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,30 @@ def test_what_fails_to_run_is_not_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "_read_torchscript", lambda path: lambda obs: torch.ones(2).expand(3, 3).numpy())
     with pytest.raises(OffrlError, match=r"BC can't be exported as torchscript \(RuntimeError: .* try --format onnx"):
         export(BC(spec(), BCConfig(hidden=(8,))), 0, INFO, tmp_path / "policy.pt", "torchscript", {})
+    assert not list(tmp_path.iterdir())
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from offrl.agents.bc import BC, BCConfig
+from offrl.data.dataset import DatasetInfo
+from offrl.evaluation.export import export
+from offrl.nets import Spec
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+export(BC(Spec(3, 2, (0,)), BCConfig(hidden=(8,))), 0, DatasetInfo(), Path(sys.argv[1]), "torchscript", {})
+"""
+
+
+@pytest.mark.slow  # a process of its own
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", FULL_DISK, str(tmp_path / "policy.pt")]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert "OffrlError" in ended.stderr
+    assert "cannot be written (File too large)" in ended.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -10,6 +10,7 @@ from float64, twice that distance (the other engine may err as much to the other
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -209,7 +210,9 @@ def _write_torchscript(path: Path, program: Any, one: Agent, metadata: dict[str,
     # The policy and not `program`, in which a trace would fix the number of rows.
     traced = torch.jit.trace(Policy(one), (torch.zeros(2, one.spec.obs_dim),))
     traced = torch.jit.freeze(traced.eval())  # constants inside, what is unused left out
-    torch.jit.save(traced, str(path), _extra_files={METADATA: json.dumps(metadata)})
+    memory = io.BytesIO()  # at a full disk PyTorch's own writer takes the process down
+    torch.jit.save(traced, memory, _extra_files={METADATA: json.dumps(metadata)})
+    path.write_bytes(memory.getvalue())
 
 
 def _read_torchscript(path: Path) -> Run:
