@@ -126,8 +126,8 @@ def fetch(
 def _fetch_file(name: str, publisher: Publisher, urls: list[str], target: Path, progress: bool) -> None:
     """Put the file from the first of `urls` that has it, and its sum, at `target`; on an error what was there stays."""
     part = target.with_name(target.name + ".part")
-    if part.exists() and not part.is_file():
-        raise OffrlError(f"{part}: this is a folder or a device; remove it.")
+    if part.is_dir() or part.is_fifo():
+        raise OffrlError(f"{part}: this is a folder or a pipe; remove it.")
     with Bar(progress, name, _size(part), None, unit="bytes") as bar:
         url = _download(urls, part, bar, publisher.way_out)
     try:

@@ -464,7 +464,7 @@ def test_a_part_that_is_no_file_does_not_hang(host: Host, tmp_path: Path) -> Non
     for kind in ("pipe", "folder"):
         part = tmp_path / f"{kind}.hdf5.part"
         os.mkfifo(part) if kind == "pipe" else part.mkdir()
-        assert f"{part}: this is a folder or a device; remove it" in refused(tmp_path / f"{kind}.hdf5")
+        assert f"{part}: this is a folder or a pipe; remove it" in refused(tmp_path / f"{kind}.hdf5")
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xff\xfe\x00", b"hello", b"0" * 64 + b"  x", b"\n" * 99])
