@@ -17,6 +17,7 @@ from offrl.cli import main as cli
 from offrl.data import DatasetInfo, OfflineDataset, ReadOptions, from_arrays, from_episodes, from_frame
 from offrl.data.arrays import write_npz
 from offrl.datasets import load
+from offrl.envs import chosen
 from offrl.results import read
 from offrl.training.hooks import Evaluation
 from offrl.training.run_config import resolve_config
@@ -53,6 +54,8 @@ def _in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setattr("gymnasium.registry", gymnasium.registry)
+    for name, nothing in (("_functions", {}), ("_modules", [])):  # what a test gives is no other test's
+        monkeypatch.setattr(chosen, name, nothing)
 
 
 def make_count(scale: float = 1.0) -> gymnasium.Env:
