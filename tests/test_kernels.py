@@ -177,6 +177,17 @@ def test_the_compiled_file_is_made_once_and_beside_the_other_caches(compiled: No
     assert path.stat().st_mtime_ns == made_at
 
 
+def test_a_file_that_others_may_write_is_not_loaded(compiled: None) -> None:
+    """It is code. A usual mask of a group that may write does not matter, since the file is made for its owner alone."""
+    path = kernels._built()
+    assert kernels._ours_alone(path)
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    path.chmod(0o620)
+    assert kernels._library.__wrapped__() is None
+    path.chmod(0o600)
+    assert kernels._library.__wrapped__() is not None
+
+
 def test_half_precision_and_several_threads_keep_away_from_kernels(compiled: None) -> None:
     agent, rows = made()
     assert type(make_engine("auto", agent, rows, precision="bfloat16")) is Taped

@@ -15,6 +15,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import threading
 from array import array
@@ -35,6 +36,7 @@ from offrl.utils.paths import cache_dir, one_at_a_time, replacing
 SOURCE = Path(__file__).with_name("kernels.c")
 # No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
+_NONE = "no C compiler built them (gcc or clang, as cc on the path or named by CC), or others may write to their file"
 _MOST_LAYERS = 16  # as in the source
 
 
@@ -60,14 +62,17 @@ def problem() -> str:
     """Why the kernels can't be used in this process; empty if they can. The first call compiles them, for a second or two."""
     if torch.get_num_threads() != 1:
         return "they run on one thread (threads=1)"
-    return "" if _library() else "no C compiler built them (gcc or clang, as cc on the path or named by CC)"
+    return "" if _library() else _NONE
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they can't be compiled, or don't compute what they should."""
     try:
-        library = ctypes.CDLL(str(_built()))
+        path = _built()
+        if not _ours_alone(path):
+            return None
+        library = ctypes.CDLL(str(path))
         library.relu_forward.argtypes = [ctypes.c_void_p]
         library.relu_backward.argtypes = [ctypes.c_void_p] * 5
     except (OSError, AttributeError, OffrlError, subprocess.SubprocessError):
@@ -86,13 +91,24 @@ def _built() -> Path:
     for word in (*words, compiler, *FLAGS, platform.machine(), _processor()):
         key.update(b"\0" + word.encode())
     path = cache_dir() / "kernels" / f"{key.hexdigest()[:32]}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.chmod(0o700)
     if not path.exists():
         with one_at_a_time(path.with_suffix(".lock")):
             if not path.exists():
                 with replacing(path) as temporary:
                     command = [compiler, *words[1:], *FLAGS, str(SOURCE), "-o", str(temporary)]
                     subprocess.run(command, check=True, capture_output=True, timeout=120)
+                    temporary.chmod(0o600)
     return path
+
+
+def _ours_alone(path: Path) -> bool:
+    """Whether nobody else can have written the file: it is code, which runs as soon as it is loaded."""
+    if not hasattr(os, "getuid"):
+        return True
+    facts = [place.lstat() for place in (path, path.parent)]
+    return all(fact.st_uid == os.getuid() and not fact.st_mode & (stat.S_IWGRP | stat.S_IWOTH) for fact in facts)
 
 
 def _processor() -> str:
