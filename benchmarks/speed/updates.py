@@ -366,7 +366,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {CORES} cores, torch {torch.__version__}")
     print(f"an update of one seed: {flop / 1e6:.0f} MFLOP; 256 x 256 products of PyTorch: {products / 1e9:.0f} GFLOP/s")
     print(
-        f"multiply-add peak: {ceiling / 1e9:.0f} GFLOP/s\n" if "peak" in best else "multiply-add peak: no C compiler\n"
+        f"multiply-add peak: {ceiling / 1e9:.0f} GFLOP/s\n" if "peak" in best else "multiply-add peak: not measured\n"
     )
     print(f"{'contestant':64} {'seed-updates/s':>14} {'low':>7} {'high':>7} {'share of the peak':>18}")
     for who in everyone:
