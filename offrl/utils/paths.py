@@ -107,7 +107,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def beside(path: Path) -> Path:
-    """A temporary name for what is to become `path`; what killed processes of this machine left under theirs is removed."""
+    """A temporary name beside `path`, for what replaces it; those of killed processes of this machine are removed."""
     mark = f".{path.name}.{platform.node()}-"
     for torn in path.parent.glob(f"{glob.escape(mark)}*.part"):
         if not _lives(torn.name.removeprefix(mark).removesuffix(".part")):

@@ -56,7 +56,8 @@ class LaneRandom:
         place: gives normals a place of their own, `place(name, like, draw)`; None: `draw(name, like)` itself.
 
     Many updates' normals can be made in one go: between `look_ahead(first, count)` and the next such call, the first
-    request of a name makes its numbers for all these updates, and `step` moves by `advance`. The numbers are the same.
+    request of a name makes its numbers for all these updates, and `step` moves by `advance`. A loop that takes updates one by
+    one calls `go_to` instead, and uniforms of one update are made with those of the next. The numbers are the same.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -67,7 +68,7 @@ class LaneRandom:
         # As a tensor: a compiler would multiply a number into the index of a view, beyond what its integers hold.
         self.golden = torch.tensor(_GOLDEN, device=device)
         self._block: tuple[Tensor | None, int] = (None, 0)  # the updates looked ahead to, and which one is under way
-        self._first = 0  # the first update looked ahead to
+        self._first = 0  # the first of these, as a number: reading it from the tensor would wait for a GPU
         self._normals: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
         # Uniforms of single updates: from which update on, and the numbers.
         self._uniforms: dict[tuple[str, tuple[int, ...]], tuple[int, Tensor]] = {}
