@@ -141,11 +141,11 @@ def uninterrupted(words: list[str], out: Path) -> tuple[float, Finished]:
 
 
 def killed(words: list[str], out: Path, seconds: float, rng: random.Random) -> str:
-    """Start the training and kill it after a part of `seconds`; what happened, in words."""
+    """Start the training and kill it after a part of `seconds`, seldom so late that it has ended; what happened, in words."""
     process = started(words, out.with_suffix(".log"))
     if rng.random() < 0.8:
         _begun(process, out)
-    share = rng.random()
+    share = 0.9 * rng.random()
     process.join(share * seconds)
     if process.exitcode is not None:
         return f"ended before {share:.2f} with status {process.exitcode}"

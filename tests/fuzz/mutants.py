@@ -29,7 +29,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ("iql", "td3_bc", "cql", "awac", "rebrac", "edac", "sac_n", "rvs", "spot", "fql", "bc")
+AGENTS = sorted(file.stem.removeprefix("test_") for file in (ROOT / "tests/steps").glob("test_*.py"))
 TESTS: dict[str, list[str]] = {
     "sampling/alias": ["test_sampling"],
     "sampling/samplers": ["test_sampling", "test_trajectory_weighting"],
@@ -48,7 +48,19 @@ TESTS: dict[str, list[str]] = {
     "data/statistics": ["data/test_store"],
     "results/stats": ["stats/test_stats", "test_ogbench_runs"],
     "nets/box": ["test_nets", "contract/test_action_bounds"],
-} | {f"agents/{name}": [f"steps/test_{name}", "steps/test_clamps", "steps/test_tails"] for name in STEPS}
+    "nets/bisimulation": ["histories/test_bisimulation"],
+    "augment/world_model": ["augment/test_world_model", "augment/test_model_based"],
+    "augment/edm": ["augment/test_edm"],
+    "augment/trajectories": ["augment/test_trajectories"],
+    "agents/history": ["histories/test_history", "histories/test_bisimulation"],
+    "agents/squashed": ["steps/test_cql", "steps/test_sac_n", "steps/test_clamps"],
+    "agents/vae_bc": ["steps/test_doc", "steps/test_clamps", "steps/test_tails"],
+    "agents/flow_bc": ["steps/test_fql"],
+} | {
+    f"agents/{name}": [f"steps/test_{name}", "steps/test_clamps", "steps/test_tails"]
+    for name in AGENTS
+    if (ROOT / f"offrl/agents/{name}.py").exists()
+}
 OPERATORS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
     ast.Mod: ast.FloorDiv, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
