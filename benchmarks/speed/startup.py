@@ -26,14 +26,18 @@ from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.training.compose import compose
 from offrl.training.trainer import train
 
-# `offrl train`, which ends with the first update.
+# `offrl train`, which ends with the first update. PyTorch is imported where the command imports it.
 TO_THE_FIRST_UPDATE = """
 import os, sys
-from offrl.cli.main import main
-from offrl.agents.td3_bc import TD3BC
-update = TD3BC.update
-TD3BC.update = lambda *arguments: (update(*arguments), os._exit(0))
-main(sys.argv[1:])
+from offrl.cli import main
+run = main._run
+def ends_early(words):
+    from offrl.agents.td3_bc import TD3BC
+    update = TD3BC.update
+    TD3BC.update = lambda *arguments: (update(*arguments), os._exit(0))
+    return run(words)
+main._run = ends_early
+main.main(sys.argv[1:])
 """
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import gc
 import importlib
 import io
 import os
@@ -52,10 +53,12 @@ COMMANDS = {name: line for group in GROUPS.values() for name, line in group.item
 
 
 MOST_LETTERS = 1400  # of a sentence about bad input
+NEW_OBJECTS = 100_000  # between two searches for garbage: libraries make as many at every start, and all of them stay
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status is 2 for bad input, 130 when stopped from the keyboard."""
+    gc.set_threshold(NEW_OBJECTS)
     words = list(sys.argv[1:] if argv is None else argv)
     named = any(word.partition("=")[0] in ("--trust", "--config-dir", "-cd") for word in words)
     words = [word for word in words if word != "--trust"]

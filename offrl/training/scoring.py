@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from offrl import results
 from offrl.agents.acting import lane_named
@@ -80,6 +79,8 @@ def keep(run: Path, options: EvalConfig, seeds: list[int], info: DatasetInfo, pl
     Episodes that are there already (same update, lane and environment seed) are not added twice, and neither are those of
     another environment than the run's rows have: a report would mix them.
     """
+    import polars as pl
+
     folder = _folder(run)
     try:
         config = read_config(folder)
@@ -146,6 +147,8 @@ def lane_means(folder: Path, step: int, lanes: int) -> tuple[list[float], list[f
 
     The scores are None where an episode has none.
     """
+    import polars as pl
+
     rows = results.read([folder]).filter(pl.col("step") == step)
     by_lane = [rows.filter(pl.col("lane") == number) for number in range(lanes)]
     if not all(lane.height for lane in by_lane):
