@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import platform
+import queue
 import shutil
 import statistics
 import subprocess
@@ -259,10 +260,23 @@ def run(who: Contestant, checkout: Path, arguments: argparse.Namespace) -> float
     processes = [context.Process(target=compete, args=shared) for _ in range(who.processes)]
     for process in processes:
         process.start()
-    total = sum(answers.get(timeout=600) for _ in processes)
+    total = sum(answer_of(processes, answers) for _ in processes)
     for process in processes:
         process.join()
     return total
+
+
+def answer_of(processes: list[Any], answers: Any) -> float:
+    """The next process's rate; a failed one, whose partner would wait for it, ends them all."""
+    while True:
+        try:
+            answer: float = answers.get(timeout=1)
+            return answer
+        except queue.Empty:
+            if any(process.exitcode for process in processes):
+                for process in processes:
+                    process.kill()
+                raise SystemExit("a contestant failed; see above what it says.") from None
 
 
 def run_jax(who: Contestant, checkout: Path, arguments: argparse.Namespace) -> float:
@@ -325,6 +339,8 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
             if kind == "jax" and agent not in IN_JAX:
                 continue
             for engine in engines if kind == "offrl" else ["eager"]:
+                if engine == "native" and threads > 1:
+                    continue
                 for precision in arguments.precisions.split(",") if kind == "offrl" else ["float32"]:
                     every.append(Contestant(kind, lanes, threads, processes, engine, precision, agent=agent))
     return every
