@@ -80,7 +80,15 @@ def test_a_run_that_goes_on_with_another_engine_says_so(
 ) -> None:
     manifest = tmp_path / "manifest.json"
     taped = make_engine("taped", agent_of(toy), replay_of(toy))
-    for written in (None, "{", '{"engine": "taped"}', '{"engine": "eager"}', "[]"):  # the last two: no other numbers
+    deep = '{"table_rows": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    for written in (
+        None,
+        "{",
+        "[]",
+        deep,
+        '{"engine": "taped"}',
+        '{"engine": "eager"}',
+    ):  # eager's numbers are the same
         if written is not None:
             manifest.write_text(written)
         assert noted_engine(taped, manifest) == "taped"

@@ -40,4 +40,4 @@ def value_of(text: str) -> Any:
     try:
         return OverridesParser.create().parse_override(f"key={text}").value()
     except HydraException as error:
-        raise OffrlError(f"{text} can't be read as a value: {one_line(error)}") from error
+        raise OffrlError(f"{text} can't be read as a value ({one_line(error)}); put it into quotes.") from error

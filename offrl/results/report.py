@@ -19,7 +19,7 @@ from offrl.results.cells import METRICS, Cell, build
 from offrl.results.finetuning import collapsed, fine_tunings
 from offrl.results.rows import folders, run_of
 from offrl.results.style import save
-from offrl.utils.errors import OffrlError
+from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import replacing
 
 if TYPE_CHECKING:
@@ -124,6 +124,18 @@ def show_tables(made: Report) -> None:
 # ---- files ---------------------------------------------------------------------------------------------------
 
 
+def _write_parquet(rows: pl.DataFrame, path: Path) -> None:
+    import polars as pl
+
+    try:
+        with replacing(path) as temporary:
+            rows.write_parquet(temporary, compression="zstd")
+    except pl.exceptions.PolarsError as error:  # a full disk, too
+        raise OffrlError(
+            f"{path} could not be written ({one_line(error)}); free some space or choose another --out."
+        ) from error
+
+
 def _write(made: Report, rows: pl.DataFrame) -> list[str]:
     """Write all files; their names. A figure of an earlier report that this one does not have is removed."""
     folder = made.folder
@@ -133,8 +145,7 @@ def _write(made: Report, rows: pl.DataFrame) -> list[str]:
         writer = csv.DictWriter(file, fieldnames=list(records[0]))
         writer.writeheader()
         writer.writerows(records)
-    with replacing(folder / "episodes.parquet") as path:
-        _portable(rows).write_parquet(path, compression="zstd")
+    _write_parquet(_portable(rows), folder / "episodes.parquet")
     drawn = draw(made)
     for name in FIGURES:
         if name not in drawn:

@@ -7,7 +7,6 @@ for many updates at once. `Native`, `Compiled` and `CudaGraph` may differ from i
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from offrl.agents.base import Agent, Metrics
@@ -24,6 +24,7 @@ from offrl.nets import apply_no_compile, kernels
 from offrl.sampling import BatchLoader
 from offrl.training.take import Take
 from offrl.utils.errors import OffrlError
+from offrl.utils.files import read_json
 
 # Size of a chunk of batches that stays in the processor's cache until it is used.
 _CHUNK_BYTES = 1 << 20
@@ -255,13 +256,20 @@ def make_engine(
     return engines[name](agent, loader, precision)
 
 
+class _Noted(BaseModel):
+    """The part of `manifest.json` that names the engine."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    engine: str = ""
+
+
 def noted_engine(engine: Engine, manifest: Path) -> str:
     """An engine's name, for a run's manifest. Where that names another one, whose numbers differ by rounding, say so."""
     names = {Eager: "eager", Taped: "taped", Native: "native", Compiled: "compile", CudaGraph: "cudagraph"}
     name = names.get(type(engine), type(engine).__name__)
     try:
-        before = json.loads(manifest.read_text()).get("engine", name)
-    except (OSError, ValueError, AttributeError):
+        before = read_json(manifest, _Noted, "restore it").engine or name
+    except (FileNotFoundError, OffrlError):  # a damaged one is replaced
         before = name
     if before != name and {before, name} != {"eager", "taped"}:
         text = (

@@ -94,6 +94,17 @@ def methods(made):
     return [c.method for c in made.cells]
 
 
+def test_rows_that_can_not_be_written_are_a_sentence(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise pl.exceptions.ComputeError("parquet: File too large (os error 27)")
+
+    make_run(tmp_path / "runs" / "one")
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", full)
+    with pytest.raises(OffrlError, match=r"episodes.parquet could not be written \(.*File too large.*free some space"):
+        write(tmp_path)
+    assert not list((tmp_path / "out").glob("*parquet*"))
+
+
 # ---- cells ---------------------------------------------------------------------------------------------------
 
 
