@@ -98,3 +98,18 @@ def test_collector_takes_finished_runs_without_paths(tmp_path: Path) -> None:
     ]
     assert "/" not in (kept / "config.json").read_text() + (kept / "manifest.json").read_text()
     assert verdicts.Rows(tmp_path / "kept" / "a").scores("bc", "d").tolist() == [50.0]
+
+
+@pytest.mark.parametrize(("at_50_000", "gate"), [(41.0, "no"), (41.5, "yes")])
+def test_no_verdict_of_claim_a_without_a_sound_pipeline(
+    at_50_000: float, gate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TD3+BC ends at 46, of which 90 % is 41.4; PRDC ends 10 above it."""
+    scores = {"td3_bc": np.array([45.0, 46.0, 47.0, 46.0, 46.0]), "prdc": np.array([55.0, 56.0, 57.0, 56.0, 56.0])}
+    monkeypatch.setattr(verdicts.Rows, "scores", lambda self, method, dataset: scores.get(method, np.array([])))
+    monkeypatch.setattr(
+        verdicts.Rows, "means", lambda self, method, dataset: {50_000: at_50_000, 150_000: 46.0, 200_000: 46.0}
+    )
+    lines = {line.name: line.verdict for line in verdicts.claim_a(tmp_path) if line.found}
+    assert lines["A0"] == gate
+    assert lines["A1"] == ("shown" if gate == "yes" else "none, since A0 fails (by itself: shown)")
