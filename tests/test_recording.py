@@ -95,6 +95,7 @@ def test_a_video_has_the_episodes_pictures(suffix: str, tmp_path: Path, monkeypa
     class Env:
         metadata = {"render_modes": ["rgb_array"], "render_fps": 60}  # noqa: RUF012
         t = 0
+        unwrapped: Any = None
 
         def reset(self, seed: int) -> Any:
             self.t = 0
@@ -119,6 +120,33 @@ def test_a_video_has_the_episodes_pictures(suffix: str, tmp_path: Path, monkeypa
         assert picture.shape == (64, 96, 3)
         assert abs(float(picture.mean()) - grey) < 4  # MP4 rounds colours
     assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("env_id", "options", "follows"),
+    [
+        ("Hopper-v5", {}, True),
+        ("offrl/NoisyHopper-v0", {"sigma": 0.1}, True),
+        ("Hopper-v5", {"camera_id": -1}, False),
+        ("Hopper-v5", {"default_camera_config": {"distance": 2.0}}, False),
+        ("InvertedPendulum-v5", {}, False),  # its model has no camera
+        ("Pendulum-v1", {}, False),
+    ],
+)
+def test_a_robot_is_filmed_by_the_camera_that_moves_with_it(
+    env_id: str, options: dict[str, Any], follows: bool
+) -> None:
+    """The camera of the film is one of the model, of the mode that tracks a body's centre of mass; else none of the model."""
+    mujoco = pytest.importorskip("mujoco")
+    env = make_env(DatasetInfo(id="mine", env_id=env_id, env_kwargs=options), render=True)
+    recording.follow_body(env)
+    robot = env.unwrapped
+    renderer = getattr(robot, "mujoco_renderer", None)
+    camera = renderer.camera_id if renderer else -1
+    assert (camera >= 0) == follows
+    if follows:
+        assert robot.model.cam_mode[camera] == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM
+        assert robot.model.cam_bodyid[camera] == robot.model.body("torso").id
 
 
 def frames(path: Path) -> list[np.ndarray]:

@@ -33,6 +33,7 @@ from offrl.utils.paths import replacing
 FRAMES_PER_SECOND = 30  # of a video, about; simulators make up to 125 steps a second
 GIF_WIDTH = 320  # pixels: a GIF is an order of magnitude larger than an MP4
 SUFFIXES = (".mp4", ".gif")
+CAMERA_OPTIONS = {"camera_id", "camera_name", "default_camera_config"}  # of Gymnasium's MuJoCo environments
 Frame = NDArray[np.uint8]
 
 
@@ -148,6 +149,7 @@ def film(
     write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
     try:
         with closing(make_env(info, render=True)) as env, replacing(path) as temporary:
+            follow_body(env)
             every = max(1, round(float(env.metadata.get("render_fps") or 30) / FRAMES_PER_SECOND))
             rate = float(env.metadata.get("render_fps") or 30) / every
             frames: list[Frame] = []
@@ -171,6 +173,21 @@ def film(
             f"--video {path}: can't be written ({error.strerror or one_line(error)}); choose another place."
         ) from error
     return episodes
+
+
+def follow_body(env: Any) -> None:
+    """Draw one of Gymnasium's robots by its model's camera `track`, which moves with the body, unless a camera was chosen.
+
+    The camera that Gymnasium takes by itself stands still: a robot that walks leaves the picture.
+    """
+    robot = env.unwrapped
+    if not type(robot).__module__.startswith("gymnasium.envs.mujoco.") or CAMERA_OPTIONS & robot.spec.kwargs.keys():
+        return
+    import mujoco
+
+    camera = mujoco.mj_name2id(robot.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    if camera >= 0:
+        robot.mujoco_renderer.camera_id = camera
 
 
 def _frame(env: Any, info: DatasetInfo) -> Frame:
