@@ -11,8 +11,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import gymnasium
@@ -76,9 +77,42 @@ def give_function(make: Callable[..., Any]) -> str:
     return name
 
 
-def given() -> tuple[list[str], dict[str, Callable[..., Any]]]:
-    """What `give` needs in another process."""
-    return list(_modules), dict(_functions)
+def given_to(method: str, env_ids: Iterable[str | None]) -> tuple[list[str], dict[str, Callable[..., Any]]]:
+    """What `give` needs in another process, which makes environments of these ids.
+
+    Args:
+        method: how the process starts: fork, forkserver or spawn.
+
+    Raises:
+        OffrlError: the function behind one of the ids can't be sent to a fresh interpreter.
+    """
+    if method == "fork":  # it has them already, and can have functions that can't be sent
+        return [], {}
+    functions = {name: _functions[name] for name in env_ids if name in _functions}
+    for name, make in functions.items():
+        check_sendable(name, make)
+    return list(_modules), functions
+
+
+def check_sendable(name: str, make: Callable[..., Any]) -> None:
+    """Raise OffrlError unless a process with a fresh interpreter can have a function that makes environments."""
+    try:
+        reason = "" if b"__main__" not in bytes(ForkingPickler.dumps(make)) else _no_main()
+    except Exception as error:  # an object of the user's may raise anything
+        reason = one_line(error)
+    if reason:
+        raise OffrlError(
+            f"{name}: with a GPU in use environments are made in a fresh process, to which this function can't be sent "
+            f"({reason}); define it at the top of a module that can be imported, or name its environment "
+            f"({option('eval.env', 'MODULE:ID')}), or evaluate in this process: eval.workers=1 eval.asynchronous=false."
+        )
+
+
+def _no_main() -> str:
+    """Why a fresh interpreter lacks what the main program defines; nothing where it reads the same file."""
+    main = sys.modules["__main__"]
+    has_source = getattr(main, "__file__", None) or getattr(main, "__spec__", None)
+    return "" if has_source else "it is defined at a prompt or in a notebook"
 
 
 def give(modules: list[str], functions: dict[str, Callable[..., Any]]) -> None:
@@ -90,6 +124,8 @@ def give(modules: list[str], functions: dict[str, Callable[..., Any]]) -> None:
             if error.name != module:
                 raise
             # The module itself is gone; whoever needs an environment of it says so.
+    _modules.extend(module for module in modules if module not in _modules)
+    _functions.update(functions)
     for name, make in functions.items():
         if name not in gymnasium.registry:
             gymnasium.register(name, entry_point=make)
