@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
 from offrl.agents.acting import lane_named
 from offrl.agents.base import Agent, Spec
@@ -172,6 +173,28 @@ def test_what_cannot_be_drawn_gets_a_sentence(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(OffrlError, match=r"offrl\[video\]"):
         recording.check_video(tmp_path / "film.mp4", PENDULUM)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "sentence"),
+    [
+        ([None], "gave NoneType, and a film needs an array uint8"),  # an __init__ that forgets its render_mode
+        ([[np.zeros((8, 8, 3), np.uint8)]], "gave list"),
+        ([np.zeros((8, 8), np.uint8)], r"gave uint8 \[8, 8\]"),
+        ([np.zeros((8, 8, 3))], r"gave float64 \[8, 8, 3\]"),
+        ([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)], "change their size"),
+        ([], r"render\(\) of Pendulum-v1 failed \(IndexError: pop from empty list\); leave --video out"),
+    ],
+)
+def test_an_environment_whose_pictures_are_none(
+    pictures: list[Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("PIL")
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    monkeypatch.setattr(PendulumEnv, "render", lambda env: pictures.pop(0))
+    with pytest.raises(OffrlError, match=sentence):
+        recording.film(policy(), PENDULUM, [1], tmp_path / "film.gif")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

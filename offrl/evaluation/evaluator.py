@@ -31,7 +31,7 @@ from offrl.data.lane_tasks import lane_infos
 from offrl.envs import make_env as make_env_of
 from offrl.envs import make_vector_env
 from offrl.envs.adapters import plain_robot
-from offrl.envs.chosen import check_sendable, given_to, warn_of_no_limit, warn_of_other_bounds
+from offrl.envs.chosen import check_interface, check_sendable, given_to, warn_of_no_limit, warn_of_other_bounds
 from offrl.evaluation.environments import (
     AnyEnvs,
     Array,
@@ -110,6 +110,7 @@ class Evaluator:
         self.env_ids = {one.env_id for one in infos}
         self.robot = plain_robot(info) if make_env is None else None
         probe = self.makers[0]()
+        check_interface(info, probe)
         warn_of_no_limit(info, probe)
         warn_of_other_bounds(info, probe)
         self.obs_shape = tuple(probe.observation_space.shape or ())

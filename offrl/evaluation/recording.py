@@ -158,6 +158,10 @@ def film(
             def look(env: Any, step: int) -> None:
                 if step % every == 0:
                     frames.append(_frame(env, info))
+                    if frames[-1].shape != frames[0].shape:
+                        raise OffrlError(
+                            f"--video: the pictures of {info.env_id} change their size, and a film's have one."
+                        )
                 progress(sum(map(len, episodes)) + step)
 
             def pictures() -> Iterator[Frame]:
@@ -192,13 +196,23 @@ def follow_body(env: Any) -> None:
 
 def _frame(env: Any, info: DatasetInfo) -> Frame:
     try:
-        return np.asarray(env.render(), dtype=np.uint8)
-    except Exception as error:  # whatever an OpenGL library raises
+        picture = env.render()
+    except Exception as error:  # whatever an OpenGL library raises, or the user's own environment
+        if "mujoco" not in sys.modules:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise OffrlError(f"--video: render() of {info.env_id} failed ({reason}); leave --video out.") from error
         using = f" with MUJOCO_GL={os.environ['MUJOCO_GL']}" if "MUJOCO_GL" in os.environ else ""
         raise OffrlError(
             f"--video: {info.env_id} could not be drawn{using} ({one_line(error)}); set MUJOCO_GL=egl or MUJOCO_GL=osmesa, and "
             "install the library (Debian and Ubuntu: libegl1, libosmesa6)."
         ) from error
+    if isinstance(picture, np.ndarray) and picture.dtype.kind in "iu" and picture.ndim == 3 and picture.shape[2] == 3:
+        return picture.astype(np.uint8)
+    found = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise OffrlError(
+        f"--video: render() of {info.env_id} gave {found}, and a film needs an array uint8 [height, width, 3] "
+        "where render_mode is rgb_array."
+    )
 
 
 def _write_mp4(path: Path, frames: Iterator[Frame], rate: float) -> None:

@@ -288,7 +288,7 @@ def rows_of(data: bytes, columns: dict[str, str], path: Path) -> pl.DataFrame:
 
 @contextlib.contextmanager
 def without_panic(path: Path) -> Iterator[None]:
-    """OSError of `path` where the system refuses polars' threads a file or a thread: they panic, and a panic is no Exception."""
+    """OSError of `path` where the system refuses polars a file or a thread: it panics, and a panic is no Exception."""
     import polars as pl
 
     try:

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from offrl.results.rows import EPISODE_COLUMNS, METRIC_COLUMNS, MOST_BYTES, _damaged, _read_lines, rows_of, without_panic
+from offrl.results.rows import (
+    EPISODE_COLUMNS,
+    METRIC_COLUMNS,
+    MOST_BYTES,
+    _damaged,
+    _read_lines,
+    rows_of,
+    without_panic,
+)
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_bytes
 from offrl.utils.paths import replacing

@@ -52,9 +52,11 @@ def test_a_function_that_cannot_be_sent_gets_a_sentence(give: Callable[[Any], st
             evaluator.run(AGENT, 2)
         with pytest.raises(OffrlError, match=REFUSED):
             EvaluationProcess(evaluator, AGENT)
-    with Evaluator(INFO, 1, workers=2, make_env=lambda: make_pendulum()) as evaluator:
-        with pytest.raises(OffrlError, match=REFUSED):
-            evaluator.run(AGENT, 2)
+    with (
+        Evaluator(INFO, 1, workers=2, make_env=lambda: make_pendulum()) as evaluator,
+        pytest.raises(OffrlError, match=REFUSED),
+    ):
+        evaluator.run(AGENT, 2)
     assert not multiprocessing.active_children()
     with Evaluator(info, 1, workers=1) as evaluator:
         assert evaluator.run(AGENT, 2).lengths.tolist() == [[5, 5]]
@@ -101,6 +103,82 @@ def test_only_what_is_needed_is_sent_and_can_be_sent_on(give: Callable[[Any], st
     chosen.give(["json"], sent[1])
     assert name in gymnasium.registry
     assert chosen.given_to("spawn", [name]) == (["json"], {name: make_pendulum})
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+class Right(gymnasium.Env):
+    """What the environments below do wrong, done right."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros(2), {}
+
+    def step(self, action: Any) -> Any:
+        return np.zeros(2), 0.0, False, False, {}
+
+
+def but(**methods: Any) -> type[Right]:
+    return type("Mine", (Right,), methods)
+
+
+@pytest.mark.parametrize(
+    ("env", "sentence"),
+    [
+        (but(reset=lambda self, **_: np.zeros(2)), r"reset has to give \(observation, info\)"),  # Gym before 0.26
+        (
+            but(step=lambda self, _: (np.zeros(2), 0.0, False, {})),
+            r"not enough values.*; it has to follow gymnasium.Env",
+        ),
+        (but(step=lambda self, _: (np.zeros(2), 0.0, False, False, None)), r"step has to give \(observation, reward"),
+        (but(reset=lambda self: (np.zeros(2), {})), r"first step fails \(TypeError: .*'seed'; \w+.py, line \d+\)"),
+        (but(reset=lambda self, **_: (np.zeros(3), {})), r"observation of shape \[3\], and its .* has shape \[2\]"),
+        (but(step=lambda self, _: (np.zeros((2, 1)), 0.0, False, False, {})), r"observation of shape \[2, 1\]"),
+        (but(step=lambda self, _: (np.zeros(2), np.zeros(1), False, False, {})), "a single number as reward"),
+        (but(step=lambda self, _: (np.zeros(2), None, False, False, {})), "a single number as reward"),
+        (
+            but(step=lambda self, _: 1 / 0),
+            r"first step fails \(ZeroDivisionError: division by zero; test_chosen.py, line",
+        ),
+        (but(action_space=None), "it has no action_space; set one of gymnasium.spaces"),
+    ],
+)
+def test_an_environment_that_breaks_gymnasiums_interface(env: Any, sentence: str, give: Callable[[Any], str]) -> None:
+    """Some of these would be played: an observation of one number fills every place of a vector."""
+    info = DatasetInfo(id="mine", max_episode_steps=5)
+    with Evaluator(replace(info, env_id=give(Right)), 1, workers=1) as evaluator:
+        assert evaluator.run(BC(Spec(2, 1, (0,)), BCConfig(hidden=(8,))), 1).lengths.tolist() == [[5]]
+    with pytest.raises(OffrlError, match=sentence):
+        Evaluator(replace(info, env_id=give(env)), 1, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("own_cart.py", "env=own_cart:ID"),
+        ("envs/own_cart.py:Cart-v0", "env=envs.own_cart:ID"),
+        ("envs.own_cart.Cart", "env=envs.own_cart:ID"),
+        ("own_envs.cart", "env=own_envs.cart:ID"),
+        ("json:", "env=json:ID"),
+        ("own_pendulum:Own", "unversioned.*; name the environment by the id that is registered"),
+    ],
+)
+def test_names_that_are_no_ids(
+    name: str, sentence: str, give: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("own_pendulum")
+    module.Own = make_pendulum  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_pendulum", module)
+    gymnasium.register("Own-v0", entry_point=make_pendulum)
+    with pytest.raises(OffrlError, match=sentence):
+        chosen.import_environment(name)
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
