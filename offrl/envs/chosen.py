@@ -217,7 +217,8 @@ def check_interface(info: DatasetInfo, env: Any) -> None:
         if not (isinstance(begun, tuple) and len(begun) == 2 and isinstance(begun[1], dict)):
             raise OffrlError(f"{name}: its reset has to give (observation, info), where info is a dictionary.")
         env.action_space.seed(0)
-        done = env.step(env.action_space.sample())
+        action = env.action_space.sample()
+        done = env.step(action if np.ndim(action) else int(action))
         if not (isinstance(done, tuple) and len(done) == 5 and isinstance(done[4], dict)):
             raise OffrlError(f"{name}: its step has to give (observation, reward, terminated, truncated, info).")
         shapes = [np.shape(begun[0]), np.shape(done[0])]

@@ -110,7 +110,8 @@ class Evaluator:
         self.env_ids = {one.env_id for one in infos}
         self.robot = plain_robot(info) if make_env is None else None
         probe = self.makers[0]()
-        check_interface(info, probe)
+        if make_env is None:
+            check_interface(info, probe)
         warn_of_no_limit(info, probe)
         warn_of_other_bounds(info, probe)
         self.obs_shape = tuple(probe.observation_space.shape or ())
