@@ -154,11 +154,13 @@ def film(
             rate = float(env.metadata.get("render_fps") or 30) / every
             frames: list[Frame] = []
             episodes: list[Episode] = []
+            sizes: set[tuple[int, ...]] = set()
 
             def look(env: Any, step: int) -> None:
                 if step % every == 0:
                     frames.append(_frame(env, info))
-                    if frames[-1].shape != frames[0].shape:
+                    sizes.add(frames[-1].shape)
+                    if len(sizes) > 1:
                         raise OffrlError(
                             f"--video: the pictures of {info.env_id} change their size, and a film's have one."
                         )
