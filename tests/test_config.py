@@ -133,6 +133,7 @@ def test_a_list_per_lane_needs_as_many_values_as_lanes() -> None:
         ({"batchsize": 3}, "batchsize is no option; did you mean batch_size?"),
         ({"agentt": "bc"}, "agentt is no option; did you mean agent?"),
         ({"eval": {"evry": 3}}, "eval.evry is no option; did you mean eval.every?"),
+        ({"env": "Hopper-v5"}, "env is no option; did you mean eval.env?"),
         ({"eval": 5}, "eval=5 should be a table of settings"),
         ({"agent": {"alph": 3}}, "agent.alph is no option; did you mean agent.alpha?"),
         ({"agent": {"_target_": "offrl.agents.dt.DT", "layers": 0}}, "agent.layers=0 should be at least 1."),

@@ -46,6 +46,8 @@ def test_one_observation_and_a_batch() -> None:
     assert batch.shape == (4, 2)
     single, _ = agent.predict(list(OBS[2]), lane=1)
     assert single.shape == (2,)
+    tensor, _ = agent.predict(torch.tensor(OBS, requires_grad=True), lane=1)
+    np.testing.assert_array_equal(tensor, batch)
     np.testing.assert_allclose(single, wanted[2], rtol=0, atol=1e-5)
 
 
@@ -106,7 +108,11 @@ def test_sampling_methods_sample_unless_asked_not_to() -> None:
         (lambda: bc().predict(np.zeros((2, 2, 3)), lane=0), r"not \[2, 2, 3\]; flatten"),
         (lambda: bc().predict({"x": 1}, lane=0), "of numbers"),
         (lambda: bc().predict(np.zeros((0, 3)), lane=0), r"not \[0, 3\]"),
+        (lambda: bc().predict((OBS, {}), lane=0), r"obs, info = env.reset\(\)"),
+        (lambda: bc().predict([[0.0, np.nan, 1.0]], lane=0), "holds nan; repair it"),
         (lambda: bc().predict(OBS, lane=2), "lanes 0 to 1"),
+        (lambda: bc().predict(OBS, lane="best"), "lane best: the agent has lanes 0 to 1"),
+        (lambda: load_agent(bc()), "the folder of a run, such as result.folder"),
         (lambda: bc().predict(OBS), "2 lanes and no score of them; name one: lane=0 to lane=1"),
         (lambda: bc().lane(-1), "lanes 0 to 1"),
         (lambda: bc().select_action(torch.zeros(3)), r"\[lanes, n, obs\] = \[2, n, 3\], not shape \[3\]"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
 from offrl.agents.acting import lane_named
 from offrl.agents.base import Agent, Spec
@@ -95,6 +96,7 @@ def test_a_video_has_the_episodes_pictures(suffix: str, tmp_path: Path, monkeypa
     class Env:
         metadata = {"render_modes": ["rgb_array"], "render_fps": 60}  # noqa: RUF012
         t = 0
+        unwrapped: Any = None
 
         def reset(self, seed: int) -> Any:
             self.t = 0
@@ -121,6 +123,33 @@ def test_a_video_has_the_episodes_pictures(suffix: str, tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.parametrize(
+    ("env_id", "options", "follows"),
+    [
+        ("Hopper-v5", {}, True),
+        ("offrl/NoisyHopper-v0", {"sigma": 0.1}, True),
+        ("Hopper-v5", {"camera_id": -1}, False),
+        ("Hopper-v5", {"default_camera_config": {"distance": 2.0}}, False),
+        ("InvertedPendulum-v5", {}, False),  # its model has no camera
+        ("Pendulum-v1", {}, False),
+    ],
+)
+def test_a_robot_is_filmed_by_the_camera_that_moves_with_it(
+    env_id: str, options: dict[str, Any], follows: bool
+) -> None:
+    """The camera of the film is one of the model, of the mode that tracks a body's centre of mass; else none of the model."""
+    mujoco = pytest.importorskip("mujoco")
+    env = make_env(DatasetInfo(id="mine", env_id=env_id, env_kwargs=options), render=True)
+    recording.follow_body(env)
+    robot = env.unwrapped
+    renderer = getattr(robot, "mujoco_renderer", None)
+    camera = renderer.camera_id if renderer else -1
+    assert (camera >= 0) == follows
+    if follows:
+        assert robot.model.cam_mode[camera] == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM
+        assert robot.model.cam_bodyid[camera] == robot.model.body("torso").id
+
+
 def frames(path: Path) -> list[np.ndarray]:
     if path.suffix == ".gif":
         from PIL import Image, ImageSequence
@@ -144,6 +173,28 @@ def test_what_cannot_be_drawn_gets_a_sentence(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(OffrlError, match=r"offrl\[video\]"):
         recording.check_video(tmp_path / "film.mp4", PENDULUM)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "sentence"),
+    [
+        ([None], "gave NoneType, and a film needs an array uint8"),  # an __init__ that forgets its render_mode
+        ([[np.zeros((8, 8, 3), np.uint8)]], "gave list"),
+        ([np.zeros((8, 8), np.uint8)], r"gave uint8 \[8, 8\]"),
+        ([np.zeros((8, 8, 3))], r"gave float64 \[8, 8, 3\]"),
+        ([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)], "change their size"),
+        ([], r"render\(\) of Pendulum-v1 failed \(IndexError: pop from empty list\); leave --video out"),
+    ],
+)
+def test_an_environment_whose_pictures_are_none(
+    pictures: list[Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("PIL")
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    monkeypatch.setattr(PendulumEnv, "render", lambda env: pictures.pop(0))
+    with pytest.raises(OffrlError, match=sentence):
+        recording.film(policy(), PENDULUM, [1], tmp_path / "film.gif")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

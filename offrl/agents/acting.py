@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,8 +74,12 @@ def predict(
 def _rows(agent: Agent[Any], obs: ArrayLike) -> tuple[Tensor, bool]:
     """Observations `[n, O]` in the agent's precision, and whether they were a single one `[O]`."""
     width = agent.spec.obs_dim
+    if isinstance(obs, tuple) and len(obs) == 2 and isinstance(obs[1], dict):
+        raise OffrlError(
+            "predict got (obs, info), as env.reset() gives them; take the first alone: obs, info = env.reset()."
+        )
     try:
-        array = np.asarray(obs, dtype=np.float64)
+        array = np.asarray(obs.detach().cpu() if isinstance(obs, Tensor) else obs, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise OffrlError(
             f"predict takes observations [{width}] or [n, {width}] of numbers ({one_line(error)}); flatten them first."
@@ -83,6 +88,8 @@ def _rows(agent: Agent[Any], obs: ArrayLike) -> tuple[Tensor, bool]:
         raise OffrlError(
             f"predict takes one observation [{width}] or a batch [n, {width}], not {list(array.shape)}; flatten them first."
         )
+    if not np.isfinite(array).all():
+        raise OffrlError(f"predict got an observation that holds {array[~np.isfinite(array)][0]}; repair it.")
     return torch.from_numpy(np.atleast_2d(array)).to(agent.obs_mean), array.ndim == 1
 
 
@@ -120,8 +127,8 @@ def _lane(agent: Agent[Any], lane: int | None, state: PredictState | None) -> in
 
 def checked_lane(agent: Agent[Any], lane: int) -> int:
     """`lane`, if the agent has it; raises OffrlError otherwise."""
-    if not 0 <= lane < agent.spec.lanes:
-        raise OffrlError(f"lane {lane}: the agent has lanes 0 to {agent.spec.lanes - 1}.")
+    if not isinstance(lane, Integral) or not 0 <= lane < agent.spec.lanes:
+        raise OffrlError(f"lane {one_line(lane)}: the agent has lanes 0 to {agent.spec.lanes - 1}.")
     return lane
 
 

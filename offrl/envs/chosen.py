@@ -10,9 +10,12 @@ import importlib
 import os
 import re
 import sys
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -26,6 +29,13 @@ from offrl.utils.errors import OffrlError, one_line
 PYTHON = "python/"  # namespace of the ids of functions
 CHOSEN = "environment"  # key of a dataset's provenance: how its environment was chosen
 BY_USER = "chosen for evaluation"
+TESTED = (
+    "gymnasium",
+    "gymnasium_robotics",
+    "offrl",
+    "ogbench",
+)  # packages whose environments keep Gymnasium's interface
+NO_ID = re.compile(r"\.py$|^[\w/\\]+(\.\w+)+$")  # a file, or a dotted name; ids end in -v0 and the like
 
 # What this process was told to import, and the functions that it was given: evaluation processes that begin with a fresh
 # interpreter need them, too.
@@ -42,6 +52,9 @@ def import_environment(name: str) -> None:
         OffrlError: the module can't be imported, or neither registers nor holds ID.
     """
     module, _, plain = name.rpartition(":")
+    if not plain or module.endswith(".py") or (not module and name not in gymnasium.registry and NO_ID.search(name)):
+        advice = option("eval.env", f"{_module_in(module or plain)}:ID")
+        raise OffrlError(f"{name}: name the environment behind its module and a colon: {advice}.")
     if not module:
         return
     if (here := os.getcwd()) not in sys.path:
@@ -59,11 +72,22 @@ def import_environment(name: str) -> None:
     if plain in gymnasium.registry:
         return
     if callable(getattr(loaded, plain, None)):
-        gymnasium.register(plain, entry_point=f"{module}:{plain}")
+        try:
+            gymnasium.register(plain, entry_point=f"{module}:{plain}")
+        except gymnasium.error.Error as error:
+            raise OffrlError(
+                f"{name}: {one_line(error)}; name the environment by the id that is registered."
+            ) from error
         return
     new = sorted(set(gymnasium.registry) - before)
     there = f"it registers {', '.join(new)}" if new else "call gymnasium.register in it"
     raise OffrlError(f"{name}: the module {module} has no environment {one_line(plain)}; {there}.")
+
+
+def _module_in(name: str) -> str:
+    """The module that a path or a dotted name tells: `my_envs.cart` of `my_envs/cart.py` and of `my_envs.cart.Cart`."""
+    dotted = re.sub(r"[/\\]+", ".", name.removesuffix(".py")).strip(".")
+    return re.sub(r"\.[A-Z]\w*$", "", dotted)
 
 
 def give_function(make: Callable[..., Any]) -> str:
@@ -76,9 +100,42 @@ def give_function(make: Callable[..., Any]) -> str:
     return name
 
 
-def given() -> tuple[list[str], dict[str, Callable[..., Any]]]:
-    """What `give` needs in another process."""
-    return list(_modules), dict(_functions)
+def given_to(method: str, env_ids: Iterable[str | None]) -> tuple[list[str], dict[str, Callable[..., Any]]]:
+    """What `give` needs in another process, which makes environments of these ids.
+
+    Args:
+        method: how the process starts: fork, forkserver or spawn.
+
+    Raises:
+        OffrlError: the function behind one of the ids can't be sent to a fresh interpreter.
+    """
+    if method == "fork":  # it has them already, and can have functions that can't be sent
+        return [], {}
+    functions = {name: _functions[name] for name in env_ids if name in _functions}
+    for name, make in functions.items():
+        check_sendable(name, make)
+    return list(_modules), functions
+
+
+def check_sendable(name: str, make: Callable[..., Any]) -> None:
+    """Raise OffrlError unless a process with a fresh interpreter can have a function that makes environments."""
+    try:
+        reason = "" if b"__main__" not in bytes(ForkingPickler.dumps(make)) else _no_main()
+    except Exception as error:  # an object of the user's may raise anything
+        reason = one_line(error)
+    if reason:
+        raise OffrlError(
+            f"{name}: with a GPU in use environments are made in a fresh process, to which this function can't be sent "
+            f"({reason}); define it at the top of a module that can be imported, or name its environment "
+            f"({option('eval.env', 'MODULE:ID')}), or evaluate in this process: eval.workers=1 eval.asynchronous=false."
+        )
+
+
+def _no_main() -> str:
+    """Why a fresh interpreter lacks what the main program defines; nothing where it reads the same file."""
+    main = sys.modules["__main__"]
+    has_source = getattr(main, "__file__", None) or getattr(main, "__spec__", None)
+    return "" if has_source else "it is defined at a prompt or in a notebook"
 
 
 def give(modules: list[str], functions: dict[str, Callable[..., Any]]) -> None:
@@ -90,6 +147,8 @@ def give(modules: list[str], functions: dict[str, Callable[..., Any]]) -> None:
             if error.name != module:
                 raise
             # The module itself is gone; whoever needs an environment of it says so.
+    _modules.extend(module for module in modules if module not in _modules)
+    _functions.update(functions)
     for name, make in functions.items():
         if name not in gymnasium.registry:
             gymnasium.register(name, entry_point=make)
@@ -141,6 +200,43 @@ def with_environment(
 def is_chosen(info: DatasetInfo) -> bool:
     """Whether a user chose the environment, so that no adapter of the dataset's own family belongs to it."""
     return info.provenance.get(CHOSEN) == BY_USER
+
+
+def check_interface(info: DatasetInfo, env: Any) -> None:
+    """Play the first step of a user's environment: what is wrong with it would end a training at its first evaluation, or
+    make false scores.
+
+    Raises:
+        OffrlError: `reset` or `step` fails, or what they give isn't what Gymnasium's interface says.
+    """
+    if type(env.unwrapped).__module__.partition(".")[0] in TESTED:
+        return
+    name = info.env_id or "the environment"
+    try:
+        begun = env.reset(seed=0)
+        if not (isinstance(begun, tuple) and len(begun) == 2 and isinstance(begun[1], dict)):
+            raise OffrlError(f"{name}: its reset has to give (observation, info), where info is a dictionary.")
+        env.action_space.seed(0)
+        action = env.action_space.sample()
+        done = env.step(action if np.ndim(action) else int(action))
+        if not (isinstance(done, tuple) and len(done) == 5 and isinstance(done[4], dict)):
+            raise OffrlError(f"{name}: its step has to give (observation, reward, terminated, truncated, info).")
+        shapes = [np.shape(begun[0]), np.shape(done[0])]
+        if wrong := [shape for shape in shapes if shape != env.observation_space.shape]:
+            raise OffrlError(
+                f"{name}: it gives an observation of shape {list(wrong[0])}, and its observation_space has shape "
+                f"{list(env.observation_space.shape)}; correct one of them."
+            )
+        if any(np.ndim(value) or value is None for value in done[1:4]):
+            raise OffrlError(f"{name}: its step has to give a single number as reward, and True or False as ends.")
+    except OffrlError:
+        raise
+    except Exception as error:  # the environment is the user's own: anything may happen
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise OffrlError(
+            f"{name}: its first step fails ({one_line(f'{type(error).__name__}: {error}')}; {Path(place.filename).name}, line "
+            f"{place.lineno}); it has to follow gymnasium.Env: reset(seed=None, options=None), step(action)."
+        ) from error
 
 
 def warn_of_no_limit(info: DatasetInfo, env: Any) -> None:

@@ -43,7 +43,7 @@ def make_gymnasium(env_id: str, entry_point: str | None = None, **kwargs: Any) -
                 gymnasium.register_envs(registers)
             if module and plain not in gymnasium.registry:
                 raise _not_imported(env_id, module)
-            return gymnasium.make(plain, disable_env_checker=True, **kwargs)
+            return _with_spaces(env_id, gymnasium.make(plain, disable_env_checker=True, **kwargs))
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise OffrlError(
             f'{env_id} needs a package ({error}); install it with `pip install "offrl[{extra}]"`.'
@@ -64,6 +64,14 @@ def make_gymnasium(env_id: str, entry_point: str | None = None, **kwargs: Any) -
     except Exception as error:  # whatever the environment raises at arguments that it does not like
         reason = one_line(f"{type(error).__name__}: {error}")
         raise OffrlError(f"{env_id} cannot be made ({reason}); check env_kwargs={one_line(kwargs)}.") from error
+
+
+def _with_spaces(env_id: str, env: gymnasium.Env) -> gymnasium.Env:
+    """The environment, if it has its two spaces; raises OffrlError otherwise."""
+    for name in ("observation_space", "action_space"):
+        if not isinstance(getattr(env, name, None), gymnasium.Space):
+            raise OffrlError(f"{env_id}: it has no {name}; set one of gymnasium.spaces in its class or its __init__.")
+    return env
 
 
 def _not_imported(env_id: str, module: str) -> OffrlError:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save
 
 from offrl.agents.base import Agent
-from offrl.envs.chosen import give, given
+from offrl.envs.chosen import give
 from offrl.evaluation.environments import start_method
 from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.utils.errors import OffrlError, one_line
@@ -30,13 +30,16 @@ class EvaluationProcess:
     Args:
         evaluator: has not played yet; a copy of it plays in the process.
         agent: as those that are evaluated; its weights do not matter.
+
+    Raises:
+        OffrlError: the function that makes the environment can't be sent to the process.
     """
 
     def __init__(self, evaluator: Evaluator, agent: Agent) -> None:
-        context: Any = multiprocessing.get_context(start_method())
+        method = start_method()
+        environments = evaluator.given_to(method)
+        context: Any = multiprocessing.get_context(method)
         self.connection, theirs = context.Pipe()
-        # A forked process has them already, and can have functions that can't be sent.
-        environments = ([], {}) if context.get_start_method() == "fork" else given()
         arguments = (theirs, self.connection, evaluator, copy.deepcopy(agent), environments)
         self.process = context.Process(target=_serve, args=arguments)
         self.process.start()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offrl.envs.chosen import give, given
+from offrl.envs.chosen import give
 from offrl.envs.robots import Robots
 from offrl.envs.tabular_env import features
 from offrl.utils.errors import OffrlError
@@ -165,12 +165,16 @@ def _worker(
 
 
 class EnvProcess:
-    """`Envs` in another process; each call is split into request and wait."""
+    """`Envs` in another process; each call is split into request and wait.
 
-    def __init__(self, context: Any, make: MakeEnvs, rows: range, shared: dict[str, Any]) -> None:
+    Args:
+        environments: what `give` needs there.
+    """
+
+    def __init__(
+        self, context: Any, make: MakeEnvs, rows: range, shared: dict[str, Any], environments: tuple[Any, Any]
+    ) -> None:
         self.connection, theirs = context.Pipe()
-        # A forked process has them already, and can have functions that can't be sent.
-        environments = ([], {}) if context.get_start_method() == "fork" else given()
         arguments = (theirs, self.connection, make, rows, shared, environments)
         self.process = context.Process(target=_worker, args=arguments, daemon=True)
         self.process.start()

@@ -31,7 +31,7 @@ from offrl.data.lane_tasks import lane_infos
 from offrl.envs import make_env as make_env_of
 from offrl.envs import make_vector_env
 from offrl.envs.adapters import plain_robot
-from offrl.envs.chosen import warn_of_no_limit, warn_of_other_bounds
+from offrl.envs.chosen import check_interface, check_sendable, given_to, warn_of_no_limit, warn_of_other_bounds
 from offrl.evaluation.environments import (
     AnyEnvs,
     Array,
@@ -107,8 +107,11 @@ class Evaluator:
         self.width = max(1, (slots or usual) // lanes)  # environments of each lane
         # One of each lane; picklable, for a fresh interpreter.
         self.makers: list[MakeEnv] = [make_env or partial(make_env_of, one) for one in infos]
+        self.env_ids = {one.env_id for one in infos}
         self.robot = plain_robot(info) if make_env is None else None
         probe = self.makers[0]()
+        if make_env is None:
+            check_interface(info, probe)
         warn_of_no_limit(info, probe)
         warn_of_other_bounds(info, probe)
         self.obs_shape = tuple(probe.observation_space.shape or ())
@@ -146,6 +149,16 @@ class Evaluator:
                 f"environment that the data was recorded in ({option('eval.env', 'ID')}), or train without evaluation "
                 "(eval.every=0 eval.final_episodes=0)."
             )
+
+    def given_to(self, method: str) -> tuple[Any, Any]:
+        """What a process that starts by `method` has to be given to make the environments.
+
+        Raises:
+            OffrlError: a function of the user's can't be sent to a fresh interpreter.
+        """
+        if method != "fork":
+            check_sendable(self.info.env_id or "make_env", self.makers[0])
+        return given_to(method, self.env_ids)
 
     def run(self, agent: Agent, episodes: int, seed: int = 1_000_000, dtype: torch.dtype = torch.float64) -> Episodes:
         """Run `episodes` episodes in every lane.
@@ -279,14 +292,18 @@ class Evaluator:
             else:
                 self.local = make(range(total), self.arrays)
             return
-        context: Any = multiprocessing.get_context(start_method())
+        method = start_method()
+        environments = self.given_to(method)
+        context: Any = multiprocessing.get_context(method)
         shared = {
             k: (context.RawArray("b", max(1, int(np.prod(shape)) * np.dtype(code).itemsize)), shape, code)
             for k, (shape, code) in shapes.items()
         }
         self.arrays = {k: as_array(*value) for k, value in shared.items()}
         # Every process gets episodes of every lane, so that a lane of long episodes is shared.
-        self.processes = [EnvProcess(context, make, range(first, total, workers), shared) for first in range(workers)]
+        self.processes = [
+            EnvProcess(context, make, range(first, total, workers), shared, environments) for first in range(workers)
+        ]
 
 
 def _words(obs_dim: int, action_dim: int, discrete: bool) -> str:

@@ -33,6 +33,7 @@ from offrl.utils.paths import replacing
 FRAMES_PER_SECOND = 30  # of a video, about; simulators make up to 125 steps a second
 GIF_WIDTH = 320  # pixels: a GIF is an order of magnitude larger than an MP4
 SUFFIXES = (".mp4", ".gif")
+CAMERA_OPTIONS = {"camera_id", "camera_name", "default_camera_config"}  # of Gymnasium's MuJoCo environments
 Frame = NDArray[np.uint8]
 
 
@@ -148,14 +149,21 @@ def film(
     write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
     try:
         with closing(make_env(info, render=True)) as env, replacing(path) as temporary:
+            follow_body(env)
             every = max(1, round(float(env.metadata.get("render_fps") or 30) / FRAMES_PER_SECOND))
             rate = float(env.metadata.get("render_fps") or 30) / every
             frames: list[Frame] = []
             episodes: list[Episode] = []
+            sizes: set[tuple[int, ...]] = set()
 
             def look(env: Any, step: int) -> None:
                 if step % every == 0:
                     frames.append(_frame(env, info))
+                    sizes.add(frames[-1].shape)
+                    if len(sizes) > 1:
+                        raise OffrlError(
+                            f"--video: the pictures of {info.env_id} change their size, and a film's have one."
+                        )
                 progress(sum(map(len, episodes)) + step)
 
             def pictures() -> Iterator[Frame]:
@@ -173,15 +181,40 @@ def film(
     return episodes
 
 
+def follow_body(env: Any) -> None:
+    """Draw one of Gymnasium's robots by its model's camera `track`, which moves with the body, unless a camera was chosen.
+
+    The camera that Gymnasium takes by itself stands still: a robot that walks leaves the picture.
+    """
+    robot = env.unwrapped
+    if not type(robot).__module__.startswith("gymnasium.envs.mujoco.") or CAMERA_OPTIONS & robot.spec.kwargs.keys():
+        return
+    import mujoco
+
+    camera = mujoco.mj_name2id(robot.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    if camera >= 0:
+        robot.mujoco_renderer.camera_id = camera
+
+
 def _frame(env: Any, info: DatasetInfo) -> Frame:
     try:
-        return np.asarray(env.render(), dtype=np.uint8)
-    except Exception as error:  # whatever an OpenGL library raises
+        picture = env.render()
+    except Exception as error:  # whatever an OpenGL library raises, or the user's own environment
+        if "mujoco" not in sys.modules:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise OffrlError(f"--video: render() of {info.env_id} failed ({reason}); leave --video out.") from error
         using = f" with MUJOCO_GL={os.environ['MUJOCO_GL']}" if "MUJOCO_GL" in os.environ else ""
         raise OffrlError(
             f"--video: {info.env_id} could not be drawn{using} ({one_line(error)}); set MUJOCO_GL=egl or MUJOCO_GL=osmesa, and "
             "install the library (Debian and Ubuntu: libegl1, libosmesa6)."
         ) from error
+    if isinstance(picture, np.ndarray) and picture.dtype.kind in "iu" and picture.ndim == 3 and picture.shape[2] == 3:
+        return picture.astype(np.uint8)
+    found = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise OffrlError(
+        f"--video: render() of {info.env_id} gave {found}, and a film needs an array uint8 [height, width, 3] "
+        "where render_mode is rgb_array."
+    )
 
 
 def _write_mp4(path: Path, frames: Iterator[Frame], rate: float) -> None:

@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,13 +276,28 @@ def rows_of(data: bytes, columns: dict[str, str], path: Path) -> pl.DataFrame:
     schema = {name: getattr(pl, kind) for name, kind in columns.items()}
     needed = _NEEDED["metrics" if "metric" in columns else "episodes"]
     try:
-        frame = pl.read_ndjson(io.BytesIO(data), schema=schema)
+        with without_panic(path):
+            frame = pl.read_ndjson(io.BytesIO(data), schema=schema)
         if frame.select(pl.any_horizontal(pl.col(*needed).is_null()).any()).item():
             raise ValueError("a row without its step, say")
     except (ValueError, pl.exceptions.PolarsError) as error:
         raise _damaged(path, _first_damaged(data, schema, needed)) from error
     measured = "return_raw" if "return_raw" in columns else "value"
     return frame.with_columns(pl.col(measured).fill_null(math.nan))
+
+
+@contextlib.contextmanager
+def without_panic(path: Path) -> Iterator[None]:
+    """OSError of `path` where the system refuses polars a file or a thread: it panics, and a panic is no Exception."""
+    import polars as pl
+
+    try:
+        yield
+    except pl.exceptions.PanicException as error:
+        code = re.search(r"\bOs { code: (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _first_damaged(data: bytes, schema: dict[str, Any], needed: Sequence[str]) -> int:

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from offrl.results.rows import EPISODE_COLUMNS, METRIC_COLUMNS, MOST_BYTES, _damaged, _read_lines, rows_of
+from offrl.results.rows import (
+    EPISODE_COLUMNS,
+    METRIC_COLUMNS,
+    MOST_BYTES,
+    _damaged,
+    _read_lines,
+    rows_of,
+    without_panic,
+)
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_bytes
 from offrl.utils.paths import replacing
@@ -253,7 +261,8 @@ def _compact(folder: Path) -> None:
 
     for kind, columns in (("episodes", EPISODE_COLUMNS), ("metrics", METRIC_COLUMNS)):
         try:
-            with replacing(folder / f"{kind}.parquet") as temporary:
+            path = folder / f"{kind}.parquet"
+            with without_panic(path), replacing(path) as temporary:
                 _read_lines(folder / f"{kind}.jsonl", columns).write_parquet(temporary, compression="zstd")
         except (OSError, pl.exceptions.PolarsError) as error:
             warnings.warn(f"{folder}/{kind}.parquet was not written ({error}); {kind}.jsonl is complete.", stacklevel=2)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from offrl.agents.base import Agent, Spec
 from offrl.data.dataset import DatasetInfo
 from offrl.evaluation.beside import EvaluationProcess
+from offrl.evaluation.environments import start_method
 from offrl.evaluation.evaluator import MOST_WORKERS, Episodes, Evaluator, usable_cores
 from offrl.training.schema import TrainConfig
 
@@ -39,6 +40,8 @@ class Evaluations:
         if self.cfg.final_episodes or (self.cfg.every and self.cfg.episodes):
             self.evaluator = Evaluator(info, spec.lanes, self.cfg.workers, self.cfg.slots)
             self.evaluator.check(spec)
+            if self.cfg.asynchronous or self.evaluator.workers > 1:
+                self.evaluator.given_to(start_method())  # it fails now rather than at the first evaluation
         self.process: EvaluationProcess | None = None
         self.under_way: int | None = None
         self.last: Episodes | None = None

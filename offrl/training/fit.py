@@ -15,7 +15,7 @@ from offrl.training.runs import Result
 from offrl.training.schema import DataConfig
 from offrl.training.trainer import train
 from offrl.utils.advice import advising
-from offrl.utils.errors import OffrlError
+from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.settings import build
 
 READ = (
@@ -32,6 +32,12 @@ READ = (
 
 def fit(dataset: Any, options: Mapping[str, Any], config_dir: Path | str | None, hooks: Hooks) -> Result:
     """See `offrl.fit`."""
+    if config_dir is not None and not (isinstance(config_dir, (str, Path)) and Path(config_dir).expanduser().is_dir()):
+        given = one_line(config_dir) if isinstance(config_dir, (str, Path)) else f"of type {type(config_dir).__name__}"
+        raise OffrlError(
+            f"fit: config_dir, its first argument, is {given} and no folder with configurations of your own; give all else by "
+            "name: fit(dataset=..., agent=...)."
+        )
     with advising("fit"):
         flat = dotted(options)
         if "eval.env" in flat:

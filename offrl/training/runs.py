@@ -163,6 +163,10 @@ def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> 
         folder: of the run, or a checkpoint's file.
         trust: import the module of an agent that is not offrl's; only for folders whose origin you know.
     """
+    if not isinstance(folder, (str, Path)):
+        raise OffrlError(
+            f"load_agent takes the folder of a run, such as result.folder of fit's result, and not {type(folder).__name__}."
+        )
     path = Path(folder)
     path = path if path.is_file() else path / checkpoint.NAME
     kept: RunRecord

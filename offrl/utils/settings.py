@@ -36,7 +36,9 @@ def build(
     kwargs = {}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, [*known, *others], 1)
+            tables = {name: kind for name, kind in types_of.items() if is_dataclass(kind)}
+            inside = [f"{name}.{key}" for name, kind in tables.items() if key in types_in(kind)]
+            near = inside or difflib.get_close_matches(key, [*known, *others], 1)
             hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}."
             raise OffrlError(f"{where}{key} is no option; {hint}")
         wanted = types_of[key]

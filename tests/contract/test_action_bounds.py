@@ -191,7 +191,7 @@ def test_a_run_keeps_the_box_of_its_file(name: str, tmp_path: Path, monkeypatch:
         }
     )
     assert result.returns == [0.0, 0.0]
-    assert Narrow.taken
+    assert len(Narrow.taken) > 1  # one of them is of the check before training
     space, taken = Narrow.action_space, np.stack(Narrow.taken)
     assert (space.low <= taken).all()
     assert (taken <= space.high).all()

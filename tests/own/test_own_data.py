@@ -227,6 +227,11 @@ def test_reading_options_hold_for_arrays_and_are_refused_for_a_dataset() -> None
         fit(from_arrays(arrays, options=ReadOptions(action_bound=4.0)), data={"action_bound": 4.0}, **unseen)
     with pytest.raises(OffrlError, match=r"dataset is of type int; give an id, a path"):
         fit(3)
+    for first in (arrays, "mine.npz"):
+        with pytest.raises(
+            OffrlError, match=r"config_dir, its first argument, .*; give all else by name: fit\(dataset="
+        ):
+            offrl.fit(first)  # type: ignore[arg-type]
 
 
 def test_a_minari_dataset_and_a_filtered_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -354,3 +355,50 @@ def test_git_state_follows_the_checkout(tmp_path, monkeypatch):
     assert environment()["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (package / "__init__.py").write_text("a = 2\n")
     assert environment()["git"]["dirty"] is True
+
+
+def test_a_panic_of_polars_is_an_error_of_the_system(tmp_path, monkeypatch):
+    """Where its threads get no file: an OSError, for which the command line has a sentence. Other panics are polars' own."""
+    with results.RunWriter(tmp_path, RUN) as writer:
+        write_steps(writer, [10])
+
+    def panics(message):
+        def fail(*_, **__):
+            raise pl.exceptions.PanicException(message)
+
+        monkeypatch.setattr(pl, "read_ndjson", fail)
+
+    panics('called `Result::unwrap()` on an `Err` value: Os { code: 24, kind: TooManyOpenFiles, message: "Too many" }')
+    with pytest.raises(OSError, match=r"episodes\.jsonl") as caught:
+        results.read([tmp_path])
+    assert caught.value.errno == errno.EMFILE
+    panics("index out of bounds: the len is 1 but the index is 24")
+    with pytest.raises(pl.exceptions.PanicException, match="out of bounds"):
+        results.read([tmp_path])
+
+
+@pytest.mark.slow
+def test_rows_without_a_free_file_descriptor(tmp_path):
+    """In a fresh interpreter, whose polars has not yet started its threads."""
+    with results.RunWriter(tmp_path, RUN) as writer:
+        write_steps(writer, [10])
+    code = f"""
+import os, resource
+from pathlib import Path
+import polars
+from offrl.results import rows
+path = Path({str(tmp_path / "episodes.jsonl")!r})
+data = path.read_bytes()
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+try:
+    while True:
+        os.open(os.devnull, os.O_RDONLY)
+except OSError:
+    pass
+try:
+    rows.rows_of(data, rows.EPISODE_COLUMNS, path)
+except OSError as error:
+    print(error)
+"""
+    process = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=300, check=False)
+    assert process.stdout == f"[Errno 24] Too many open files: '{tmp_path / 'episodes.jsonl'}'\n", process.stderr
