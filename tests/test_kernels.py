@@ -56,10 +56,10 @@ def net32(n: int, batch: int, sizes: tuple[int, ...]) -> tuple[Tensor, list[Tens
 def test_values_and_gradients_are_those_of_float64(compiled: None, n: int, batch: int, sizes: tuple[int, ...]) -> None:
     x, parameters, x64, exact = net32(n, batch, sizes)
     with kernels.in_use():
-        out = kernels.relu_mlp(x, parameters)
+        out = kernels.mlp(x, parameters)
         assert out is not None
         with torch.no_grad():
-            torch.testing.assert_close(kernels.relu_mlp(x, parameters), out, rtol=0, atol=0)
+            torch.testing.assert_close(kernels.mlp(x, parameters), out, rtol=0, atol=0)
     expected = relu_mlp_reference(x64, exact)
     assert_near(out.detach(), expected.detach())
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -90,10 +90,10 @@ def _q(critics: Critics, obs: Tensor, action: Tensor, by_kernels: bool) -> Tenso
 def test_a_row_does_not_depend_on_the_rows_beside_it(compiled: None) -> None:
     x, parameters, *_ = net32(1, 300, (20, 70, 70, 3))
     with kernels.in_use(), torch.no_grad():
-        together = kernels.relu_mlp(x, parameters)
+        together = kernels.mlp(x, parameters)
         assert together is not None
         for rows in (1, 2, 3, 5, 13):
-            assert torch.equal(kernels.relu_mlp(x[:, :rows].contiguous(), parameters), together[:, :rows])
+            assert torch.equal(kernels.mlp(x[:, :rows].contiguous(), parameters), together[:, :rows])
 
 
 def test_a_nan_is_not_hidden_by_a_relu(compiled: None) -> None:
@@ -101,18 +101,18 @@ def test_a_nan_is_not_hidden_by_a_relu(compiled: None) -> None:
     x = x.detach().clone()
     x[0, 4, 1] = torch.nan
     with kernels.in_use(), torch.no_grad():
-        out = kernels.relu_mlp(x, parameters)
+        out = kernels.mlp(x, parameters)
     assert out is not None
     assert out[0, :, 0].isnan().tolist() == [row == 4 for row in range(8)]
 
 
 def test_kernels_are_off_unless_switched_on_and_for_other_types(compiled: None) -> None:
     x, parameters, x64, exact = net32(1, 4, (3, 8, 1))
-    assert kernels.relu_mlp(x, parameters) is None
+    assert kernels.mlp(x, parameters) is None
     with kernels.in_use():
-        assert kernels.relu_mlp(x64, exact) is None
-        assert kernels.relu_mlp(x, [p.transpose(-1, -2).contiguous().transpose(-1, -2) for p in parameters]) is None
-    assert kernels.relu_mlp(x, parameters) is None
+        assert kernels.mlp(x64, exact) is None
+        assert kernels.mlp(x, [p.transpose(-1, -2).contiguous().transpose(-1, -2) for p in parameters]) is None
+    assert kernels.mlp(x, parameters) is None
 
 
 # ---- engines --------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_without_a_compiler_the_numbers_are_eagers(monkeypatch: pytest.MonkeyPat
     ):
         make_engine("native", agent, rows)
     with kernels.in_use():
-        assert kernels.relu_mlp(torch.ones(1, 2, 3), [torch.ones(1, 1, 3), torch.ones(1, 1)]) is None
+        assert kernels.mlp(torch.ones(1, 2, 3), [torch.ones(1, 1, 3), torch.ones(1, 1)]) is None
 
 
 def test_the_compiled_file_is_made_once_and_beside_the_other_caches(compiled: None) -> None:
