@@ -1,6 +1,7 @@
 """Hand-written kernels for multilayer perceptrons in float32 on a CPU, compiled on first use by the system's compiler.
 
-`kernels.c` computes networks of ReLUs or of GELUs in their tanh form, with or without layer normalisation, forward and backward.
+`kernels.c` computes networks of ReLUs or GELUs (in their tanh form), with or without layer normalisation, and their gradients.
+Other activations and dropout stay layer by layer, of which the kernels compute each one's product.
 
 The plain path, and what the numbers are checked against, is `mlp.py`; the two agree up to rounding. Kernels are off unless an
 engine switches them on for its updates (`in_use`), so evaluation and everything else compute as they do without them.

@@ -11,20 +11,17 @@ INLINE vec exp_below_zero(vec z)
     const bits n = __builtin_convertvector(z * 1.44269504f - 0.5f, bits);
     const vec k = __builtin_convertvector(n, vec);
     const vec r = (z - k * (355 / 512.0f)) + k * 2.12194440e-4f; /* ln 2 in two parts: k times the first one is exact */
-    vec power = r * (1 / 5040.0f) + 1 / 720.0f;
-    power = power * r + 1 / 120.0f;
-    power = power * r + 1 / 24.0f;
-    power = power * r + 1 / 6.0f;
-    power = power * r + 0.5f;
-    power = power * r + 1;
-    power = power * r + 1;
-    return power * (vec)((n + 127) << 23); /* 2^n by its exponent's bits; 0 for n = -127 */
+    const vec square = r * r;
+    const vec low = (1 + r) + (0.5f + r * (1 / 6.0f)) * square; /* in pairs: a chain of eight would keep the next ones waiting */
+    const vec high = (1 / 24.0f + r * (1 / 120.0f)) + (1 / 720.0f + r * (1 / 5040.0f)) * square;
+    return (low + high * (square * square)) * (vec)((n + 127) << 23); /* 2^n by its exponent's bits; 0 for n = -127 */
 }
 
 /* x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), and its derivative.
 
    It is x s(2u), and the derivative is s(2u) + 2u' x s(2u) s(-2u), where s(v) = 1 / (1 + e^-v). Of u and -u the exponential
-   is that of the negative one, so neither s loses digits nor anything overflows. Beyond |x| = 10.03 e^-2|u| counts as 0. */
+   is that of the negative one, so neither s loses digits nor anything overflows. Beyond |x| = 10.03 e^-2|u| counts as 0.
+   The value's error is below 3 x 2^-24 |x|, the derivative's below 4 x 2^-24. */
 INLINE vec gelu(vec x, vec *slope)
 {
     const float far = 10.03f, twice = 1.59576912f, cubic = 0.044715f;
@@ -79,17 +76,25 @@ INLINE float total(vec x)
     return sum;
 }
 
+/* Sum over j < n of x[j] - shift, or of the squares of these differences, in four sums that need not wait for each other. */
+INLINE float sum_of(long n, const float *x, float shift, const int squares)
+{
+    vec sum[4] = {{0}};
+    long j = 0;
+    for (; j + 4 * W <= n; j += 4 * W)
+        for (int k = 0; k < 4; k++) {
+            const vec d = load(x + j + k * W) - shift;
+            sum[k] += squares ? d * d : d;
+        }
+    float rest = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; j < n; j++) rest += squares ? (x[j] - shift) * (x[j] - shift) : x[j] - shift;
+    return rest;
+}
+
 static Moments moments_of(long n, const float *x)
 {
-    const float epsilon = 1e-6f;
-    vec sum = {0}, squares = {0};
-    long j = 0;
-    for (; j < n; j += W) sum += load_part(x + j, n - j);
-    const float mean = total(sum) / n;
-    for (j = 0; j + W <= n; j += W) squares += (load(x + j) - mean) * (load(x + j) - mean);
-    float variance = total(squares);
-    for (; j < n; j++) variance += (x[j] - mean) * (x[j] - mean);
-    return (Moments){mean, 1 / __builtin_sqrtf(variance / n + epsilon)};
+    const float epsilon = 1e-6f, mean = sum_of(n, x, 0, 0) / n;
+    return (Moments){mean, 1 / __builtin_sqrtf(sum_of(n, x, mean, 1) / n + epsilon)};
 }
 
 /* y = gain (x - mean) scale + offset, then ReLU if wanted; y may be x. */
