@@ -103,6 +103,7 @@ def offrl_burst(who: Contestant) -> Callable[[int], None]:
         if who.device != "cpu":
             torch.cuda.synchronize()
 
+    burst(3 * agent.period)  # as many as a tape of each phase takes
     return burst
 
 

@@ -1,9 +1,11 @@
-/* Forward and backward passes of batched Linear-ReLU-...-Linear networks in float32; `kernels.py` compiles and calls this.
+/* Forward and backward passes of batched Linear-...-Linear networks in float32, with ReLU or GELU and layer normalisation
+   between the layers; `kernels.py` compiles and calls this.
 
    A product C = A B is computed in tiles of MR rows by NR columns whose sums stay in registers. NR columns of B at a time
    are first copied into a dense panel, which the inner loop reads from the nearest cache; A is read where it lies. Bias,
    ReLU and the backward pass's mask are applied while a tile is in registers. (Goto & van de Geijn, "Anatomy of
-   high-performance matrix multiplication", ACM TOMS 2008.)
+   high-performance matrix multiplication", ACM TOMS 2008.) GELU and layer normalisation, in rows.h, go over finished
+   rows, each of which stays in the nearest cache meanwhile.
 
    Each sum runs over its terms in the same order whatever the tile, so a number does not depend on the rows beside it.
    Matrices are row-major and dense; a network's arrays follow those of the network before it. */
@@ -205,18 +207,27 @@ static void sum_rows(long m, long n, const float *a, float *to)
         for (long j = 0; j < n; j++) to[j] += a[j];
 }
 
+#include "rows.h"
+
 /* ---- networks ------------------------------------------------------------------------------------------------- */
 
 enum { MOST_LAYERS = 16 };
+enum { NO_NORM, NORM_FIRST, NORM_AFTER }; /* layer normalisation of the hidden layers: before the ReLU, or after ReLU or GELU */
 
 typedef struct {
     int64_t nets, batch, layers;
     int64_t step; /* distance of two networks in the parameters' arrays, in networks */
+    int64_t gelu; /* GELU instead of ReLU; not with NORM_FIRST */
+    int64_t norm;
     int64_t sizes[MOST_LAYERS + 1];
-    float *x;                          /* [nets, batch, sizes[0]] */
-    float *hidden;                     /* outputs of the hidden layers, [nets, batch, width] each, one behind the other */
-    float *out;                        /* [nets, batch, last width] */
-    float *parameters[2 * MOST_LAYERS]; /* weight [.., out, in] and bias [.., out] of each layer */
+    float *x;         /* [nets, batch, sizes[0]] */
+    float *hidden;    /* what the hidden layers put out, [nets, batch, width] each, one behind the other */
+    float *unnormed;  /* what their normalisation takes in, likewise; NULL: none, or not kept */
+    float *slopes;    /* derivatives of their GELUs, likewise; NULL: none, or not kept */
+    Moments *moments; /* of their normalised rows, [nets, batch] each; NULL: none, or not kept */
+    float *out;       /* [nets, batch, last width] */
+    /* weight [.., out, in] and bias [.., out] of each layer; then, with a norm, gain and offset [.., width] of each hidden one */
+    float *parameters[4 * MOST_LAYERS];
 } Network;
 
 /* Input of layer `layer` (0, 1, ...) of network i, in an array like `hidden` unless it is the network's own. */
@@ -232,27 +243,72 @@ static const float *weight_of(const Network *net, long layer, long i)
     return net->parameters[2 * layer] + i * net->step * net->sizes[layer] * net->sizes[layer + 1];
 }
 
-/* Fill `hidden` and `out`. */
-void relu_forward(const Network *net)
+/* Place of a hidden layer's gain among the parameters; its offset follows. */
+static long gain_of(const Network *net, long layer) { return 2 * net->layers + 2 * layer; }
+
+static int relu_is_last(const Network *net) { return !net->gelu && net->norm != NORM_AFTER; }
+
+/* GELU and normalisation of hidden layer `layer`: from `sums`, which change, to y, which may be the same memory. */
+static void between(const Network *net, long layer, long i, float *sums, float *y)
+{
+    const long width = net->sizes[layer + 1], behind = i * net->step * width;
+    const float *gain = net->norm ? net->parameters[gain_of(net, layer)] + behind : NULL;
+    const float *offset = net->norm ? net->parameters[gain_of(net, layer) + 1] + behind : NULL;
+    float *slopes = net->slopes ? input_of(net, net->slopes, layer + 1, i) : NULL;
+    Moments *kept = net->moments ? net->moments + (layer * net->nets + i) * net->batch : NULL;
+    for (long row = 0; row < net->batch; row++, sums += width, y += width) {
+        if (net->gelu) gelu_row(width, sums, slopes ? slopes + row * width : NULL);
+        if (!net->norm) continue;
+        const Moments of = moments_of(width, sums);
+        norm_row(width, sums, of, gain, offset, net->norm == NORM_FIRST, y);
+        if (kept) kept[row] = of;
+    }
+}
+
+/* g, the gradient by what a hidden layer puts out (before its ReLU, where that is last), becomes that by its sums. */
+static void between_backward(const Network *net, long layer, long i, float *g, float *const *by_parameters)
+{
+    const long width = net->sizes[layer + 1], place = gain_of(net, layer);
+    float *by_gain = net->norm && by_parameters ? by_parameters[place] + i * width : NULL;
+    float *by_offset = net->norm && by_parameters ? by_parameters[place + 1] + i * width : NULL;
+    if (by_gain) memset(by_gain, 0, width * sizeof(float)), memset(by_offset, 0, width * sizeof(float));
+    for (long row = 0; row < net->batch; row++, g += width) {
+        if (net->norm) {
+            const float *x = input_of(net, net->unnormed, layer + 1, i) + row * width;
+            const float *gain = net->parameters[place] + i * net->step * width;
+            const Moments of = net->moments[(layer * net->nets + i) * net->batch + row];
+            norm_row_backward(width, x, of, gain, g, by_gain, by_offset);
+            for (long j = 0; j < width && net->norm == NORM_AFTER && !net->gelu; j++) g[j] = x[j] <= 0 ? 0 : g[j];
+        }
+        const float *slopes = net->gelu ? input_of(net, net->slopes, layer + 1, i) + row * width : NULL;
+        for (long j = 0; j < width && slopes; j++) g[j] *= slopes[j];
+    }
+}
+
+/* Fill `hidden` and `out`, and what else there is to keep for the backward pass. */
+void mlp_forward(const Network *net)
 {
     for (long i = 0; i < net->nets; i++)
         for (long l = 0; l < net->layers; l++) {
             const long in = net->sizes[l], width = net->sizes[l + 1], last = l == net->layers - 1;
             const float *a = input_of(net, net->hidden, l, i);
             const float *bias = net->parameters[2 * l + 1] + i * net->step * width;
-            float *c = last ? net->out + i * net->batch * width : input_of(net, net->hidden, l + 1, i);
+            float *y = last ? net->out + i * net->batch * width : input_of(net, net->hidden, l + 1, i);
+            float *sums = last || !net->unnormed ? y : input_of(net, net->unnormed, l + 1, i);
+            const int relu = !last && !net->gelu && net->norm != NORM_FIRST;
             if (width == 1 && last)
-                dots(net->batch, in, a, weight_of(net, l, i), *bias, c);
+                dots(net->batch, in, a, weight_of(net, l, i), *bias, y);
             else
-                product(net->batch, width, in, a, in, 1, weight_of(net, l, i), 1, in, c, bias, !last, NULL);
+                product(net->batch, width, in, a, in, 1, weight_of(net, l, i), 1, in, sums, bias, relu, NULL);
+            if (!last && (net->gelu || net->norm)) between(net, l, i, sums, y);
         }
 }
 
-/* Gradients from that of the output, by_out, and from `hidden`.
+/* Gradients from that of the output, by_out, and from what the forward pass kept.
 
    by_hidden: memory of `hidden`'s size, for the gradients by the hidden layers' sums.
    by_x: shaped like x, or NULL: not wanted. by_parameters: dense arrays in the order of `parameters`, or NULL. */
-void relu_backward(const Network *net, const float *by_out, float *by_hidden, float *by_x, float *const *by_parameters)
+void mlp_backward(const Network *net, const float *by_out, float *by_hidden, float *by_x, float *const *by_parameters)
 {
     for (long i = 0; i < net->nets; i++)
         for (long l = net->layers - 1; l >= 0; l--) {
@@ -264,6 +320,8 @@ void relu_backward(const Network *net, const float *by_out, float *by_hidden, fl
                 sum_rows(net->batch, width, g, by_parameters[2 * l + 1] + i * width);
             }
             float *c = l ? input_of(net, by_hidden, l, i) : by_x ? by_x + i * net->batch * in : NULL;
-            if (c) product(net->batch, in, width, g, width, 1, weight_of(net, l, i), in, 1, c, NULL, 0, l ? x : NULL);
+            const float *mask = l && relu_is_last(net) ? x : NULL;
+            if (c) product(net->batch, in, width, g, width, 1, weight_of(net, l, i), in, 1, c, NULL, 0, mask);
+            if (l && (net->gelu || net->norm)) between_backward(net, l - 1, i, c, by_parameters);
         }
 }

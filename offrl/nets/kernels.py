@@ -1,11 +1,14 @@
-"""Hand-written kernels for ReLU networks in float32 on a CPU: `kernels.c`, compiled on first use by the system's compiler.
+"""Hand-written kernels for multilayer perceptrons in float32 on a CPU, compiled on first use by the system's compiler.
+
+`kernels.c` computes networks of ReLUs or GELUs (in their tanh form), with or without layer normalisation, and their gradients.
+Other activations and dropout stay layer by layer, of which the kernels compute each one's product.
 
 The plain path, and what the numbers are checked against, is `mlp.py`; the two agree up to rounding. Kernels are off unless an
 engine switches them on for its updates (`in_use`), so evaluation and everything else compute as they do without them.
 
 Why by hand: of an update's time a CPU spends most in products of some hundred rows and columns. The matrix library behind
-PyTorch runs these at half to four fifths of an AMD core's multiply-add rate, and each of bias, ReLU, mask and sum is
-another pass over memory and another call.
+PyTorch runs these at half to four fifths of an AMD core's multiply-add rate, and each of bias, activation, normalisation,
+mask and sum is another pass over memory and another call.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +37,9 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, one_at_a_time, replacing
 
 SOURCE = Path(__file__).with_name("kernels.c")
-# No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
+_INCLUDED = Path(__file__).with_name("rows.h")
+# No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums; roots need set no error code.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _NONE = "no C compiler built them (gcc or clang, as cc on the path or named by CC), or others may write to their file"
 _MOST_LAYERS = 16  # as in the source
 
@@ -50,7 +54,7 @@ _switch = _Switch()
 
 @contextmanager
 def in_use() -> Iterator[None]:
-    """Compute ReLU networks by the kernels while this thread is inside, where `library` has them."""
+    """Compute networks by the kernels while this thread is inside, where `library` has them."""
     before, _switch.on = _switch.on, _library() is not None
     try:
         yield
@@ -73,11 +77,11 @@ def _library() -> ctypes.CDLL | None:
         if not _ours_alone(path):
             return None
         library = ctypes.CDLL(str(path))
-        library.relu_forward.argtypes = [ctypes.c_void_p]
-        library.relu_backward.argtypes = [ctypes.c_void_p] * 5
+        library.mlp_forward.argtypes = [ctypes.c_void_p]
+        library.mlp_backward.argtypes = [ctypes.c_void_p] * 5
     except (OSError, AttributeError, OffrlError, subprocess.SubprocessError):
         return None
-    library.relu_forward.restype = library.relu_backward.restype = None
+    library.mlp_forward.restype = library.mlp_backward.restype = None
     return library if _computes_right(library) else None
 
 
@@ -87,7 +91,7 @@ def _built() -> Path:
     compiler = shutil.which(words[0]) if words else None
     if compiler is None:
         raise OSError("no compiler")
-    key = hashlib.sha256(SOURCE.read_bytes())
+    key = hashlib.sha256(SOURCE.read_bytes() + _INCLUDED.read_bytes())
     for word in (*words, compiler, *FLAGS, platform.machine(), _processor()):
         key.update(b"\0" + word.encode())
     path = cache_dir() / "kernels" / f"{key.hexdigest()[:32]}.so"
@@ -122,35 +126,69 @@ def _processor() -> str:
 
 
 def _computes_right(library: ctypes.CDLL) -> bool:
-    """Whether a small network's outputs are those of plain operations: a library for another processor has no second chance."""
+    """Whether small networks' outputs are those of plain operations: a library for another processor has no second chance."""
     generator = torch.Generator().manual_seed(0)
-    x, *parameters = (torch.randn(s, generator=generator) for s in ((1, 7, 5), (1, 40, 5), (1, 40), (1, 3, 40), (1, 3)))
-    plain = (x @ parameters[0].mT + parameters[1]).relu() @ parameters[2].mT + parameters[3]
-    call, out, _ = _forward(library, x, parameters, 1)
-    assert call
-    return bool(torch.allclose(out, plain, rtol=1e-4, atol=1e-4))
+    shapes = ((1, 7, 5), (1, 40, 5), (1, 40), (1, 3, 40), (1, 3), (1, 40), (1, 40))
+    x, w, b, last, end, gain, offset = (torch.randn(shape, generator=generator) for shape in shapes)
+    sums, functional = x @ w.mT + b, torch.nn.functional
+    smooth = functional.layer_norm(functional.gelu(sums, approximate="tanh"), (40,), gain[0], offset[0], 1e-6)
+    for h, norms, kind in ((sums.relu(), (), _RELU), (smooth, (gain, offset), _Kind(gelu=True, norm=_AFTER))):
+        call, out, _ = _forward(library, x, (w, b, last, end, *norms), kind, 1)
+        assert call
+        if not torch.allclose(out, h @ last.mT + end, rtol=1e-4, atol=1e-4):
+            return False
+    return True
 
 
 # ---- a network ------------------------------------------------------------------------------------------------------
 
+_NO_NORM, _FIRST, _AFTER = range(3)  # as in the source
 
-def relu_mlp(x: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
-    """Linear-ReLU-...-Linear of x `[n, batch, in]`; None: kernels are off or don't apply here.
+
+class _Kind(NamedTuple):
+    """What stands between a network's layers."""
+
+    gelu: bool = False  # GELU instead of ReLU
+    norm: int = _NO_NORM  # layer normalisation before the ReLU, or after the activation
+
+
+_RELU = _Kind()
+
+
+def mlp(
+    x: Tensor,
+    layers: Sequence[Tensor],
+    norms: Sequence[Tensor] = (),
+    activation: str = "relu",
+    norm_first: bool = False,
+) -> Tensor | None:
+    """A network of x `[n, batch, in]`, as one node; None: kernels are off or don't apply here.
 
     Args:
-        parameters: weight `[n, out, in]` and bias `[n, out]` of each layer in turn; n may be two axes, lanes and members.
+        layers: weight `[n, out, in]` and bias `[n, out]` of each layer in turn; n may be two axes, lanes and members.
+        norms: gain and offset `[n, width]` of each hidden layer's normalisation in turn, if there is one.
+        activation: of the hidden layers, `relu` or `gelu`; there are no kernels for another.
+        norm_first: normalise before a ReLU, not after the activation.
     """
     if not _switch.on or x.dtype != torch.float32 or not x.is_cpu or x.ndim != 3 or not x.numel():
         return None
+    parameters, kind = (*layers, *norms), _kind(bool(norms), activation, norm_first)
     step = _distance(parameters)
-    if not step or len(parameters) > 2 * _MOST_LAYERS or torch.get_num_threads() != 1:
+    if not step or kind is None or len(layers) > 2 * _MOST_LAYERS or torch.get_num_threads() != 1:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
-        out: Tensor = _ReluMLP.apply(x, step, *parameters)
+        out: Tensor = _MLP.apply(x, kind, step, *parameters)
         return out
     library = _library()
     assert library is not None
-    return _forward(library, x.contiguous(), parameters, step)[1]
+    return _forward(library, x.contiguous(), parameters, kind, step)[1]
+
+
+def _kind(norm: bool, activation: str, norm_first: bool) -> _Kind | None:
+    """None: there are no kernels for it."""
+    if activation not in ("relu", "gelu") or (norm_first and activation != "relu"):
+        return None
+    return _Kind(activation == "gelu", (_FIRST if norm_first else _AFTER) if norm else _NO_NORM)
 
 
 def _distance(parameters: Sequence[Tensor]) -> int:
@@ -173,37 +211,45 @@ def _scratch(numbers: int) -> Tensor:
 
 
 def _forward(
-    library: ctypes.CDLL, x: Tensor, parameters: Sequence[Tensor], step: int, keep: bool = False
+    library: ctypes.CDLL, x: Tensor, parameters: Sequence[Tensor], kind: _Kind, step: int, keep: bool = False
 ) -> tuple[array[int], Tensor, Tensor]:
-    """The call's arguments, the output `[n, batch, out]`, and all hidden layers' outputs in one piece; x is dense.
+    """The call's arguments, the output `[n, batch, out]`, and what else it writes, in one piece; x is dense.
 
-    Unless `keep` is set, the next call writes over the hidden layers.
+    Args:
+        parameters: those of the layers, then those of the norms.
+        keep: write what a backward pass needs. Otherwise it is the hidden layers' outputs alone, and the next call writes
+            over them.
     """
     n, batch, width = x.shape
-    sizes = [width, *[b.shape[-1] for b in parameters[1::2]]]
+    layers = (len(parameters) + 2) // 4 if kind.norm else len(parameters) // 2
+    sizes = [width, *[b.shape[-1] for b in parameters[1 : 2 * layers : 2]]]
     numbers = n * batch * sum(sizes[1:-1])
-    hidden, out = x.new_empty(numbers) if keep else _scratch(numbers), x.new_empty((n, batch, sizes[-1]))
-    pointers = [x.data_ptr(), hidden.data_ptr(), out.data_ptr(), *[p.data_ptr() for p in parameters]]
+    # `hidden`, `unnormed`, `slopes` and `moments` of the source's `Network`.
+    parts = [numbers, numbers * (kind.norm > 0), numbers * kind.gelu, 2 * n * batch * (layers - 1) * (kind.norm > 0)]
+    parts = parts if keep else [numbers, 0, 0, 0]
+    written, out = x.new_empty(sum(parts)) if keep else _scratch(numbers), x.new_empty((n, batch, sizes[-1]))
+    kept = [written.data_ptr() + 4 * sum(parts[:i]) if part else 0 for i, part in enumerate(parts)]
+    pointers = [x.data_ptr(), *kept, out.data_ptr(), *[p.data_ptr() for p in parameters]]
     unused = [0] * (_MOST_LAYERS + 1 - len(sizes))
-    # The source's `Network`, whose numbers and pointers all have eight bytes; what it has behind the last one is not read.
-    call = array("q", [n, batch, len(sizes) - 1, step, *sizes, *unused, *pointers])
+    # `Network`, whose numbers and pointers all have eight bytes; what it has behind the last one is not read.
+    call = array("q", [n, batch, layers, step, *kind, *sizes, *unused, *pointers])
     address = call.buffer_info()[0]
-    library.relu_forward(address)
-    kept = (call, x, parameters, hidden, out)  # as long as the tape may call
-    tape.note(lambda: library.relu_forward(address) if kept else None, hidden, out)
-    return call, out, hidden
+    library.mlp_forward(address)
+    used = (call, x, parameters, written, out)  # as long as the tape may call
+    tape.note(lambda: library.mlp_forward(address) if used else None, *((written, out) if keep else (out,)))
+    return call, out, written
 
 
-class _ReluMLP(torch.autograd.Function):
+class _MLP(torch.autograd.Function):
     """The network as one node, as `mlp._ReluMLP` is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: int, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: _Kind, step: int, *parameters: Tensor) -> Tensor:
         library = _library()
         assert library is not None
         x = x.contiguous()
-        ctx.call, out, hidden = _forward(library, x, parameters, step, keep=True)
-        ctx.save_for_backward(x, hidden, *parameters)
+        ctx.call, out, written = _forward(library, x, parameters, kind, step, keep=True)
+        ctx.save_for_backward(x, written, *parameters)
         return out
 
     @staticmethod
@@ -211,13 +257,13 @@ class _ReluMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         library = _library()
         assert library is not None
-        x, hidden, *parameters = ctx.saved_tensors
+        x, written, *parameters = ctx.saved_tensors
         by_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         by_parameters: list[Tensor] = []
-        if any(ctx.needs_input_grad[2:]):
+        if any(ctx.needs_input_grad[3:]):
             by_parameters = [x.new_empty(p.shape) for p in parameters]
         pointers = array("q", [g.data_ptr() for g in by_parameters])
-        grad, by_hidden = grad.contiguous(), _scratch(hidden.numel())
+        grad, by_hidden = grad.contiguous(), _scratch(written.numel())  # some of which is enough
         addresses = (
             ctx.call.buffer_info()[0],
             grad.data_ptr(),
@@ -225,7 +271,7 @@ class _ReluMLP(torch.autograd.Function):
             None if by_x is None else by_x.data_ptr(),
             pointers.buffer_info()[0] if pointers else None,
         )
-        library.relu_backward(*addresses)
-        kept = (ctx.call, x, hidden, parameters, grad, by_hidden, by_x, by_parameters, pointers)
-        tape.note(lambda: library.relu_backward(*addresses) if kept else None, *by_parameters)
-        return by_x, None, *(by_parameters if by_parameters else (None for _ in parameters))
+        library.mlp_backward(*addresses)
+        kept = (ctx.call, x, written, parameters, grad, by_hidden, by_x, by_parameters, pointers)
+        tape.note(lambda: library.mlp_backward(*addresses) if kept else None, *by_parameters)
+        return by_x, None, None, *(by_parameters if by_parameters else (None for _ in parameters))

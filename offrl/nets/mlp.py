@@ -66,7 +66,7 @@ class _ReluMLP(torch.autograd.Function):
 
 def _relu_mlp(x: Tensor, *parameters: Tensor) -> Tensor:
     """Linear-ReLU-...-Linear; without a gradient to come there is no node, which also is what `torch.compile` can trace."""
-    if (by_kernels := kernels.relu_mlp(x, parameters)) is not None:
+    if (by_kernels := kernels.mlp(x, parameters)) is not None:
         return by_kernels
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
         out: Tensor = _ReluMLP.apply(x, *parameters)
@@ -186,6 +186,10 @@ class MLP(nn.Module):
     def _layer_by_layer(
         self, x: Tensor, layers: Sequence[Tensor], norms: Sequence[Tensor], drop: Drop | None
     ) -> Tensor:
+        if drop is None:
+            out = kernels.mlp(x, layers, norms, "relu" if self.norm_first else self.activation, self.norm_first)
+            if out is not None:
+                return out
         for i in range(0, len(layers) - 2, 2):
             x = _relu_mlp(x, *layers[i : i + 2])
             x = x if self.norm_first else activate(x, self.activation)

@@ -149,7 +149,7 @@ def _agent_classes(module: torch.nn.Module) -> list[type]:
 
 
 class Native(Taped):
-    """`Taped` with hand-written kernels in ReLU networks (`offrl.nets.kernels`), which round differently."""
+    """`Taped` with hand-written kernels for networks (`offrl.nets.kernels`), which round differently."""
 
     def run(self, step: int, updates: int) -> dict[str, Tensor]:
         with kernels.in_use():
