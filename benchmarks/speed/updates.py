@@ -71,8 +71,8 @@ def arrays() -> tuple[torch.Tensor, ...]:
     return obs[:-1].contiguous(), action, torch.randn(ROWS, generator=generator), obs[1:].contiguous()
 
 
-def offrl_burst(who: Contestant) -> Callable[[int], None]:
-    """`burst(n)` makes n updates of the agent, with its default settings, as `offrl train` does."""
+def offrl_engine(who: Contestant) -> tuple[Any, int]:
+    """The engine that trains the agent, with its default settings, as `offrl train` does; and the period of its updates."""
     from omegaconf import OmegaConf
 
     from offrl.agents.base import Spec
@@ -93,7 +93,12 @@ def offrl_burst(who: Contestant) -> Callable[[int], None]:
     agent.setup(store)
     batch = BATCHES.get(who.agent, BATCH)
     loader = BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields)
-    engine = make_engine(who.engine, agent, loader, who.precision)
+    return make_engine(who.engine, agent, loader, who.precision), agent.period
+
+
+def offrl_burst(who: Contestant) -> Callable[[int], None]:
+    """`burst(n)` makes n updates of the agent."""
+    engine, period = offrl_engine(who)
     step = 0
 
     def burst(updates: int) -> None:
@@ -103,7 +108,7 @@ def offrl_burst(who: Contestant) -> Callable[[int], None]:
         if who.device != "cpu":
             torch.cuda.synchronize()
 
-    burst(3 * agent.period)  # as many as a tape of each phase takes
+    burst(3 * period)  # as many as a tape of each phase takes
     return burst
 
 
@@ -303,12 +308,11 @@ def run_jax(who: Contestant, checkout: Path, arguments: argparse.Namespace) -> f
 
 def flop_per_update(agent: str) -> float:
     """Floating-point operations of one seed's update in matrix products, counted by PyTorch over one period."""
-    who = Contestant("offrl", agent=agent)
-    burst = offrl_burst(who)
-    burst(2)
+    engine, period = offrl_engine(Contestant("offrl", agent=agent))
+    engine.run(0, period)
     with FlopCounterMode(display=False) as counter:
-        burst(2)
-    return counter.get_total_flops() / 2
+        engine.run(period, period)
+    return counter.get_total_flops() / period
 
 
 def contestants(arguments: argparse.Namespace) -> list[Contestant]:

@@ -24,7 +24,7 @@ export OMP_NUM_THREADS=1
 # train FOLDER WORD...: a line of the queue for one sweep of one run, or of several short ones
 train() { printf '%s train progress=false out=%q %s\n' "$OFFRL" "$RUNS/$1" "${*:2}"; }
 
-# Seeds of one cell are lanes of one process: together they take a fifth less time than one by one, and give the same numbers.
+# Seeds of one cell are lanes of one process: together they take less time than one by one, and give the same numbers to rounding.
 stage_a() {
     local agent
     for agent in td3_bc prdc; do train a experiment=claims/a_prdc agent=$agent seed=0 lanes=5; done
@@ -39,12 +39,9 @@ stage_a2pr() {
 
 # The finished runs of stage a go on to 500,000 updates in copies of their folders.
 stage_long() {
-    local agent experiment
-    for agent in td3_bc prdc "td3_bc (alpha 40)"; do
-        experiment=a_prdc
-        [ "$agent" = "td3_bc (alpha 40)" ] && experiment="a_alpha40"
-        go_on "$agent" experiment=claims/$experiment agent=${agent%% *} updates=500000
-    done
+    local agent
+    for agent in td3_bc prdc; do go_on $agent experiment=claims/a_prdc agent=$agent updates=500000; done
+    go_on "td3_bc (alpha 40)" experiment=claims/a_alpha40 updates=500000
 }
 
 # go_on METHOD WORD...: copies each finished run of stage a of that method, and prints the command that continues it

@@ -29,12 +29,7 @@ from offrl.utils.errors import OffrlError, one_line
 PYTHON = "python/"  # namespace of the ids of functions
 CHOSEN = "environment"  # key of a dataset's provenance: how its environment was chosen
 BY_USER = "chosen for evaluation"
-TESTED = (
-    "gymnasium",
-    "gymnasium_robotics",
-    "offrl",
-    "ogbench",
-)  # packages whose environments keep Gymnasium's interface
+TESTED = ("gymnasium", "gymnasium_robotics", "offrl", "ogbench")  # their environments keep Gymnasium's interface
 NO_ID = re.compile(r"\.py$|^[\w/\\]+(\.\w+)+$")  # a file, or a dotted name; ids end in -v0 and the like
 
 # What this process was told to import, and the functions that it was given: evaluation processes that begin with a fresh

@@ -24,6 +24,13 @@ class ResultRecord(Record):
     success: bool = False  # whether these are success rates in percent
 
 
+class ManifestRecord(Record):
+    """What is read again of `manifest.json`."""
+
+    files: dict[str, str] = Field(default_factory=dict)  # where each dataset lay
+    engine: str = ""
+
+
 def score_name(success: bool) -> str:
     """What a run's scores are called where they are shown."""
     return "success rate (%)" if success else "normalised score"

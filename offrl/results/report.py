@@ -17,7 +17,7 @@ from offrl.results import figures, html, stats, tables
 from offrl.results.aggregates import Report, profiles, summarise
 from offrl.results.cells import METRICS, Cell, build
 from offrl.results.finetuning import collapsed, fine_tunings
-from offrl.results.rows import folders, run_of
+from offrl.results.rows import folders, run_of, write_parquet
 from offrl.results.style import save
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import replacing
@@ -124,12 +124,11 @@ def show_tables(made: Report) -> None:
 # ---- files ---------------------------------------------------------------------------------------------------
 
 
-def _write_parquet(rows: pl.DataFrame, path: Path) -> None:
+def _write_rows(rows: pl.DataFrame, path: Path) -> None:
     import polars as pl
 
     try:
-        with replacing(path) as temporary:
-            rows.write_parquet(temporary, compression="zstd")
+        write_parquet(rows, path)
     except pl.exceptions.PolarsError as error:  # a full disk, too
         raise OffrlError(
             f"{path} could not be written ({one_line(error)}); free some space or choose another --out."
@@ -145,7 +144,7 @@ def _write(made: Report, rows: pl.DataFrame) -> list[str]:
         writer = csv.DictWriter(file, fieldnames=list(records[0]))
         writer.writeheader()
         writer.writerows(records)
-    _write_parquet(_portable(rows), folder / "episodes.parquet")
+    _write_rows(_portable(rows), folder / "episodes.parquet")
     drawn = draw(made)
     for name in FIGURES:
         if name not in drawn:

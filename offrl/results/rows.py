@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import parse_json, read_bytes, read_json
 from offrl.utils.locks import READ_ONLY
+from offrl.utils.paths import replacing
 
 if TYPE_CHECKING:
     import polars as pl
@@ -284,6 +285,12 @@ def rows_of(data: bytes, columns: dict[str, str], path: Path) -> pl.DataFrame:
         raise _damaged(path, _first_damaged(data, schema, needed)) from error
     measured = "return_raw" if "return_raw" in columns else "value"
     return frame.with_columns(pl.col(measured).fill_null(math.nan))
+
+
+def write_parquet(frame: pl.DataFrame, path: Path) -> None:
+    """The file is written whole or not at all; a full disk is polars' own error or the system's."""
+    with without_panic(path), replacing(path) as temporary:
+        frame.write_parquet(temporary, compression="zstd")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from offrl.results.rows import (
     _damaged,
     _read_lines,
     rows_of,
-    without_panic,
+    write_parquet,
 )
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_bytes
@@ -261,8 +261,6 @@ def _compact(folder: Path) -> None:
 
     for kind, columns in (("episodes", EPISODE_COLUMNS), ("metrics", METRIC_COLUMNS)):
         try:
-            path = folder / f"{kind}.parquet"
-            with without_panic(path), replacing(path) as temporary:
-                _read_lines(folder / f"{kind}.jsonl", columns).write_parquet(temporary, compression="zstd")
+            write_parquet(_read_lines(folder / f"{kind}.jsonl", columns), folder / f"{kind}.parquet")
         except (OSError, pl.exceptions.PolarsError) as error:
             warnings.warn(f"{folder}/{kind}.parquet was not written ({error}); {kind}.jsonl is complete.", stacklevel=2)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from offrl.agents.base import Agent, Metrics
 from offrl.data.batch import Batch
 from offrl.nets import apply_no_compile, kernels
 from offrl.sampling import BatchLoader
+from offrl.training.records import ManifestRecord
 from offrl.training.take import Take
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
@@ -256,19 +256,12 @@ def make_engine(
     return engines[name](agent, loader, precision)
 
 
-class _Noted(BaseModel):
-    """The part of `manifest.json` that names the engine."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-    engine: str = ""
-
-
 def noted_engine(engine: Engine, manifest: Path) -> str:
     """An engine's name, for a run's manifest. Where that names another one, whose numbers differ by rounding, say so."""
     names = {Eager: "eager", Taped: "taped", Native: "native", Compiled: "compile", CudaGraph: "cudagraph"}
     name = names.get(type(engine), type(engine).__name__)
     try:
-        before = read_json(manifest, _Noted, "restore it").engine or name
+        before = read_json(manifest, ManifestRecord, "restore it").engine or name
     except (FileNotFoundError, OffrlError):  # a damaged one is replaced
         before = name
     if before != name and {before, name} != {"eager", "taped"}:

@@ -9,9 +9,9 @@ from pydantic import Field, FiniteFloat, ValidationInfo, field_validator
 
 from offrl.data.dataset import DatasetInfo
 from offrl.nets.spec import Bound, check_bounds
-from offrl.results.records import Count, FailureRecord, Record, ResultRecord, score_name
+from offrl.results.records import Count, FailureRecord, ManifestRecord, Record, ResultRecord, score_name
 
-__all__ = ["FailureRecord", "OnlineRecord", "ResultRecord", "RunRecord", "SpecRecord", "score_name"]
+__all__ = ["FailureRecord", "ManifestRecord", "OnlineRecord", "ResultRecord", "RunRecord", "SpecRecord", "score_name"]
 
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]

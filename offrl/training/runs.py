@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
@@ -26,7 +25,7 @@ from offrl.datasets import load
 from offrl.envs.chosen import with_environment
 from offrl.training.answered import is_answered
 from offrl.training.compose import choice_file, choices
-from offrl.training.records import ResultRecord, RunRecord, SpecRecord, score_name
+from offrl.training.records import ManifestRecord, ResultRecord, RunRecord, SpecRecord, score_name
 from offrl.training.run_config import RunConfig, agent_config, history_config
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
 from offrl.utils import checkpoint
@@ -258,20 +257,13 @@ def _check_size(cls: type[Agent], cfg: Any, spec: Spec) -> None:
     require_bytes(needed, name, spec.device)
 
 
-class _Files(BaseModel):
-    """The part of `manifest.json` that says where the data lay."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-    files: dict[str, str] = {}
-
-
 def located(dataset: str, folder: Path) -> str:
     """Where a run's data lies: a relative path that leads nowhere from here is where it was when the run was made."""
     path = Path(dataset).expanduser()
     if path.is_absolute() or path.exists():
         return dataset
     try:
-        there = read_json(folder / "manifest.json", _Files, "restore it").files.get(dataset)
+        there = read_json(folder / "manifest.json", ManifestRecord, "restore it").files.get(dataset)
     except (FileNotFoundError, OffrlError):
         return dataset
     return there if there and Path(there).exists() else dataset
