@@ -126,6 +126,13 @@ def test_state_restores_the_law() -> None:
     assert torch.equal(law(first), law(second))
 
 
+def test_the_manifest_tells_the_mean_of_the_flow() -> None:
+    toy = make_toy(400)
+    sampler = started(toy)
+    _, f = sampler.ratio.logits(sampler._observed(toy.observations).unsqueeze(0), toy.actions.unsqueeze(0))
+    assert sampler.metadata()["density_f"] == pytest.approx([float(f.detach().mean())], rel=1e-5)  # float32
+
+
 def test_no_gradient_reaches_the_ratio_through_what_is_drawn() -> None:
     sampler = started(make_toy(400))
     assert not sampler.keep.requires_grad

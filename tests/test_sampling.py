@@ -159,6 +159,14 @@ def test_the_extreme_random_numbers_are_safe(u: float, monkeypatch: pytest.Monke
         assert set(drawn.flatten().tolist()) == {3 if u == 0 else 3 * 998 + 2}
 
 
+def test_the_scale_of_weights_does_not_matter() -> None:
+    store, weights = episodes(4, 3, 2), torch.tensor([1.0, 0.0, 3.0])
+    one, steps = EpisodeWeighted(store, weights), torch.arange(1, 9)
+    for scale in (1e-9, 1e9):
+        drawn = EpisodeWeighted(store, scale * weights).draw(LaneRandom((0,)), steps, 50)
+        assert torch.equal(drawn, one.draw(LaneRandom((0,)), steps, 50))
+
+
 @pytest.mark.parametrize(
     "weights",
     [[0.0, 0.0, 0.0], [1.0, -0.1, 1.0], [1.0, float("nan"), 1.0], [1.0, float("inf"), 1.0], [[1, 1, 1], [0, 0, 0]]],
@@ -317,6 +325,12 @@ def test_sources_do_not_share_random_numbers() -> None:
     rows = BatchLoader(sources(0.5, 0.5), 4000).draw(LaneRandom((0,)), torch.tensor([1])).obs[0, 0, :, 0]
     agree = (rows[:2000] == rows[2000:]).double().mean().item()
     assert agree == pytest.approx(1 / 12, abs=5 * (1 / 12 / 2000) ** 0.5)
+
+
+def test_only_rows_of_the_first_source_have_a_number() -> None:
+    batch = BatchLoader(sources(0.5, 0.25, 0.25), 8).draw(LaneRandom((0, 1)), torch.arange(1, 4))
+    assert torch.equal(batch.index >= 0, batch.reward == 0)
+    assert (batch.index[..., 4:] == -1).all()
 
 
 def test_extra_fields_of_mixed_sources_line_up() -> None:

@@ -251,6 +251,33 @@ def test_least_squares_is_plain_least_squares() -> None:
     assert fit.r2 == pytest.approx(1 - (returns - expected).var() / returns.var())
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.4, 0.7, 5.0])
+def test_ridge_has_the_least_error_on_trajectories_left_out(slope: float) -> None:
+    """Beside a loop that fits each penalty, and the mean, without each trajectory in turn."""
+    rng = np.random.default_rng(1)
+    starts = rng.normal(size=(12, 3))
+    returns = slope * starts[:, 0] + rng.normal(size=12)
+    x = (starts - starts.mean(0)) / starts.std(0)
+
+    def left_out(penalty: float) -> float:
+        errors = []
+        for i in range(12):
+            rows = np.arange(12) != i
+            mean, design = returns[rows].mean(), x[rows] - x[rows].mean(0)
+            # The intercept has no penalty, and centring the other eleven is fitting it.
+            inverse = np.linalg.inv(design.T @ design + penalty * np.eye(3))
+            value = mean + (x[i] - x[rows].mean(0)) @ inverse @ design.T @ (returns[rows] - mean)
+            errors.append((returns[i] - value) ** 2)
+        return float(np.mean(errors))
+
+    penalties = [*(12 * np.logspace(-4, 3, 22)), 1e15]  # the last is the mean
+    best = min(penalties, key=left_out)
+    expected = returns.mean() + x @ np.linalg.solve(x.T @ x + best * np.eye(3), x.T @ (returns - returns.mean()))
+    fit = baseline(torch.tensor(starts), torch.tensor(returns), "ridge")
+    np.testing.assert_allclose(fit.values.numpy(), expected, rtol=0, atol=1e-9)
+    assert fit.used == ("mean" if best == 1e15 else "ridge")
+
+
 def test_kfold_of_noise_explains_nothing() -> None:
     rng = np.random.default_rng(0)
     starts, returns = torch.tensor(rng.normal(size=(200, 20))), torch.tensor(rng.normal(size=200))

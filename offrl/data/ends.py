@@ -85,7 +85,7 @@ def find_ends(rows: Rows, info: DatasetInfo, options: ReadOptions, where: str) -
     notices, lost = [], jumps & ~ends
     if lost.any():
         notices.append(_lost(lost, ends, jumps, where))
-        ends, timeouts = ends | lost, timeouts | (lost & ~terminals)
+        ends = ends | lost  # of truncations: `timeouts` counts without successors alone, where nothing is found lost
     if not ends.any() and not options.unfinished:
         raise _no_end(rows, info, where)
     unknown = np.zeros(n, dtype=bool) if rows.unknown is None else rows.unknown.copy()

@@ -140,7 +140,7 @@ def _design(observations: NDArray[np.float32]) -> Array:
     """`[E, d]`: columns that vary, standardised."""
     x = observations.reshape(len(observations), -1).astype(np.float64)
     x = x[:, np.ptp(x, axis=0) > 1e-6 * np.abs(x).max(axis=0, initial=0.0)]
-    return np.asarray((x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1.0))
+    return np.asarray((x - x.mean(0)) / x.std(0))
 
 
 def _fit(method: str, x: Array, y: Array) -> Array:

@@ -113,6 +113,24 @@ def test_elites_are_the_best_members() -> None:
     torch.testing.assert_close(mixed, torch.stack([both[0][0], both[1][1], both[1][2], both[0][3]]))
 
 
+def test_a_draw_is_the_change_of_the_state_and_the_reward() -> None:
+    """s' = s + change and r, in raw units, for states of three numbers: the last column is the reward's."""
+    generator = torch.Generator().manual_seed(0)
+    obs = torch.randn(200, 3, generator=generator)
+    action, noise = torch.rand(200, 1, generator=generator), torch.randn(200, 4, generator=generator)
+    info = DatasetInfo(id="three")
+    store = OfflineDataset(obs, action, 5 + obs[:, 1], obs * 0.9, torch.zeros(200), torch.arange(0, 201, 20), info)
+    model = EnsembleFit(store, EnsembleConfig(hidden=(8,), members=2, elites=2)).model
+    mean, log_variance = model(obs, action)
+    for elite in (0, 1):
+        drawn = mean[model.elites[elite]] + (0.5 * log_variance[model.elites[elite]]).exp() * noise
+        expected = drawn * model.out_std + model.out_mean
+        member = torch.full((200,), elite)
+        following, reward = model.draw(obs, action, member, noise, clip=False)
+        torch.testing.assert_close(following, obs + expected[:, :3])
+        torch.testing.assert_close(reward, expected[:, 3])
+
+
 def test_states_stay_in_the_datasets_range() -> None:
     store = linear_system(500)
     fit = EnsembleFit(store, EnsembleConfig(hidden=(8,), members=2, elites=2))

@@ -48,7 +48,6 @@ TRAIN = [
     "eval.final_episodes=2",
     "eval.workers=1",
     "lanes=2",
-    "engine=eager",
     "progress=false",
     "name=run",
 ]
@@ -96,12 +95,13 @@ def trainings() -> dict[str, list[str]]:
     return {name: ["train", *TRAIN, "keep_checkpoints=true", *words] for name, words in made.items()}
 
 
-def command(name: str, dataset: Path, out: Path) -> list[str]:
+def command(name: str, dataset: Path, out: Path, engine: str = "auto") -> list[str]:
     """A training's words; `finetune` continues a copy of the offline run that stands in `dataset`'s folder."""
+    end = [f"engine={engine}", f"out={out}"]
     if name == "finetune":
-        return ["finetune", str(dataset.parent / "offline/run"), *ONLINE, f"out={out}", "keep_checkpoints=true"]
+        return ["finetune", str(dataset.parent / "offline/run"), *ONLINE, "keep_checkpoints=true", *end]
     data = dataset.with_name("integers.npz") if name in INTEGERS else dataset
-    return [*trainings()[name], f"dataset={data}", f"out={out}"]
+    return [*trainings()[name], f"dataset={data}", *end]
 
 
 def write_datasets(path: Path) -> None:
@@ -204,6 +204,7 @@ def kill() -> int:
     parser.add_argument("count", type=int, nargs="?", default=10, help="trainings that are killed")
     parser.add_argument("--seed", type=int, default=0)
     names = [*trainings(), "finetune"]
+    parser.add_argument("--engine", default="auto", help="how updates are run (engine=)")
     parser.add_argument("--only", choices=names, action="append", help="trainings to take, in turn")
     arguments = parser.parse_args()
     names = arguments.only or names
@@ -220,9 +221,10 @@ def kill() -> int:
             name, out = names[number % len(names)], Path(place) / f"{number}"
             if name not in whole:
                 reference = Path(place) / name
-                whole[name] = uninterrupted(command(name, dataset, reference), reference)
+                whole[name] = uninterrupted(command(name, dataset, reference, arguments.engine), reference)
             seconds, expected = whole[name]
-            rng, words = random.Random(f"{arguments.seed}:{name}:{number}"), command(name, dataset, out)
+            rng = random.Random(f"{arguments.seed}:{name}:{number}")
+            words = command(name, dataset, out, arguments.engine)
             told = [killed(words, out, seconds, rng) for _ in range(rng.choice([1, 1, 2, 3]))]
             last, log = started(words, out.with_suffix(".log")), out.with_suffix(".log")
             last.join()
