@@ -336,6 +336,25 @@ def test_learns_from_synthetic_rows_too(name: str, toy: OfflineDataset, tmp_path
     assert finite(agent.state_dict())
 
 
+def test_metrics_do_not_grow_with_the_batch(name: str, toy: OfflineDataset) -> None:
+    """They are means over rows: a sum over eight times as many would be eight times as large.
+
+    Means of different rows differ, those of contrastive losses by the log of the batch's size; none by half of eight times.
+    """
+    agents = [make(name, toy, seeds=(0, 9)) for _ in range(2)]
+    updates = agents[0].pretrain_updates + 2  # those of delayed actors, too
+    few, many = (advance(agent, toy, updates, batch=batch) for agent, batch in zip(agents, (32, 256)))
+    for key, value in few.items():
+        assert value.shape == (2,)
+        small, large = float(value.double().mean()), float(many[key].double().mean())
+        assert abs(large - small) < 0.75 * max(abs(large), abs(small)) + 0.05, (key, small, large)
+
+
+def test_a_temperature_starts_at_one(trained: Trained) -> None:
+    """As SAC's authors have it; the step tests copy what is there."""
+    assert not trained.before.get("log_alpha", torch.zeros(2)).any()
+
+
 def test_no_gradient_is_left_behind(trained: Trained) -> None:
     """Gradients are taken of what is optimised and nothing accumulates."""
     assert all(p.grad is None for p in trained.agent.parameters())

@@ -30,6 +30,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENTS = sorted(file.stem.removeprefix("test_") for file in (ROOT / "tests/steps").glob("test_*.py"))
+CONTRACT = " ".join(
+    f"contract/test_agents.py::{test}[{{0}}]"
+    for test in ("test_metrics_do_not_grow_with_the_batch", "test_a_temperature_starts_at_one")
+)
 TESTS: dict[str, list[str]] = {
     "sampling/alias": ["test_sampling"],
     "sampling/samplers": ["test_sampling", "test_trajectory_weighting"],
@@ -57,7 +61,7 @@ TESTS: dict[str, list[str]] = {
     "agents/vae_bc": ["steps/test_doc", "steps/test_clamps", "steps/test_tails"],
     "agents/flow_bc": ["steps/test_fql"],
 } | {
-    f"agents/{name}": [f"steps/test_{name}", "steps/test_clamps", "steps/test_tails"]
+    f"agents/{name}": [f"steps/test_{name}", "steps/test_clamps", "steps/test_tails", *CONTRACT.format(name).split()]
     for name in AGENTS
     if (ROOT / f"offrl/agents/{name}.py").exists()
 }
@@ -223,7 +227,7 @@ def main() -> int:
     arguments = parser.parse_args()
     names = arguments.only or list(TESTS)
     os.chdir(ROOT)
-    tests = {name: [f"tests/{test}.py" for test in TESTS[name]] for name in names}
+    tests = {name: [f"tests/{test}" + ".py" * ("::" not in test) for test in TESTS[name]] for name in names}
     with tempfile.TemporaryDirectory() as place:  # imports modules and tests, once
         pytest.main([*options(place), "--collect-only", "-qq", *sorted({t for ts in tests.values() for t in ts})])
     counts: Counter[str] = Counter()

@@ -73,6 +73,18 @@ def test_updates_equal_the_restatement(alpha: float, updates: int, tolerance: fl
     assert plain.distance(agent) < tolerance < before
 
 
+def test_metrics_are_means_over_rows_and_critics() -> None:
+    dataset = make_discrete_toy(64, dtype=torch.float64)
+    agent = DiscreteCQL(Spec(3, 3, (11,), discrete=True), DiscreteCQLConfig(hidden=(8,), normalize_obs=False)).double()
+    metrics = agent.critic_loss(dataset.transitions(torch.arange(64).unsqueeze(0)))[1]
+    critics = [sequential(agent.critics.mlp, 0, member) for member in (0, 1)]
+    q = torch.stack([critic(dataset.observations) for critic in critics])
+    at_data = [float(q[member, i, dataset.actions[i]].detach()) for member in (0, 1) for i in range(64)]
+    best = [float(q[:, i].min(0).values.max().detach()) for i in range(64)]
+    assert metrics["q_data"].tolist() == pytest.approx([np.mean(at_data)])
+    assert metrics["q_best"].tolist() == pytest.approx([np.mean(best)])
+
+
 @pytest.mark.parametrize("alpha", [0.3, 2.0])
 def test_the_loss_is_least_where_the_bandits_gradient_vanishes(alpha: float) -> None:
     """One state, actions of share p and reward r: p (Q - r) + alpha (softmax(Q) - p) = 0, by Newton's method."""

@@ -302,6 +302,20 @@ def test_the_contrastive_loss_knows_its_outcomes() -> None:
 # ---- closed forms ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("share", "chosen"), [(0.0, [0] * 6), (0.5, [2, 1, 0, 1, 2, 1]), (1.0, [3, 1, 0, 2, 3, 1])])
+def test_an_outcome_is_of_a_valid_timestep(share: float, chosen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of windows with 4, 2, 1, 3, 4 and 2 valid rows; a float32 random number may be rounded up to the end of its range."""
+    store = make_store()
+    agent = make_agent(DoC, store)
+    batch = windows(agent, store)
+    assert batch.valid.sum(-1).tolist() == [[4, 2, 1, 3, 4, 2]]
+    monkeypatch.setattr(agent.random, "uniform", lambda stream, shape: torch.full((1, *shape), share))
+    context, outcome = agent.sample_steps(batch, "energy")
+    rows = torch.tensor(ROWS) + torch.tensor(chosen)
+    torch.testing.assert_close(context[0, :, : store.obs_dim], store.observations[rows])
+    torch.testing.assert_close(outcome[0, :, 1:], store.next_observations[rows])
+
+
 def test_the_contrastive_bound_equals_the_information_at_the_best_energy() -> None:
     """f = log P(y | x) / P(y) makes the loss minus the information; a constant makes it 0; log(batch) is the most it sees."""
     joint = torch.tensor([[0.3, 0.1], [0.15, 0.45]], dtype=torch.float64)

@@ -12,7 +12,7 @@ from plain import BOXES, Bounds, Box, SmoothMLP, boxed, difference, drawn, make_
 from torch import Tensor, nn
 
 from offrl.agents.base import Spec
-from offrl.agents.ifql import IDQL, IFQL
+from offrl.agents.ifql import IDQL, IFQL, IFQLConfig
 from offrl.nets import DenoisingPolicy
 from offrl.nets.denoising import schedule
 from offrl.sampling import BatchLoader, Uniform
@@ -171,3 +171,13 @@ def test_the_policy_knows_neither_critics_nor_v() -> None:
     others = [*agent.critics.parameters(), *agent.value.parameters()]
     gradients = torch.autograd.grad(agent.policy_loss(batch).sum(), others, allow_unused=True)
     assert all(g is None for g in gradients)
+
+
+@pytest.mark.parametrize("policy", ["flow", "denoising"])
+def test_initial_weights_are_glorots(policy: Any) -> None:
+    agent = IFQL(Spec(6, 3), IFQLConfig(policy=policy, hidden=(64, 64)))
+    for mlp in (agent.policy.mlp, agent.critics.mlp, agent.value):
+        assert all((b == 0).all() for b in mlp.biases)
+        for weight in mlp.weights[:2]:
+            bound = (6 / sum(weight.shape[-2:])) ** 0.5
+            assert 0.95 * bound < weight.abs().max() <= bound

@@ -252,6 +252,15 @@ def test_sql_and_eql_weigh_their_policies(kind: Any) -> None:
     assert torch.equal(agent.value_loss(q - value, value), loss(q - value, value, 2.0))
 
 
+@pytest.mark.parametrize(("largest", "factor"), [(-3.0, math.exp(1)), (0.5, math.exp(-0.5)), (4.0, math.exp(-4))])
+def test_eql_is_scaled_by_its_largest_exponent_or_minus_one(largest: float, factor: float) -> None:
+    """As XQL's and SQL's authors scale it, which sets the step and not the minimum."""
+    value = torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64)
+    z = torch.tensor([[largest, largest - 1, largest - 2]], dtype=torch.float64)
+    expected = factor * (z.exp() + value / 0.5).mean()
+    assert exponential_loss(z * 0.5, value, 0.5).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_eql_stays_finite_where_exponentials_do_not() -> None:
     value = torch.zeros(1, 3, requires_grad=True)
     loss = exponential_loss(torch.tensor([[1e4, -1e4, 0.0]]) - value, value, 0.1)
