@@ -13,6 +13,7 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
+from offrl.agents.base import Spec
 from offrl.augment.world_model import EnsembleConfig
 from offrl.evaluation.fqe import FQEConfig
 from offrl.utils.paths import conf_dir
@@ -385,3 +386,23 @@ def test_datasets_have_the_published_values(name: str) -> None:
         of_model = {f"augment.{key}": value for key, value in tables.get("augment", {}).items()}
         settings = PUBLISHED[name] | of_model | chosen_settings(tables["settings"], dataset)
         assert {key: settings[key] for key in expected} == expected, dataset
+
+
+# Bounds of uniform initial output layers that are not PyTorch's 1 / sqrt(fan_in): SAC-N's, EDAC's and SPOT's as in
+# corl-team/CORL; RLPD's is ours (see its docstring).
+OUTPUTS = {
+    "sac_n": {"actor": 1e-3, "critics": 3e-3},
+    "edac": {"actor": 1e-3, "critics": 3e-3},
+    "spot": {"actor": 1e-3, "critics": 3e-3},
+    "rlpd": {"actor": 1e-3},
+}
+
+
+@pytest.mark.parametrize("name", ["td3_bc", "iql", "awac", "prdc", *OUTPUTS])
+def test_output_layers_start_within_their_bounds(name: str) -> None:
+    cls = get_class(AGENTS[name]._target_)
+    agent = cls(Spec(3, 2), cls.Config(hidden=(64, 64)))
+    for network in ("actor", "critics"):
+        largest = getattr(agent, network).mlp.weights[-1].abs().max().item()
+        bound = OUTPUTS.get(name, {}).get(network, 1 / 8)
+        assert 0.8 * bound < largest <= bound, network  # of 64 numbers at least

@@ -85,6 +85,8 @@ def trainings() -> dict[str, list[str]]:
         words = [
             f"agent.{key}={list(v) if isinstance(v, tuple) else v}".replace(" ", "") for key, v in settings.items()
         ]
+        if cls.augmentation:  # a world model, of 250,000 transitions by default
+            words += [*MODEL, "augment.refresh_every=50"]
         online = name == "rlpd"
         made[name] = [f"agent={name}", *words, *(["updates=0", *ONLINE] if online else [f"updates={UPDATES}"])]
     for name, words in AUGMENTATIONS.items():

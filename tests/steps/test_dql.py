@@ -120,7 +120,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "box"), zip(CASES, [(-1.0, 1.0), BOXES[-1], BOXES[1]]), ids=str)
+@pytest.mark.parametrize(("settings", "box"), list(zip(CASES, [(-1.0, 1.0), BOXES[-1], BOXES[1]])), ids=str)
 def test_updates_equal_the_authors(settings: dict[str, Any], box: Bounds) -> None:
     updates, store = 10, boxed(make_store(), box)
     agent = DQL(spec_of(store, (11,)), DQL.Config(hidden=(24, 16), **settings)).double()
