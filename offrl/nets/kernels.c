@@ -325,3 +325,5 @@ void mlp_backward(const Network *net, const float *by_out, float *by_hidden, flo
             if (l && (net->gelu || net->norm)) between_backward(net, l - 1, i, c, by_parameters);
         }
 }
+
+#include "program.h"

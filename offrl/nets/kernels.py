@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from offrl.nets import tape
+from offrl.nets import program, tape
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, one_at_a_time, replacing
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_INCLUDED = Path(__file__).with_name("rows.h")
+_INCLUDED = [Path(__file__).with_name(name) for name in ("rows.h", "program.h")]
 # No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums; roots need set no error code.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _NONE = "no C compiler built them (gcc or clang, as cc on the path or named by CC), or others may write to their file"
@@ -62,6 +62,13 @@ def in_use() -> Iterator[None]:
         _switch.on = before
 
 
+def join(played: tape.Tape) -> None:
+    """Let the kernels run what they can of a tape, if they are in use."""
+    library = _library() if _switch.on else None
+    if library is not None:
+        played.calls = program.joined(played.operations, library)
+
+
 def problem() -> str:
     """Why the kernels can't be used in this process; empty if they can. The first call compiles them, for a second or two."""
     if torch.get_num_threads() != 1:
@@ -79,9 +86,10 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(path))
         library.mlp_forward.argtypes = [ctypes.c_void_p]
         library.mlp_backward.argtypes = [ctypes.c_void_p] * 5
+        library.run_program.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     except (OSError, AttributeError, OffrlError, subprocess.SubprocessError):
         return None
-    library.mlp_forward.restype = library.mlp_backward.restype = None
+    library.mlp_forward.restype = library.mlp_backward.restype = library.run_program.restype = None
     return library if _computes_right(library) else None
 
 
@@ -91,7 +99,7 @@ def _built() -> Path:
     compiler = shutil.which(words[0]) if words else None
     if compiler is None:
         raise OSError("no compiler")
-    key = hashlib.sha256(SOURCE.read_bytes() + _INCLUDED.read_bytes())
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in (SOURCE, *_INCLUDED)))
     for word in (*words, compiler, *FLAGS, platform.machine(), _processor()):
         key.update(b"\0" + word.encode())
     path = cache_dir() / "kernels" / f"{key.hexdigest()[:32]}.so"
@@ -236,7 +244,9 @@ def _forward(
     address = call.buffer_info()[0]
     library.mlp_forward(address)
     used = (call, x, parameters, written, out)  # as long as the tape may call
-    tape.note(lambda: library.mlp_forward(address) if used else None, *((written, out) if keep else (out,)))
+    again = lambda: library.mlp_forward(address) if used else None  # noqa: E731 - a call of a tape
+    entry = program.of_kernel(program.NETWORK, [address])
+    tape.note(again, *((written, out) if keep else (out,)), entry=entry)
     return call, out, written
 
 
@@ -273,5 +283,6 @@ class _MLP(torch.autograd.Function):
         )
         library.mlp_backward(*addresses)
         kept = (ctx.call, x, written, parameters, grad, by_hidden, by_x, by_parameters, pointers)
-        tape.note(lambda: library.mlp_backward(*addresses) if kept else None, *by_parameters)
+        again = lambda: library.mlp_backward(*addresses) if kept else None  # noqa: E731 - a call of a tape
+        tape.note(again, *by_parameters, entry=program.of_kernel(program.GRADIENT, addresses))
         return by_x, None, None, *(by_parameters if by_parameters else (None for _ in parameters))

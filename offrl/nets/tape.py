@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,23 @@ _MOST_BYTES = 1 << 29
 _REFUSED = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
 
+class Operation(NamedTuple):
+    """One operation of a tape.
+
+    Attributes:
+        call: runs it again, into the same memory.
+        func, args, kwargs, out: PyTorch's operator, what it was given and what it gave; None of a call outside PyTorch.
+        entry: of a call outside PyTorch, what a program has in its place (`offrl.nets.program`), if anything.
+    """
+
+    call: Call
+    func: Any = None
+    args: Any = ()
+    kwargs: Any = None
+    out: Any = None
+    entry: Any = None
+
+
 class _Current(threading.local):
     tape: Tape | None = None
 
@@ -34,32 +51,34 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def note(call: Call, *written: Tensor) -> None:
+def note(call: Call, *written: Tensor, entry: Any = None) -> None:
     """Put on the tape that this thread records, if there is one, a call that writes tensors outside PyTorch."""
     if _current.tape is not None:
-        _current.tape.add(call, written)
+        _current.tape.add(Operation(call, entry=entry), written)
 
 
 class Tape:
     """Operations in the order in which they ran; `play` runs them again.
 
     Attributes:
-        calls: the operations.
+        operations: what was recorded.
+        calls: what `play` runs: the operations' calls, or fewer that do the same.
         inputs: random numbers of the update by name, shape and type, which whoever plays fills anew.
         problem: what keeps the tape from being played: an operation whose course or shapes depend on values or that draws
             from a generator with a state of its own, or the memory that it holds; empty: nothing does.
     """
 
     def __init__(self) -> None:
+        self.operations: list[Operation] = []
         self.calls: list[Call] = []
         self.inputs: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
         self.problem = ""
         self.paused = False
         self.bytes = 0
 
-    def add(self, call: Call, written: Sequence[Tensor]) -> None:
-        """Put a call on the tape, and the memory that it writes on the account."""
-        self.calls.append(call)
+    def add(self, operation: Operation, written: Sequence[Tensor]) -> None:
+        """Put an operation on the tape, and the memory that it writes on the account."""
+        self.operations.append(operation)
         self.bytes += sum(tensor.nbytes for tensor in written)
         if self.bytes > _MOST_BYTES:
             self.problem = f"more than {_MOST_BYTES >> 20} MiB"
@@ -73,6 +92,7 @@ class Tape:
                 yield
         finally:
             _current.tape = None
+        self.calls = [operation.call for operation in self.operations]
 
     def input(self, name: str, like: Tensor, draw: Callable[[str, Tensor], Tensor]) -> Tensor:
         """Random numbers `draw(name, like)`, in memory of their own that every update reads."""
@@ -110,11 +130,11 @@ class _Recorder(TorchDispatchMode):
         if any(tag in func.tags for tag in _REFUSED) and not _indexes_by_numbers(func, args):
             tape.problem = schema.name
         if schema.is_mutable:
-            tape.calls.append(lambda: func(*args, **kwargs))
+            tape.add(Operation(lambda: func(*args, **kwargs), func, args, kwargs, out), ())
             return out
         outputs, inputs = tensors_of(out), tensors_of((args, kwargs))
         if not any(_memory(a) == _memory(b) for a in outputs for b in inputs):  # else it is a view
-            tape.add(_again(func, args, kwargs, out, outputs), outputs)
+            tape.add(Operation(_again(func, args, kwargs, out, outputs), func, args, kwargs, out), outputs)
         return out
 
 

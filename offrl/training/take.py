@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offrl.agents.base import Agent, Metrics
 from offrl.data.batch import Batch
+from offrl.nets import kernels
 from offrl.nets.tape import Tape
 
 Update = Callable[[Batch], Metrics]
@@ -39,6 +40,7 @@ class Take:
             random.place = None
         if self.tape.problem:
             self.faithful, self.tape = False, Tape()  # its memory is free again
+        kernels.join(self.tape)
         return self.metrics
 
     def play(self, batch: Batch) -> Metrics:

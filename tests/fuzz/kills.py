@@ -87,8 +87,12 @@ def trainings() -> dict[str, list[str]]:
         ]
         if cls.augmentation:  # a world model, of 250,000 transitions by default
             words += [*MODEL, "augment.refresh_every=50"]
-        online = name == "rlpd"
-        made[name] = [f"agent={name}", *words, *(["updates=0", *ONLINE] if online else [f"updates={UPDATES}"])]
+        online = name == "rlpd"  # whose random steps come first, 5,000 by default
+        made[name] = [
+            f"agent={name}",
+            *words,
+            *(["updates=0", "online.random_steps=20", *ONLINE] if online else [f"updates={UPDATES}"]),
+        ]
     for name, words in AUGMENTATIONS.items():
         made[name] = [*made["td3_bc"], *words]
     made["online"] = [*made["iql"], *ONLINE]

@@ -1,0 +1,89 @@
+/* A program: elementwise instructions and networks' passes, which one call from Python runs one after the other.
+
+   An elementwise instruction computes out[i] from x[i], y[i], z[i] over up to four axes; a stride of 0 broadcasts. Each
+   number is computed by one operation, as PyTorch computes it, so the two agree to the bit. */
+
+enum { COPY, ADD, SUB, MUL, DIV, MINIMUM, MAXIMUM, ABS, GE, GT, LE, LT, WHERE, NETWORK, GRADIENT }; /* as in program.py */
+
+typedef struct {
+    int64_t code;
+    int64_t sizes[4];
+    int64_t strides[4][4]; /* of out, x, y, z; in numbers */
+    void *memory[5];       /* out, x, y, z; the arguments of a network's pass */
+} Instruction;
+
+/* What an instruction does to a row of n numbers; a, b stand for x[i], y[i]. NaNs pass, as in PyTorch. */
+#define EACH(type, value)                                                                                               \
+    do {                                                                                                                \
+        type *o = out;                                                                                                  \
+        if (to == 1 && by_x == 1 && by_y == 1)                                                                          \
+            for (long i = 0; i < n; i++) {                                                                              \
+                const float a = x[i], b = y[i];                                                                         \
+                o[i] = value;                                                                                           \
+            }                                                                                                           \
+        else if (to == 1 && by_x == 1 && by_y == 0) {                                                                   \
+            const float b = *y;                                                                                         \
+            for (long i = 0; i < n; i++) {                                                                              \
+                const float a = x[i];                                                                                   \
+                o[i] = value;                                                                                           \
+            }                                                                                                           \
+        } else                                                                                                          \
+            for (long i = 0; i < n; i++) {                                                                              \
+                const float a = x[i * by_x], b = y[i * by_y];                                                           \
+                o[i * to] = value;                                                                                      \
+            }                                                                                                           \
+    } while (0);                                                                                                        \
+    break
+
+static void row(int64_t code, long n, void *out, long to, const float *x, long by_x, const float *y, long by_y,
+                const unsigned char *z, long by_z)
+{
+    switch (code) {
+    case COPY:
+        if (to == 1 && by_x == 1) {
+            memmove(out, x, n * sizeof(float));
+            return;
+        }
+        for (long i = 0; i < n; i++) ((float *)out)[i * to] = x[i * by_x];
+        return;
+    case WHERE:
+        for (long i = 0; i < n; i++) ((float *)out)[i * to] = z[i * by_z] ? x[i * by_x] : y[i * by_y];
+        return;
+    case ADD: EACH(float, a + b);
+    case SUB: EACH(float, a - b);
+    case MUL: EACH(float, a * b);
+    case DIV: EACH(float, a / b);
+    case MINIMUM: EACH(float, b < a || b != b ? b : a);
+    case MAXIMUM: EACH(float, b > a || b != b ? b : a);
+    case ABS: EACH(float, __builtin_fabsf(a) + 0 * b); /* y is 0 */
+    case GE: EACH(unsigned char, a >= b);
+    case GT: EACH(unsigned char, a > b);
+    case LE: EACH(unsigned char, a <= b);
+    case LT: EACH(unsigned char, a < b);
+    }
+}
+
+static void elementwise(const Instruction *of)
+{
+    const int64_t *size = of->sizes, (*by)[4] = of->strides;
+    const long width = of->code >= GE && of->code <= LT ? 1 : sizeof(float); /* bytes of a result */
+    for (long i = 0; i < size[0]; i++)
+        for (long j = 0; j < size[1]; j++)
+            for (long k = 0; k < size[2]; k++) {
+#define AT(t) (i * by[t][0] + j * by[t][1] + k * by[t][2])
+                row(of->code, size[3], (char *)of->memory[0] + AT(0) * width, by[0][3], (float *)of->memory[1] + AT(1), by[1][3],
+                    (float *)of->memory[2] + AT(2), by[2][3], (unsigned char *)of->memory[3] + AT(3), by[3][3]);
+#undef AT
+            }
+}
+
+void run_program(const Instruction *of, int64_t count)
+{
+    for (; count > 0; count--, of++)
+        if (of->code == NETWORK)
+            mlp_forward(of->memory[0]);
+        else if (of->code == GRADIENT)
+            mlp_backward(of->memory[0], of->memory[1], of->memory[2], of->memory[3], of->memory[4]);
+        else
+            elementwise(of);
+}
