@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,11 +13,25 @@ import pytest
 import torch
 
 from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.nets import kernels
 from offrl.training import trainer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CC"] = "none"  # no kernels but in their own tests: every folder of caches would ask the compiler for them
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The kernels, compiled by the system's compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFRL_HOME", str(tmp_path_factory.getbasetemp() / "offrl-home"))  # the session's, as in each test
+        patch.delenv("CC", raising=False)
+        kernels._library.cache_clear()
+        if kernels.problem():
+            pytest.skip(kernels.problem())
+        yield
+    kernels._library.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

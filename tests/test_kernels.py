@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +35,6 @@ KINDS: list[dict[str, Any]] = [
 ]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 RTOL = 1e-5  # some hundred float32 roundings of 6e-8 in a sum, relative to the largest number
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernels, compiled by the system's compiler."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFRL_HOME", str(tmp_path_factory.getbasetemp() / "offrl-home"))  # the session's, as in each test
-        patch.delenv("CC", raising=False)
-        kernels._library.cache_clear()
-        if kernels.problem():
-            pytest.skip(kernels.problem())
-        yield
-    kernels._library.cache_clear()
 
 
 def assert_near(mine: Tensor, exact: Tensor) -> None:

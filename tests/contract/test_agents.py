@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from offrl.agents.base import Agent, Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import OfflineDataset
-from offrl.nets import Adam
+from offrl.nets import Adam, kernels
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import CudaGraph, Eager, Taped, make_engine
+from offrl.training.engine import CudaGraph, Eager, Native, Taped, make_engine
 from offrl.training.runs import load_agent, make_agent
 from offrl.training.trainer import train
 from offrl.utils import checkpoint
@@ -265,6 +265,21 @@ def test_taped_updates_equal_eager_ones(name: str, trained: Trained, toy: Offlin
     assert distance(trained.agent, agent) == 0
     assert metrics.keys() == trained.metrics.keys()
     assert all(torch.equal(metrics[key], value) for key, value in trained.metrics.items())
+    takes = {phase: take.faithful for phase, take in engine.takes.items() if take.faithful is not None}
+    assert takes
+    assert all(takes.values()) == (name != "prdc"), takes
+
+
+@pytest.mark.slow
+def test_programs_equal_what_they_stand_for(compiled: None, name: str, toy: OfflineDataset) -> None:
+    """`Native` joins a tape's operations to programs; beside the agent's own update with the same kernels, to the bit."""
+    eager, native = make(name, toy, seeds=(0, 9)), make(name, toy, seeds=(0, 9))
+    updates = eager.pretrain_updates + 4 * eager.period
+    with kernels.in_use():
+        advance(eager, toy, updates)
+    engine = Native(native, loader(native, toy))
+    engine.run(0, updates)
+    assert distance(eager, native) == 0
     takes = {phase: take.faithful for phase, take in engine.takes.items() if take.faithful is not None}
     assert takes
     assert all(takes.values()) == (name != "prdc"), takes
