@@ -1,9 +1,10 @@
 /* A program: elementwise instructions and networks' passes, which one call from Python runs one after the other.
 
    An elementwise instruction computes out[i] from x[i], y[i], z[i] over up to four axes; a stride of 0 broadcasts. Each
-   number is computed by one operation, as PyTorch computes it, so the two agree to the bit. */
+   number is computed by one operation, as PyTorch computes it, so the two agree to the bit. SUM adds dense rows of
+   sizes[3] numbers. */
 
-enum { COPY, ADD, SUB, MUL, DIV, MINIMUM, MAXIMUM, ABS, GE, GT, LE, LT, WHERE, NETWORK, GRADIENT }; /* as in program.py */
+enum { COPY, ADD, SUB, MUL, DIV, MINIMUM, MAXIMUM, ABS, GE, GT, LE, LT, WHERE, SUM, NETWORK, GRADIENT }; /* as in program.py */
 
 typedef struct {
     int64_t code;
@@ -77,6 +78,53 @@ static void elementwise(const Instruction *of)
             }
 }
 
+/* ---- sums ----------------------------------------------------------------------------------------------------- */
+
+/* PyTorch adds a row in this order (`SumKernel.cpp`): four vectors of eight side by side, or four numbers in a short row. Every
+   so many go to a further level of sums, so that rounding grows slowly. program.py looks whether PyTorch does so here. */
+enum { LANES = 8, SIDE = 4, LEVELS = 4 };
+typedef float eight __attribute__((vector_size(4 * LANES), aligned(4)));
+
+static float row_sum(const float *x, long n)
+{
+    if (n < LANES) {
+        float s[SIDE] = {0};
+        for (long i = 0; i < n; i++) s[i < n / SIDE * SIDE ? i % SIDE : 0] += x[i];
+        return s[0] + s[1] + s[2] + s[3];
+    }
+    const long vectors = n / LANES, size = vectors / SIDE;
+    long power = 0;
+    while ((1L << power) < size) power++;
+    power = power / LEVELS > 4 ? power / LEVELS : 4;
+    const long step = 1L << power;
+    eight acc[LEVELS][SIDE] = {{{0}}};
+    long i = 0;
+    while (i + step <= size) {
+        for (long j = 0; j < step; j++, i++)
+            for (int k = 0; k < SIDE; k++) acc[0][k] += *(const eight *)(x + (i * SIDE + k) * LANES);
+        for (int level = 1; level < LEVELS; level++) {
+            for (int k = 0; k < SIDE; k++) acc[level][k] += acc[level - 1][k], acc[level - 1][k] = (eight){0};
+            if (i & ((step - 1) << (level * power))) break;
+        }
+    }
+    for (; i < size; i++)
+        for (int k = 0; k < SIDE; k++) acc[0][k] += *(const eight *)(x + (i * SIDE + k) * LANES);
+    for (int level = 1; level < LEVELS; level++)
+        for (int k = 0; k < SIDE; k++) acc[0][k] += acc[level][k];
+    for (i = size * SIDE; i < vectors; i++) acc[0][0] += *(const eight *)(x + i * LANES);
+    for (int k = 1; k < SIDE; k++) acc[0][0] += acc[0][k];
+    float sum = 0;
+    for (i = vectors * LANES; i < n; i++) sum += x[i];
+    for (int j = 0; j < LANES; j++) sum += acc[0][0][j];
+    return sum;
+}
+
+static void sums(const Instruction *of)
+{
+    const float *x = of->memory[1];
+    for (long i = 0; i < of->sizes[2]; i++) ((float *)of->memory[0])[i] = row_sum(x + i * of->sizes[3], of->sizes[3]);
+}
+
 void run_program(const Instruction *of, int64_t count)
 {
     for (; count > 0; count--, of++)
@@ -84,6 +132,8 @@ void run_program(const Instruction *of, int64_t count)
             mlp_forward(of->memory[0]);
         else if (of->code == GRADIENT)
             mlp_backward(of->memory[0], of->memory[1], of->memory[2], of->memory[3], of->memory[4]);
+        else if (of->code == SUM)
+            sums(of);
         else
             elementwise(of);
 }

@@ -2,8 +2,9 @@
 
 Between the networks of an update stand some dozens of small operations: a clipped sum, a mask, a mean. Through PyTorch each
 costs 5 to 50 microseconds, of which its numbers take less than one. Those that compute each number by a single operation
-become instructions for `program.h`, which gives PyTorch's numbers to the bit; a tape compares them before it is played. All
-others (sums of many numbers, exponentials, optimisers) stay calls of PyTorch, between the programs.
+become instructions for `program.h`, which gives PyTorch's numbers to the bit; a tape compares them before it is played. So
+do sums and means of rows, where this processor's PyTorch adds them in the order that the source has. All others
+(exponentials, optimisers) stay calls of PyTorch, between the programs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import groupby
 from math import inf, prod
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from torch import Tensor
 from offrl.nets.tape import Call, Operation
 
 # As in the source.
-COPY, ADD, SUB, MUL, DIV, MINIMUM, MAXIMUM, ABS, GE, GT, LE, LT, WHERE, NETWORK, GRADIENT = range(15)
+COPY, ADD, SUB, MUL, DIV, MINIMUM, MAXIMUM, ABS, GE, GT, LE, LT, WHERE, SUM, NETWORK, GRADIENT = range(16)
 _AXES, _POINTERS = 4, 5
 _MOST_TERMS = 16  # of a minimum that is taken one after the other
 
@@ -44,7 +46,8 @@ def of_kernel(code: int, addresses: Sequence[int | None]) -> Instruction:
 def joined(operations: Sequence[Operation], library: ctypes.CDLL) -> list[Call]:
     """The operations' calls, where every stretch of those that have instructions is one."""
     calls: list[Call] = []
-    pairs = [(operation, instructions_of(operation)) for operation in operations]
+    sums = _adds_in_order(library)
+    pairs = [(operation, instructions_of(operation, sums)) for operation in operations]
     for known, stretch in groupby(pairs, lambda pair: pair[1] is not None):
         if known:
             calls.append(_program([i for _, found in stretch for i in found or ()], [o for o, _ in stretch], library))
@@ -60,8 +63,24 @@ def _program(instructions: list[Instruction], operations: list[Operation], libra
     return lambda: library.run_program(address, count) if kept else None
 
 
-def instructions_of(operation: Operation) -> list[Instruction] | None:
-    """What a program has in an operation's place; None: it stays a call."""
+@cache
+def _adds_in_order(library: ctypes.CDLL) -> bool:
+    """Whether PyTorch adds rows in the source's order; with other vectors it might not."""
+    generator = torch.Generator().manual_seed(0)
+    for n in (3, 6, 31, 256, 1536, 5000, 70_001):
+        x, out = torch.randn(3, n, generator=generator), torch.empty(3)
+        _program([_row_sums(out, x)], [], library)()
+        if not torch.equal(out, x.sum(-1)):
+            return False
+    return True
+
+
+def instructions_of(operation: Operation, sums: bool = True) -> list[Instruction] | None:
+    """What a program has in an operation's place; None: it stays a call.
+
+    Args:
+        sums: whether there are instructions for sums of rows.
+    """
     if operation.entry is not None:
         return [operation.entry]
     if operation.func is None:
@@ -74,9 +93,10 @@ def instructions_of(operation: Operation) -> list[Instruction] | None:
     if find is None or not isinstance(out, Tensor) or in_place != name.endswith("_"):
         return None
     try:
-        return find(out, *operation.args, **operation.kwargs)
+        found = find(out, *operation.args, **operation.kwargs)
     except (_Other, TypeError):  # an argument that the instruction does not know
         return None
+    return found if sums or all(instruction.numbers[0] != SUM for instruction in found) else None
 
 
 class _Other(Exception):
@@ -151,7 +171,10 @@ def _converted(out: Tensor, x: Tensor, **options: Any) -> list[Instruction]:
 def _joined_along(out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> list[Instruction]:
     parts = [part for part in parts if part.shape != (0,)]  # PyTorch takes an empty vector for nothing
     ends = torch.tensor([part.shape[dim] for part in parts]).cumsum(0).tolist()
-    return [_instruction(COPY, out.narrow(dim, end - part.shape[dim], part.shape[dim]), part) for part, end in zip(parts, ends)]
+    return [
+        _instruction(COPY, out.narrow(dim, end - part.shape[dim], part.shape[dim]), part)
+        for part, end in zip(parts, ends)
+    ]
 
 
 def _filled(value: float) -> Find:
@@ -183,13 +206,30 @@ def _extreme(code: int) -> Find:
 
 
 def _sum(out: Tensor, x: Tensor, dims: Sequence[int] | None = (), keepdim: bool = False) -> list[Instruction]:
-    """Of two numbers: the order in which PyTorch adds more is its own."""
-    return _one_by_one(ADD, out, x, dims or (), keepdim, 2)
+    """Of two numbers, or of all numbers of dense rows."""
+    try:
+        return _one_by_one(ADD, out, x, dims or (), keepdim, 2)
+    except _Other:
+        axes = sorted(dim % x.ndim for dim in dims or range(x.ndim))
+        if axes != list(range(x.ndim - len(axes), x.ndim)):
+            raise
+        return [_row_sums(out, x.flatten(x.ndim - len(axes)) if x.is_contiguous() else x)]
 
 
-def _one_by_one(
-    code: int, out: Tensor, x: Tensor, dims: Sequence[int], keepdim: bool, most: int
-) -> list[Instruction]:
+def _mean(out: Tensor, x: Tensor, dims: Sequence[int] | None = (), keepdim: bool = False) -> list[Instruction]:
+    return [*_sum(out, x, dims, keepdim), _instruction(DIV, out, out, float(x.numel() // out.numel()))]
+
+
+def _row_sums(out: Tensor, x: Tensor) -> Instruction:
+    """out[...] <- the sum of x[..., :], both dense."""
+    if not (out.is_contiguous() and x.is_contiguous() and out.dtype == x.dtype == torch.float32 and out.is_cpu):
+        raise _Other
+    sizes = [1, 1, out.numel(), x.numel() // out.numel()]
+    pointers = [out.data_ptr(), x.data_ptr(), 0, 0, 0]
+    return Instruction([SUM, *sizes, *[0] * (4 * _AXES), *pointers], (out, x))
+
+
+def _one_by_one(code: int, out: Tensor, x: Tensor, dims: Sequence[int], keepdim: bool, most: int) -> list[Instruction]:
     """A reduction of a few numbers, one instruction for each."""
     reduced = sorted({dim % x.ndim for dim in dims} or set(range(x.ndim)))
     terms = prod(x.shape[dim] for dim in reduced)
@@ -210,9 +250,7 @@ def _selected_back(out: Tensor, grad: Tensor, sizes: Any, dim: int, index: int) 
     return [_instruction(COPY, out, 0.0), _instruction(COPY, out.select(dim, index), grad)]
 
 
-def _sliced_back(
-    out: Tensor, grad: Tensor, sizes: Any, dim: int, start: int, end: int, step: int
-) -> list[Instruction]:
+def _sliced_back(out: Tensor, grad: Tensor, sizes: Any, dim: int, start: int, end: int, step: int) -> list[Instruction]:
     length = out.shape[dim]
     kept = out.transpose(dim, 0)[slice(start, min(end, length), step)].transpose(dim, 0)
     return [_instruction(COPY, out, 0.0), _instruction(COPY, kept, grad)]
@@ -239,6 +277,7 @@ _KNOWN: dict[str, Find] = {
     "amin": _extreme(MINIMUM),
     "amax": _extreme(MAXIMUM),
     "sum": _sum,
+    "mean": _mean,
     "where": _where,
     "clone": _copy,
     "copy": _copy,
