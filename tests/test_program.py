@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offrl.nets import kernels, program
+from offrl.nets import Adam, kernels, make_target, polyak, program
 from offrl.nets.tape import Tape
 
 Function = Callable[..., Any]
@@ -100,7 +100,46 @@ def test_sums_and_means_of_rows(compiled: None, shape: tuple[int, ...]) -> None:
         assert torch.equal(a, b)
     library = kernels._library()
     assert library is not None
-    assert len(tape.calls) == (1 if program._adds_in_order(library) else 5)
+    assert len(tape.calls) == (5 if program.SUM in program._unlike_pytorch(library) else 1)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.02])
+@pytest.mark.parametrize("rate", [1e-3, [1e-3, 1e-4], "tensor"])
+def test_optimisers_and_moving_averages(compiled: None, rate: Any, weight_decay: float) -> None:
+    """Five steps of Adam, whose rate may differ by lane or fall, and a target behind: as a tape plays them and as they are."""
+    options = (
+        {"lr": 1e-3, "decay": 10}
+        if rate == "tensor"
+        else {"lr": torch.tensor(rate) if isinstance(rate, list) else rate}
+    )
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(5, 2, 7, 35, generator=generator)
+
+    def made() -> tuple[torch.nn.Module, Adam, torch.nn.Module]:
+        net = torch.nn.Module()
+        net.weight = torch.nn.Parameter(torch.ones(2, 7, 35))
+        return net, Adam(net.parameters(), weight_decay=weight_decay, **options), make_target(net)
+
+    (one, adam, slow), (other, recorded, behind) = made(), made()
+    tape, gradient = Tape(), torch.zeros(2, 7, 35)
+    with kernels.in_use():
+        with tape.recording():
+            recorded.apply_gradients([gradient])
+            polyak(behind, other, 0.05)
+        kernels.join(tape)
+    other.load_state_dict(one.state_dict())
+    behind.load_state_dict(slow.state_dict())
+    recorded.load_state_dict(adam.state_dict())
+    for given in gradients:
+        adam.apply_gradients([given])
+        polyak(slow, one, 0.05)
+        gradient.copy_(given)
+        tape.play()
+    assert torch.equal(one.weight, other.weight)
+    assert torch.equal(slow.weight, behind.weight)
+    library = kernels._library()
+    assert library is not None
+    assert rate == "tensor" or len(tape.calls) == 1 or program._unlike_pytorch(library) & {program.ADAM, program.LERP}
 
 
 def test_gradients_of_parts_are_put_back(compiled: None) -> None:

@@ -10,6 +10,7 @@
    Each sum runs over its terms in the same order whatever the tile, so a number does not depend on the rows beside it.
    Matrices are row-major and dense; a network's arrays follow those of the network before it. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stddef.h>
 #include <string.h>

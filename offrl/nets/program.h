@@ -4,7 +4,7 @@
    number is computed by one operation, as PyTorch computes it, so the two agree to the bit. SUM adds dense rows of
    sizes[3] numbers. */
 
-enum { COPY, ADD, SUB, MUL, DIV, MINIMUM, MAXIMUM, ABS, GE, GT, LE, LT, WHERE, SUM, NETWORK, GRADIENT }; /* as in program.py */
+enum { COPY, ADD, SUB, MUL, DIV, MINIMUM, MAXIMUM, ABS, GE, GT, LE, LT, WHERE, LERP, SUM, ADAM, NETWORK, GRADIENT }; /* as in program.py */
 
 typedef struct {
     int64_t code;
@@ -50,6 +50,10 @@ static void row(int64_t code, long n, void *out, long to, const float *x, long b
     case WHERE:
         for (long i = 0; i < n; i++) ((float *)out)[i * to] = z[i * by_z] ? x[i * by_x] : y[i * by_y];
         return;
+    case LERP: {
+        const float weight = *(const float *)z;
+        EACH(float, weight * (b - a) + a);
+    }
     case ADD: EACH(float, a + b);
     case SUB: EACH(float, a - b);
     case MUL: EACH(float, a * b);
@@ -125,6 +129,47 @@ static void sums(const Instruction *of)
     for (long i = 0; i < of->sizes[2]; i++) ((float *)of->memory[0])[i] = row_sum(x + i * of->sizes[3], of->sizes[3]);
 }
 
+/* ---- the optimiser -------------------------------------------------------------------------------------------- */
+
+typedef struct { /* an `Instruction` */
+    int64_t code, n;
+    double lr, beta1, beta2, weight_decay, eps;
+    const float *rate; /* the learning rate in its place; NULL: it is lr */
+    int64_t unused[13];
+    float *parameter;
+    const float *gradient;
+    float *mean, *square;
+    const float *count; /* steps, this one included */
+} Adam;
+
+/* One step of AdamW along numbers [from, to) of a tensor, in the order of PyTorch's fused operator (`FusedAdamKernel.cpp`): which
+   products are joined with a sum is written out, since there it differs between whole vectors and the rest behind them. */
+#define STEP(from, to, next_square)                                                                                     \
+    for (long i = from; i < to; i++) {                                                                                  \
+        const float g = gradient[i], by = by_square * g, at = p[i] * kept;                                              \
+        m[i] = __builtin_fmaf(by_mean, g - m[i], m[i]);                                                                 \
+        v[i] = next_square;                                                                                             \
+        p[i] = at + step * m[i] / (sqrtf(v[i]) / root + eps);                                                           \
+    }
+
+#ifndef __clang__
+__attribute__((optimize("fp-contract=off")))
+#endif
+static void adam(const Adam *of)
+{
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#endif
+    const double lr = of->rate ? *of->rate : of->lr, count = *of->count;
+    const float step = -(lr / (1 - pow(of->beta1, count))), root = sqrt(1 - pow(of->beta2, count));
+    const float kept = 1 - lr * of->weight_decay, eps = of->eps, by_mean = 1 - of->beta1, by_square = 1 - of->beta2, old = of->beta2;
+    float *restrict p = of->parameter, *restrict m = of->mean, *restrict v = of->square;
+    const float *restrict gradient = of->gradient;
+    const long whole = of->n / LANES * LANES;
+    STEP(0, whole, __builtin_fmaf(by, g, v[i] * old))
+    STEP(whole, of->n, __builtin_fmaf(v[i], old, by * g))
+}
+
 void run_program(const Instruction *of, int64_t count)
 {
     for (; count > 0; count--, of++)
@@ -134,6 +179,8 @@ void run_program(const Instruction *of, int64_t count)
             mlp_backward(of->memory[0], of->memory[1], of->memory[2], of->memory[3], of->memory[4]);
         else if (of->code == SUM)
             sums(of);
+        else if (of->code == ADAM)
+            adam((const Adam *)of);
         else
             elementwise(of);
 }

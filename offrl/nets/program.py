@@ -3,8 +3,8 @@
 Between the networks of an update stand some dozens of small operations: a clipped sum, a mask, a mean. Through PyTorch each
 costs 5 to 50 microseconds, of which its numbers take less than one. Those that compute each number by a single operation
 become instructions for `program.h`, which gives PyTorch's numbers to the bit; a tape compares them before it is played. So
-do sums and means of rows, where this processor's PyTorch adds them in the order that the source has. All others
-(exponentials, optimisers) stay calls of PyTorch, between the programs.
+do sums of rows, moving averages and Adam, where PyTorch on this machine computes them in the order that the source has. All
+others (exponentials, sums of columns) stay calls of PyTorch, between the programs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from offrl.nets.tape import Call, Operation
 
 # As in the source.
-COPY, ADD, SUB, MUL, DIV, MINIMUM, MAXIMUM, ABS, GE, GT, LE, LT, WHERE, SUM, NETWORK, GRADIENT = range(16)
+COPY, ADD, SUB, MUL, DIV, MINIMUM, MAXIMUM, ABS, GE, GT, LE, LT, WHERE, LERP, SUM, ADAM, NETWORK, GRADIENT = range(18)
 _AXES, _POINTERS = 4, 5
 _MOST_TERMS = 16  # of a minimum that is taken one after the other
 
@@ -46,8 +46,8 @@ def of_kernel(code: int, addresses: Sequence[int | None]) -> Instruction:
 def joined(operations: Sequence[Operation], library: ctypes.CDLL) -> list[Call]:
     """The operations' calls, where every stretch of those that have instructions is one."""
     calls: list[Call] = []
-    sums = _adds_in_order(library)
-    pairs = [(operation, instructions_of(operation, sums)) for operation in operations]
+    unlike = _unlike_pytorch(library)
+    pairs = [(operation, instructions_of(operation, unlike)) for operation in operations]
     for known, stretch in groupby(pairs, lambda pair: pair[1] is not None):
         if known:
             calls.append(_program([i for _, found in stretch for i in found or ()], [o for o, _ in stretch], library))
@@ -64,22 +64,55 @@ def _program(instructions: list[Instruction], operations: list[Operation], libra
 
 
 @cache
-def _adds_in_order(library: ctypes.CDLL) -> bool:
-    """Whether PyTorch adds rows in the source's order; with other vectors it might not."""
+def _unlike_pytorch(library: ctypes.CDLL) -> frozenset[int]:
+    """Instructions that PyTorch computes in another order on this machine, as with other vectors or another compiler."""
     generator = torch.Generator().manual_seed(0)
+    unlike = set()
     for n in (3, 6, 31, 256, 1536, 5000, 70_001):
-        x, out = torch.randn(3, n, generator=generator), torch.empty(3)
-        _program([_row_sums(out, x)], [], library)()
-        if not torch.equal(out, x.sum(-1)):
-            return False
-    return True
+        rows = torch.randn(3, n, generator=generator)
+        for code, compute in ((SUM, _summed), (LERP, _averaged), (ADAM, _stepped)):
+            pairs = compute(rows, lambda *found: _program(list(found), [], library)())
+            if not all(torch.equal(mine, theirs) for mine, theirs in pairs):
+                unlike.add(code)
+    return frozenset(unlike)
 
 
-def instructions_of(operation: Operation, sums: bool = True) -> list[Instruction] | None:
+Run = Callable[..., Any]
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _summed(rows: Tensor, run: Run) -> Pairs:
+    out = torch.empty(3)
+    run(_row_sums(out, rows))
+    return [(out, rows.sum(-1))]
+
+
+def _averaged(rows: Tensor, run: Run) -> Pairs:
+    mine, theirs = rows[0].clone(), [rows[0].clone()]
+    run(*_moved(None, [mine], [rows[1]], 0.005))
+    torch._foreach_lerp_(theirs, [rows[1]], 0.005)
+    return [(mine, theirs[0])]
+
+
+def _stepped(rows: Tensor, run: Run) -> Pairs:
+    pair = []
+    for mine in (True, False):
+        tensors = [[rows[0].clone()], [rows[1]], [rows[2].clone()], [rows[0].square()]]
+        settings = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
+        settings |= {"amsgrad": False, "maximize": False}
+        if mine:
+            run(*_adamw(None, *tensors, [], [torch.tensor(7.0)], **settings))
+        else:
+            torch._fused_adamw_(*tensors, [], [torch.tensor(7.0)], **settings)
+        pair.append([tensors[0][0], tensors[2][0], tensors[3][0]])
+    return list(zip(*pair))
+
+
+def instructions_of(operation: Operation, unlike: frozenset[int] = frozenset()) -> list[Instruction] | None:
     """What a program has in an operation's place; None: it stays a call.
 
     Args:
-        sums: whether there are instructions for sums of rows.
+        unlike: codes that PyTorch computes in another way.
     """
     if operation.entry is not None:
         return [operation.entry]
@@ -90,13 +123,13 @@ def instructions_of(operation: Operation, sums: bool = True) -> list[Instruction
     find = _KNOWN.get(name.removesuffix("_") if in_place else name)
     out = operation.args[0] if in_place else operation.out
     # An operation into given memory (out=) is none of the agents'.
-    if find is None or not isinstance(out, Tensor) or in_place != name.endswith("_"):
+    if find is None or not isinstance(out, Tensor | list) or in_place != name.endswith("_"):
         return None
     try:
         found = find(out, *operation.args, **operation.kwargs)
     except (_Other, TypeError):  # an argument that the instruction does not know
         return None
-    return found if sums or all(instruction.numbers[0] != SUM for instruction in found) else None
+    return None if any(instruction.numbers[0] in unlike for instruction in found) else found
 
 
 class _Other(Exception):
@@ -106,12 +139,16 @@ class _Other(Exception):
 # ---- one instruction ------------------------------------------------------------------------------------------------
 
 
-def _instruction(code: int, out: Tensor, x: Operand, y: Operand = 0.0, where: Tensor | None = None) -> Instruction:
-    """out <- x op y, broadcast to its shape."""
+def _instruction(code: int, out: Tensor, x: Operand, y: Operand = 0.0, third: Tensor | None = None) -> Instruction:
+    """out <- x op y, broadcast to its shape.
+
+    Args:
+        third: the condition of `WHERE`, the weight of `LERP`.
+    """
     operands = [out, *(v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float32) for v in (x, y))]
     types = [torch.bool if GE <= code <= LT else torch.float32, torch.float32, torch.float32]
-    if where is not None:
-        operands, types = [*operands, where], [*types, torch.bool]
+    if third is not None:
+        operands, types = [*operands, third], [*types, torch.bool if code == WHERE else torch.float32]
     if any(t.dtype != wanted or not t.is_cpu for t, wanted in zip(operands, types)):
         raise _Other
     try:
@@ -256,6 +293,33 @@ def _sliced_back(out: Tensor, grad: Tensor, sizes: Any, dim: int, start: int, en
     return [_instruction(COPY, out, 0.0), _instruction(COPY, kept, grad)]
 
 
+def _moved(out: Any, targets: list[Tensor], ends: list[Tensor], weight: float) -> list[Instruction]:
+    """target <- target + weight (end - target), each; PyTorch turns the formula round for other weights."""
+    if not isinstance(weight, float) or not 0 <= weight < 0.5:
+        raise _Other
+    return [_instruction(LERP, target, target, end, torch.tensor(weight)) for target, end in zip(targets, ends)]
+
+
+def _adamw(
+    out: Any, parameters: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor],
+    largest: list[Tensor], counts: list[Tensor], *, lr: Operand, beta1: float, beta2: float, weight_decay: float, eps: float,
+    amsgrad: bool, maximize: bool,
+) -> list[Instruction]:  # fmt: skip
+    if amsgrad or maximize or beta1 <= 0.5:
+        raise _Other
+    rate = lr if isinstance(lr, Tensor) else None
+    settings = array("d", [0.0 if rate is not None else lr, beta1, beta2, weight_decay, eps])
+    found = []
+    for tensors in zip(parameters, gradients, means, squares, counts):
+        each = [*tensors, *([] if rate is None else [rate])]
+        if any(t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous() for t in each):
+            raise _Other
+        place = 0 if rate is None else rate.data_ptr()
+        numbers = [ADAM, tensors[0].numel(), *array("q", settings.tobytes()), place, *[0] * 13]
+        found.append(Instruction([*numbers, *[t.data_ptr() for t in tensors]], tuple(each)))
+    return found
+
+
 _KNOWN: dict[str, Find] = {
     "add": _binary(ADD),
     "sub": _binary(SUB),
@@ -276,6 +340,8 @@ _KNOWN: dict[str, Find] = {
     "clamp_min": _clamp,
     "amin": _extreme(MINIMUM),
     "amax": _extreme(MAXIMUM),
+    "_foreach_lerp": _moved,
+    "_fused_adamw": _adamw,
     "sum": _sum,
     "mean": _mean,
     "where": _where,
