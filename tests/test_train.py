@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from offrl.training.runs import Result, dataset_info, load_agent, load_data, mak
 from offrl.training.trainer import Trainer, resume, train
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
+from offrl.utils.paths import replacing
 
 ENVIRONMENT = """
 import gymnasium, numpy as np
@@ -244,11 +246,23 @@ def test_a_failure_to_save_can_be_repaired(toy_file: Path, monkeypatch: pytest.M
 def test_remains_of_a_kill_are_swept_away(toy_file: Path) -> None:
     values = options(toy_file)
     folder = resolve_config(values).folder()
-    folder.mkdir(parents=True)
-    torn = folder / f".{checkpoint.NAME}.123.part"
-    torn.write_bytes(b"half")
+    files = [place / f".{checkpoint.NAME}.123.part/.tmpAbCdEf" for place in (folder, folder / "checkpoints")]
+    for torn in (*files, folder / ".metrics.parquet.123.part"):
+        torn.parent.mkdir(parents=True, exist_ok=True)
+        torn.write_bytes(b"half")
     train(values)
-    assert not torn.exists()
+    assert not [path for path in folder.rglob("*") if path.suffix == ".part" or path.name.startswith(".tmp")]
+
+
+def test_what_a_writer_leaves_beside_its_file_goes_too(tmp_path: Path) -> None:
+    """safetensors has temporary files of its own, under names that nobody could clear away after a kill."""
+    path = tmp_path / "a.safetensors"
+    with suppress(KeyboardInterrupt), replacing(path, folder=True) as temporary:
+        temporary.with_name(".tmpAbCdEf").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    checkpoint.write(path, {"x": torch.ones(3)}, {})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_copy_is_kept_of_every_checkpoint_whenever_it_is_killed(

@@ -21,6 +21,7 @@ from offrl.data.cache import read_flat, write_flat
 from offrl.data.dataset import OfflineDataset
 from offrl.sampling import BatchLoader, Sampler, Uniform
 from offrl.utils.errors import OffrlError
+from offrl.utils.paths import remove_torn
 from offrl.utils.random import LaneRandom
 from offrl.utils.settings import check_lane_lists, from_target, lane_lists
 
@@ -200,8 +201,9 @@ class Synthetic:
 
     def clear(self) -> None:
         """Remove the generations of an earlier run in the folder."""
-        for path in (*self.folder.glob("*.safetensors"), *self.folder.glob(".*.part")):
+        for path in self.folder.glob("*.safetensors"):
             path.unlink(missing_ok=True)
+        remove_torn(self.folder)
 
     def _make(self, policy: Agent | None, step: int) -> OfflineDataset:
         store = self.augmentation.generate(policy, step)

@@ -252,7 +252,7 @@ def _write(path: Path, parts: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
     try:
-        with replacing(path) as temporary:
+        with replacing(path, folder=True) as temporary:
             save_file(parts, temporary, metadata={"version": f"{_VERSION} {_checksum(parts)}"})
     except (OSError, SafetensorError) as error:
         warnings.warn(f"{path} can't be written ({error}); the index is not kept.", stacklevel=2)

@@ -174,8 +174,8 @@ class Trainer:
         else:  # nothing in the folder is touched before this line
             self._clear()
             self.sampler.start()
-        remove_torn(self.folder)
-        if self.synthetic:
+        remove_torn(self.folder, deep=True)
+        if self.synthetic and (self.online or self.step < self.cfg.updates):  # else no batch is drawn any more
             self.synthetic.begin(self.loader, self.agent, self.step, self.cfg.progress)
         if resumed:
             (self.folder / "result.json").unlink(missing_ok=True)  # it may sum up an evaluation that is made again
@@ -354,12 +354,12 @@ class Trainer:
         if self.online and self.online.begun:
             metadata["online"] = self.online.record(self.metrics)
             self.online.files.save(self.online.replay)
-        if self.synthetic:
+        if self.synthetic and self.synthetic.stores:
             self.synthetic.save()
         if self.cfg.keep_checkpoints:  # first: a kill between the two then repeats these updates, and loses no copy
             checkpoint.save(self.folder / "checkpoints" / f"{self.step:08d}.safetensors", self.agent, metadata, learnt)
         checkpoint.save(self.folder / checkpoint.NAME, self.agent, metadata, learnt)
-        if self.synthetic:
+        if self.synthetic and self.synthetic.stores:
             self.synthetic.sweep()
         self.hooks.saved(self.step, self.folder / checkpoint.NAME)
 

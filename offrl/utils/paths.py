@@ -79,31 +79,41 @@ def use_config_dir(name: str | Path) -> Path:
     return folder
 
 
-def remove_torn(folder: Path, name: str = "*") -> None:
+def remove_torn(folder: Path, name: str = "*", deep: bool = False) -> None:
     """Remove what killed writers of `name` left in a folder: `.NAME.PID.part` and the like, files and folders.
+
+    Args:
+        deep: in its folders, too.
 
     Only for whoever holds the lock of what is written: other processes' files look the same.
     """
-    for torn in (*folder.glob(f".{name}.*.part"), *folder.glob(f".{name}.*.old")):
-        _remove(torn)
+    for place in (folder, *(folder.glob("*/") if deep else [])):
+        for torn in (*place.glob(f".{name}.*.part"), *place.glob(f".{name}.*.old")):
+            _remove(torn)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`.
 
     On any error (a full disk, a kill, an exception) `path` keeps its old content; what a killed process left of its
     temporary file is removed by the next one that writes `path` on the same machine.
+
+    Args:
+        folder: put it into a temporary folder, for a library whose writer makes files of its own beside it (safetensors).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(path)
+    place = beside(path)
+    temporary = place / path.name if folder else place
     try:
+        if folder:
+            place.mkdir(exist_ok=True)
         yield temporary
         with open(temporary, "r+b") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(place)
 
 
 def beside(path: Path) -> Path:

@@ -247,14 +247,18 @@ def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(toy_file: Path, tmp_p
 def test_a_run_killed_while_it_works_ends_as_an_undisturbed_one(
     toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after each of its writes in turn: the checkpoints', the trajectories', and removals."""
-    short = {"updates": 11, "checkpoint_every": 3, "augment": {**TINY, "refresh_every": 4}}
+    """Killed after each of its writes in turn: the checkpoints', the trajectories', and removals.
+
+    New trajectories would be due after the last update, which nothing draws from any more.
+    """
+    short = {"updates": 12, "checkpoint_every": 3, "augment": {**TINY, "refresh_every": 4}}
     through = train(values(toy_file, tmp_path / "through", **short))
+    kept = sorted(path.name for path in (through.folder / "synthetic").iterdir())
 
     class Killed(BaseException):
         pass
 
-    for nth in range(1, 8):
+    for nth in range(1, 9):
         events = 0
 
         def count(real: Any) -> Any:
@@ -273,7 +277,9 @@ def test_a_run_killed_while_it_works_ends_as_an_undisturbed_one(
             patch.setattr(Path, "unlink", count(Path.unlink))
             with pytest.raises(Killed):
                 train(values(toy_file, tmp_path / str(nth), **short))
-        assert same(train(values(toy_file, tmp_path / str(nth), **short)), through), nth
+        again = train(values(toy_file, tmp_path / str(nth), **short))
+        assert same(again, through), nth
+        assert sorted(path.name for path in (again.folder / "synthetic").iterdir()) == kept
 
 
 def test_starting_over_forgets_old_trajectories(toy_file: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess as Process
@@ -155,7 +156,8 @@ def killed(words: list[str], out: Path, seconds: float, rng: random.Random) -> s
     process.join(share * seconds)
     if process.exitcode is not None:
         return f"ended before {share:.2f} with status {process.exitcode}"
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it ended this very moment
+        os.killpg(process.pid, signal.SIGKILL)
     process.join()
     return f"killed at {share:.2f}"
 
@@ -215,7 +217,7 @@ def kill() -> int:
     arguments = parser.parse_args()
     names = arguments.only or names
     bad = kills = 0
-    with tempfile.TemporaryDirectory(prefix="offrl-kills-") as place:
+    with tempfile.TemporaryDirectory(prefix="offrl-kills-", ignore_cleanup_errors=True) as place:
         os.environ["OFFRL_HOME"] = f"{place}/home"
         dataset = Path(place) / "base.npz"
         write_datasets(dataset)
