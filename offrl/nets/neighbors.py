@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from offrl.nets import no_compile
+from offrl.nets.tape import outside
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, replacing
 
@@ -165,6 +166,12 @@ class OnProcessor:
         self, rows: Tensor, actions: Tensor, betas: Tensor, k: int, states: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Neighbors.query`; everything is flat: `[Q]`, `[Q, A]`, `[Q]`."""
+        found, distance, from_list = outside(lambda: self._search(rows, actions, betas, k, states))
+        return found, distance, from_list
+
+    def _search(
+        self, rows: Tensor, actions: Tensor, betas: Tensor, k: int, states: Tensor | None
+    ) -> tuple[Tensor, ...]:
         asked, count = rows.numpy(), len(rows)
         places = np.where(asked >= 0, self.place[asked], -1)
         # Neighbouring leaves one after the other: what they share is then in the processor's cache.

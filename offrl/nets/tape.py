@@ -57,6 +57,23 @@ def note(call: Call, *written: Tensor, entry: Any = None) -> None:
         _current.tape.add(Operation(call, entry=entry), written)
 
 
+def outside(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What `compute` gives without PyTorch from tensors whose memory stays; a tape has it as one call."""
+    tape = _current.tape
+    if tape is None:
+        return compute()
+    tape.paused = True
+    found = compute()
+    tape.paused = False
+
+    def again() -> None:
+        for old, new in zip(found, compute()):
+            old.copy_(new)
+
+    note(again, *found)
+    return found
+
+
 class Tape:
     """Operations in the order in which they ran; `play` runs them again.
 
