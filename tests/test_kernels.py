@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from offrl.agents.rebrac import ReBRAC
 from offrl.agents.rlpd import RLPD
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.nets import MLP, Critics, kernels
+from offrl.nets.tape import Tape
+from offrl.nets.transformer import Block
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager, Native, Taped, make_engine
 from offrl.utils.errors import OffrlError
@@ -297,6 +300,25 @@ def test_lanes_do_not_change_each_other(compiled: None) -> None:
     Native(together, rows).run(0, 10)
     Native(alone, rows).run(0, 10)
     assert torch.equal(together.critics.mlp.weights[1][1], alone.critics.mlp.weights[1][0])
+
+
+def test_a_block_of_the_transformer(compiled: None) -> None:
+    """Its outputs and gradients by the kernels, which have its projections and its layers, beside float64."""
+    block = Block((0, 1), 16, 2, "block")
+    x, visible = torch.randn(2, 3, 6, 16, requires_grad=True), torch.ones(6, 6).tril().bool()
+    exact, x64 = copy.deepcopy(block).double(), x.detach().double().requires_grad_()
+    with kernels.in_use():
+        tape = Tape()
+        with tape.recording():
+            out = block(x, visible, slice(None), None)
+            gradients = torch.autograd.grad(out.square().sum(), [x, *block.parameters()])
+    assert len([o for o in tape.operations if o.entry is not None]) == 8  # query, key and value, mix, MLP: and back
+    wanted = exact(x64, visible, slice(None), None)
+    assert_near(out.detach(), wanted.detach())
+    for mine, other in zip(
+        gradients, torch.autograd.grad(wanted.square().sum(), [x64, *exact.parameters()]), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), other, rtol=0, atol=1e-4 * other.abs().max().item())  # float32's sums
 
 
 def test_without_a_compiler_the_numbers_are_eagers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from math import inf, prod
 from typing import Any, NamedTuple
@@ -95,17 +95,14 @@ def _averaged(rows: Tensor, run: Run) -> Pairs:
 
 
 def _stepped(rows: Tensor, run: Run) -> Pairs:
-    pair = []
-    for mine in (True, False):
-        tensors = [[rows[0].clone()], [rows[1]], [rows[2].clone()], [rows[0].square()]]
-        settings = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
-        settings |= {"amsgrad": False, "maximize": False}
-        if mine:
-            run(*_adamw(None, *tensors, [], [torch.tensor(7.0)], **settings))
-        else:
-            torch._fused_adamw_(*tensors, [], [torch.tensor(7.0)], **settings)
-        pair.append([tensors[0][0], tensors[2][0], tensors[3][0]])
-    return list(zip(*pair))
+    options: Any = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
+    options |= {"amsgrad": False, "maximize": False}
+    found = []
+    for step in (lambda *given: run(*_adamw(None, *given, **options)), partial(torch._fused_adamw_, **options)):
+        parameter, mean, square = rows[0].clone(), rows[2].clone(), rows[0].square()
+        step([parameter], [rows[1]], [mean], [square], [], [torch.tensor(7.0)])
+        found.append((parameter, mean, square))
+    return list(zip(*found))
 
 
 def instructions_of(operation: Operation, unlike: frozenset[int] = frozenset()) -> list[Instruction] | None:
@@ -308,7 +305,7 @@ def _adamw(
     if amsgrad or maximize or beta1 <= 0.5:
         raise _Other
     rate = lr if isinstance(lr, Tensor) else None
-    settings = array("d", [0.0 if rate is not None else lr, beta1, beta2, weight_decay, eps])
+    settings = array("d", [0.0 if isinstance(lr, Tensor) else lr, beta1, beta2, weight_decay, eps])
     found = []
     for tensors in zip(parameters, gradients, means, squares, counts):
         each = [*tensors, *([] if rate is None else [rate])]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from offrl.nets import kernels
 from offrl.nets.lanes import lane_generators, normal_
 from offrl.nets.mlp import Drop, layer_norm
 
@@ -37,7 +38,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[lanes, ..., in]` to `[lanes, ..., out]`."""
-        out = torch.baddbmm(self.bias.unsqueeze(1), x.flatten(1, -2), self.weight.transpose(1, 2))
+        flat = x.flatten(1, -2)
+        out = kernels.mlp(flat, (self.weight, self.bias))
+        if out is None:  # they are off
+            out = torch.baddbmm(self.bias.unsqueeze(1), flat, self.weight.transpose(1, 2))
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -78,8 +82,13 @@ class Block(nn.Module):
         key, value = self.key_value(normal).chunk(2, -1)
         mixed = self.attention(self.query(normal[:, :, wanted]), key, value, visible[wanted], drop)
         x = x[:, :, wanted] + keep(f"{self.name}/attention", self.mix(mixed))
-        hidden = self.up(self.norm_mlp(x)).relu()
-        return x + keep(f"{self.name}/mlp", self.down(hidden))
+        return x + keep(f"{self.name}/mlp", self.mlp(self.norm_mlp(x)))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The layer of four times the width and the one that leads back."""
+        up, down = self.up, self.down
+        out = kernels.mlp(x.flatten(1, -2), (up.weight, up.bias, down.weight, down.bias))
+        return down(up(x).relu()) if out is None else out.view(x.shape)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, drop: Drop | None) -> Tensor:
         """Attention of queries `[lanes, batch, n, embed]` to keys and values `[lanes, batch, tokens, embed]`."""
