@@ -141,12 +141,20 @@ class Synthetic:
         self.sources = [(*real, 1.0), *((*stand_in, part) for _ in range(self.cfg.keep))]
         self.stores: dict[int, OfflineDataset] = {}  # by the update at which they were generated
 
-    def begin(self, loader: BatchLoader, policy: Agent, step: int, progress: bool = False) -> None:
-        """Fill the places of a loader made with `sources`: the first generation, or those in use after update `step`."""
+    def begin(
+        self, loader: BatchLoader, policy: Agent, step: int, progress: bool = False, last: int | None = None
+    ) -> None:
+        """Fill the places of a loader made with `sources`: the first generation, or those in use after update `step`.
+
+        Args:
+            last: number of the last update, after which nothing is drawn and no place is filled; None: not known.
+        """
         self.loader = loader
         self.augmentation.prepare(progress)
         if self.augmentation.dynamics is not None:
             policy.dynamics = self.augmentation.dynamics
+        if last is not None and step >= last:
+            return
         if step:
             self.restore(policy, step)
         else:  # no policy to guide yet
@@ -193,10 +201,10 @@ class Synthetic:
                     ) from error
 
     def sweep(self) -> None:
-        """Remove the generations that no checkpoint needs; call it after a checkpoint."""
+        """Remove the generations that no checkpoint needs; call it after a checkpoint. Without any in use, all stay."""
         needed = {self._path(made) for made in self.stores}
         for path in self.folder.glob("*.safetensors"):
-            if path not in needed:
+            if needed and path not in needed:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:

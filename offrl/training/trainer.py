@@ -175,8 +175,8 @@ class Trainer:
             self._clear()
             self.sampler.start()
         remove_torn(self.folder, deep=True)
-        if self.synthetic and (self.online or self.step < self.cfg.updates):  # else no batch is drawn any more
-            self.synthetic.begin(self.loader, self.agent, self.step, self.cfg.progress)
+        if self.synthetic:
+            self.synthetic.begin(self.loader, self.agent, self.step, self.cfg.progress, self.cfg.total_updates)
         if resumed:
             (self.folder / "result.json").unlink(missing_ok=True)  # it may sum up an evaluation that is made again
         self.tracker = make_tracker(
@@ -354,12 +354,12 @@ class Trainer:
         if self.online and self.online.begun:
             metadata["online"] = self.online.record(self.metrics)
             self.online.files.save(self.online.replay)
-        if self.synthetic and self.synthetic.stores:
+        if self.synthetic:
             self.synthetic.save()
         if self.cfg.keep_checkpoints:  # first: a kill between the two then repeats these updates, and loses no copy
             checkpoint.save(self.folder / "checkpoints" / f"{self.step:08d}.safetensors", self.agent, metadata, learnt)
         checkpoint.save(self.folder / checkpoint.NAME, self.agent, metadata, learnt)
-        if self.synthetic and self.synthetic.stores:
+        if self.synthetic:
             self.synthetic.sweep()
         self.hooks.saved(self.step, self.folder / checkpoint.NAME)
 

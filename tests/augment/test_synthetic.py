@@ -282,6 +282,28 @@ def test_a_run_killed_while_it_works_ends_as_an_undisturbed_one(
         assert sorted(path.name for path in (again.folder / "synthetic").iterdir()) == kept
 
 
+WORLD = {
+    "_target_": "offrl.augment.world_model.WorldModel",
+    "transitions": 24,
+    "length": 3,
+    "model": {"hidden": [8], "updates": 20, "members": 2, "elites": 1, "batch_size": 16},
+}
+
+
+@pytest.mark.parametrize("augment", [TINY, WORLD], ids=["guided", "world model"])
+def test_a_run_killed_behind_its_last_checkpoint_ends_as_it_would(
+    augment: dict[str, Any], toy_file: Path, tmp_path: Path
+) -> None:
+    """No trajectories are made for it any more; its result and its files are those of a run that was left alone."""
+    given = values(toy_file, tmp_path, updates=8, augment={**augment, "refresh_every": 4})
+    folder = train(given).folder
+    files, result = sorted(folder.rglob("*")), (folder / "result.json").read_bytes()
+    (folder / "result.json").unlink()
+    train(given)
+    assert sorted(folder.rglob("*")) == files
+    assert (folder / "result.json").read_bytes() == result
+
+
 def test_starting_over_forgets_old_trajectories(toy_file: Path, tmp_path: Path) -> None:
     first = train(values(toy_file, tmp_path))
     stale = first.folder / "synthetic" / "00000000.safetensors"
