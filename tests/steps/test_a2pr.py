@@ -21,7 +21,7 @@ from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.data.catalogue import namesake
 from offrl.data.dataset import OfflineDataset
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Eager
+from offrl.training.engine import Eager, Taped
 from offrl.utils.paths import conf_dir
 from offrl.utils.random import LaneRandom
 from offrl.utils.settings import build, chosen_settings
@@ -467,7 +467,7 @@ def make(store: OfflineDataset, cls: type[A2PR] = A2PR, seeds: tuple[int, ...] =
 
 
 def advance(agent: Any, store: OfflineDataset, updates: int, batch: int = 32) -> None:
-    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], batch)).run(0, updates)
+    Taped(agent, BatchLoader([(store, Uniform(store), 1.0)], batch)).run(0, updates)
 
 
 def judged(cls: type[A2PR] = A2PR, **settings: Any) -> tuple[A2PR, Batch, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from offrl.agents.base import Spec
 from offrl.agents.cql import CQL, CQLConfig
 from offrl.nets import TanhGaussian
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Eager
+from offrl.training.engine import Eager, Taped
 from offrl.training.runs import make_agent
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
@@ -214,7 +214,7 @@ def test_the_term_lowers_what_the_data_lack() -> None:
     weights = torch.tensor([0.0, 1.0, 10.0])
     spec = Spec(3, 2, (5, 5, 5), *dataset.observation_statistics())
     agent = CQL(spec, CQLConfig(hidden=(32, 32), actions=3, cql_alpha=weights, actor_lr=1e-3, critic_lr=1e-3))
-    metrics = Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 64)).run(0, 200)
+    metrics = Taped(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 64)).run(0, 200)
     gaps = metrics["q_data"] - metrics["q_uniform"]
     assert gaps[0] < gaps[1] < gaps[2]
     assert metrics["cql_diff"][0] > metrics["cql_diff"][2]

@@ -26,7 +26,7 @@ from offrl.forge import registry as forge
 from offrl.nets.contrastive import gradient_reversal, info_nce
 from offrl.nets.latents import Categorical, Gaussian
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Eager
+from offrl.training.engine import Taped
 from offrl.training.runs import make_agent as from_settings
 from offrl.utils.random import LaneRandom
 
@@ -440,7 +440,7 @@ def learn(
     cls: Any, store: OfflineDataset, seeds: tuple[int, ...] = tuple(range(10)), updates: int = 1000, **settings: Any
 ) -> Any:
     agent = make_agent(cls, store, seeds, **{**BANDIT, **settings})
-    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 64, agent.window, agent.batch_fields)).run(0, updates)
+    Taped(agent, BatchLoader([(store, Uniform(store), 1.0)], 64, agent.window, agent.batch_fields)).run(0, updates)
     return agent
 
 
@@ -490,7 +490,7 @@ def test_return_conditioning_on_the_lake_is_the_exact_conditional_policy() -> No
     """RvS, asked for 1, against dynamic programming: 0.158 with drawn actions, 0.740 with the likeliest ones."""
     store = forge_store("forge/lake/p0.33-eps0.4-n10000-v0")
     agent = make_rvs(store, (0, 1), hidden=(64, 64), average=False)
-    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 512, None, agent.batch_fields)).run(0, 3000)
+    Taped(agent, BatchLoader([(store, Uniform(store), 1.0)], 512, None, agent.batch_fields)).run(0, 3000)
     exact = store.info.provenance["exact"]["rcsl"][0]
     assert (
         evaluated(agent, store, True)[0] - exact["sampled"]
@@ -519,5 +519,5 @@ def test_a_gamble_is_declined() -> None:
     start = store.observations[:1].expand(5, 1, -1)
     assert (agent.select_action(start, agent.initial_state(1)) == 2).sum() >= 4
     rvs = make_rvs(store, tuple(range(5)), hidden=(64, 64), average=False, return_scale=0.2)
-    Eager(rvs, BatchLoader([(store, Uniform(store), 1.0)], 128, None, rvs.batch_fields)).run(0, 800)
+    Taped(rvs, BatchLoader([(store, Uniform(store), 1.0)], 128, None, rvs.batch_fields)).run(0, 800)
     assert (rvs.select_action(start, rvs.initial_state(1)) == 0).all()

@@ -15,7 +15,7 @@ from offrl.agents.base import Batch, Spec
 from offrl.agents.dt import DT, STATES, DTConfig
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Eager
+from offrl.training.engine import Taped
 
 SMALL: dict[str, Any] = {"context": 4, "embed": 12, "heads": 2, "max_length": 9, "warmup": 50, "return_scale": 0.1}
 
@@ -345,7 +345,7 @@ def test_a_higher_target_picks_the_better_action(discrete: bool) -> None:
     agent = DT(spec, DTConfig(context=2, embed=16, layers=1, lr=1e-2, warmup=20))
     agent.setup(store)
     assert agent.target.tolist() == [1, 1]
-    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 32, agent.window, agent.batch_fields)).run(0, 200)
+    Taped(agent, BatchLoader([(store, Uniform(store), 1.0)], 32, agent.window, agent.batch_fields)).run(0, 200)
     obs = store.observations[:50].expand(2, -1, -1)
     for target in (1.0, 0.0):
         agent.target.fill_(target)

@@ -16,7 +16,7 @@ from offrl.agents.base import Spec
 from offrl.agents.edac import EDAC, EDACConfig
 from offrl.agents.sac_n import SACN, SACNConfig
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Eager
+from offrl.training.engine import Eager, Taped
 from offrl.training.runs import make_agent
 from offrl.utils.errors import OffrlError
 
@@ -81,7 +81,7 @@ def test_the_term_drives_the_gradients_apart() -> None:
     dataset = make_toy(4096)
     config = EDACConfig(members=4, eta=torch.tensor([0.0, 0.1, 10.0]), hidden=(32, 32), critic_lr=1e-3)
     agent = EDAC(Spec(3, 2, (5, 5, 5)), config)
-    metrics = Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 64)).run(0, 300)
+    metrics = Taped(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 64)).run(0, 300)
     cosine = metrics["cosine"].tolist()
     assert cosine[0] > cosine[1] + 0.3 > cosine[2] + 0.4
     assert cosine[2] > -1 / 3 - 1e-6  # the least mean cosine of four vectors

@@ -13,7 +13,7 @@ from offrl.agents.base import Batch, Spec
 from offrl.agents.esper import CLUSTERS, ESPER, POLICY, RETURNS
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Eager
+from offrl.training.engine import Taped
 from offrl.training.trainer import train
 from offrl.utils.errors import OffrlError
 
@@ -236,7 +236,7 @@ def test_labels_of_a_gamble_are_the_mean_returns_of_its_actions() -> None:
     """-5, -2.5 and 1, as in the labels that the authors published; so the best one asks for the sure thing."""
     store = make_gamble()
     agent = make_agent(store, (0, 1), **GAMBLE)
-    Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 100, agent.window, agent.batch_fields)).run(0, 1400)
+    Taped(agent, BatchLoader([(store, Uniform(store), 1.0)], 100, agent.window, agent.batch_fields)).run(0, 1400)
     first = store.offsets[:-1]
     for labels in agent.dataset_index.labels[:, first]:
         means = torch.stack([labels[store.actions[first] == action].mean() for action in range(3)])
@@ -251,7 +251,7 @@ def test_the_adversary_keeps_next_states_out_of_clusters() -> None:
     """`advantage`, what clusters are worth to who foretells states: near zero; clear where they help instead (weight -1)."""
     store = make_gamble()
     agent = make_agent(store, (0, 0), **GAMBLE, adversary_weight=[-1.0, 1.0])
-    engine = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 100, agent.window, agent.batch_fields))
+    engine = Taped(agent, BatchLoader([(store, Uniform(store), 1.0)], 100, agent.window, agent.batch_fields))
     helped, fought = engine.run(0, 600)["advantage"].tolist()
     assert helped > 0.01  # of 0.02, the variance of a coin's two states in seven dimensions, over two steps
     assert abs(fought) < 0.003

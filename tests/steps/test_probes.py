@@ -20,7 +20,7 @@ from offrl.cli.probe import probe
 from offrl.data.dataset import OfflineDataset
 from offrl.evaluation.probes import Leakage, Probe, label_leakage, noise_features, reward_and_state
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Eager
+from offrl.training.engine import Taped
 from offrl.training.trainer import train
 from offrl.utils.errors import OffrlError
 
@@ -58,7 +58,7 @@ def test_the_constraint_removes_noise_from_a_latent_that_has_it() -> None:
     assert all(name.startswith("energy") for name in missing)
     assert not unexpected
     agent.optimizer.count.zero_()
-    metrics = Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 64, agent.window, agent.batch_fields)).run(
+    metrics = Taped(agent, BatchLoader([(store, Uniform(store), 1.0)], 64, agent.window, agent.batch_fields)).run(
         0, 800
     )
     unconstrained, constrained = in_bandit(agent, store).label

@@ -11,7 +11,7 @@ from offrl.agents.base import Batch, Spec
 from offrl.agents.rvs import RvS, RvSConfig
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Eager
+from offrl.training.engine import Taped
 
 
 def make_agent(store: OfflineDataset, seeds: tuple[int, ...] = (0,), **settings: object) -> RvS:
@@ -100,7 +100,7 @@ def test_luck_passes_for_skill_in_a_bandit() -> None:
         spec = Spec(1, 2, (0, 1, 2), discrete=True)
         agent = RvS(spec, RvSConfig(hidden=(16,), lr=1e-2))
         agent.setup(store)
-        Eager(agent, BatchLoader([(store, Uniform(store), 1.0)], 256, None, agent.batch_fields)).run(0, 300)
+        Taped(agent, BatchLoader([(store, Uniform(store), 1.0)], 256, None, agent.batch_fields)).run(0, 300)
         goal = agent.target.view(3, 1, 1)
         share = agent.actor(torch.cat([torch.ones(3, 1, 1), goal], -1)).softmax(-1)[:, 0, 1]
         assert (share - wanted).abs().max() < 0.06  # a batch holds some 50 rewarded rows; Adam averages a few batches

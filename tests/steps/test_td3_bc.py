@@ -14,7 +14,7 @@ from offrl.agents.base import Spec
 from offrl.agents.bc import BC, BCConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Eager
+from offrl.training.engine import Eager, Taped
 from offrl.utils.random import LaneRandom
 
 
@@ -137,7 +137,7 @@ def test_beats_cloning_where_the_behaviour_is_biased() -> None:
     td3_bc = TD3BCConfig(hidden=(64, 64), actor_lr=2e-3, critic_lr=2e-3, discount=0.5)
     for cls, config in ((BC, bc), (TD3BC, td3_bc)):
         agent = cls(spec, config)
-        Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 128)).run(0, 1000)
+        Taped(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 128)).run(0, 1000)
         error[cls] = (agent.select_action(test) - best_action(test)).square().mean((-2, -1)).sqrt()
     assert error[BC].min() > 0.25
     assert error[TD3BC].max() < 0.1
