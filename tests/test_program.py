@@ -142,6 +142,30 @@ def test_optimisers_and_moving_averages(compiled: None, rate: Any, weight_decay:
     assert rate == "tensor" or len(tape.calls) == 1 or program._unlike_pytorch(library) & {program.ADAM, program.LERP}
 
 
+def test_pytorchs_orders_are_the_sources(compiled: None) -> None:
+    """Of the PyTorch that `make` installs, with vectors of eight numbers. Elsewhere an order that differs costs time alone."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        pytest.skip("another kind of vectors")
+    library = kernels._library()
+    assert library is not None
+    assert program._unlike_pytorch(library) == frozenset()
+
+
+def test_an_optimiser_in_float64_stays_a_call(compiled: None) -> None:
+    net = torch.nn.Module()
+    net.weight = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.float64))
+    adam, tape = Adam(net.parameters(), lr=1e-3).double(), Tape()
+    with kernels.in_use():
+        with tape.recording():
+            adam.apply_gradients([torch.full((2, 3), 0.5, dtype=torch.float64)])
+        kernels.join(tape)
+    before = net.weight.detach().clone()
+    tape.play()
+    # Adam's second step along the same gradient is as long as the first: lr, up to eps.
+    torch.testing.assert_close(before - net.weight.detach(), torch.full_like(before, 1e-3), rtol=1e-6, atol=0)
+    assert any(call in [o.call for o in tape.operations] for call in tape.calls)
+
+
 def test_gradients_of_parts_are_put_back(compiled: None) -> None:
     def gradients(x: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():

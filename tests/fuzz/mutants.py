@@ -53,7 +53,7 @@ TESTS: dict[str, list[str]] = {
     "results/stats": ["stats/test_stats", "test_ogbench_runs"],
     "nets/box": ["test_nets", "contract/test_action_bounds"],
     "nets/bisimulation": ["histories/test_bisimulation"],
-    "nets/program": ["test_program"],
+    "nets/program": ["test_program", "test_kernels"],
     "nets/tape": ["test_program", "test_engine"],
     "augment/world_model": ["augment/test_world_model", "augment/test_model_based"],
     "augment/edm": ["augment/test_edm"],
