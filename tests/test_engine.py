@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from offrl.data.batch import Batch
 from offrl.data.dataset import OfflineDataset
 from offrl.nets import tape
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Compiled, CudaGraph, Eager, Native, Taped, make_engine, noted_engine
+from offrl.training.engine import Compiled, CudaGraph, Eager, Native, Taped, in_one_stage, make_engine, noted_engine
 from offrl.utils.errors import OffrlError
 
 
@@ -278,3 +279,19 @@ def test_bfloat16_learns_the_toy_task_as_float32_does() -> None:
         errors.append((agent.select_action(test) - best_action(test)).square().mean((-2, -1)).sqrt())
     assert errors[0].max() < 0.2
     torch.testing.assert_close(errors[1], errors[0], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("period", [1, 2, 5])
+def test_a_burst_ends_with_its_stage(period: int) -> None:
+    """Beside a search period by period, for every start and end of a stage."""
+
+    class Staged(SimpleNamespace):
+        def phase(self, step: int) -> int:
+            return 100 * sum(step >= end for end in (13, 30)) + step % self.period
+
+    agent: Any = Staged(period=period)
+    for step in range(0, 40, period):
+        kinds = [tuple(agent.phase(first + i) for i in range(period)) for first in range(step, step + 60, period)]
+        same = next((n for n, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
+        for updates in (period, 3 * period, 10 * period, 60):
+            assert in_one_stage(agent, step, updates) == min(updates, same * period)

@@ -21,12 +21,14 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import make_toy
+from conftest import make_toy, tiny
 from processes import fork
 from torch import Tensor
 
 import offrl
 from offrl.agents.base import Spec
+from offrl.agents.esper import ESPER
+from offrl.agents.spot import SPOT
 from offrl.agents.td3_bc import TD3BC
 from offrl.cli import main as cli
 from offrl.data.arrays import write_npz
@@ -220,6 +222,26 @@ def test_rows_do_not_depend_on_how_fast_the_machine_is(
         rows.append(raw_rows(result.folder, "metrics"))
     assert rows[0] == rows[1] == rows[2]
     assert sorted({row["step"] for row in rows[0]}) == sorted({*range(log_every, 102, log_every), 101})
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [
+        {"_target_": "offrl.agents.esper.ESPER", **tiny(ESPER), "cluster_updates": 5, "return_updates": 8},
+        {"_target_": "offrl.agents.spot.SPOT", **tiny(SPOT), "vae_updates": 5},
+    ],
+    ids=["esper", "spot"],
+)
+def test_an_ended_stages_metrics_end_with_it(
+    agent: dict[str, Any], toy_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a burst crosses the end of a stage depends on the machine, what is logged does not."""
+    rows, next_burst = [], Trainer._next_burst
+    for wanted in (1, 3, 10_000):
+        monkeypatch.setattr(Trainer, "_next_burst", lambda self, _, w=wanted: next_burst(self, w))
+        values = options(toy_file, 30, log_every=10, out=f"burst{wanted}") | {"agent": agent}
+        rows.append(raw_rows(train(values).folder, "metrics"))
+    assert rows[0] == rows[1] == rows[2]
 
 
 def test_a_failure_to_save_can_be_repaired(toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,6 +231,26 @@ class CudaGraph:
         return metrics
 
 
+def in_one_stage(agent: Agent, step: int, updates: int) -> int:
+    """So many updates from `step` on, or those whole periods of them that end with the phases of the first.
+
+    What an ended stage has measured is then in no metrics of the next one.
+    """
+    period = agent.period
+
+    def phases(first: int) -> list[int]:
+        return [agent.phase(first + i) for i in range(period)]
+
+    within, beyond = 1, updates // period  # numbers of periods: the last one of the stage, and one that is not
+    if within >= beyond or phases(step) == phases(step + (beyond - 1) * period):
+        return updates
+    while beyond - within > 1:
+        middle = (within + beyond) // 2
+        same = phases(step) == phases(step + (middle - 1) * period)
+        within, beyond = (middle, beyond) if same else (within, middle)
+    return within * period
+
+
 def make_engine(
     name: str, agent: Agent, loader: BatchLoader, precision: str = "float32", updates_per_launch: int = 16
 ) -> Engine:

@@ -23,7 +23,7 @@ from offrl.evaluation.evaluator import Episodes
 from offrl.nets import Critics
 from offrl.results.writer import check_rows
 from offrl.sampling import BatchLoader, further_datasets, make_sampler
-from offrl.training.engine import make_engine, noted_engine
+from offrl.training.engine import in_one_stage, make_engine, noted_engine
 from offrl.training.evaluations import Evaluations
 from offrl.training.hooks import Evaluation, Hooks
 from offrl.training.online import EnvironmentFailure, OnlinePhase
@@ -303,7 +303,7 @@ class Trainer:
         period, until = self.agent.period, self._to_next_event()
         if inside := self.step % period:
             return min(until, period - inside)
-        return min(until, max(wanted, period)) // period * period or until
+        return in_one_stage(self.agent, self.step, min(until, max(wanted, period)) // period * period or until)
 
     def _to_next_event(self) -> int:
         """Updates until something happens besides training."""
