@@ -40,7 +40,9 @@ def test_a_ranking_is_judged_by_policies_and_by_configurations() -> None:
     np.testing.assert_allclose(made.uniform, expected_best([20, 60], [1, 2])[0])
     assert made.bandit.limit == pytest.approx(70)
     assert judge("d", "score", [policy("a", 0, 1), policy("b", 0, 2, 3)]).bandit is None
-    assert judge("d", "score", [policy("a", 0, 1, 4), policy("b", 0, 2, 3)]).spearman == pytest.approx(-1)  # two are enough
+    assert judge("d", "score", [policy("a", 0, 1, 4), policy("b", 0, 2, 3)]).spearman == pytest.approx(
+        -1
+    )  # two are enough
 
 
 def test_runs_are_ranked_on_their_data(world: Path) -> None:  # noqa: F811

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from offrl.agents.base import Agent, Spec
 from offrl.augment.base import Synthetic, check_agent, make_augmentation
 from offrl.data.dataset import OfflineDataset
-from offrl.nets import Adam, kernels
+from offrl.nets import Adam, TanhGaussianActor, kernels
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import CudaGraph, Eager, Native, Taped, make_engine
 from offrl.training.runs import load_agent, make_agent
@@ -368,6 +368,22 @@ def test_metrics_do_not_grow_with_the_batch(name: str, toy: OfflineDataset) -> N
 def test_a_temperature_starts_at_one(trained: Trained) -> None:
     """As SAC's authors have it; the step tests copy what is there."""
     assert not trained.before.get("log_alpha", torch.zeros(2)).any()
+
+
+def test_entropy_is_that_of_the_policy(name: str, toy: OfflineDataset) -> None:
+    """Of a squashed Gaussian so narrow that squashing changes next to nothing: log(std sqrt(2 pi e)) for each dimension."""
+    agent: Any = make(name, toy)
+    if not isinstance(getattr(agent, "actor", None), TanhGaussianActor):
+        return
+    with torch.no_grad():
+        agent.actor.mlp.weights[-1].zero_()
+        agent.actor.mlp.biases[-1][..., : toy.action_dim] = 0.0
+        agent.actor.mlp.biases[-1][..., toy.action_dim :] = -3.0
+    law = agent.actor(agent.normalize(toy.observations[:1].unsqueeze(0)))
+    assert law.log_std.max() < -2
+    expected = float((law.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum().detach())
+    entropy = float(Taped(agent, loader(agent, toy, 256)).run(agent.pretrain_updates, agent.period)["entropy"])
+    assert entropy == pytest.approx(expected, abs=0.35)  # five standard errors of 256 samples in two dimensions
 
 
 def test_no_gradient_is_left_behind(trained: Trained) -> None:

@@ -30,10 +30,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENTS = sorted(file.stem.removeprefix("test_") for file in (ROOT / "tests/steps").glob("test_*.py"))
-CONTRACT = " ".join(
-    f"contract/test_agents.py::{test}[{{0}}]"
-    for test in ("test_metrics_do_not_grow_with_the_batch", "test_a_temperature_starts_at_one")
-)
+OF_EVERY_AGENT = ("metrics_do_not_grow_with_the_batch", "a_temperature_starts_at_one", "entropy_is_that_of_the_policy")
+CONTRACT = " ".join(f"contract/test_agents.py::test_{test}[{{0}}]" for test in OF_EVERY_AGENT)
 TESTS: dict[str, list[str]] = {
     "sampling/alias": ["test_sampling"],
     "sampling/samplers": ["test_sampling", "test_trajectory_weighting"],

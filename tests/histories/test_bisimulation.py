@@ -193,6 +193,17 @@ def test_rare_events_are_in_their_share_of_the_pairs() -> None:
     assert (with_events(torch.rand(3, 64, generator=g), event, 0.0) == torch.arange(64)).all()
 
 
+def test_the_std_of_the_next_encoding_is_bounded_and_about_one_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = EncodingModels((0,), 2, 1, 8)
+    raw = torch.tensor([[[5.0, -5.0, 0.0, 2.0], [0.0, 0.0, -1e4, 1e4]]])
+    monkeypatch.setattr(models.transition, "forward", lambda x: raw)
+    mean, std = models.next_encoding(torch.zeros(1, 2, 2), torch.zeros(1, 2, 1))
+    assert mean.tolist() == [[[5.0, -5.0], [0.0, 0.0]]]
+    by_hand = [1e-4 + (10 - 1e-4) / (1 + 9 * np.exp(-x)) for x in (0.0, 2.0)]
+    assert std[0, 0].tolist() == pytest.approx(by_hand)
+    assert std[0, 1].tolist() == pytest.approx([1e-4, 10.0])
+
+
 @pytest.mark.slow
 def test_the_models_learn_a_linear_task() -> None:
     """z' = z + a with noise 0.1, r = sum z: the likelihood tends to that of the truth, 0.5 + log 0.1 per dimension."""

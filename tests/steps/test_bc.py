@@ -38,6 +38,10 @@ def test_discrete_actions_by_cross_entropy() -> None:
     batch = Batch(
         obs, action.unsqueeze(0), torch.zeros(1, 4096), obs, torch.ones(1, 4096), torch.arange(4096).unsqueeze(0)
     )
+    two = BC(Spec(2, 3, (0, 1), discrete=True), BCConfig(hidden=(16,)))
+    twice = batch.map(lambda tensor: tensor.expand(2, *tensor.shape[1:]))
+    each = [-float(two.log_prob(twice.obs, twice.action)[lane].detach().mean()) for lane in (0, 1)]
+    assert two.bc_loss(twice).tolist() == pytest.approx(each)
     agent = BC(Spec(2, 3, (0,), discrete=True), BCConfig(hidden=(16,), lr=1e-2))
     for _ in range(300):
         agent.update(batch, 0)

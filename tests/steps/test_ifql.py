@@ -17,6 +17,7 @@ from offrl.nets import DenoisingPolicy
 from offrl.nets.denoising import schedule
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
+from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
 BATCH = 16
@@ -181,3 +182,10 @@ def test_initial_weights_are_glorots(policy: Any) -> None:
         for weight in mlp.weights[:2]:
             bound = (6 / sum(weight.shape[-2:])) ** 0.5
             assert 0.95 * bound < weight.abs().max() <= bound
+
+
+def test_one_candidate_is_the_least() -> None:
+    agent = IFQL(Spec(6, 3), IFQLConfig(candidates=1, hidden=(8,)))
+    assert agent.select_action(torch.zeros(1, 2, 6), agent.initial_state(2)).shape == (1, 2, 3)
+    with pytest.raises((OffrlError, ValueError), match="candidates=0 should be at least 1"):
+        IFQL(Spec(6, 3), IFQLConfig(candidates=0))

@@ -175,3 +175,12 @@ def test_the_model_is_no_part_of_the_agent() -> None:
     assert not any("model" in key or "dynamics" in key for key in agent.state_dict())
     assert isinstance(agent, nn.Module)
     assert agent.__getstate__()["dynamics"] is None
+
+
+def test_two_models_are_enough_to_disagree() -> None:
+    agent = make()
+    model = agent.dynamics.model  # type: ignore[union-attr]
+    agent.dynamics.model.elites = model.elites[:2]  # type: ignore[union-attr]
+    assert agent.inconsistency(a_batch(agent)).max() > 0
+    agent.dynamics.model.elites = model.elites[:1]  # type: ignore[union-attr]
+    assert agent.inconsistency(a_batch(agent)).max() == 0
