@@ -88,10 +88,10 @@ class OnlinePhase:
     # ---- the switch, and its repetition when a run is resumed --------------------------------------------------
 
     def load(self, kept: OnlineRecord) -> None:
-        """Read the rows of a phase that is to go on; nothing in the run's folder changes.
+        """Read the rows of a phase that is to go on and repeat the episodes under way; nothing in the run's folder changes.
 
         Raises:
-            OffrlError: they are missing or damaged, or the record does not fit this run.
+            OffrlError: they are missing or damaged, the record does not fit this run, or an environment does not repeat itself.
         """
         lanes = len(kept.episodes) == len(kept.lengths) == self.spec.lanes
         if not lanes or max(kept.lengths) > kept.step or kept.step > self.cfg.steps:
@@ -100,6 +100,7 @@ class OnlinePhase:
                 f"{kept.episodes} of {kept.lengths} steps, which is none of this run's; remove it."
             )
         self.files.load(self.replay, kept.step)
+        self._repeat(kept)
 
     def begin(self, agent: Agent, kept: OnlineRecord | None) -> Agent:
         """Start the phase, or go on with it; returns the agent with the settings of this phase.
@@ -118,7 +119,7 @@ class OnlinePhase:
                 _reset_optimizers(self.agent)
             self.envs.reset()
         else:
-            self._restore(kept)
+            self.files.drop_beyond(kept.step)
         self.begun = True
         self._mark()
         return self.agent
@@ -151,8 +152,8 @@ class OnlinePhase:
         self.weights[key] = (start.clone(), start)
         self.agent.cfg = replace(self.agent.cfg, **{key: self.weights[key][0]})
 
-    def _restore(self, kept: OnlineRecord) -> None:
-        self.files.drop_beyond(kept.step)
+    def _repeat(self, kept: OnlineRecord) -> None:
+        """Take the environments to where the checkpoint left them, by the recorded actions."""
         self.step = kept.step
         actions = self.replay.episode_actions(kept.lengths)
         try:

@@ -436,8 +436,17 @@ def test_an_environment_that_does_not_repeat_itself_is_refused(monkeypatch: pyte
             train(values)
     seed = LaneEnvs.episode_seed
     monkeypatch.setattr(LaneEnvs, "episode_seed", lambda self, lane: seed(self, lane) + 1)
+
+    def contents() -> dict[Path, bytes]:
+        return {
+            path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file() and path.suffix != ".lock"
+        }
+
+    before = contents()
     with pytest.raises(OffrlError, match="does not repeat itself from the same seed"):
         train(values)
+    assert len(before) > 4
+    assert contents() == before
 
 
 def test_updates_and_weights_follow_the_environment_steps(monkeypatch: pytest.MonkeyPatch) -> None:
