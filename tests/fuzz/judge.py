@@ -30,6 +30,7 @@ CANARY = "offrl_fuzz_canary"  # a module that nothing may import, and the stem o
 CPU_SECONDS, WALL_SECONDS = 30, 300  # of one input; an honest one takes less than 5 CPU seconds, a busy machine longer
 MEMORY = 3 << 30  # bytes that an input may add to what the libraries take
 MOST_LETTERS = 1500  # of a sentence
+_WENT_ON = "is no longer finite at update"  # of a training that began
 _IN_OPEN, _IN_NONBLOCK = 0x20, 0x800
 
 
@@ -116,7 +117,8 @@ class Judge:
         verdict = _of_output(status, out, err, case.sweep)
         if verdict.name == "success" and (wrong := case.wrong()):
             return Verdict("wrong", wrong)
-        if verdict.name != "success" and (changed := _difference(before, _content(case.guarded))):
+        trained = _WENT_ON in verdict.detail  # it was taken, and its numbers led nowhere
+        if verdict.name != "success" and not trained and (changed := _difference(before, _content(case.guarded))):
             return Verdict("changed", f"{changed} is another after: {verdict.detail}")
         return verdict
 
