@@ -104,6 +104,8 @@ def check_finite(key: str, tensor: Tensor, where: str) -> None:
 def flags(key: str, array: np.ndarray, where: str) -> np.ndarray:
     """`[N]` bool from an end-of-episode column; files store it as bool, integer or float, (N,) or (N, 1)."""
     check_dtype(key, array.dtype, where)
+    if array.ndim == 0:
+        raise OffrlError(f"{where}: {key} is a single value; it must be one flag a row.")
     if array.size == 0:
         return np.zeros(len(array), dtype=bool)
     array = array.reshape(len(array), -1)

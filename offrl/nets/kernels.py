@@ -109,7 +109,7 @@ def _built() -> Path:
         with one_at_a_time(path.with_suffix(".lock")):
             if not path.exists():
                 with replacing(path) as temporary:
-                    command = [compiler, *words[1:], *FLAGS, str(SOURCE), "-o", str(temporary)]
+                    command = [compiler, *words[1:], *FLAGS, str(SOURCE), "-o", str(temporary), "-lm"]
                     subprocess.run(command, check=True, capture_output=True, timeout=120)
                     temporary.chmod(0o600)
     return path

@@ -256,6 +256,11 @@ def broken(folder: Path, **changes: Any) -> Path:
         ({"qpos": np.zeros((11, 2), "f4")}, "qpos has 11 rows"),
         ({"qpos": None, "rewards": None}, "missing rewards"),
         ({"actions": np.full((12, 2), np.nan, "f4")}, "actions holds nan"),
+        ({"terminals": np.float32(0)}, "terminals is a single value; it must be one flag a row"),
+        ({"qpos": np.float32(0)}, "qpos"),
+        ({"rewards": np.float32(0)}, "rewards"),
+        ({"observations": np.float32(0)}, "observations"),
+        ({"actions": np.float32(0)}, "actions"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
