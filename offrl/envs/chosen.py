@@ -204,7 +204,8 @@ def check_interface(info: DatasetInfo, env: Any) -> None:
     Raises:
         OffrlError: `reset` or `step` fails, or what they give isn't what Gymnasium's interface says.
     """
-    if type(env.unwrapped).__module__.partition(".")[0] in TESTED:
+    known = type(env.unwrapped).__module__.partition(".")[0] in TESTED
+    if known and not info.env_kwargs:  # arguments it may take without a word, and fail by
         return
     name = info.env_id or "the environment"
     try:
@@ -228,9 +229,12 @@ def check_interface(info: DatasetInfo, env: Any) -> None:
         raise
     except Exception as error:  # the environment is the user's own: anything may happen
         place = traceback.extract_tb(error.__traceback__)[-1]
+        advice = "it has to follow gymnasium.Env: reset(seed=None, options=None), step(action)"
+        if known:
+            advice = f"check env_kwargs={one_line(info.env_kwargs)}"
         raise OffrlError(
             f"{name}: its first step fails ({one_line(f'{type(error).__name__}: {error}')}; {Path(place.filename).name}, line "
-            f"{place.lineno}); it has to follow gymnasium.Env: reset(seed=None, options=None), step(action)."
+            f"{place.lineno}); {advice}."
         ) from error
 
 

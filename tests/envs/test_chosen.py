@@ -156,6 +156,14 @@ def test_an_environment_that_breaks_gymnasiums_interface(env: Any, sentence: str
         Evaluator(replace(info, env_id=give(env)), 1, workers=1)
 
 
+def test_arguments_that_fail_at_the_first_step() -> None:
+    """Gymnasium's pendulum takes any gravity, and divides by it."""
+    info = DatasetInfo(id="mine", env_id="Pendulum-v1", env_kwargs={"g": 9.0}, max_episode_steps=3)
+    Evaluator(info, 1, workers=1).close()
+    with pytest.raises(OffrlError, match=r"Pendulum-v1: its first step fails \(TypeError: .*check env_kwargs=.*'a b'"):
+        Evaluator(replace(info, env_kwargs={"g": "a b"}), 1, workers=1)
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
