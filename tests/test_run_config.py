@@ -124,6 +124,12 @@ def test_runs_of_earlier_versions_are_resumed_and_say_what_they_lack(
     write_json(folder / "config.json", {**config, "agent": {**config["agent"], "alpha": 9.0}})
     with pytest.raises(OffrlError, match=r"made with other settings \(agent\.alpha 2\.5, now 9\.0\)"):
         resume(folder, {"updates": 10})
+    write_json(folder / "config.json", config)
+    tensors, metadata = checkpoint.load(path)
+    metadata["config"]["sampler"]["_target_"] = {"a": 1}  # a name can be anything
+    checkpoint.write(path, tensors, metadata)
+    with pytest.raises(OffrlError, match=r"made with other settings \(sampler\._target_ .*a.*now"):
+        resume(folder, {"updates": 10})
 
 
 def test_two_agents_of_one_file_are_two_methods(

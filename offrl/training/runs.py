@@ -97,7 +97,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
         if key in FREE | NAMES or (key in ("augment", "history") and not value):
             continue
         if isinstance(value, Mapping):
-            flat |= {f"{key}.{name}": canonical(v) if name == "_target_" else v for name, v in value.items()}
+            flat |= {f"{key}.{name}": canonical(str(v)) if name == "_target_" else v for name, v in value.items()}
         else:
             flat[key] = value
     return flat
