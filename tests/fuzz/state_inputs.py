@@ -63,7 +63,7 @@ def online(material: Material, folder: Path, rng: Rng) -> Case:
             ["x.safetensors", "1-2-3.safetensors", "00000000-00000099.safetensors", "00000000-00000002.safetensors"]
         )
         path = target / "replay" / what
-        path.mkdir() if rng.random() < 0.3 else path.write_bytes(
+        path.mkdir() if rng.random() < 0.3 and not path.exists() else path.write_bytes(
             rng.choice(_files(target / "replay", "*")).read_bytes()
         )
     else:
