@@ -278,6 +278,38 @@ def test_ridge_has_the_least_error_on_trajectories_left_out(slope: float) -> Non
     assert fit.used == ("mean" if best == 1e15 else "ridge")
 
 
+def test_the_network_baseline_is_five_networks_of_the_other_folds() -> None:
+    """Each by itself, layer by layer, from the same initial weights."""
+    rng = np.random.default_rng(0)
+    starts = rng.normal(size=(40, 3))
+    returns = np.abs(starts[:, 0]) * 5 + rng.normal(size=40)
+    x = torch.from_numpy((starts - starts.mean(0)) / starts.std(0)).float()
+    target = torch.from_numpy((returns - returns.mean()) / returns.std()).float()
+    generator, sizes = torch.Generator().manual_seed(0), ((3, 32), (32, 32), (32, 1))
+    first = [torch.empty(5, i, o).uniform_(-(i**-0.5), i**-0.5, generator=generator) for i, o in sizes]
+    expected = np.empty(40)
+    for fold in range(5):
+        own = np.arange(40) % 5 == fold
+        weights = [w[fold].clone().requires_grad_() for w in first]
+        biases = [torch.zeros(o, requires_grad=True) for _, o in sizes]
+
+        def predict(rows: torch.Tensor, weights: Any = weights, biases: Any = biases) -> torch.Tensor:
+            for w, b in zip(weights[:2], biases[:2]):
+                rows = (rows @ w + b).relu()
+            return (rows @ weights[2] + biases[2])[:, 0]
+
+        optimizer = torch.optim.AdamW([*weights, *biases], lr=3e-3, weight_decay=1e-2)
+        for _ in range(300):
+            optimizer.zero_grad()
+            (predict(x[~own]) - target[~own]).square().mean().backward()
+            optimizer.step()
+        expected[own] = predict(x[own]).detach().double().numpy() * returns.std() + returns.mean()
+    fit = baseline(torch.tensor(starts), torch.tensor(returns), "network")
+    apart = np.abs(fit.values.numpy() - expected) / returns.std()
+    assert np.median(apart) < 1e-4
+    assert apart.max() < 0.05  # where rounding decides on which side of zero a ReLU's sum is
+
+
 def test_kfold_of_noise_explains_nothing() -> None:
     rng = np.random.default_rng(0)
     starts, returns = torch.tensor(rng.normal(size=(200, 20))), torch.tensor(rng.normal(size=200))
