@@ -295,7 +295,7 @@ def test_evaluate(world: Path, capsys: pytest.CaptureFixture[str]) -> None:  # n
 # ---- a machine that has run out of something ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["closed", "full", "left"])
+@pytest.mark.parametrize("kind", [pytest.param("closed", marks=pytest.mark.slow), "full", "left"])
 def test_a_run_is_finished_though_nobody_can_hear_of_it(kind: str, toy_file: Path) -> None:
     """Standard output closed, on a full disk, or a pipe whose reader has left."""
     given = ["train", *words(options(toy_file, 4, lanes=1, name="mine"))]

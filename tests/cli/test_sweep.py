@@ -314,7 +314,7 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("launcher", "seeds"), [("basic", "0"), ("local", "0,1")])
+@pytest.mark.parametrize(("launcher", "seeds"), [("basic", "0"), pytest.param("local", "0,1", marks=pytest.mark.slow)])
 def test_a_job_imports_what_the_sweep_can_import(
     toy_file: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, seeds: str
 ) -> None:

@@ -149,7 +149,10 @@ def test_everything_is_json_and_prints(capsys: pytest.CaptureFixture[str]) -> No
         assert text in shown
 
 
-@pytest.mark.parametrize("kind", ["scored", "plain", "discrete", "wide", "one"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("plain", "one")]
+
+
+@pytest.mark.parametrize("kind", ["scored", "discrete", "wide", *SLOW])
 def test_picture(tmp_path: Path, kind: str) -> None:
     rng = np.random.default_rng(0)
     n = 4 if kind == "one" else 600
