@@ -310,8 +310,8 @@ def compiled_equals_eager(name: str, toy: OfflineDataset) -> None:
     assert distance(eager, compiled) < 3e-4
 
 
-# A C++ compiler takes half a minute to two an agent, in `make test-slow`. In the quick suite an update of two kinds is traced as
-# for the compiler and goes no further.
+# A C++ compiler takes half a minute to two an agent, in `make test-slow`. In the quick suite an update of two kinds is
+# traced as for the compiler and goes no further.
 def test_traced_updates_of_two_kinds_equal_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     compiled_equals_eager("td3_bc", make_toy())
