@@ -31,6 +31,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 AGENTS = sorted(file.stem.removeprefix("test_") for file in (ROOT / "tests/steps").glob("test_*.py"))
 OF_EVERY_AGENT = ("metrics_do_not_grow_with_the_batch", "a_temperature_starts_at_one", "entropy_is_that_of_the_policy")
+OF_ALL_STEPS = ("steps/test_clamps", "steps/test_tails", "contract/test_defaults")
 CONTRACT = " ".join(f"contract/test_agents.py::test_{test}[{{0}}]" for test in OF_EVERY_AGENT)
 TESTS: dict[str, list[str]] = {
     "sampling/alias": ["test_sampling"],
@@ -61,7 +62,7 @@ TESTS: dict[str, list[str]] = {
     "agents/vae_bc": ["steps/test_doc", "steps/test_clamps", "steps/test_tails"],
     "agents/flow_bc": ["steps/test_fql"],
 } | {
-    f"agents/{name}": [f"steps/test_{name}", "steps/test_clamps", "steps/test_tails", *CONTRACT.format(name).split()]
+    f"agents/{name}": [f"steps/test_{name}", *OF_ALL_STEPS, *CONTRACT.format(name).split()]
     for name in AGENTS
     if (ROOT / f"offrl/agents/{name}.py").exists()
 }
