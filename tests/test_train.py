@@ -279,7 +279,7 @@ def test_remains_of_a_kill_are_swept_away(toy_file: Path) -> None:
 def test_what_a_writer_leaves_beside_its_file_goes_too(tmp_path: Path) -> None:
     """safetensors has temporary files of its own, under names that nobody could clear away after a kill."""
     path = tmp_path / "a.safetensors"
-    with suppress(KeyboardInterrupt), replacing(path, folder=True) as temporary:
+    with suppress(KeyboardInterrupt), replacing(path, own_folder=True) as temporary:
         temporary.with_name(".tmpAbCdEf").write_bytes(b"half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())

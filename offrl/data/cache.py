@@ -105,7 +105,7 @@ def write_flat(store: OfflineDataset, path: Path, source: dict[str, Any] | None 
         "crc32": {name: _checksum(tensor) for name, tensor in tensors.items()},
         "source": source,
     }
-    with replacing(path, folder=True) as temporary:
+    with replacing(path, own_folder=True) as temporary:
         try:
             save_file(tensors, temporary, metadata={"offrl": json.dumps(header)})
         except SafetensorError as error:

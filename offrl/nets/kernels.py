@@ -243,11 +243,17 @@ def _forward(
     call = array("q", [n, batch, layers, step, *kind, *sizes, *unused, *pointers])
     address = call.buffer_info()[0]
     library.mlp_forward(address)
-    used = (call, x, parameters, written, out)  # as long as the tape may call
-    again = lambda: library.mlp_forward(address) if used else None  # noqa: E731 - a call of a tape
-    entry = program.of_kernel(program.NETWORK, [address])
-    tape.note(again, *((written, out) if keep else (out,)), entry=entry)
+    used = (call, x, parameters, written, out)
+    _note(library.mlp_forward, program.NETWORK, (address,), used, (written, out) if keep else (out,))
     return call, out, written
+
+
+def _note(
+    function: Any, code: int, addresses: Sequence[int | None], used: tuple[Any, ...], written: Sequence[Tensor]
+) -> None:
+    """Put a pass on the tape that is recorded, if one is; `used` stays as long as the tape may call it."""
+    entry = program.of_kernel(code, addresses)
+    tape.note(lambda: function(*addresses) if used else None, *written, entry=entry)
 
 
 class _MLP(torch.autograd.Function):
@@ -282,7 +288,6 @@ class _MLP(torch.autograd.Function):
             pointers.buffer_info()[0] if pointers else None,
         )
         library.mlp_backward(*addresses)
-        kept = (ctx.call, x, written, parameters, grad, by_hidden, by_x, by_parameters, pointers)
-        again = lambda: library.mlp_backward(*addresses) if kept else None  # noqa: E731 - a call of a tape
-        tape.note(again, *by_parameters, entry=program.of_kernel(program.GRADIENT, addresses))
+        used = (ctx.call, x, written, parameters, grad, by_hidden, by_x, by_parameters, pointers)
+        _note(library.mlp_backward, program.GRADIENT, addresses, used, by_parameters)
         return by_x, None, None, *(by_parameters if by_parameters else (None for _ in parameters))

@@ -166,12 +166,11 @@ class OnProcessor:
         self, rows: Tensor, actions: Tensor, betas: Tensor, k: int, states: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Neighbors.query`; everything is flat: `[Q]`, `[Q, A]`, `[Q]`."""
-        found, distance, from_list = outside(lambda: self._search(rows, actions, betas, k, states))
-        return found, distance, from_list
+        return outside(lambda: self._search(rows, actions, betas, k, states))
 
     def _search(
         self, rows: Tensor, actions: Tensor, betas: Tensor, k: int, states: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         asked, count = rows.numpy(), len(rows)
         places = np.where(asked >= 0, self.place[asked], -1)
         # Neighbouring leaves one after the other: what they share is then in the processor's cache.
@@ -259,7 +258,7 @@ def _write(path: Path, parts: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
     try:
-        with replacing(path, folder=True) as temporary:
+        with replacing(path, own_folder=True) as temporary:
             save_file(parts, temporary, metadata={"version": f"{_VERSION} {_checksum(parts)}"})
     except (OSError, SafetensorError) as error:
         warnings.warn(f"{path} can't be written ({error}); the index is not kept.", stacklevel=2)

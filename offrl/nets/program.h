@@ -60,7 +60,7 @@ static void row(int64_t code, long n, void *out, long to, const float *x, long b
     case DIV: EACH(float, a / b);
     case MINIMUM: EACH(float, b < a || b != b ? b : a);
     case MAXIMUM: EACH(float, b > a || b != b ? b : a);
-    case ABS: EACH(float, __builtin_fabsf(a) + 0 * b); /* y is 0 */
+    case ABS: EACH(float, ((void)b, __builtin_fabsf(a)));
     case GE: EACH(unsigned char, a >= b);
     case GT: EACH(unsigned char, a > b);
     case LE: EACH(unsigned char, a <= b);

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Call = Callable[[], Any]
+TensorsT = TypeVar("TensorsT", bound=tuple[Tensor, ...])
 
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
 # An update's intermediate results all stay. Where they are large, what lies between operations costs little anyway.
@@ -57,7 +58,7 @@ def note(call: Call, *written: Tensor, entry: Any = None) -> None:
         _current.tape.add(Operation(call, entry=entry), written)
 
 
-def outside(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def outside(compute: Callable[[], TensorsT]) -> TensorsT:
     """What `compute` gives without PyTorch from tensors whose memory stays; a tape has it as one call."""
     tape = _current.tape
     if tape is None:

@@ -241,12 +241,13 @@ def in_one_stage(agent: Agent, step: int, updates: int) -> int:
     def phases(first: int) -> list[int]:
         return [agent.phase(first + i) for i in range(period)]
 
+    stage = phases(step)
     within, beyond = 1, updates // period  # numbers of periods: the last one of the stage, and one that is not
-    if within >= beyond or phases(step) == phases(step + (beyond - 1) * period):
+    if within >= beyond or phases(step + (beyond - 1) * period) == stage:
         return updates
     while beyond - within > 1:
         middle = (within + beyond) // 2
-        same = phases(step) == phases(step + (middle - 1) * period)
+        same = phases(step + (middle - 1) * period) == stage
         within, beyond = (middle, beyond) if same else (within, middle)
     return within * period
 

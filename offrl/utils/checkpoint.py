@@ -54,7 +54,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -
     """Any tensors and facts in a checkpoint's format, whole or not at all; `load` reads them."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(metadata)
-    with replacing(path, folder=True) as temporary:
+    with replacing(path, own_folder=True) as temporary:
         save_file(plain, temporary, metadata={_KEY: text, _CHECKSUM: _digest(plain, text)})
 
 

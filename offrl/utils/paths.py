@@ -93,20 +93,20 @@ def remove_torn(folder: Path, name: str = "*", deep: bool = False) -> None:
 
 
 @contextmanager
-def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
+def replacing(path: Path, own_folder: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`.
 
     On any error (a full disk, a kill, an exception) `path` keeps its old content; what a killed process left of its
     temporary file is removed by the next one that writes `path` on the same machine.
 
     Args:
-        folder: put it into a temporary folder, for a library whose writer makes files of its own beside it (safetensors).
+        own_folder: put it into a temporary folder, for a library whose writer makes files of its own beside it (safetensors).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     place = beside(path)
-    temporary = place / path.name if folder else place
+    temporary = place / path.name if own_folder else place
     try:
-        if folder:
+        if own_folder:
             place.mkdir(exist_ok=True)
         yield temporary
         with open(temporary, "r+b") as file:  # Windows syncs only what may be written

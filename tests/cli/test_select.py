@@ -40,9 +40,8 @@ def test_a_ranking_is_judged_by_policies_and_by_configurations() -> None:
     np.testing.assert_allclose(made.uniform, expected_best([20, 60], [1, 2])[0])
     assert made.bandit.limit == pytest.approx(70)
     assert judge("d", "score", [policy("a", 0, 1), policy("b", 0, 2, 3)]).bandit is None
-    assert judge("d", "score", [policy("a", 0, 1, 4), policy("b", 0, 2, 3)]).spearman == pytest.approx(
-        -1
-    )  # two are enough
+    two = judge("d", "score", [policy("a", 0, 1, 4), policy("b", 0, 2, 3)])  # which are enough
+    assert two.spearman == pytest.approx(-1)
 
 
 def test_runs_are_ranked_on_their_data(world: Path) -> None:  # noqa: F811
