@@ -30,6 +30,16 @@ def test_welch_interval_by_hand() -> None:
     assert verdicts.difference(np.array([1.0]), np.array([1.0, 2.0])) is None
 
 
+def test_paired_interval_by_hand() -> None:
+    """Two pairs: one degree of freedom, whose t quantile is the tangent of a Cauchy distribution."""
+    found = verdicts.paired(np.array([10.0, 20.0]), np.array([4.0, 10.0]))
+    error = math.sqrt(8 / 2)  # differences 6 and 10: variance 8 over 2 pairs
+    half = math.tan(math.pi * (0.975 - 0.5)) * error
+    assert found is not None
+    assert (found.mean, found.low, found.high) == pytest.approx((8.0, 8 - half, 8 + half))
+    assert verdicts.paired(np.array([1.0]), np.array([1.0])) is None
+
+
 @pytest.mark.parametrize(
     ("mean", "low", "high", "verdict"),
     [

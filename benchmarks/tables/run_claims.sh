@@ -10,7 +10,7 @@
 # (processes) and NICE may be set; at the default, 19, next to nothing gets done while other programs keep the cores busy.
 set -euo pipefail
 
-DEFAULT="a f b c e a2pr d"
+DEFAULT="a f b c e a2pr d h"
 # Not by themselves: `long` and `maze` when docs/claims.md asks for them, `measure` when e and d are finished.
 
 [ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -117,6 +117,15 @@ stage_maze() {
             for agent in td3_bc iql; do train e experiment=claims/e_maze agent=$agent augment=$augment seed=$seed; done
         done
     done
+}
+
+stage_h() {
+    local agent
+    for agent in fql flow_bc iql rebrac; do train h experiment=claims/h_cube dataset=forge/ogbench/cube-single-play-v0 agent=$agent; done
+    train h experiment=claims/h_maze agent=flow_bc
+    train h experiment=claims/h_maze agent=iql agent.expectile=0.9 agent.beta=10
+    train h experiment=claims/h_maze agent=rebrac agent.activation=gelu agent.actor_bc=0.003 agent.critic_bc=0.01
+    train h experiment=claims/h_maze agent=fql agent.alpha=10 agent.normalize_q=false agent.target=min
 }
 
 stage_d() {

@@ -28,6 +28,8 @@ Scores = NDArray[np.float64]
 
 HALFCHEETAH, HOPPER = "forge/halfcheetah/medium-replay-v0", "forge/hopper/medium-replay-v1"
 MAZE = "forge/pointmaze/medium-v0"
+CUBE_TASKS = [f"forge/ogbench/cube-single-play-singletask-task{i}-v0" for i in range(1, 6)]
+MAZE_TASKS = [f"forge/ogbench/pointmaze-medium-navigate-singletask-task{i}-v0" for i in range(1, 6)]
 MIXTURES = ("forge/hopper/random-expert-0.05-v0", "forge/halfcheetah/random-expert-0.1-v0")
 DEPTH = "td3_bc (A2PR's depth, alpha and discount)"
 NOT_YET = "not run yet"
@@ -63,6 +65,16 @@ def difference(ours: Scores, other: Scores, level: float = 0.95) -> Difference |
         return Difference(points, points, points)
     interval = stats.ttest_ind(ours, other, equal_var=False).confidence_interval(level)
     return Difference(points, float(interval.low), float(interval.high))
+
+
+def paired(ours: Scores, other: Scores, level: float = 0.95) -> Difference | None:
+    """Student's t interval of the mean difference of pairs; None below two pairs."""
+    if len(ours) < 2:
+        return None
+    apart = ours - other
+    points, error = float(apart.mean()), float(stats.sem(apart))
+    half = error * float(stats.t.ppf((1 + level) / 2, len(apart) - 1))
+    return Difference(points, points - half, points + half)
 
 
 def equality(wide: Difference, narrow: Difference, margin: float) -> str:
@@ -325,13 +337,37 @@ def claim_f(rows: Path) -> list[Line]:
     return lines
 
 
+def claim_h(rows: Path) -> list[Line]:
+    """Success of a method on each task, paired by task."""
+    h = Rows(rows / "h")
+
+    def against(ours: str, other: str, tasks: Sequence[str], name: str, margin: float) -> tuple[Line, bool | None]:
+        pairs = [(h.scores(ours, task), h.scores(other, task)) for task in tasks]
+        line = Line(name, f"{ours} - {other}, {tasks[0].split('/')[2].split('-singletask')[0]}")
+        complete = [(a.mean(), b.mean()) for a, b in pairs if len(a) and len(b)]
+        found = paired(*map(np.array, zip(*complete))) if len(complete) == len(tasks) else None
+        if found is None:
+            return line, None
+        line.found, line.verdict = str(found), found.verdict(margin)
+        return line, line.verdict == "shown"
+
+    lines = []
+    for name, tasks in (("H1", CUBE_TASKS), ("H2", MAZE_TASKS)):
+        told = [against(agent, "flow_bc", tasks, "", 20) for agent in ("iql", "rebrac", "fql")]
+        lines += [line for line, _ in told]
+        lines.append(counted(name, "values lift cloning", [shown for _, shown in told], 3))
+    lines.append(against("fql", "iql", CUBE_TASKS, "H3", 5)[0])
+    lines.append(against("fql", "rebrac", CUBE_TASKS, "H4", 3)[0])
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=HERE / "claims")
     rows = parser.parse_args().rows
     print("| | comparison | D [95 % interval], or what was found | verdict |")
     print("|---|---|---|---|")
-    for claim in (claim_a, claim_b, claim_c, claim_d, claim_e, claim_f):
+    for claim in (claim_a, claim_b, claim_c, claim_d, claim_e, claim_f, claim_h):
         for line in claim(rows):
             print(line)
 
