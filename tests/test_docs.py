@@ -103,7 +103,8 @@ def test_commands_compose(page: Path, folder: Path) -> None:
                 if words[0] != "train":
                     cli._parse(words)
                 elif "--help" not in words:
-                    assert resolve_config(compose_words(words[1:])).train.updates > 0, words
+                    run = resolve_config(compose_words(words[1:])).train
+                    assert run.updates + run.online.steps > 0, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -4,10 +4,11 @@
     python benchmarks/tables/collect.py DIR --into results/mine
     offrl report benchmarks/tables/results/claims/a --out /tmp/a              # the table of claim A
 
-Of each finished run below DIR, at the same path, it copies `episodes.jsonl`, `config.json`, `manifest.json` and
+Of each finished run below DIR, at the same path, it copies `episodes.jsonl`, `online.jsonl`, `config.json`, `manifest.json` and
 `result.json`; a run that is not finished is left out and named. Of paths of the machine in them only the last part is kept.
-The measures of synthetic trajectories (`augment/metrics.json`) and CORL's numbers (`peers_*.json`) come along. Of the
-finite tasks, whose runs are many and short, one file `probes.json` holds what `doc_curves.py` measured. Nothing is deleted.
+The measures of synthetic trajectories (`augment/metrics.json`), CORL's numbers (`peers_*.json`) and those of
+`histories.py` (`histories_*.json`) come along. Of the finite tasks, whose runs are many and short, one file `probes.json` holds
+what `doc_curves.py` measured. Nothing is deleted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from offrl import results
 from offrl.utils.paths import replacing
 
-ROWS = "episodes.jsonl"
+ROWS, ONLINE = "episodes.jsonl", "online.jsonl"
 FACTS = ("config.json", "manifest.json", "result.json", "augment/metrics.json")
 PROBES = "probe-*.json"
 
@@ -50,7 +51,7 @@ def collect(source: Path, into: Path) -> tuple[list[Path], list[Path]]:
         copied.append(inner)
     for folder, told in probes.items():
         write_json(folder / "probes.json", dict(sorted(told.items())))
-    for path in sorted(source.rglob("peers_*.json")):
+    for path in sorted([*source.rglob("peers_*.json"), *source.rglob("histories_*.json")]):
         write_json(into / path.relative_to(source), without_paths(json.loads(path.read_text())))
     return copied, unfinished
 
@@ -58,7 +59,9 @@ def collect(source: Path, into: Path) -> tuple[list[Path], list[Path]]:
 def copy_run(run: results.Run, target: Path) -> None:
     """Copy one run's files."""
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run.folder / ROWS, target / ROWS)
+    for name in (ROWS, ONLINE):
+        if (run.folder / name).exists():
+            shutil.copyfile(run.folder / name, target / name)
     for name in FACTS:
         if (run.folder / name).exists():
             write_json(target / name, without_paths(json.loads((run.folder / name).read_text())))

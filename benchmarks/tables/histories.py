@@ -1,16 +1,21 @@
-"""Memoryless, recurrent, and recurrent with the bisimulation loss, on the hidden grid: scores, loss, and what encodings tell.
+"""Memoryless, recurrent, and recurrent with the bisimulation loss, where observations hide the state: scores, loss, encodings.
 
-    python benchmarks/tables/histories.py [--updates 2000] [--lanes 5] [--agents discrete_cql iql] [--out DIR] [key=value ...]
+    python benchmarks/tables/histories.py                                     # claim I of docs/claims.md, the hidden grid
+    python benchmarks/tables/histories.py --agents iql --datasets forge/hopper/medium-replay-v1        # velocities masked
+    python benchmarks/tables/histories.py [--updates N] [--lanes 5] [--out DIR] [key=value ...]
 
-Each row is one run of all lanes. Scores are 0 for uniform actions and 100 for the best policy of observations. The loss J is
-that of the first and of the last logged update, averaged over lanes, in units of squared standardised rewards. "State" is the
-share of timesteps of uniform actions whose state (cell and draw) a linear probe reads from the encoding, in brackets from the
-observation alone; "within" the share of the encodings' variance within states (offrl/evaluation/linear_probe.py).
+Each row is one run of all lanes; a command that was stopped goes on. On the grid scores are 0 for uniform actions and 100 for
+the best policy of observations. The loss J is that of the first and of the last logged update, averaged over lanes, in units of
+squared standardised rewards. "State" is the share of timesteps of uniform actions whose state (cell and draw) a linear probe
+reads from the encoding, in brackets from the observation alone; "within" the share of the encodings' variance within states
+(offrl/evaluation/linear_probe.py). The numbers of each lane go to
+DIR/histories_AGENT_DATASET.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +26,27 @@ from offrl.agents.history import HistoryAgent
 from offrl.cli.finetune import value_of
 from offrl.envs.hidden_grid import hidden_grid
 from offrl.evaluation.linear_probe import probe_states
+from offrl.utils.paths import replacing
 
 METHODS: dict[str, dict[str, Any]] = {
     "k = 1": {"history": "window", "history.context": 1},
     "GRU": {"history": "gru"},
-    "GRU, loss 0.5": {
-        "history": "gru",
-        "history.bisimulation": 0.5,
-        "history.warmup": 200,
-    },
+    "GRU, loss 0.5": {"history": "gru", "history.bisimulation": 0.5, "history.warmup": 200},
 }
-COMMON = {"history.length": 16, "history.burn_in": 8, "history.latent": 32, "history.hidden": 64, "history.lr": 1e-3}
-COMMON |= {"history.pairs": "same_action", "history.events": 0.25}  # for all: J is then of the same pairs
-COMMON |= {
+GRID: dict[str, Any] = {
+    "history.length": 16,
+    "history.burn_in": 8,
+    "history.latent": 32,
+    "history.hidden": 64,
+    "history.lr": 1e-3,
+    "history.pairs": "same_action",
+    "history.events": 0.25,  # for all: J is then of the same pairs
     "batch_size": 16,
     "data.reward_scale": 0.01,
     "agent.hidden": [64, 64],
-    "eval.every": 0,
     "eval.final_episodes": 100,
 }
-AGENTS: dict[str, dict[str, Any]] = {
+ON_GRID: dict[str, dict[str, Any]] = {
     "discrete_cql": {"agent.cql_alpha": 0.05, "agent.critic_lr": 1e-3},
     "iql": {
         "agent.expectile": 0.9,
@@ -50,13 +56,23 @@ AGENTS: dict[str, dict[str, Any]] = {
         "agent.value_lr": 1e-3,
     },
 }
+# A robot without its velocities: the agents' own settings and the papers' networks, 32 windows of 8 timesteps to learn from.
+MASKED: dict[str, Any] = {
+    "data.mask": "velocity",
+    "data.size": 200_000,
+    "batch_size": 32,
+    "eval.final_episodes": 100,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--updates", type=int, default=100_000)
     parser.add_argument("--lanes", type=int, default=5)
-    parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=list(AGENTS))
+    parser.add_argument(
+        "--agents", nargs="+", default=list(ON_GRID), help="discrete_cql (on the grid), cql (not there), iql"
+    )
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--datasets", nargs="+", default=["forge/grid/cue-n2000-v0", "forge/grid/place-n2000-v0"])
     parser.add_argument(
         "--probe-episodes", type=int, default=400, help="episodes of uniform actions for the linear probe"
@@ -69,51 +85,72 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for dataset in arguments.datasets:
         for agent in arguments.agents:
-            for method, settings in METHODS.items():
+            for method in arguments.methods:
                 options = {
-                    **COMMON,
-                    **AGENTS[agent],
-                    **settings,
-                    "updates": arguments.updates,
+                    **options_of(agent, dataset, method, arguments.updates),
                     "lanes": arguments.lanes,
-                }
-                options |= {
-                    "log_every": max(1, arguments.updates // 20),
                     "out": str(arguments.out),
-                    "progress": False,
                     **further,
                 }
                 result = offrl.fit(agent=agent, dataset=dataset, **options)
-                scores, losses = np.array(result.scores), logged(result.folder, "bisimulation")
-                spread = f" ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""
-                cells = (
-                    dataset,
-                    agent,
-                    method,
-                    f"{scores.mean():.1f}{spread}",
-                    f"{losses[0]:.3g}",
-                    f"{losses[-1]:.3g}",
-                    *probed(result.folder, dataset, arguments.probe_episodes),
-                )
-                print(f"| {' | '.join(cells)} |", flush=True)
+                cell = measured(result, dataset, arguments.probe_episodes)
+                keep(arguments.out / f"histories_{agent}_{dataset.replace('/', '_')}.json", method, cell)
+                print(f"| {dataset} | {agent} | {method} | {' | '.join(told(cell))} |", flush=True)
 
 
-def probed(folder: Path, dataset: str, episodes: int) -> tuple[str, str]:
-    """The columns `state` and `within`: means over lanes."""
-    agent = offrl.load_agent(folder)
-    assert isinstance(agent, HistoryAgent)
-    variant = dataset.split("/")[-1].split("-")[0]
-    found = probe_states(agent, hidden_grid(variant), episodes)
-    return f"{np.mean(found.accuracy):.2f} ({found.observation:.2f})", f"{np.mean(found.within):.2f}"
+def options_of(agent: str, dataset: str, method: str, updates: int) -> dict[str, Any]:
+    """Options of one run, without its lanes and its folder."""
+    grid = dataset.startswith("forge/grid/")
+    return {
+        **(GRID | ON_GRID[agent] if grid else MASKED),
+        **METHODS[method],
+        "label": f"{agent}, {method}",
+        "updates": updates,
+        "eval.every": max(1, updates // 10),
+        "eval.episodes": 20 if grid else 10,
+        "log_every": max(1, updates // 100),
+        "progress": False,
+    }
 
 
-def logged(folder: Path, name: str) -> list[float]:
-    """A metric's means over lanes, one for each logged update."""
+def measured(result: Any, dataset: str, episodes: int) -> dict[str, Any]:
+    """What a row is made of, with a number per lane each."""
+    losses = logged(result.folder, "bisimulation")
+    cell = {"scores": [float(score) for score in result.scores], "first": losses[0], "last": losses[-1]}
+    if dataset.startswith("forge/grid/"):
+        agent = offrl.load_agent(result.folder)
+        assert isinstance(agent, HistoryAgent)
+        variant = dataset.split("/")[-1].split("-")[0]
+        found = probe_states(agent, hidden_grid(variant), episodes)
+        cell |= {"state": found.accuracy, "within": found.within, "observation": [found.observation]}
+    return cell
+
+
+def told(cell: dict[str, Any]) -> tuple[str, ...]:
+    """The columns from `score` on: means over lanes."""
+    scores, mean = np.array(cell["scores"]), {key: float(np.mean(values)) for key, values in cell.items()}
+    spread = f" ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""
+    probe = ("", "")
+    if "state" in cell:
+        probe = (f"{mean['state']:.2f} ({mean['observation']:.2f})", f"{mean['within']:.2f}")
+    return f"{mean['scores']:.1f}{spread}", f"{mean['first']:.3g}", f"{mean['last']:.3g}", *probe
+
+
+def keep(path: Path, key: str, cell: dict[str, Any]) -> None:
+    """Put a method's row into the JSON file of its agent and dataset."""
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(rows | {key: cell}, indent=1) + "\n")
+
+
+def logged(folder: Path, name: str) -> list[list[float]]:
+    """A metric of every lane, for each logged update."""
     by_step: dict[int, list[float]] = {}
-    for row in offrl.results.read_metrics([folder]).iter_rows(named=True):
+    for row in offrl.results.read_metrics([folder]).sort("lane").iter_rows(named=True):
         if row["metric"] == name:
             by_step.setdefault(row["step"], []).append(row["value"])
-    return [float(np.mean(by_step[step])) for step in sorted(by_step)]
+    return [by_step[step] for step in sorted(by_step)]
 
 
 if __name__ == "__main__":

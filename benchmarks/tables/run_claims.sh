@@ -10,7 +10,7 @@
 # (processes) and NICE may be set; at the default, 19, next to nothing gets done while other programs keep the cores busy.
 set -euo pipefail
 
-DEFAULT="a f b c e a2pr d h"
+DEFAULT="a f b c e a2pr d h i j"
 # Not by themselves: `long` and `maze` when docs/claims.md asks for them, `measure` when e and d are finished.
 
 [ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -126,6 +126,29 @@ stage_h() {
     train h experiment=claims/h_maze agent=iql agent.expectile=0.9 agent.beta=10
     train h experiment=claims/h_maze agent=rebrac agent.activation=gelu agent.actor_bc=0.003 agent.critic_bc=0.01
     train h experiment=claims/h_maze agent=fql agent.alpha=10 agent.normalize_q=false agent.target=min
+}
+
+stage_i() {
+    local agent dataset
+    for dataset in forge/grid/cue-n2000-v0 forge/grid/place-n2000-v0; do
+        for agent in discrete_cql iql; do history i $agent $dataset; done
+    done
+    history i iql forge/hopper/medium-replay-v1
+}
+
+# history FOLDER AGENT DATASET: the three methods of one row of claim I
+history() { printf '%s %q --out %q --agents %s --datasets %s\n' "$PYTHON" "$TABLES/histories.py" "$RUNS/$1" "$2" "$3"; }
+
+stage_j() {
+    local agent dataset
+    for dataset in forge/hopper/medium-replay-v0 forge/halfcheetah/medium-replay-v0; do
+        for agent in iql td3_bc; do train j experiment=claims/j_online agent=$agent dataset=$dataset; done
+        train j experiment=claims/j_online agent=rebrac dataset=$dataset batch_size=256 agent.hidden=[256,256] agent.actor_lr=3e-4 agent.critic_lr=3e-4
+        train j experiment=claims/j_online agent=rlpd dataset=$dataset updates=0 online.updates_per_step=1
+    done
+    for dataset in forge/hopper/medium-replay-v0 forge/halfcheetah/medium-replay-v0; do # ten times the others: last
+        train j experiment=claims/j_online agent=cal_ql dataset=$dataset
+    done
 }
 
 stage_d() {

@@ -31,6 +31,7 @@ MAZE = "forge/pointmaze/medium-v0"
 CUBE_TASKS = [f"forge/ogbench/cube-single-play-singletask-task{i}-v0" for i in range(1, 6)]
 MAZE_TASKS = [f"forge/ogbench/pointmaze-medium-navigate-singletask-task{i}-v0" for i in range(1, 6)]
 MIXTURES = ("forge/hopper/random-expert-0.05-v0", "forge/halfcheetah/random-expert-0.1-v0")
+HISTORIES = ("k = 1", "GRU", "GRU, loss 0.5")  # as in histories.py
 DEPTH = "td3_bc (A2PR's depth, alpha and discount)"
 NOT_YET = "not run yet"
 WITHIN = 0.05  # nats per action: as near counts as the same on-policyness
@@ -361,13 +362,40 @@ def claim_h(rows: Path) -> list[Line]:
     return lines
 
 
+def claim_i(rows: Path) -> list[Line]:
+    """From `histories_*.json`, one file for each agent and dataset."""
+    planned = [("grid_cue", "discrete_cql"), ("grid_cue", "iql"), ("grid_place", "discrete_cql"), ("grid_place", "iql")]
+    planned.append(("hopper", "iql"))
+    lines, either, stitched, remembered = [], [], [], []
+    for task, agent in planned:
+        found = sorted((rows / "i").glob(f"histories_{agent}_forge_{task}*.json"))
+        cell = json.loads(found[0].read_text()) if found else {}
+        score = {method: np.array(cell[method]["scores"]) if method in cell else np.array([]) for method in HISTORIES}
+        memoryless, plain, loss = score.values()
+        line = compared("", f"GRU and loss - GRU, {agent}, {task}", loss, plain, 5, 5)
+        helps, small = is_shown(loss, plain, 5, 5), None
+        if helps is not None:
+            by_itself, minimised = (float(np.mean(cell[method]["last"])) for method in HISTORIES[1:])
+            small = by_itself <= 2 * minimised
+            line.found += f"; J {by_itself:.3g} and {minimised:.3g}"
+        lines.append(line)
+        either.append(None if helps is None else helps or bool(small))
+        if task != "hopper":
+            stitched.append(helps)
+        remembered.append(is_shown(plain, memoryless, 5, 5))
+    lines.append(counted("I1", "the loss helps, or is small by itself", either, 5))
+    lines.append(counted("I2", "GRU and loss - GRU, on the grid", stitched, 2))
+    lines.append(counted("I3", "GRU - k = 1", remembered, 2))
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=HERE / "claims")
     rows = parser.parse_args().rows
     print("| | comparison | D [95 % interval], or what was found | verdict |")
     print("|---|---|---|---|")
-    for claim in (claim_a, claim_b, claim_c, claim_d, claim_e, claim_f, claim_h):
+    for claim in (claim_a, claim_b, claim_c, claim_d, claim_e, claim_f, claim_h, claim_i):
         for line in claim(rows):
             print(line)
 
