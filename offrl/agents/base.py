@@ -327,7 +327,7 @@ class RecurrentAgent(Agent[ConfigT]):
     """
 
     stream: ClassVar[str]
-    uses_history: ClassVar[bool] = True
+    uses_history: bool = True
     samples_continuous: ClassVar[bool] = False
     uses_reward: ClassVar[bool] = True
     episode_batches: int = 0

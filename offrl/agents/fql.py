@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from offrl.agents.base import ActingState, Batch
+from offrl.agents.chunks import ChunkBatch
 from offrl.agents.flow_bc import FlowBC, FlowBCConfig
 from offrl.nets import MLP, Adam, Critics, Pooling, make_target, per_lane, polyak, pool
 
@@ -46,7 +47,7 @@ class FQL(FlowBC):
 
     def build(self) -> None:
         super().build()
-        spec, cfg = self.spec, self.cfg
+        spec, cfg = self.chunk, self.cfg
         sizes = [spec.obs_dim + spec.action_dim, *cfg.hidden, spec.action_dim]
         self.actor = MLP(spec.seeds, sizes, name="actor", activation="gelu", glorot=True)
         options = {"norm": cfg.critic_norm, "activation": "gelu", "glorot": True}
@@ -54,9 +55,9 @@ class FQL(FlowBC):
         self.critics_target = make_target(self.critics)
         self.optimizer = Adam([*self.flow.parameters(), *self.actor.parameters(), *self.critics.parameters()], cfg.lr)
 
-    def act(self, obs: Tensor, state: ActingState | None = None) -> Tensor:
+    def decide(self, obs: Tensor, state: ActingState | None) -> Tensor:
         """mu(s, z) clipped to the box; z is zero without a state."""
-        return self.box.from_unit(self.one_step(obs, self.noise(obs, state)).clamp(-1, 1))
+        return self.chunk_box.from_unit(self.one_step(obs, self.noise(obs, state)).clamp(-1, 1))
 
     def one_step(self, obs: Tensor, noise: Tensor) -> Tensor:
         """mu(s, z) `[lanes, n, A]` in units of half the box, not clipped."""
@@ -64,16 +65,16 @@ class FQL(FlowBC):
 
     @torch.no_grad()
     def target_value(self, batch: Batch) -> Tensor:
-        """`[lanes, batch]`: r + gamma (1 - d) Q'(s', mu(s', z))."""
+        """`[lanes, batch]`: r + gamma^K (1 - d) Q'(s', mu(s', z)), with K = 1 without chunks."""
         noise = self.random.normal("target_action", batch.action)
-        action = self.box.from_unit(self.one_step(batch.next_obs, noise).clamp(-1, 1))
+        action = self.chunk_box.from_unit(self.one_step(batch.next_obs, noise).clamp(-1, 1))
         next_q = pool(self.critics_target(batch.next_obs, action), self.cfg.target, self.cfg.pessimism)
-        return batch.reward + batch.mask * per_lane(self.cfg.discount) * next_q
+        return batch.reward + batch.mask * per_lane(self.cfg.discount) ** self.cfg.action_chunk * next_q
 
     def critic_loss(self, batch: Batch) -> Tensor:
-        """`[lanes]`: squared error to the target value, averaged over batch and critics."""
-        q = self.critics(batch.obs, batch.action)
-        return (q - self.target_value(batch).unsqueeze(1)).square().mean((-2, -1))
+        """`[lanes]`: squared error to the target value, averaged over batch and critics; 0 of chunks that are cut short."""
+        squares = (self.critics(batch.obs, batch.action) - self.target_value(batch).unsqueeze(1)).square()
+        return (squares * batch.complete.unsqueeze(1) if isinstance(batch, ChunkBatch) else squares).mean((-2, -1))
 
     def policy_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`[lanes]`: alpha mean (mu(s, z) - flow(s, z))^2 - mean Q(s, mu(s, z)), and metrics."""
@@ -82,12 +83,15 @@ class FQL(FlowBC):
             cloned = self.flow.sample(batch.obs, noise)
         action = self.one_step(batch.obs, noise)
         distance = (action - cloned).square().mean((-2, -1))
-        q = self.critics(batch.obs, self.box.from_unit(action.clamp(-1, 1)), frozen=True).mean(1)  # [lanes, batch]
+        q = self.critics(batch.obs, self.chunk_box.from_unit(action.clamp(-1, 1)), frozen=True).mean(
+            1
+        )  # [lanes, batch]
         scale = 1 / q.detach().abs().mean(-1) if self.cfg.normalize_q else 1.0
         loss = self.cfg.alpha * distance - scale * q.mean(-1)
         return loss, {"actor_loss": loss, "distill_loss": distance, "q": q.mean(-1)}
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
+        batch = self.transitions(batch)
         critic_loss, flow_loss = self.critic_loss(batch), self.flow_loss(batch)
         policy_loss, metrics = self.policy_loss(batch)
         polyak(self.critics_target, self.critics, self.cfg.tau)  # the authors average before the step

@@ -10,14 +10,15 @@ import torch
 from plain import BOXES, Bounds, Box, SmoothMLP, boxed, difference, drawn, make_store, pool, spec_of
 from torch import Tensor, nn
 
-from offrl.agents.base import Spec
+from offrl.agents.base import Spec, WindowBatch
+from offrl.agents.chunks import chunked
 from offrl.agents.flow_bc import FlowBC, FlowBCConfig
 from offrl.agents.fql import FQL, FQLConfig
 from offrl.data.batch import Batch
 from offrl.data.dataset import OfflineDataset
 from offrl.nets import Adam, FlowPolicy
 from offrl.sampling import BatchLoader, Uniform
-from offrl.training.engine import Eager
+from offrl.training.engine import Eager, Taped
 from offrl.utils.random import LaneRandom
 
 BATCH = 16
@@ -32,16 +33,16 @@ def euler(v: nn.Module, s: Tensor, z: Tensor, steps: int) -> Tensor:
     return torch.clip(x, -1, 1)
 
 
-def flow_loss(v: nn.Module, s: Tensor, a: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+def flow_loss(v: nn.Module, s: Tensor, a: Tensor, x0: Tensor, t: Tensor, valid: Tensor | float = 1.0) -> Tensor:
     x = (1 - t) * x0 + t * a
-    return ((v(torch.cat([s, x, t], 1)) - (a - x0)) ** 2).mean()
+    return ((v(torch.cat([s, x, t], 1)) - (a - x0)) ** 2 * valid).mean()
 
 
 class Plain:
     """One seed of FQL with ordinary modules: one joint gradient, one Adam, target critics a step behind."""
 
     def __init__(self, agent: FQL) -> None:
-        self.cfg, self.box = agent.cfg, Box(agent.spec)
+        self.cfg, self.box = agent.cfg, Box(agent.chunk)
         self.flow, self.actor = SmoothMLP(agent.flow.mlp), SmoothMLP(agent.actor)
         self.critics = nn.ModuleList(SmoothMLP(agent.critics.mlp, 0, i) for i in range(agent.cfg.members))
         self.critics_target = copy.deepcopy(self.critics)
@@ -57,15 +58,16 @@ class Plain:
         with torch.no_grad():
             a2 = torch.clip(self.actor(torch.cat([rows["s2"], draws["target_action"]], 1)), -1, 1)
             next_q = pool(self.q(self.critics_target, rows["s2"], a2), cfg.target, cfg.pessimism)
-            y = rows["r"] + cfg.discount * (1 - rows["d"]) * next_q
+            y = rows["r"] + cfg.discount**cfg.action_chunk * (1 - rows["d"]) * next_q
             g = euler(self.flow, s, draws["distill"], cfg.flow_steps)
-        critic_loss = ((self.q(self.critics, s, a) - y) ** 2).mean()
+        critic_loss = ((self.q(self.critics, s, a) - y) ** 2 * rows.get("complete", torch.ones(()))).mean()
         u = self.actor(torch.cat([s, draws["distill"]], 1))
         frozen = copy.deepcopy(self.critics).requires_grad_(False)
         q = self.q(frozen, s, torch.clip(u, -1, 1)).mean(0)
         q_loss = -q.mean() / (q.abs().mean().item() if cfg.normalize_q else 1)
         policy_loss = cfg.alpha * ((u - g) ** 2).mean() + q_loss
-        loss = critic_loss + flow_loss(self.flow, s, a, draws["flow/x0"], draws["flow/t"]) + policy_loss
+        cloning = flow_loss(self.flow, s, a, draws["flow/x0"], draws["flow/t"], rows.get("valid", 1.0))
+        loss = critic_loss + cloning + policy_loss
         for target, online in zip(self.critics_target.parameters(), self.critics.parameters()):
             target.data = (1 - cfg.tau) * target.data + cfg.tau * online.data
         self.adam.zero_grad()
@@ -116,6 +118,95 @@ def test_updates_equal_the_authors(updates: int, tolerance: float, box: Bounds, 
     before = plain.distance(agent)
     Eager(agent, loader(store)).run(0, updates)
     assert plain.distance(agent) < tolerance < before
+
+
+def chunk_rows(store: OfflineDataset, first: Tensor, length: int, discount: float) -> dict[str, Tensor]:
+    """Row by row: a chunk's fields from the dataset's rows, up to its episode's end."""
+    found: dict[str, list[Tensor]] = {name: [] for name in ("s", "a", "r", "s2", "d", "valid", "complete")}
+    for row in first.tolist():
+        end = int(store.offsets[1:][store.episode_of_row[row]])
+        inside = range(row, min(row + length, end))
+        actions = [
+            store.actions[i].double() if i in inside else 0 * store.actions[row].double()
+            for i in range(row, row + length)
+        ]
+        ended, total = 0.0, torch.zeros((), dtype=torch.float64)
+        for i in inside:
+            total = total + (0.0 if ended else discount ** (i - row)) * store.rewards[i].double()
+            ended = max(ended, float(store.terminations[i]))
+        found["s"].append(store.observations[row].double())
+        found["a"].append(torch.cat(actions))
+        found["r"].append(total)
+        found["s2"].append(store.next_observations[inside[-1]].double())
+        found["d"].append(torch.tensor(ended).double())
+        width = store.action_dim
+        found["valid"].append(
+            torch.tensor([float(i in inside) for i in range(row, row + length) for _ in range(width)])
+        )
+        found["complete"].append(torch.tensor(float(len(inside) == length)))
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("box", [UNIT, BOXES[-1]], ids=str)
+def test_updates_on_chunks_equal_a_restatement(box: Bounds) -> None:
+    """Chunks of three actions, of which some end with the episode: the authors' losses with their two masks."""
+    store = boxed(make_store(), box)
+    agent, taped = (make(store, action_chunk=3, discount=0.9) for _ in range(2))
+    plain, short = Plain(agent), 0
+    for _, first in drawn(store, random := LaneRandom((11,)), 10, BATCH):
+        rows = chunk_rows(store, first, 3, 0.9)
+        short += int((rows["complete"] == 0).sum())
+        plain.step(rows, draws_of(random, rows["a"]))
+    before = plain.distance(agent)
+    for each, engine in ((agent, Eager), (taped, Taped)):
+        engine(each, BatchLoader([(store, Uniform(store), 1.0)], BATCH, each.window, each.batch_fields)).run(0, 10)
+    assert short > 0
+    assert plain.distance(taped) < 1e-10
+    assert plain.distance(agent) < 1e-10 < before
+
+
+def test_rewards_of_a_chunk_stop_at_the_first_mask_of_zero() -> None:
+    """1 + 0.5 2 counts, 4 behind the success does not; the second window is cut short after one step."""
+    fields = {
+        "obs": torch.arange(6.0).reshape(1, 2, 3, 1),
+        "next_obs": torch.arange(1.0, 7.0).reshape(1, 2, 3, 1),
+        "action": torch.arange(12.0).reshape(1, 2, 3, 2),
+        "reward": torch.tensor([[[1.0, 2.0, 4.0], [8.0, 0.0, 0.0]]]),
+        "mask": torch.tensor([[[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]),
+        "valid": torch.tensor([[[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]]),
+        "index": torch.tensor([[0, 3]]),
+    }
+    found = chunked(WindowBatch.of(fields), 0.5)
+    assert found.reward.tolist() == [[2.0, 8.0]]
+    assert found.mask.tolist() == [[0.0, 0.0]]
+    assert found.obs.tolist() == [[[0.0], [3.0]]]
+    assert found.next_obs.tolist() == [[[3.0], [6.0]]]
+    assert found.action[0].tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert found.complete.tolist() == [[1.0, 0.0]]
+    assert found.valid[0].tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("cls", [FQL, FlowBC])
+def test_a_chunk_is_carried_out_before_the_policy_looks_again(cls: type[FlowBC]) -> None:
+    """Observations within a chunk change nothing; the next chunk has its own noise; bounds are each dimension's own."""
+    store = boxed(make_store(), BOXES[-1])
+    agent = make(store, cls, action_chunk=2)
+    obs = torch.randn(6, 1, 4, store.obs_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def walk(seen: Tensor) -> list[Tensor]:
+        agent.episode_batches, state, taken = 0, agent.initial_state(4), []
+        for now in seen:
+            taken.append(agent.select_action(now, state))
+            state = agent.update_state(state, taken[-1], torch.zeros(1, 4))
+        return taken
+
+    first, other = walk(obs), walk(torch.cat([obs[:1], obs[:1] + 9, obs[2:]]))
+    for one, two in zip(first, other):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert not torch.equal(walk(obs[:1].expand(6, -1, -1, -1))[0], walk(obs[:1].expand(6, -1, -1, -1))[2])
+    assert first[0].shape == (1, 4, store.action_dim)
+    alone, state = agent.predict(obs[0, 0, 0].numpy(), lane=0)
+    assert agent.predict(obs[1, 0, 0].numpy(), state)[0].shape == alone.shape == (store.action_dim,)
 
 
 @pytest.mark.parametrize("box", [UNIT, BOXES[-1]], ids=str)
