@@ -30,6 +30,7 @@ from offrl.utils.errors import OffrlError
 SHAPES = [*SHAPES, (1, 265, (257, 33, 1)), (1, 264, (256, 32, 6)), (2, 513, (23, 31, 1)), (1, 11, (300, 17, 300))]
 # Rows that fill no vector, widths of one vector and a tile, a batch of one, more than one block, no hidden layer.
 FEW_SHAPES = [(1, 1, (3, 8, 1)), (2, 5, (3, 17, 9, 1)), (1, 265, (257, 33, 70, 6)), (2, 6, (4, 64, 3)), (2, 6, (4, 3))]
+FEW_SHAPES += [(2, 513, (5, 23, 12, 2))]  # three blocks of two networks
 KINDS: list[dict[str, Any]] = [
     {"activation": "gelu"},
     {"norm": True},

@@ -4,6 +4,7 @@
     python benchmarks/speed/updates.py --corl PATH              # PATH: a checkout of corl-team/CORL
     python benchmarks/speed/updates.py --corl PATH --jax PATH --jax-python PYTHON      # a checkout of nissymori/JAX-CORL
     python benchmarks/speed/updates.py --agent cql --corl PATH
+    python benchmarks/speed/updates.py --agent rebrac --corl PATH --jax-python PYTHON  # CORL's ReBRAC is in JAX
     python benchmarks/speed/updates.py --agent dt --corl PATH --lanes 1
     python benchmarks/speed/updates.py --agent a2pr --official PATH --lanes 2     # PATH: a checkout of ltlhuuu/A2PR
     python benchmarks/speed/updates.py --device cuda --lanes 1,10 --engines eager,cudagraph
@@ -43,7 +44,8 @@ BATCHES = {"dt": 64}  # of agents whose papers have another one
 CORES = len(os.sched_getaffinity(0))
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PEERS = ("official", "corl", "jax")
-IN_JAX = ("td3_bc", "iql", "cql")  # agents of `jax_corl.py`
+IN_JAX = ("td3_bc", "iql", "cql")  # agents of JAX-CORL
+CORL_IN_JAX = ("rebrac",)  # agents that corl-team/CORL too has in JAX
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def compete(who: Contestant, checkout: Path, seconds: float, clock: str, gate: A
 
 def run(who: Contestant, checkout: Path, arguments: argparse.Namespace) -> float:
     """Seed-updates per second of the machine; `checkout` is that of the peer's code."""
-    if who.kind == "jax":
+    if who.kind == "jax" or (who.kind == "corl" and who.agent in CORL_IN_JAX):
         return run_jax(who, checkout, arguments)
     context = multiprocessing.get_context("spawn")
     gate, answers = context.Barrier(who.processes), context.Queue()
@@ -295,7 +297,7 @@ def run_jax(who: Contestant, checkout: Path, arguments: argparse.Namespace) -> f
     ]
     for process in processes:
         if not process.stdout or process.stdout.readline() != "ready\n":
-            raise SystemExit(f"{arguments.jax_python} could not run JAX-CORL; see above what it says.")
+            raise SystemExit(f"{arguments.jax_python} could not run the code in JAX; see above what it says.")
     answers = []
     for process in processes:
         assert process.stdin
@@ -355,7 +357,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--agent", default="td3_bc", help="name of a file in conf/agent")
     parser.add_argument("--official", type=Path, help="checkout of the authors' code of the agent: a2pr")
-    parser.add_argument("--corl", type=Path, help="checkout of corl-team/CORL: td3_bc, iql, cql, sac_n, edac, dt")
+    parser.add_argument(
+        "--corl", type=Path, help="checkout of corl-team/CORL: td3_bc, iql, cql, sac_n, edac, dt, rebrac"
+    )
     parser.add_argument("--jax", type=Path, help="checkout of nissymori/JAX-CORL: td3_bc, iql, cql")
     parser.add_argument("--jax-python", default=sys.executable, help="interpreter that has jax, flax, optax, distrax")
     parser.add_argument("--device", default="cpu")

@@ -5,7 +5,8 @@
    are first copied into a dense panel, which the inner loop reads from the nearest cache; A is read where it lies. Bias,
    ReLU and the backward pass's mask are applied while a tile is in registers. (Goto & van de Geijn, "Anatomy of
    high-performance matrix multiplication", ACM TOMS 2008.) GELU and layer normalisation, in rows.h, go over finished
-   rows, each of which stays in the nearest cache meanwhile.
+   rows, each of which stays in the nearest cache meanwhile. An update's numbers don't fit into the second cache, so a tile asks
+   for what the next ones will read (`__builtin_prefetch`): a hint, which changes no number.
 
    Each sum runs over its terms in the same order whatever the tile, so a number does not depend on the rows beside it.
    Matrices are row-major and dense; a network's arrays follow those of the network before it. */
@@ -23,6 +24,7 @@ enum { W = 8, MR = 6 };
 enum { W = 4, MR = 6 };
 #endif
 enum { NR = 2 * W, KC = 256, MC = 264 }; /* columns of a tile; terms and rows of A that stay in the cache */
+enum { LINE = 16 };                      /* numbers that a cache fetches at once */
 
 typedef float vec __attribute__((vector_size(4 * W), aligned(4)));
 typedef int bits __attribute__((vector_size(4 * W), aligned(4)));
@@ -71,6 +73,7 @@ INLINE void tile(const int rows, long k, const float *a, long rows_a, long next_
     for (int i = 0; i < rows; i++) {
         sum[i][0] = sum[i][1] = (vec){0};
         __builtin_prefetch(c + i * ldc, 1);
+        if (finish->mask) __builtin_prefetch(finish->mask + i * ldc);
     }
     for (long p = 0; p < k; p++) {
         const vec b0 = load(b), b1 = load(b + W);
@@ -79,6 +82,10 @@ INLINE void tile(const int rows, long k, const float *a, long rows_a, long next_
             sum[i][0] += a[i * rows_a] * b0;
             sum[i][1] += a[i * rows_a] * b1;
         }
+        if (rows_a == 1)
+            __builtin_prefetch(a + 4 * next_a);
+        else if (p % LINE == 0)
+            for (int i = 0; i < rows; i++) __builtin_prefetch(a + (i + rows) * rows_a);
         a += next_a, b += next_b;
     }
     if (columns == NR) {
@@ -108,13 +115,29 @@ TILE(4)
 TILE(2)
 TILE(1)
 
+/* Memory that is wanted soon: `rows` rows from `at` on, `next` apart, of `lines` lines each; `each` lines for each tile. */
+typedef struct {
+    const float *at;
+    long next, rows, lines, line, each;
+} Ahead;
+
+INLINE void fetch(Ahead *ahead)
+{
+    for (long i = 0; i < ahead->each && ahead->rows; i++) {
+        __builtin_prefetch(ahead->at + ahead->line * LINE);
+        if (++ahead->line == ahead->lines) ahead->line = 0, ahead->at += ahead->next, ahead->rows--;
+    }
+}
+
 /* The same for any number of rows. */
 static void tiles(long rows, long k, const float *a, long rows_a, long next_a, const float *b, long next_b, float *c,
-                  long ldc, long columns, Finish finish)
+                  long ldc, long columns, Finish finish, Ahead ahead)
 {
 #define TILES(n)                                                                                                        \
-    for (; rows >= n; rows -= n, a += n * rows_a, c += n * ldc, finish.mask += finish.mask ? n * ldc : 0)               \
-        tile_##n(k, a, rows_a, next_a, b, next_b, c, ldc, columns, &finish);
+    for (; rows >= n; rows -= n, a += n * rows_a, c += n * ldc, finish.mask += finish.mask ? n * ldc : 0) {             \
+        fetch(&ahead);                                                                                                  \
+        tile_##n(k, a, rows_a, next_a, b, next_b, c, ldc, columns, &finish);                                            \
+    }
     TILES(MR)
     TILES(4)
     TILES(2)
@@ -152,11 +175,21 @@ static __attribute__((noinline)) void pack(float *to, long k, long columns, cons
         for (long j = 0; j < NR; j++) to[p * NR + j] = j < columns ? b[p * rows_b + j * columns_b] : 0;
 }
 
+/* The lines of a panel, for tiles of `rows` rows of A to fetch. */
+static Ahead panel_ahead(const float *b, long k, long columns, long rows_b, long columns_b, long rows)
+{
+    const long along = columns_b == 1 ? k : columns < NR ? columns : NR; /* rows of memory, and numbers in each */
+    const long across = columns_b == 1 ? (columns < NR ? columns : NR) : k;
+    const long lines = (across + LINE - 1) / LINE;
+    return (Ahead){b, columns_b == 1 ? rows_b : columns_b, along, lines, 0, along * lines * MR / rows + 1};
+}
+
 /* ---- products ------------------------------------------------------------------------------------------------- */
 
-/* c = A B, m x n, over k terms: a[i rows_a + p columns_a], b[p rows_b + j columns_b]; then bias, ReLU and mask. */
+/* c = A B, m x n, over k terms: a[i rows_a + p columns_a], b[p rows_b + j columns_b]; with `add` they are added to what c is; then
+   bias, ReLU and mask. */
 static void product(long m, long n, long k, const float *a, long rows_a, long columns_a, const float *b, long rows_b,
-                    long columns_b, float *c, const float *bias, int relu, const float *mask)
+                    long columns_b, float *c, int add, const float *bias, int relu, const float *mask)
 {
     float copy[KC * NR] __attribute__((aligned(64)));
     for (long p = 0; p < k; p += KC) {
@@ -168,13 +201,15 @@ static void product(long m, long n, long k, const float *a, long rows_a, long co
                 const long columns = n - j < NR ? n - j : NR;
                 const float *panel = b + p * rows_b + j * columns_b;
                 long next = rows_b;
+                const Ahead ahead = j + NR < n ? panel_ahead(panel + NR * columns_b, terms, n - j - NR, rows_b, columns_b, rows)
+                                               : (Ahead){0};
                 if (columns_b != 1 || columns < NR || rows > MR) { /* else one row of tiles reads it, where it lies */
                     pack(copy, terms, columns, panel, rows_b, columns_b);
                     panel = copy, next = NR;
                 }
-                Finish finish = {last && bias ? bias + j : NULL, last && mask ? mask + i * n + j : NULL, last && relu, p > 0};
+                Finish finish = {last && bias ? bias + j : NULL, last && mask ? mask + i * n + j : NULL, last && relu, add || p > 0};
                 tiles(rows, terms, a + i * rows_a + p * columns_a, rows_a, columns_a, panel, next, c + i * n + j, n, columns,
-                      finish);
+                      finish, ahead);
             }
         }
     }
@@ -200,10 +235,9 @@ static void dots(long m, long k, const float *a, const float *b, float bias, flo
     }
 }
 
-/* to[j] = sum over i of a[i][j]. */
+/* to[j] += sum over i of a[i][j]. */
 static void sum_rows(long m, long n, const float *a, float *to)
 {
-    memset(to, 0, n * sizeof(float));
     for (long i = 0; i < m; i++, a += n)
         for (long j = 0; j < n; j++) to[j] += a[j];
 }
@@ -213,6 +247,7 @@ static void sum_rows(long m, long n, const float *a, float *to)
 /* ---- networks ------------------------------------------------------------------------------------------------- */
 
 enum { MOST_LAYERS = 16 };
+enum { BLOCK = KC }; /* rows that go through all layers before the next ones: what lies between two layers stays in the cache */
 enum { NO_NORM, NORM_FIRST, NORM_AFTER }; /* layer normalisation of the hidden layers: before the ReLU, or after ReLU or GELU */
 
 typedef struct {
@@ -222,6 +257,7 @@ typedef struct {
     int64_t norm;
     int64_t sizes[MOST_LAYERS + 1];
     float *x;         /* [nets, batch, sizes[0]] */
+    int64_t kept; /* whether `hidden` has room for all rows, and not for one block of one network */
     float *hidden;    /* what the hidden layers put out, [nets, batch, width] each, one behind the other */
     float *unnormed;  /* what their normalisation takes in, likewise; NULL: none, or not kept */
     float *slopes;    /* derivatives of their GELUs, likewise; NULL: none, or not kept */
@@ -231,12 +267,35 @@ typedef struct {
     float *parameters[4 * MOST_LAYERS];
 } Network;
 
-/* Input of layer `layer` (0, 1, ...) of network i, in an array like `hidden` unless it is the network's own. */
-static float *input_of(const Network *net, float *hidden, long layer, long i)
+typedef struct {
+    long i, first, rows; /* of network i the rows from `first` on */
+} Block;
+
+static Block block(const Network *net, long i, long first)
 {
-    if (layer == 0) return net->x + i * net->batch * net->sizes[0];
+    return (Block){i, first, net->batch - first < BLOCK ? net->batch - first : BLOCK};
+}
+
+static Block next(const Network *net, Block at)
+{
+    const long first = at.first + BLOCK;
+    return first < net->batch ? block(net, at.i, first) : block(net, at.i + 1, 0);
+}
+
+/* A block's input of layer `layer` (0, 1, ...), in an array like `hidden` unless it is the network's own. */
+static float *input_of(const Network *net, float *hidden, long layer, Block at)
+{
+    const long before = at.i * net->batch + at.first;
+    if (layer == 0) return net->x + before * net->sizes[0];
     for (long l = 1; l < layer; l++) hidden += net->nets * net->batch * net->sizes[l];
-    return hidden + i * net->batch * net->sizes[layer];
+    return hidden + before * net->sizes[layer];
+}
+
+/* The same in memory that has room for one block. */
+static float *block_of(const Network *net, float *memory, long layer)
+{
+    for (long l = 1; l < layer; l++) memory += BLOCK * net->sizes[l];
+    return memory;
 }
 
 static const float *weight_of(const Network *net, long layer, long i)
@@ -250,14 +309,14 @@ static long gain_of(const Network *net, long layer) { return 2 * net->layers + 2
 static int relu_is_last(const Network *net) { return !net->gelu && net->norm != NORM_AFTER; }
 
 /* GELU and normalisation of hidden layer `layer`: from `sums`, which change, to y, which may be the same memory. */
-static void between(const Network *net, long layer, long i, float *sums, float *y)
+static void between(const Network *net, long layer, Block at, float *sums, float *y)
 {
-    const long width = net->sizes[layer + 1], behind = i * net->step * width;
+    const long width = net->sizes[layer + 1], behind = at.i * net->step * width;
     const float *gain = net->norm ? net->parameters[gain_of(net, layer)] + behind : NULL;
     const float *offset = net->norm ? net->parameters[gain_of(net, layer) + 1] + behind : NULL;
-    float *slopes = net->slopes ? input_of(net, net->slopes, layer + 1, i) : NULL;
-    Moments *kept = net->moments ? net->moments + (layer * net->nets + i) * net->batch : NULL;
-    for (long row = 0; row < net->batch; row++, sums += width, y += width) {
+    float *slopes = net->slopes ? input_of(net, net->slopes, layer + 1, at) : NULL;
+    Moments *kept = net->moments ? net->moments + (layer * net->nets + at.i) * net->batch + at.first : NULL;
+    for (long row = 0; row < at.rows; row++, sums += width, y += width) {
         if (net->gelu) gelu_row(width, sums, slopes ? slopes + row * width : NULL);
         if (!net->norm) continue;
         const Moments of = moments_of(width, sums);
@@ -267,64 +326,85 @@ static void between(const Network *net, long layer, long i, float *sums, float *
 }
 
 /* g, the gradient by what a hidden layer puts out (before its ReLU, where that is last), becomes that by its sums. */
-static void between_backward(const Network *net, long layer, long i, float *g, float *const *by_parameters)
+static void between_backward(const Network *net, long layer, Block at, float *g, float *const *by_parameters)
 {
     const long width = net->sizes[layer + 1], place = gain_of(net, layer);
-    float *by_gain = net->norm && by_parameters ? by_parameters[place] + i * width : NULL;
-    float *by_offset = net->norm && by_parameters ? by_parameters[place + 1] + i * width : NULL;
-    if (by_gain) memset(by_gain, 0, width * sizeof(float)), memset(by_offset, 0, width * sizeof(float));
-    for (long row = 0; row < net->batch; row++, g += width) {
+    float *by_gain = net->norm && by_parameters ? by_parameters[place] + at.i * width : NULL;
+    float *by_offset = net->norm && by_parameters ? by_parameters[place + 1] + at.i * width : NULL;
+    for (long row = 0; row < at.rows; row++, g += width) {
         if (net->norm) {
-            const float *x = input_of(net, net->unnormed, layer + 1, i) + row * width;
-            const float *gain = net->parameters[place] + i * net->step * width;
-            const Moments of = net->moments[(layer * net->nets + i) * net->batch + row];
+            const float *x = input_of(net, net->unnormed, layer + 1, at) + row * width;
+            const float *gain = net->parameters[place] + at.i * net->step * width;
+            const Moments of = net->moments[(layer * net->nets + at.i) * net->batch + at.first + row];
             norm_row_backward(width, x, of, gain, g, by_gain, by_offset);
             for (long j = 0; j < width && net->norm == NORM_AFTER && !net->gelu; j++) g[j] = x[j] <= 0 ? 0 : g[j];
         }
-        const float *slopes = net->gelu ? input_of(net, net->slopes, layer + 1, i) + row * width : NULL;
+        const float *slopes = net->gelu ? input_of(net, net->slopes, layer + 1, at) + row * width : NULL;
         for (long j = 0; j < width && slopes; j++) g[j] *= slopes[j];
+    }
+}
+
+static void forward(const Network *net, Block at)
+{
+    for (long l = 0; l < net->layers; l++) {
+        const long in = net->sizes[l], width = net->sizes[l + 1], last = l == net->layers - 1;
+        const float *a = l && !net->kept ? block_of(net, net->hidden, l) : input_of(net, net->hidden, l, at);
+        const float *bias = net->parameters[2 * l + 1] + at.i * net->step * width;
+        float *y = net->kept ? input_of(net, net->hidden, l + 1, at) : block_of(net, net->hidden, l + 1);
+        if (last) y = net->out + (at.i * net->batch + at.first) * width;
+        float *sums = last || !net->unnormed ? y : input_of(net, net->unnormed, l + 1, at);
+        const int relu = !last && !net->gelu && net->norm != NORM_FIRST;
+        if (width == 1 && last)
+            dots(at.rows, in, a, weight_of(net, l, at.i), *bias, y);
+        else
+            product(at.rows, width, in, a, in, 1, weight_of(net, l, at.i), 1, in, sums, 0, bias, relu, NULL);
+        if (!last && (net->gelu || net->norm)) between(net, l, at, sums, y);
+    }
+}
+
+static void backward(const Network *net, Block at, const float *by_out, float *by_hidden, float *by_x, float *const *by_parameters)
+{
+    for (long l = net->layers - 1; l >= 0; l--) {
+        const long in = net->sizes[l], width = net->sizes[l + 1], before = at.i * net->batch + at.first;
+        const float *x = input_of(net, net->hidden, l, at);
+        const float *g = l == net->layers - 1 ? by_out + before * width : block_of(net, by_hidden, l + 1);
+        if (by_parameters) {
+            float *by_weight = by_parameters[2 * l] + at.i * width * in;
+            product(width, in, at.rows, g, 1, width, x, in, 1, by_weight, at.first > 0, NULL, 0, NULL);
+            sum_rows(at.rows, width, g, by_parameters[2 * l + 1] + at.i * width);
+        }
+        float *c = l ? block_of(net, by_hidden, l) : by_x ? by_x + before * in : NULL;
+        const float *mask = l && relu_is_last(net) ? x : NULL;
+        if (c) product(at.rows, in, width, g, width, 1, weight_of(net, l, at.i), in, 1, c, 0, NULL, 0, mask);
+        if (l && (net->gelu || net->norm)) between_backward(net, l - 1, at, c, by_parameters);
+    }
+}
+
+/* The gradients that are sums over rows, other than the weights', begin at 0. */
+static void clear(const Network *net, float *const *by_parameters)
+{
+    for (long l = 0; l < net->layers; l++) {
+        const size_t bytes = net->nets * net->sizes[l + 1] * sizeof(float);
+        memset(by_parameters[2 * l + 1], 0, bytes);
+        for (long k = 0; k < 2 && net->norm && l < net->layers - 1; k++) memset(by_parameters[gain_of(net, l) + k], 0, bytes);
     }
 }
 
 /* Fill `hidden` and `out`, and what else there is to keep for the backward pass. */
 void mlp_forward(const Network *net)
 {
-    for (long i = 0; i < net->nets; i++)
-        for (long l = 0; l < net->layers; l++) {
-            const long in = net->sizes[l], width = net->sizes[l + 1], last = l == net->layers - 1;
-            const float *a = input_of(net, net->hidden, l, i);
-            const float *bias = net->parameters[2 * l + 1] + i * net->step * width;
-            float *y = last ? net->out + i * net->batch * width : input_of(net, net->hidden, l + 1, i);
-            float *sums = last || !net->unnormed ? y : input_of(net, net->unnormed, l + 1, i);
-            const int relu = !last && !net->gelu && net->norm != NORM_FIRST;
-            if (width == 1 && last)
-                dots(net->batch, in, a, weight_of(net, l, i), *bias, y);
-            else
-                product(net->batch, width, in, a, in, 1, weight_of(net, l, i), 1, in, sums, bias, relu, NULL);
-            if (!last && (net->gelu || net->norm)) between(net, l, i, sums, y);
-        }
+    for (Block at = block(net, 0, 0); at.i < net->nets; at = next(net, at)) forward(net, at);
 }
 
 /* Gradients from that of the output, by_out, and from what the forward pass kept.
 
-   by_hidden: memory of `hidden`'s size, for the gradients by the hidden layers' sums.
+   by_hidden: memory for a block's gradients by the hidden layers' sums, [BLOCK, width] each.
    by_x: shaped like x, or NULL: not wanted. by_parameters: dense arrays in the order of `parameters`, or NULL. */
 void mlp_backward(const Network *net, const float *by_out, float *by_hidden, float *by_x, float *const *by_parameters)
 {
-    for (long i = 0; i < net->nets; i++)
-        for (long l = net->layers - 1; l >= 0; l--) {
-            const long in = net->sizes[l], width = net->sizes[l + 1];
-            const float *x = input_of(net, net->hidden, l, i);
-            const float *g = l == net->layers - 1 ? by_out + i * net->batch * width : input_of(net, by_hidden, l + 1, i);
-            if (by_parameters) {
-                product(width, in, net->batch, g, 1, width, x, in, 1, by_parameters[2 * l] + i * width * in, NULL, 0, NULL);
-                sum_rows(net->batch, width, g, by_parameters[2 * l + 1] + i * width);
-            }
-            float *c = l ? input_of(net, by_hidden, l, i) : by_x ? by_x + i * net->batch * in : NULL;
-            const float *mask = l && relu_is_last(net) ? x : NULL;
-            if (c) product(net->batch, in, width, g, width, 1, weight_of(net, l, i), in, 1, c, NULL, 0, mask);
-            if (l && (net->gelu || net->norm)) between_backward(net, l - 1, i, c, by_parameters);
-        }
+    if (by_parameters) clear(net, by_parameters);
+    for (Block at = block(net, 0, 0); at.i < net->nets; at = next(net, at))
+        backward(net, at, by_out, by_hidden, by_x, by_parameters);
 }
 
 #include "program.h"

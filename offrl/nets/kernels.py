@@ -41,7 +41,7 @@ _INCLUDED = [Path(__file__).with_name(name) for name in ("rows.h", "program.h")]
 # No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums; roots need set no error code.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _NONE = "no C compiler built them (gcc or clang, as cc on the path or named by CC), or others may write to their file"
-_MOST_LAYERS = 16  # as in the source
+_MOST_LAYERS, _ROWS = 16, 256  # layers, and rows in a block, as in the source
 
 
 class _Switch(threading.local):
@@ -218,6 +218,17 @@ def _scratch(numbers: int) -> Tensor:
     return _switch.scratch
 
 
+def _sizes(x: Tensor, parameters: Sequence[Tensor], kind: _Kind) -> list[int]:
+    """Widths of x and of what each layer puts out."""
+    layers = (len(parameters) + 2) // 4 if kind.norm else len(parameters) // 2
+    return [x.shape[-1], *[b.shape[-1] for b in parameters[1 : 2 * layers : 2]]]
+
+
+def _block(sizes: Sequence[int]) -> int:
+    """Numbers that the hidden layers put out for one block of rows."""
+    return _ROWS * sum(sizes[1:-1])
+
+
 def _forward(
     library: ctypes.CDLL, x: Tensor, parameters: Sequence[Tensor], kind: _Kind, step: int, keep: bool = False
 ) -> tuple[array[int], Tensor, Tensor]:
@@ -225,19 +236,20 @@ def _forward(
 
     Args:
         parameters: those of the layers, then those of the norms.
-        keep: write what a backward pass needs. Otherwise it is the hidden layers' outputs alone, and the next call writes
-            over them.
+        keep: write what a backward pass needs. Otherwise it is the hidden layers' outputs of one block of rows, and the next
+            block writes over them.
     """
-    n, batch, width = x.shape
-    layers = (len(parameters) + 2) // 4 if kind.norm else len(parameters) // 2
-    sizes = [width, *[b.shape[-1] for b in parameters[1 : 2 * layers : 2]]]
+    n, batch, _ = x.shape
+    sizes = _sizes(x, parameters, kind)
+    layers = len(sizes) - 1
     numbers = n * batch * sum(sizes[1:-1])
-    # `hidden`, `unnormed`, `slopes` and `moments` of the source's `Network`.
+    block = _block(sizes)
+    # `hidden`, `unnormed`, `slopes` and `moments` of the source's `Network`; `hidden` alone of one block.
     parts = [numbers, numbers * (kind.norm > 0), numbers * kind.gelu, 2 * n * batch * (layers - 1) * (kind.norm > 0)]
-    parts = parts if keep else [numbers, 0, 0, 0]
-    written, out = x.new_empty(sum(parts)) if keep else _scratch(numbers), x.new_empty((n, batch, sizes[-1]))
+    parts = parts if keep else [block, 0, 0, 0]
+    written, out = x.new_empty(sum(parts)) if keep else _scratch(block), x.new_empty((n, batch, sizes[-1]))
     kept = [written.data_ptr() + 4 * sum(parts[:i]) if part else 0 for i, part in enumerate(parts)]
-    pointers = [x.data_ptr(), *kept, out.data_ptr(), *[p.data_ptr() for p in parameters]]
+    pointers = [x.data_ptr(), int(keep), *kept, out.data_ptr(), *[p.data_ptr() for p in parameters]]
     unused = [0] * (_MOST_LAYERS + 1 - len(sizes))
     # `Network`, whose numbers and pointers all have eight bytes; what it has behind the last one is not read.
     call = array("q", [n, batch, layers, step, *kind, *sizes, *unused, *pointers])
@@ -265,6 +277,7 @@ class _MLP(torch.autograd.Function):
         assert library is not None
         x = x.contiguous()
         ctx.call, out, written = _forward(library, x, parameters, kind, step, keep=True)
+        ctx.kind = kind
         ctx.save_for_backward(x, written, *parameters)
         return out
 
@@ -279,7 +292,7 @@ class _MLP(torch.autograd.Function):
         if any(ctx.needs_input_grad[3:]):
             by_parameters = [x.new_empty(p.shape) for p in parameters]
         pointers = array("q", [g.data_ptr() for g in by_parameters])
-        grad, by_hidden = grad.contiguous(), _scratch(written.numel())  # some of which is enough
+        grad, by_hidden = grad.contiguous(), _scratch(_block(_sizes(x, parameters, ctx.kind)))
         addresses = (
             ctx.call.buffer_info()[0],
             grad.data_ptr(),
