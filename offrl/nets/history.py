@@ -102,9 +102,8 @@ def memories(encoder: Encoder, obs: Tensor, previous: Tensor, exists: Tensor) ->
     n, length = obs.shape[1:3]
     flat = encoder.features(*(part.flatten(1, 2) for part in (obs, previous, exists)))
     memory, found = obs.new_zeros(len(obs), n, encoder.memory_dim), []
-    for features in flat.unflatten(1, (n, length)).unbind(
-        2
-    ):  # the gradient of an index would be as large as all timesteps
+    # Taken apart at once: the gradient of each index would be as large as all timesteps.
+    for features in flat.unflatten(1, (n, length)).unbind(2):
         memory = encoder.advance(features, memory)
         found.append(memory)
     return torch.stack(found, 2)
