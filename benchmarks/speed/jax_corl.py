@@ -78,10 +78,25 @@ def jax_corl_burst(module: Any, agent: str) -> Burst:
     return burst
 
 
+def rebrac_states(module: Any, config: Any, seeds: list[Any], obs: Any, action: Any) -> dict[str, Any]:
+    """Networks, targets and optimisers of `actor` and `critic`."""
+    import optax
+
+    actor = module.DetActor(ACTION, config.hidden_dim, config.actor_ln, config.actor_n_hiddens)
+    critic = module.EnsembleCritic(config.hidden_dim, 2, config.critic_ln, config.critic_n_hiddens)
+    made = {}
+    for name, net, kind, rate, inputs, seed in (
+        ("actor", actor, module.ActorTrainState, config.actor_learning_rate, (obs,), seeds[0]),
+        ("critic", critic, module.CriticTrainState, config.critic_learning_rate, (obs, action), seeds[1]),
+    ):
+        parameters = net.init(seed, *inputs)
+        made[name] = kind.create(apply_fn=net.apply, params=parameters, target_params=parameters, tx=optax.adam(rate))
+    return made
+
+
 def rebrac_burst(module: Any) -> Burst:
     """The loop of the checkout's `train`, without its environment."""
     import jax
-    import optax
 
     if not hasattr(jax, "tree_map"):  # newer versions name it otherwise
         jax.tree_map = jax.tree_util.tree_map
@@ -89,21 +104,8 @@ def rebrac_burst(module: Any) -> Burst:
     names = {"states": "observations", "actions": "actions", "rewards": "rewards", "next_states": "next_observations"}
     data = {name: jax.numpy.array(fields[of]) for name, of in (names | {"dones": "dones"}).items()}
     data["next_actions"] = jax.numpy.roll(data["actions"], -1, 0)
-    key, actor_key, critic_key = jax.random.split(jax.random.PRNGKey(0), 3)
-    nets = {
-        "actor": module.DetActor(ACTION, config.hidden_dim, config.actor_ln, config.actor_n_hiddens),
-        "critic": module.EnsembleCritic(config.hidden_dim, 2, config.critic_ln, config.critic_n_hiddens),
-    }
-    rates = {"actor": config.actor_learning_rate, "critic": config.critic_learning_rate}
-    inputs = {"actor": data["states"][:1], "critic": (data["states"][:1], data["actions"][:1])}
-    kinds = {"actor": module.ActorTrainState, "critic": module.CriticTrainState}
-    states = {}
-    for name, seed in (("actor", actor_key), ("critic", critic_key)):
-        given = inputs[name] if isinstance(inputs[name], tuple) else (inputs[name],)
-        parameters = nets[name].init(seed, *given)
-        states[name] = kinds[name].create(
-            apply_fn=nets[name].apply, params=parameters, target_params=parameters, tx=optax.adam(rates[name])
-        )
+    key, *seeds = jax.random.split(jax.random.PRNGKey(0), 3)
+    states = rebrac_states(module, config, seeds, data["states"][:1], data["actions"][:1])
     shared = {"gamma": config.gamma, "tau": config.tau, "actor_bc_coef": config.actor_bc_coef}
     shared |= {
         "policy_noise": config.policy_noise,

@@ -8,8 +8,7 @@ Each row is one run of all lanes; a command that was stopped goes on. On the gri
 the best policy of observations. The loss J is that of the first and of the last logged update, averaged over lanes, in units of
 squared standardised rewards. "State" is the share of timesteps of uniform actions whose state (cell and draw) a linear probe
 reads from the encoding, in brackets from the observation alone; "within" the share of the encodings' variance within states
-(offrl/evaluation/linear_probe.py). The numbers of each lane go to
-DIR/histories_AGENT_DATASET.json.
+(offrl/evaluation/linear_probe.py). The numbers of each lane go to DIR/histories_AGENT_DATASET.json.
 """
 
 from __future__ import annotations
@@ -101,6 +100,8 @@ def main() -> None:
 def options_of(agent: str, dataset: str, method: str, updates: int) -> dict[str, Any]:
     """Options of one run, without its lanes and its folder."""
     grid = dataset.startswith("forge/grid/")
+    if grid and agent not in ON_GRID:
+        raise SystemExit(f"--agents {agent}: there are no settings for the grid; choose of {', '.join(ON_GRID)}.")
     return {
         **(GRID | ON_GRID[agent] if grid else MASKED),
         **METHODS[method],
