@@ -47,7 +47,7 @@ VAE_BC |= {"normalize_obs": True}
 FOUR, SAMPLED = (512, 512, 512, 512), {"sample_actions": True, "normalize_obs": False}
 FLOW_BC = {"flow_steps": 10, "lr": 3e-4, "hidden": FOUR, **SAMPLED}
 FQL = {**FLOW_BC, "alpha": 1.0, "normalize_q": True, "target": "mean", "pessimism": 0.5, "members": 2, **BACKUP}
-FQL |= {"critic_norm": True}
+FQL |= {"critic_norm": True, "action_chunk": 1}
 IFQL = {"policy": "flow", "candidates": 32, "expectile": 0.9, "denoising_steps": 5, **BACKUP, "norm": True, **FLOW_BC}
 
 # yihaosun1124/OfflineRL-Kit, `run_example/run_mopo.py`, and `run_mobile.py` with the clamp of `mobile.py`; its c is one set's.
@@ -57,7 +57,7 @@ MOPO |= {"alpha_lr": 1e-4, "hidden": TWO, "normalize_obs": False}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "mopo": MOPO,
     "mobile": {**MOPO, "penalty": 0.5, "draws": 10, "target_min": 0.0, "backup_entropy": False},
-    "flow_bc": FLOW_BC,
+    "flow_bc": {**FLOW_BC, "action_chunk": 1},
     "fql": FQL,
     "ifql": IFQL,
     # philippe-eecs/IDQL sweeps N over 16, 64 and 256; the networks and rates are those of IFQL.
