@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from offrl.agents.history import HistoryAgent
 from offrl.cli.finetune import value_of
 from offrl.envs.hidden_grid import hidden_grid
 from offrl.evaluation.linear_probe import probe_states
-from offrl.utils.paths import replacing
+
+sys.path.append(str(Path(__file__).parent))
+from collect import write_json
 
 METHODS: dict[str, dict[str, Any]] = {
     "k = 1": {"history": "window", "history.context": 1},
@@ -140,9 +143,7 @@ def told(cell: dict[str, Any]) -> tuple[str, ...]:
 def keep(path: Path, key: str, cell: dict[str, Any]) -> None:
     """Put a method's row into the JSON file of its agent and dataset."""
     rows = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(rows | {key: cell}, indent=1) + "\n")
+    write_json(path, rows | {key: cell})
 
 
 def logged(folder: Path, name: str) -> list[list[float]]:

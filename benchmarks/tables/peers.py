@@ -92,7 +92,14 @@ def cql(module: Any, spec: Spec, cfg: Any, updates: int) -> tuple[Any, nn.Module
     return module.ContinuousCQL(*both, *with_adam(actor, cfg.actor_lr), -float(spec.action_dim), **settings), actor
 
 
-METHODS: dict[str, Callable[..., tuple[Any, nn.Module]]] = {"td3_bc": td3_bc, "iql": iql, "cql": cql}
+def bc(module: Any, spec: Spec, cfg: Any, updates: int) -> tuple[Any, nn.Module]:
+    needs(cfg.hidden == (256, 256), "bc", cfg)
+    actor = module.Actor(spec.obs_dim, spec.action_dim, spec.action_high)
+    return module.BC(spec.action_high, *with_adam(actor, cfg.lr)), actor
+
+
+METHODS: dict[str, Callable[..., tuple[Any, nn.Module]]] = {"td3_bc": td3_bc, "iql": iql, "cql": cql, "bc": bc}
+FILES = {"bc": "any_percent_bc"}  # of the checkout, where they have another name
 
 
 def needs(fits: bool, method: str, cfg: Any) -> None:
@@ -109,7 +116,7 @@ def mean_action(method: str, actor: nn.Module, obs: Tensor, largest: float) -> T
     if method == "cql":
         return actor(obs, True)[0]
     out = actor(obs)
-    if method == "td3_bc":
+    if method in ("td3_bc", "bc"):
         return out
     return (out if isinstance(out, Tensor) else out.mean) * largest
 
@@ -243,7 +250,7 @@ def compare(method: str, arguments: argparse.Namespace, save: Callable[[], None]
     words += [f"lanes={arguments.seeds}", "device=cpu", "engine=eager", "progress=false", *arguments.options]
     trainer = Trainer(resolve_config(compose_words(words)), Path(method))
     torch.set_num_threads(1)
-    sides = [Theirs(method, corl.load(arguments.checkout, method), trainer), Ours(trainer)]
+    sides = [Theirs(method, corl.load(arguments.checkout, FILES.get(method, method)), trainer), Ours(trainer)]
     settings = {**trainer.job.agent, "batch_size": trainer.cfg.batch_size}
     settings |= {f"data.{k}": v for k, v in asdict(trainer.cfg.data).items() if k.startswith("reward")}
     mine = [Record(method, side.side, list(trainer.seeds), settings) for side in sides]

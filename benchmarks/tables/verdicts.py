@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from scipy import stats
 
 from offrl import results
 
+sys.path.append(str(Path(__file__).parent))
+from histories import METHODS
+
 HERE = Path(__file__).parent / "results"
 Scores = NDArray[np.float64]
 
@@ -31,7 +35,7 @@ MAZE = "forge/pointmaze/medium-v0"
 CUBE_TASKS = [f"forge/ogbench/cube-single-play-singletask-task{i}-v0" for i in range(1, 6)]
 MAZE_TASKS = [f"forge/ogbench/pointmaze-medium-navigate-singletask-task{i}-v0" for i in range(1, 6)]
 MIXTURES = ("forge/hopper/random-expert-0.05-v0", "forge/halfcheetah/random-expert-0.1-v0")
-HISTORIES = ("k = 1", "GRU", "GRU, loss 0.5")  # as in histories.py
+HISTORIES = tuple(METHODS)
 DEPTH = "td3_bc (A2PR's depth, alpha and discount)"
 NOT_YET = "not run yet"
 WITHIN = 0.05  # nats per action: as near counts as the same on-policyness

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offrl.agents.base import ActingState, Batch, RecurrentAgent, WindowBatch
 from offrl.agents.chunks import ChunkBatch, ChunkState, chunk_spec, chunked
-from offrl.nets import Adam, FlowPolicy, per_lane
+from offrl.nets import Adam, FlowPolicy
 from offrl.nets.box import ActionBox
 
 
@@ -92,9 +92,8 @@ class FlowBC(RecurrentAgent[FlowBCConfig]):
         error = self.flow.error(batch.obs, self.chunk_box.to_unit(batch.action), self.random)
         return (error * batch.valid if isinstance(batch, ChunkBatch) else error).mean((-2, -1))
 
-    def transitions(self, batch: Batch) -> Batch:
-        """The batch that the losses take: chunks for actions, if there are any."""
-        discount = per_lane(getattr(self.cfg, "discount", 1.0))
+    def transitions(self, batch: Batch, discount: Tensor | float = 1.0) -> Batch:
+        """The batch that the losses take: chunks for actions, if there are any; `discount` is that of their rewards."""
         return chunked(batch, discount) if isinstance(batch, WindowBatch) else batch
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:

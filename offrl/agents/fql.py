@@ -91,7 +91,7 @@ class FQL(FlowBC):
         return loss, {"actor_loss": loss, "distill_loss": distance, "q": q.mean(-1)}
 
     def update(self, batch: Batch, phase: int) -> dict[str, Tensor]:
-        batch = self.transitions(batch)
+        batch = self.transitions(batch, per_lane(self.cfg.discount))
         critic_loss, flow_loss = self.critic_loss(batch), self.flow_loss(batch)
         policy_loss, metrics = self.policy_loss(batch)
         polyak(self.critics_target, self.critics, self.cfg.tau)  # the authors average before the step
