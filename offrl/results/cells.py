@@ -6,6 +6,7 @@ known without online information; the best one is not, so it is never the report
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -158,6 +159,7 @@ def build(
         notes.append(
             f"Left out, same settings and seed as another run that got at least as far: {_enumerate(repeated)}."
         )
+    notes += _different_data(rows, runs)
     cells = _cells(rows, runs, last_k)
     _mark_best(cells)
     return cells, rows, notes
@@ -196,6 +198,27 @@ def _without_repeated_seeds(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[str]
     dropped = lanes.join(kept, on=[*lane, *cell], how="anti").group_by("folder").agg(pl.col("seed").sort())
     names = [f"{Path(folder).name} (seeds {', '.join(map(str, seeds))})" for folder, seeds in dropped.iter_rows()]
     return rows.join(kept, on=[*lane, *cell], how="semi"), sorted(names)
+
+
+def _different_data(rows: pl.DataFrame, runs: list[results.Run]) -> list[str]:
+    """A sentence for each dataset of which the same name and settings stood for different numbers."""
+    by_folder = {str(run.folder): run for run in runs}
+    methods: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for dataset, folder, label in rows.select("dataset", "folder", "label").unique().iter_rows():
+        run = by_folder[folder]
+        if isinstance(fingerprint := run.manifest.get("fingerprint"), str):
+            settings = {key: value for key, value in (run.config.get("data") or {}).items() if key != "cache"}
+            key = (dataset, json.dumps(settings, sort_keys=True))
+            methods.setdefault(key, {}).setdefault(fingerprint, set()).add(label)
+    return [
+        f"{dataset}: these runs were not trained on the same numbers, though the dataset has the same name in all: "
+        + "; ".join(
+            f"{', '.join(sorted(found))} (fingerprint {fingerprint[:8]})" for fingerprint, found in sorted(sets.items())
+        )
+        + ". Files of that name differ, or it was built on machines that round differently."
+        for (dataset, _), sets in sorted(methods.items())
+        if len(sets) > 1
+    ]
 
 
 def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cell]:

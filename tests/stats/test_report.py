@@ -264,6 +264,23 @@ def test_unfinished_runs_are_marked_and_empty_ones_noted(tmp_path):
 # ---- what is said of them ------------------------------------------------------------------------------------
 
 
+def test_one_name_for_different_numbers_is_said(tmp_path):
+    """Files of one name may differ, or a set may have been built on two machines; a setting that says so is no surprise."""
+    for name, agent, fingerprint, data in (
+        ("a", "bc", "aaaaaaaa1", {"size": None}),
+        ("b", "iql", "bbbbbbbb2", {"size": None}),
+        ("c", "td3_bc", "cccccccc3", {"size": 1000}),
+    ):
+        folder = tmp_path / "runs" / name
+        make_run(folder, agent, config={"data": data})
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": fingerprint}))
+    (note,) = [note for note in make(tmp_path).notes if "same numbers" in note]
+    assert note.startswith(D4RL)
+    assert "bc (fingerprint aaaaaaaa); iql (fingerprint bbbbbbbb)" in note
+    assert "td3_bc" not in note
+
+
 def test_bold_are_those_whose_interval_reaches_the_best(tmp_path):
     """Intervals of five seeds: the level +- t(4) * std / sqrt(5), std = sqrt(5), so 2.776; the best one begins at 87.2."""
     around = np.array([-2, -2, 0, 2, 2]) * math.sqrt(5) / 2  # sample standard deviation sqrt(5)
