@@ -56,11 +56,18 @@ INLINE void store_part(float *p, vec x, long left)
 /* GELU in place; its derivatives go to `slopes` unless that is NULL. */
 static void gelu_row(long n, float *x, float *slopes)
 {
-    for (long j = 0; j < n; j += W) {
-        vec slope;
-        store_part(x + j, gelu(load_part(x + j, n - j), &slope), n - j);
-        if (slopes) store_part(slopes + j, slope, n - j);
-    }
+    vec slope; /* where nobody reads it the compiler leaves its arithmetic out */
+    long j = 0;
+    if (slopes)
+        for (; j + W <= n; j += W) {
+            store(x + j, gelu(load(x + j), &slope));
+            store(slopes + j, slope);
+        }
+    else
+        for (; j + W <= n; j += W) store(x + j, gelu(load(x + j), &slope));
+    if (j == n) return;
+    store_part(x + j, gelu(load_part(x + j, n - j), &slope), n - j);
+    if (slopes) store_part(slopes + j, slope, n - j);
 }
 
 /* ---- layer normalisation -------------------------------------------------------------------------------------- */
