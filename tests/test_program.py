@@ -143,7 +143,7 @@ def test_optimisers_and_moving_averages(compiled: None, rate: Any, weight_decay:
 
 
 def test_pytorchs_orders_are_the_sources(compiled: None) -> None:
-    """Of the PyTorch that `make` installs, with vectors of eight or sixteen numbers. Elsewhere an order that differs costs time alone."""
+    """Of the PyTorch that `make` installs, with vectors of eight or sixteen numbers. Another order costs time alone."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("another kind of vectors")
     library = kernels._library()

@@ -70,7 +70,7 @@ def to_flax(network: UNet) -> dict[str, Any]:
         return {"kernel": layer.weight.detach().numpy().T, "bias": layer.bias.detach().numpy()}
 
     def conv(layer: Any) -> dict[str, Any]:
-        kernel = layer.weight.detach().squeeze(2).permute(2, 1, 0).numpy()
+        kernel = layer.weight.detach().permute(1, 2, 0).numpy()
         return {"kernel": kernel, "bias": layer.bias.detach().numpy()}
 
     def norm(layer: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from offrl.augment.edm import SamplerConfig
 from offrl.augment.policy_guided import PolicyGuidedConfig, PolicyGuidedDiffusion
 from offrl.augment.world_model import Ensemble, EnsembleConfig, EnsembleFit, WorldModel, WorldModelConfig, termination
 from offrl.data.dataset import OfflineDataset
+from offrl.nets import kernels
 from offrl.utils.process import tune_process
 
 OBS, ACTION = 11, 3
@@ -81,9 +82,10 @@ def trainers(store: OfflineDataset, arguments: argparse.Namespace) -> dict[str, 
     }
 
     def burst(fit: Any) -> int:
-        for _ in range(arguments.updates):
-            fit.step += 1
-            fit.update()
+        with kernels.in_use():  # as `FitLoop.run`
+            for _ in range(arguments.updates):
+                fit.step += 1
+                fit.update()
         return int(arguments.updates)
 
     return {name: lambda fit=fit: burst(fit) for name, fit in fits.items()}
@@ -164,8 +166,11 @@ def products() -> int:
 
 def flop_each(work: Work) -> float:
     """Operations in matrix products and convolutions of one update, or of one transition."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # keeps the kernels off, whose operations the counter does not see
     with FlopCounterMode(display=False) as counter:
         done = work()
+    torch.set_num_threads(threads)
     return counter.get_total_flops() / done
 
 

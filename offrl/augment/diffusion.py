@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from offrl.agents.base import Agent
 from offrl.augment import edm
 from offrl.augment.base import Augmentation, SyntheticConfig
-from offrl.augment.fitting import FitLoop, fit_or_load, model_path
+from offrl.augment.fitting import Drawn, FitLoop, fit_or_load, model_path
 from offrl.augment.trajectories import Codec, Windows, split_episodes, synthetic_store
 from offrl.augment.unet import UNet
 from offrl.data.dataset import OfflineDataset
-from offrl.nets import Adam, make_target, polyak
+from offrl.nets import Adam, kernels, make_target, polyak
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
-_VERSION = 1  # raise it when the same settings give other weights
+_VERSION = 2  # raise it when the same settings give other weights
 _CHUNK = 8192  # steps of each lane that go through the network at once
 
 
@@ -111,6 +111,7 @@ class Training(FitLoop):
         self.average.action_variance.copy_(_action_variance(self.windows))
         self.online = make_target(self.average.network).requires_grad_(True)
         self.optimizer = Adam(self.online.parameters(), cfg.lr).to(self.device)
+        self.optimizer.lr = torch.zeros((), device=self.device)  # a tensor, which a tape reads anew
         self.random = LaneRandom((cfg.seed,), self.device)
 
     def _windows(self, store: OfflineDataset, episodes: Tensor) -> Windows:
@@ -123,16 +124,23 @@ class Training(FitLoop):
         except OffrlError:  # those episodes are too short
             return None
 
-    def update(self) -> Tensor:
-        """One step of Adam on a batch of windows."""
-        self.random.step.fill_(self.step)
-        index = self.random.integers("windows", len(self.windows), (self.cfg.batch_size,))[0]
-        loss = self._loss(self.online, self.windows.gather(index), "train")
-        self.optimizer.lr = self.rate(self.step)
+    def draw(self) -> Drawn:
+        """A batch of windows, its noise levels and noise."""
+        self.random.go_to(self.step)
+        index = self.random.integers("windows", len(self.windows), (self.cfg.batch_size,), self.random.step[None])[0, 0]
+        assert isinstance(self.optimizer.lr, Tensor)
+        self.optimizer.lr.fill_(self.rate(self.step))
+        return self._noised(self.windows.gather(index), "train")
+
+    def learn(self, drawn: Drawn) -> Tensor:
+        """One step of Adam."""
+        loss = edm.loss(self.online, **vars(drawn))
         self.optimizer.step(loss)
+        return loss.detach()
+
+    def settle(self) -> None:
         if self.step % self.cfg.ema_every == 0:
             polyak(self.average.network, self.online, 1 - self.cfg.ema_decay)
-        return loss.detach()
 
     def rate(self, step: int) -> float:
         """Learning rate: linear from a tenth of `lr` over the first tenth of the updates, then a cosine to 0."""
@@ -141,26 +149,30 @@ class Training(FitLoop):
             return self.cfg.lr * (0.1 + 0.9 * step / warm)
         return self.cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.cfg.updates - warm)))
 
-    def _loss(self, network: nn.Module, clean: Tensor, draw: str) -> Tensor:
+    def _noised(self, clean: Tensor, draw: str) -> Drawn:
+        """What the loss takes of these windows: a level of noise each, and noise."""
         log_sigma = self.random.normal(f"{draw}/sigma", clean.new_empty(1, len(clean)))[0]
         sigma = (edm.LOG_SIGMA_MEAN + edm.LOG_SIGMA_STD * log_sigma).exp()
-        return edm.loss(network, clean, sigma, self.random.normal(f"{draw}/noise", clean.unsqueeze(0))[0])
+        return Drawn(clean=clean, sigma=sigma, noise=self.random.normal(f"{draw}/noise", clean.unsqueeze(0))[0])
 
     @torch.no_grad()
     def validation_loss(self, most: int = 2048) -> float | None:
         """Loss of the averaged network on at most `most` held-out windows; None without any."""
         if self.held is None:
             return None
-        self.random.step.zero_()
+        self.random.look_ahead(0, 0)
         index = torch.arange(min(len(self.held), most), device=self.device)
         index = index * len(self.held) // len(index)
         parts = [
-            (float(self._loss(self.average.network, self.held.gather(rows), f"held/{i}")), len(rows))
+            (
+                float(edm.loss(self.average.network, **vars(self._noised(self.held.gather(rows), f"held/{i}")))),
+                len(rows),
+            )
             for i, rows in enumerate(index.split(256))
         ]
         return sum(value * n for value, n in parts) / len(index)
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         modules = {"average": self.average.network, "online": self.online, "optimizer": self.optimizer}
         return {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
 
@@ -230,6 +242,7 @@ class Diffusion(Augmentation):
         return synthetic_store(rows, self.store, self.name)
 
     @torch.no_grad()
+    @kernels.in_use()
     def sample(self, policy: Agent | None, step: int) -> Tensor:
         """Encoded trajectories `[lanes, trajectories, T + 1, D]`."""
         cfg, random, guide = self.cfg, self.random(step), self.guide(policy)

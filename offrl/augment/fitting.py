@@ -8,46 +8,80 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from offrl.data.dataset import OfflineDataset
+from offrl.nets import kernels
+from offrl.nets.take import Take
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, one_at_a_time
 from offrl.utils.progress import Bar
+from offrl.utils.random import LaneRandom
 
 SAVE_EVERY = 500  # updates between checkpoints of a fit
 
 
+class Drawn(SimpleNamespace):
+    """What one update learns from: tensors by name."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Drawn:
+        return Drawn(**{name: function(tensor) for name, tensor in vars(self).items()})
+
+
 class FitLoop:
-    """The loop of updates that fits a model.
+    """The loop of updates that fits a model. On a CPU an update is played from a tape, which gives the same numbers sooner.
 
     Attributes:
         step, updates: number of updates made, and in total.
+        random: random numbers of the updates.
     """
 
     step: int = 0
     updates: int
+    random: LaneRandom
+    take: Take | None = None  # the update on tape
+    warm: bool = False  # whether an update was made: the first one makes what later ones find
 
-    def update(self) -> Tensor:
-        """Make one update; returns its loss."""
+    def draw(self) -> Drawn:
+        """What update number `step` learns from."""
         raise NotImplementedError
 
-    def state(self) -> dict[str, Tensor]:
+    def learn(self, drawn: Drawn) -> Tensor:
+        """Make an update from these numbers, without a branch on a value; returns its loss."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """What follows an update."""
+
+    def state_dict(self) -> dict[str, Tensor]:
         """Everything that updates change, except `step`."""
         raise NotImplementedError
+
+    def update(self) -> Tensor:
+        """Make update number `step`; returns its loss."""
+        drawn = self.draw()
+        if not self.warm or self.random.step.device.type != "cpu":
+            self.warm = True
+            loss = self.learn(drawn)
+        else:
+            self.take = self.take or Take(self, drawn)
+            loss = self.take.make(drawn, lambda drawn: {"loss": self.learn(drawn)})["loss"]
+        self.settle()
+        return loss
 
     def result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The fitted model's tensors and metadata."""
         raise NotImplementedError
 
     def run(self, path: Path, progress: bool, title: str) -> None:
-        """Make the remaining updates; the state is saved to `path` every `SAVE_EVERY` updates."""
+        """Make the remaining updates, by the kernels where there are some; the state is saved to `path` every `SAVE_EVERY`."""
         self._restore(path)
-        with Bar(progress, title, self.step, self.updates) as bar:
+        with kernels.in_use(), Bar(progress, title, self.step, self.updates) as bar:
             while self.step < self.updates:
                 self.step += 1
                 loss = self.update()
@@ -55,7 +89,7 @@ class FitLoop:
                     bar.note(f"loss {float(loss):.3f}")
                     if not bool(loss.isfinite()):
                         raise OffrlError(f"{title}: the loss is no longer finite; lower the learning rate (lr).")
-                    write(path, self.state(), {"step": self.step})
+                    write(path, self.state_dict(), {"step": self.step})
                 bar.update(self.step)
 
     def _restore(self, path: Path) -> None:
@@ -63,7 +97,7 @@ class FitLoop:
             tensors, metadata = checkpoint.load(path)
         except OffrlError:  # none, or a damaged one: from the beginning
             return
-        for key, tensor in self.state().items():
+        for key, tensor in self.state_dict().items():
             tensor.copy_(tensors[key])
         self.step = metadata["step"]
 

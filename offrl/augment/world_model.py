@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, SyntheticConfig
-from offrl.augment.fitting import FitLoop, fit_or_load, model_path
+from offrl.augment.fitting import Drawn, FitLoop, fit_or_load, model_path
 from offrl.augment.termination import disagreement, termination
 from offrl.augment.trajectories import Rows, synthetic_store
 from offrl.data.dataset import OfflineDataset
-from offrl.nets import MLP, Adam, per_lane
+from offrl.nets import MLP, Adam, kernels, per_lane
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
-_VERSION = 1  # raise it when the same settings give other weights
+_VERSION = 2  # raise it when the same settings give other weights
 _CHUNK = 65_536  # rows that go through the ensemble at once
 _SAMPLE = 2_000  # rows of the dataset whose uncertainty the manifest summarises
 
@@ -184,14 +184,18 @@ class EnsembleFit(FitLoop):
         self.model.fit_scales(store)
         order = torch.randperm(len(store), generator=torch.Generator().manual_seed(cfg.seed)).to(store.device)
         held = min(max(1, round(cfg.holdout * len(store))), len(store) - 1)
-        self.held, self.learn = order[:held], order[held:]
+        self.held, self.learned = order[:held], order[held:]
         self.optimizer = Adam(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay).to(store.device)
         self.random = LaneRandom((cfg.seed,), store.device)
 
-    def update(self) -> Tensor:
-        self.random.step.fill_(self.step)
-        rows = self.learn[self.random.integers("rows", len(self.learn), (self.cfg.batch_size,))[0]]
-        loss = self.loss(rows)
+    def draw(self) -> Drawn:
+        """A batch of rows."""
+        self.random.go_to(self.step)
+        at = self.random.integers("rows", len(self.learned), (self.cfg.batch_size,), self.random.step[None])[0, 0]
+        return Drawn(rows=self.learned[at])
+
+    def learn(self, drawn: Drawn) -> Tensor:
+        loss = self.loss(drawn.rows)
         self.optimizer.step(loss)
         return loss.detach()
 
@@ -208,7 +212,7 @@ class EnsembleFit(FitLoop):
         raw = torch.cat([change, store.rewards[rows].unsqueeze(-1)], -1)
         return (raw - self.model.out_mean) / self.model.out_std
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         modules = {"model": self.model, "optimizer": self.optimizer}
         return {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
 
@@ -269,6 +273,7 @@ class WorldModel(Augmentation):
         self.dynamics = EliteDynamics(self.model, self.cfg.clip_states)
 
     @torch.no_grad()
+    @kernels.in_use()
     def generate(self, policy: Agent | None, step: int) -> OfflineDataset:
         store, cfg, random = self.store, self.cfg, self.random(step)
         lanes = len(self.seeds)

@@ -407,4 +407,35 @@ void mlp_backward(const Network *net, const float *by_out, float *by_hidden, flo
         backward(net, at, by_out, by_hidden, by_x, by_parameters);
 }
 
+/* c = A B + bias, m x n over k terms; c is dense, rows of A and B may overlap. bias: n numbers, or NULL. */
+void multiply(int64_t m, int64_t n, int64_t k, const float *a, int64_t rows_a, int64_t columns_a, const float *b, int64_t rows_b,
+              int64_t columns_b, float *c, const float *bias)
+{
+    product(m, n, k, a, rows_a, columns_a, b, rows_b, columns_b, c, 0, bias, 0, NULL);
+}
+
+/* Group normalisation of each of `rows` rows, of groups x width numbers, and ReLU: from x to y. */
+void norm_forward(int64_t rows, int64_t groups, int64_t width, const float *x, const float *gain, const float *offset, float *y,
+                  Moments *kept)
+{
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < groups; j++, x += width, y += width, kept++) {
+            *kept = moments_of(width, x);
+            norm_row(width, x, *kept, gain + j * width, offset + j * width, 1, y);
+        }
+}
+
+/* Of the gradient g by y: that by x, in its place; those by gain and offset. */
+void norm_backward(int64_t rows, int64_t groups, int64_t width, const float *x, const float *y, const Moments *kept,
+                   const float *gain, float *g, float *by_gain, float *by_offset)
+{
+    memset(by_gain, 0, groups * width * sizeof(float));
+    memset(by_offset, 0, groups * width * sizeof(float));
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < groups; j++, x += width, y += width, g += width, kept++) {
+            for (long p = 0; p < width; p++) g[p] = y[p] <= 0 ? 0 : g[p];
+            norm_row_backward(width, x, *kept, gain + j * width, g, by_gain + j * width, by_offset + j * width);
+        }
+}
+
 #include "program.h"

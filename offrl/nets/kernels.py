@@ -1,10 +1,12 @@
 """Hand-written kernels for multilayer perceptrons in float32 on a CPU, compiled on first use by the system's compiler.
 
 `kernels.c` computes networks of ReLUs or GELUs (in their tanh form), with or without layer normalisation, and their gradients.
-Other activations and dropout stay layer by layer, of which the kernels compute each one's product.
+Other activations and dropout stay layer by layer, of which the kernels compute each one's product. `multiply` and `call` lend
+the products and the normalisation to networks of another kind (`convolution.py`).
 
 The plain path, and what the numbers are checked against, is `mlp.py`; the two agree up to rounding. Kernels are off unless an
-engine switches them on for its updates (`in_use`), so evaluation and everything else compute as they do without them.
+engine switches them on for its updates, or an augmentation for its fits and its samples (`in_use`), so evaluation and all
+else compute as they do without them.
 
 Why by hand: of an update's time a CPU spends most in products of some hundred rows and columns. The matrix library behind
 PyTorch runs these at half to four fifths of an AMD core's multiply-add rate, and each of bias, activation, normalisation,
@@ -41,6 +43,16 @@ _INCLUDED = [Path(__file__).with_name(name) for name in ("rows.h", "program.h")]
 # No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums; roots need set no error code.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _NONE = "no C compiler built them (gcc or clang, as cc on the path or named by CC), or others may write to their file"
+# The source's functions and what they take.
+_N, _P = ctypes.c_int64, ctypes.c_void_p
+_FUNCTIONS: dict[str, list[Any]] = {
+    "mlp_forward": [_P],
+    "mlp_backward": [_P] * 5,
+    "run_program": [_P, _N],
+    "multiply": [*[_N] * 3, *[_P, _N, _N] * 2, _P, _P],
+    "norm_forward": [*[_N] * 3, *[_P] * 5],
+    "norm_backward": [*[_N] * 3, *[_P] * 7],
+}
 _MOST_LAYERS, _ROWS = 16, 256  # layers, and rows in a block, as in the source
 
 
@@ -84,12 +96,11 @@ def _library() -> ctypes.CDLL | None:
         if not _ours_alone(path):
             return None
         library = ctypes.CDLL(str(path))
-        library.mlp_forward.argtypes = [ctypes.c_void_p]
-        library.mlp_backward.argtypes = [ctypes.c_void_p] * 5
-        library.run_program.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        for name, arguments in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
     except (OSError, AttributeError, OffrlError, subprocess.SubprocessError):
         return None
-    library.mlp_forward.restype = library.mlp_backward.restype = library.run_program.restype = None
     return library if _computes_right(library) else None
 
 
@@ -148,6 +159,33 @@ def _computes_right(library: ctypes.CDLL) -> bool:
     return True
 
 
+# ---- a product ------------------------------------------------------------------------------------------------------
+
+
+def apply_to(x: Tensor) -> bool:
+    """Whether kernels are on, and apply to a tensor of this kind."""
+    return _switch.on and x.dtype == torch.float32 and x.is_cpu and x.numel() > 0 and torch.get_num_threads() == 1
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """out <- a b + bias, of matrices `[m, k]` and `[k, n]` with any strides; `out` is dense, `bias` `[n]`.
+
+    Only where `apply_to` says yes.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    assert out.is_contiguous()
+    assert (len(b), *out.shape) == (k, m, n)
+    call("multiply", m, n, k, a, *a.stride(), b, *b.stride(), out, bias, written=(out,))
+
+
+def call(name: str, *arguments: int | Tensor | None, written: Sequence[Tensor]) -> None:
+    """Call one of the kernels' functions: numbers, and tensors by their memory; None is a null pointer."""
+    function = getattr(_library(), name)
+    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    function(*plain)
+    tape.note(lambda: function(*plain) if arguments else None, *written)
+
+
 # ---- a network ------------------------------------------------------------------------------------------------------
 
 _NO_NORM, _FIRST, _AFTER = range(3)  # as in the source
@@ -178,11 +216,11 @@ def mlp(
         activation: of the hidden layers, `relu` or `gelu`; there are no kernels for another.
         norm_first: normalise before a ReLU, not after the activation.
     """
-    if not _switch.on or x.dtype != torch.float32 or not x.is_cpu or x.ndim != 3 or not x.numel():
+    if not apply_to(x) or x.ndim != 3:
         return None
     parameters, kind = (*layers, *norms), _kind(bool(norms), activation, norm_first)
     step = _distance(parameters)
-    if not step or kind is None or len(layers) > 2 * _MOST_LAYERS or torch.get_num_threads() != 1:
+    if not step or kind is None or len(layers) > 2 * _MOST_LAYERS:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
         out: Tensor = _MLP.apply(x, kind, step, *parameters)

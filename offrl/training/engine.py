@@ -20,9 +20,9 @@ from torch import Tensor
 from offrl.agents.base import Agent, Metrics
 from offrl.data.batch import Batch
 from offrl.nets import apply_no_compile, kernels
+from offrl.nets.take import Take
 from offrl.sampling import BatchLoader
 from offrl.training.records import ManifestRecord
-from offrl.training.take import Take
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
 
@@ -134,14 +134,9 @@ class Taped(Eager):
         if not self.tapes or phase not in self.met:
             self.met.add(phase)
             return self._update(batch, phase)
-        update = partial(self._update, phase=phase)
         if phase not in self.takes:
             self.takes[phase] = Take(self.agent, batch)
-            return self.takes[phase].record(update)
-        take = self.takes[phase]
-        if take.faithful is None:
-            return take.compare(batch, update)
-        return take.play(batch) if take.faithful else update(batch)
+        return self.takes[phase].make(batch, partial(self._update, phase=phase))
 
 
 def _agent_classes(module: torch.nn.Module) -> list[type]:

@@ -517,7 +517,7 @@ def test_training_goes_on_where_it_was_killed(monkeypatch: pytest.MonkeyPatch, t
     again = Training(store, cfg)
     again.run(tmp_path / "b.safetensors", False, "")
     assert again.step == 40
-    assert all(torch.equal(a, b) for a, b in zip(through.state().values(), again.state().values()))
+    assert all(torch.equal(a, b) for a, b in zip(through.state_dict().values(), again.state_dict().values()))
 
 
 def test_the_average_moves_on_every_tenth_update() -> None:

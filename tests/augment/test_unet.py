@@ -63,7 +63,7 @@ def test_convolutions(size: int, padding: tuple[int, int], generator: torch.Gene
     with torch.no_grad():
         conv.bias.normal_(generator=generator)
     x = torch.randn(3, 7, 6, dtype=torch.float64, generator=generator)
-    plain = F.conv1d(F.pad(x.transpose(1, 2), padding), conv.weight.squeeze(2), conv.bias).transpose(1, 2)
+    plain = F.conv1d(F.pad(x.transpose(1, 2), padding), conv.weight.transpose(1, 2), conv.bias).transpose(1, 2)
     torch.testing.assert_close(conv(x), plain)
 
 

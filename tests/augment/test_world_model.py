@@ -86,13 +86,13 @@ def test_held_out_transitions_choose_the_elites_and_teach_nothing() -> None:
     store = linear_system(500)
     fit = EnsembleFit(store, EnsembleConfig(hidden=(8,), members=3, elites=2, holdout=0.3, batch_size=256))
     assert len(fit.held) == 150
-    assert torch.equal(torch.cat([fit.held, fit.learn]).sort().values, torch.arange(500))
+    assert torch.equal(torch.cat([fit.held, fit.learned]).sort().values, torch.arange(500))
     fit.store = poisoned(store, fit.held)
     for fit.step in range(1, 9):  # 2048 draws of 500 rows: one that may be drawn is
         assert fit.update().isfinite()
     assert all(p.isfinite().all() for p in fit.model.parameters())
     assert fit.validation_errors().isnan().all()
-    fit.store = poisoned(store, fit.learn)
+    fit.store = poisoned(store, fit.learned)
     errors = fit.validation_errors()
     assert errors.isfinite().all()
     fit.store = store.select_episodes(torch.arange(store.episodes))
