@@ -20,6 +20,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.augment.diffusion import Denoiser, DenoiserConfig, Diffusion, Training
 from offrl.augment.edm import SamplerConfig
+from offrl.augment.fitting import FitLoop
 from offrl.augment.policy_guided import PolicyGuidedConfig, PolicyGuidedDiffusion
 from offrl.augment.world_model import Ensemble, EnsembleConfig, EnsembleFit, WorldModel, WorldModelConfig, termination
 from offrl.data.dataset import OfflineDataset
@@ -74,12 +76,15 @@ def generators(store: OfflineDataset, arguments: argparse.Namespace) -> dict[str
     return works
 
 
-def trainers(store: OfflineDataset, arguments: argparse.Namespace) -> dict[str, Work]:
-    """Each makes a few updates."""
-    fits: dict[str, Any] = {
+def fits(store: OfflineDataset, arguments: argparse.Namespace) -> dict[str, FitLoop]:
+    return {
         "denoiser": Training(store, denoiser_config(arguments)),
         "world model": EnsembleFit(store, EnsembleConfig()),
     }
+
+
+def trainers(store: OfflineDataset, arguments: argparse.Namespace) -> dict[str, Work]:
+    """Each makes a few updates."""
 
     def burst(fit: Any) -> int:
         with kernels.in_use():  # as `FitLoop.run`
@@ -88,7 +93,13 @@ def trainers(store: OfflineDataset, arguments: argparse.Namespace) -> dict[str, 
                 fit.update()
         return int(arguments.updates)
 
-    return {name: lambda fit=fit: burst(fit) for name, fit in fits.items()}
+    return {name: lambda fit=fit: burst(fit) for name, fit in fits(store, arguments).items()}
+
+
+def one_update(fit: FitLoop) -> int:
+    """By PyTorch's operators, not from a tape."""
+    fit.learn(fit.draw())
+    return 1
 
 
 def official(store: OfflineDataset, arguments: argparse.Namespace) -> tuple[dict[str, Work], dict[str, Work]]:
@@ -222,9 +233,12 @@ def main() -> None:
     }
     if arguments.device == "cpu":
         found["flop_per_second"] = measure({PRODUCTS: products}, arguments.rounds, "cpu")
+    ours = {name: work for name, work in sampling.items() if "(authors)" not in name}
     flop = {
-        unit: {name: flop_each(work) for name, work in works.items() if "(authors)" not in name}
-        for unit, works in (("updates_per_second", training), ("transitions_per_second", sampling))
+        "updates_per_second": {
+            name: flop_each(partial(one_update, fit)) for name, fit in fits(store, arguments).items()
+        },
+        "transitions_per_second": {name: flop_each(work) for name, work in ours.items()},
     }
     most = found.get("flop_per_second", {}).get(PRODUCTS)
     for unit, rates in found.items():

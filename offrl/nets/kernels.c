@@ -414,14 +414,24 @@ void multiply(int64_t m, int64_t n, int64_t k, const float *a, int64_t rows_a, i
     product(m, n, k, a, rows_a, columns_a, b, rows_b, columns_b, c, 0, bias, 0, NULL);
 }
 
+/* CALL(width) with a width that the compiler knows, where that is a narrow group's; else OTHERWISE. */
+#define BY_WIDTH(width, CALL, OTHERWISE)                                                                                \
+    if (width == 4) CALL(4);                                                                                            \
+    else if (width == 8) CALL(8);                                                                                       \
+    else if (width == 16) CALL(16);                                                                                     \
+    else if (width == 32) CALL(32);                                                                                     \
+    else OTHERWISE
+
 /* Group normalisation of each of `rows` rows, of groups x width numbers, and ReLU: from x to y. */
 void norm_forward(int64_t rows, int64_t groups, int64_t width, const float *x, const float *gain, const float *offset, float *y,
                   Moments *kept)
 {
     for (long i = 0; i < rows; i++)
         for (long j = 0; j < groups; j++, x += width, y += width, kept++) {
-            *kept = moments_of(width, x);
-            norm_row(width, x, *kept, gain + j * width, offset + j * width, 1, y);
+            const float *scale = gain + j * width, *shift = offset + j * width;
+#define CALL(n) *kept = narrow_norm(n, x, scale, shift, y)
+            BY_WIDTH(width, CALL, norm_row(width, x, *kept = moments_of(width, x), scale, shift, 1, y));
+#undef CALL
         }
 }
 
@@ -433,8 +443,12 @@ void norm_backward(int64_t rows, int64_t groups, int64_t width, const float *x, 
     memset(by_offset, 0, groups * width * sizeof(float));
     for (long i = 0; i < rows; i++)
         for (long j = 0; j < groups; j++, x += width, y += width, g += width, kept++) {
+            const float *scale = gain + j * width;
+            float *by_scale = by_gain + j * width, *by_shift = by_offset + j * width;
             for (long p = 0; p < width; p++) g[p] = y[p] <= 0 ? 0 : g[p];
-            norm_row_backward(width, x, *kept, gain + j * width, g, by_gain + j * width, by_offset + j * width);
+#define CALL(n) narrow_backward(n, x, *kept, scale, g, by_scale, by_shift)
+            BY_WIDTH(width, CALL, norm_row_backward(width, x, *kept, scale, g, by_scale, by_shift));
+#undef CALL
         }
 }
 

@@ -72,6 +72,8 @@ static void gelu_row(long n, float *x, float *slopes)
 
 /* ---- layer normalisation -------------------------------------------------------------------------------------- */
 
+#define EPSILON 1e-6f
+
 typedef struct {
     float mean, scale; /* of a row; scale: 1 / sqrt(variance + epsilon) */
 } Moments;
@@ -100,8 +102,8 @@ INLINE float sum_of(long n, const float *x, float shift, const int squares)
 
 static Moments moments_of(long n, const float *x)
 {
-    const float epsilon = 1e-6f, mean = sum_of(n, x, 0, 0) / n;
-    return (Moments){mean, 1 / __builtin_sqrtf(sum_of(n, x, mean, 1) / n + epsilon)};
+    const float mean = sum_of(n, x, 0, 0) / n;
+    return (Moments){mean, 1 / __builtin_sqrtf(sum_of(n, x, mean, 1) / n + EPSILON)};
 }
 
 /* y = gain (x - mean) scale + offset, then ReLU if wanted; y may be x. */
@@ -133,4 +135,44 @@ static void norm_row_backward(long n, const float *x, Moments of, const float *g
         const vec by = load_part(g + j, n - j) * load_part(gain + j, n - j);
         store_part(g + j, (by - mean - normed * slope) * of.scale, n - j);
     }
+}
+
+/* The same for n numbers, a power of two that the compiler knows: what fills no vector would go through memory twice. */
+
+INLINE float halves(const int n, float *part)
+{
+    for (int half = n / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) part[j] += part[j + half];
+    return part[0];
+}
+
+/* With ReLU. */
+INLINE Moments narrow_norm(const int n, const float *restrict x, const float *restrict gain, const float *restrict offset,
+                           float *restrict y)
+{
+    float part[n], centred[n];
+    memcpy(part, x, sizeof(part));
+    const float mean = halves(n, part) / n;
+    for (int j = 0; j < n; j++) centred[j] = x[j] - mean, part[j] = centred[j] * centred[j];
+    const float scale = 1 / __builtin_sqrtf(halves(n, part) / n + EPSILON);
+    for (int j = 0; j < n; j++) {
+        const float result = centred[j] * scale * gain[j] + offset[j];
+        y[j] = result <= 0 ? 0 : result;
+    }
+    return (Moments){mean, scale};
+}
+
+INLINE void narrow_backward(const int n, const float *restrict x, Moments of, const float *restrict gain, float *restrict g,
+                            float *restrict by_gain, float *restrict by_offset)
+{
+    float normed[n], by[n], sum[n], along[n];
+    for (int j = 0; j < n; j++) {
+        normed[j] = (x[j] - of.mean) * of.scale;
+        by_gain[j] += g[j] * normed[j];
+        by_offset[j] += g[j];
+        sum[j] = by[j] = g[j] * gain[j];
+        along[j] = by[j] * normed[j];
+    }
+    const float mean = halves(n, sum) / n, slope = halves(n, along) / n;
+    for (int j = 0; j < n; j++) g[j] = (by[j] - mean - normed[j] * slope) * of.scale;
 }

@@ -51,9 +51,11 @@ def test_convolutions(
     compare(Conv(inputs, outputs, size, padding, generator), x)
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-def test_norms_of_steps(compiled: None, groups: int) -> None:
-    compare(StepNorm(3 * 17, groups), torch.randn(4, 9, 3 * 17, generator=torch.Generator().manual_seed(2)))
+@pytest.mark.parametrize(("groups", "width"), [(1, 51), (3, 17), (2, 4), (3, 8), (2, 16), (3, 32), (1, 64)])
+def test_norms_of_steps(compiled: None, groups: int, width: int) -> None:
+    """Groups that fill no vector, one, more, and those of a width that the compiler knows."""
+    channels = groups * width
+    compare(StepNorm(channels, groups), torch.randn(4, 9, channels, generator=torch.Generator().manual_seed(2)))
 
 
 def test_the_whole_network(compiled: None) -> None:
