@@ -445,9 +445,8 @@ void norm_backward(int64_t rows, int64_t groups, int64_t width, const float *x, 
         for (long j = 0; j < groups; j++, x += width, y += width, g += width, kept++) {
             const float *scale = gain + j * width;
             float *by_scale = by_gain + j * width, *by_shift = by_offset + j * width;
-            for (long p = 0; p < width; p++) g[p] = y[p] <= 0 ? 0 : g[p];
-#define CALL(n) narrow_backward(n, x, *kept, scale, g, by_scale, by_shift)
-            BY_WIDTH(width, CALL, norm_row_backward(width, x, *kept, scale, g, by_scale, by_shift));
+#define CALL(n) mask_row(n, y, g), narrow_backward(n, x, *kept, scale, g, by_scale, by_shift)
+            BY_WIDTH(width, CALL, (mask_row(width, y, g), norm_row_backward(width, x, *kept, scale, g, by_scale, by_shift)));
 #undef CALL
         }
 }

@@ -116,6 +116,12 @@ static void norm_row(long n, const float *x, Moments of, const float *gain, cons
     }
 }
 
+/* The gradient g by what a ReLU puts out, y, becomes that by what it takes in. */
+INLINE void mask_row(long n, const float *restrict y, float *restrict g)
+{
+    for (long j = 0; j < n; j++) g[j] = y[j] <= 0 ? 0 : g[j];
+}
+
 /* The gradient g by a row of norm_row's results (before ReLU) becomes that by x; those by gain and offset grow, unless NULL. */
 static void norm_row_backward(long n, const float *x, Moments of, const float *gain, float *g, float *by_gain, float *by_offset)
 {
@@ -139,6 +145,8 @@ static void norm_row_backward(long n, const float *x, Moments of, const float *g
 
 /* The same for n numbers, a power of two that the compiler knows: what fills no vector would go through memory twice. */
 
+enum { NARROW = 32 }; /* the largest n */
+
 INLINE float halves(const int n, float *part)
 {
     for (int half = n / 2; half; half /= 2)
@@ -150,8 +158,8 @@ INLINE float halves(const int n, float *part)
 INLINE Moments narrow_norm(const int n, const float *restrict x, const float *restrict gain, const float *restrict offset,
                            float *restrict y)
 {
-    float part[n], centred[n];
-    memcpy(part, x, sizeof(part));
+    float part[NARROW], centred[NARROW];
+    memcpy(part, x, n * sizeof(float));
     const float mean = halves(n, part) / n;
     for (int j = 0; j < n; j++) centred[j] = x[j] - mean, part[j] = centred[j] * centred[j];
     const float scale = 1 / __builtin_sqrtf(halves(n, part) / n + EPSILON);
@@ -165,7 +173,7 @@ INLINE Moments narrow_norm(const int n, const float *restrict x, const float *re
 INLINE void narrow_backward(const int n, const float *restrict x, Moments of, const float *restrict gain, float *restrict g,
                             float *restrict by_gain, float *restrict by_offset)
 {
-    float normed[n], by[n], sum[n], along[n];
+    float normed[NARROW], by[NARROW], sum[NARROW], along[NARROW];
     for (int j = 0; j < n; j++) {
         normed[j] = (x[j] - of.mean) * of.scale;
         by_gain[j] += g[j] * normed[j];
