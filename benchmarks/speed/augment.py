@@ -252,7 +252,7 @@ def main() -> None:
             share = f"{rate * each / most:6.0%} of products" if most and each else ""
             print(f"  {name:30} {rate:16.1f} {share}")
     if arguments.out:
-        metadata = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "out"}
+        metadata = {k: v.name if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "out"}
         about = {**metadata, "flop_each": flop, "machine": platform.platform(), "torch": torch.__version__}
         arguments.out.write_text(json.dumps({**about, **found}, indent=1) + "\n")
 
