@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from offrl.results.style import DOTTED, MARKS, band, grid, legend_above, looks_o
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_TITLE = 36  # letters above a panel; a longer id goes on below
 
 
 def _looks(cells: list[Cell]) -> dict[str, tuple[str, Any]]:
@@ -42,7 +45,7 @@ def draw_curves(cells: list[Cell], of: str = "updates") -> Figure:
             for mean, colour in published:
                 panel.axhline(mean, color=colour, linewidth=0.8, linestyle=DOTTED)
             _fit(panel, here, [mean for mean, _ in published])
-            panel.set_title(dataset)
+            panel.set_title(textwrap.fill(dataset, _TITLE))
             tidy(panel)
             panel.xaxis.set_major_formatter(lambda x, _: count(x))
             if len(scales) > 1:
@@ -87,8 +90,8 @@ def _fit(panel: Axes, cells: list[Cell], lines: Sequence[float]) -> None:
     drawn = [array for cell in cells for array in (cell.curve.mean, *_band(cell))]
     values = np.concatenate([*drawn, np.asarray(lines)])
     values = values[np.isfinite(values)]
-    if values.size and values.min() < values.max():
-        margin = 0.06 * (values.max() - values.min())
+    if values.size:
+        margin = 0.06 * (values.max() - values.min()) or 1.0  # all the same: not a scale of rounding errors
         panel.set_ylim(values.min() - margin, values.max() + margin)
 
 

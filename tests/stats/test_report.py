@@ -448,6 +448,16 @@ def test_published_numbers_are_those_of_a_last_checkpoint():
 # ---- files and figures ---------------------------------------------------------------------------------------
 
 
+def test_long_names_and_equal_scores_fit_a_panel(tmp_path):
+    """Titles of neighbours don't meet, and a constant is drawn on a scale of points."""
+    name = "forge/ogbench/pointmaze-medium-navigate-singletask-task1-v0"
+    make_run(tmp_path / "runs" / "a", "bc", dataset=name, level=0.0, spread=0.0, family="ogbench")
+    (panel,) = figures.draw_curves(make(tmp_path).cells).axes
+    assert max(map(len, panel.get_title().split("\n"))) <= 36
+    assert panel.get_title().replace("\n", "") == name
+    assert panel.get_ylim() == (-1, 1)
+
+
 def test_curve_is_the_mean_with_its_t_interval(tmp_path):
     make_run(tmp_path / "runs" / "a", "bc", "forge/x/y-v0", seeds=range(5))
     made = make(tmp_path)
