@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 pytest.importorskip("scipy")
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "tables"))
 import collect
+import comparisons
 import verdicts
 
 from offrl.results import RunWriter
@@ -21,23 +24,23 @@ from offrl.results import RunWriter
 
 def test_welch_interval_by_hand() -> None:
     """Two seeds a side with equal spread: two degrees of freedom, whose t quantile has a closed form."""
-    found = verdicts.difference(np.array([10.0, 12.0]), np.array([4.0, 6.0]))
+    found = comparisons.difference(np.array([10.0, 12.0]), np.array([4.0, 6.0]))
     p = 0.975
     t = (2 * p - 1) / math.sqrt(2 * p * (1 - p))
     error = math.sqrt(2 / 2 + 2 / 2)  # variance 2 over 2 seeds, on each side
     assert found is not None
     assert (found.mean, found.low, found.high) == pytest.approx((6.0, 6 - t * error, 6 + t * error))
-    assert verdicts.difference(np.array([1.0]), np.array([1.0, 2.0])) is None
+    assert comparisons.difference(np.array([1.0]), np.array([1.0, 2.0])) is None
 
 
 def test_paired_interval_by_hand() -> None:
     """Two pairs: one degree of freedom, whose t quantile is the tangent of a Cauchy distribution."""
-    found = verdicts.paired(np.array([10.0, 20.0]), np.array([4.0, 10.0]))
+    found = comparisons.paired(np.array([10.0, 20.0]), np.array([4.0, 10.0]))
     error = math.sqrt(8 / 2)  # differences 6 and 10: variance 8 over 2 pairs
     half = math.tan(math.pi * (0.975 - 0.5)) * error
     assert found is not None
     assert (found.mean, found.low, found.high) == pytest.approx((8.0, 8 - half, 8 + half))
-    assert verdicts.paired(np.array([1.0]), np.array([1.0])) is None
+    assert comparisons.paired(np.array([1.0]), np.array([1.0])) is None
 
 
 @pytest.mark.parametrize(
@@ -51,13 +54,13 @@ def test_paired_interval_by_hand() -> None:
     ],
 )
 def test_verdicts(mean: float, low: float, high: float, verdict: str) -> None:
-    assert verdicts.Difference(mean, low, high).verdict(margin=3) == verdict
+    assert comparisons.Difference(mean, low, high).verdict(margin=3) == verdict
 
 
 def test_equal_scores_need_a_narrow_interval() -> None:
     def judge(mean: float, half: float) -> str:
-        wide, narrow = (verdicts.Difference(mean, mean - h, mean + h) for h in (half, 0.8 * half))
-        return verdicts.equality(wide, narrow, 3)
+        wide, narrow = (comparisons.Difference(mean, mean - h, mean + h) for h in (half, 0.8 * half))
+        return comparisons.equality(wide, narrow, 3)
 
     assert [judge(0, 1), judge(0, 5), judge(5, 2), judge(1, 0.5)] == ["equal", "undecided", "unequal", "equal"]
 
@@ -79,9 +82,9 @@ def test_error_is_interpolated_on_the_log_scale() -> None:
 
 
 def test_counts_wait_for_what_can_still_change_them() -> None:
-    assert verdicts.counted("", "", [True, True, None], 2).verdict == "shown"
-    assert verdicts.counted("", "", [True, False, None], 2).verdict == verdicts.NOT_YET
-    assert verdicts.counted("", "", [False, False, None], 2).verdict == "not shown at this budget"
+    assert comparisons.counted("", "", [True, True, None], 2).verdict == "shown"
+    assert comparisons.counted("", "", [True, False, None], 2).verdict == comparisons.NOT_YET
+    assert comparisons.counted("", "", [False, False, None], 2).verdict == "not shown at this budget"
 
 
 def make_run(folder: Path, **result: Any) -> None:
@@ -107,7 +110,7 @@ def test_collector_takes_finished_runs_without_paths(tmp_path: Path) -> None:
         "result.json",
     ]
     assert "/" not in (kept / "config.json").read_text() + (kept / "manifest.json").read_text()
-    assert verdicts.Rows(tmp_path / "kept" / "a").scores("bc", "d").tolist() == [50.0]
+    assert comparisons.Rows(tmp_path / "kept" / "a").scores("bc", "d").tolist() == [50.0]
 
 
 @pytest.mark.parametrize(("at_50_000", "gate"), [(41.0, "no"), (41.5, "yes")])
@@ -123,3 +126,50 @@ def test_no_verdict_of_claim_a_without_a_sound_pipeline(
     lines = {line.name: line.verdict for line in verdicts.claim_a(tmp_path) if line.found}
     assert lines["A0"] == gate
     assert lines["A1"] == ("shown" if gate == "yes" else "none, since A0 fails (by itself: shown)")
+
+
+def test_cells_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+    """Three runs of one method on one dataset, of which claim G takes each for another control."""
+    for i, (alpha, refresh, penalty) in enumerate([(2.5, 5000, 0.0), (1.25, 5000, 0.0), (2.5, 5000, 0.5)]):
+        for seed in (0, 1):
+            folder = tmp_path / "g" / f"run{i}-{seed}"
+            with RunWriter(
+                folder, {"method": "td3_bc+WM", "dataset": verdicts.HALFCHEETAH, "updates": 10}, None
+            ) as writer:
+                writer.episodes(10, [seed], [[5.0]], [[3]], [[10.0 * i + seed]], [1])
+            augment = {"refresh_every": refresh, "penalty": penalty}
+            config = {"updates": 10, "agent": {"alpha": alpha}, "augment": augment, "label": None}
+            (folder / "config.json").write_text(json.dumps(config))
+            (folder / "manifest.json").write_text(json.dumps({"method": "td3_bc+WM"}))
+            (folder / "result.json").write_text(json.dumps({"step": 10}))
+    rows = comparisons.Rows(tmp_path / "g")
+    scores = partial(rows.scores, "td3_bc+WM", verdicts.HALFCHEETAH)
+    assert scores(settings=verdicts.AS_IT_IS).tolist() == [0.0, 1.0]
+    assert scores(settings=verdicts.AS_IT_IS | {"agent.alpha": 1.25}).tolist() == [10.0, 11.0]
+    lines = {line.what: line for line in verdicts.claim_g(tmp_path)}
+    assert lines["model, penalty 0.5 - model"].found.startswith("20.0 [")
+    assert lines["model - nothing"].verdict == comparisons.NOT_YET
+
+
+def tuned(method: str, dataset: str, before: list[float], after: list[float], regret: float) -> SimpleNamespace:
+    cell = SimpleNamespace(base=f"{method}+online")
+    arrays = {"before": np.array(before), "after": np.array(after), "regret": np.array([regret] * len(before))}
+    return SimpleNamespace(cell=cell, dataset=dataset, **arrays)
+
+
+def test_claim_j_counts_robots_and_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody gains on average; one seed of IQL loses 11 points; Cal-QL's regret is the lower one on one robot of two."""
+    made = []
+    for i, robot in enumerate(verdicts.ROBOTS):
+        for method in ("iql", "td3_bc", "rebrac", "cal_ql"):
+            lost = 11 if method == "iql" and i == 0 else 0
+            made.append(tuned(method, robot, [20.0, 20.0], [60.0, 20.0 - lost], 0.5))
+        made.append(tuned("rlpd", robot, [0.0, 0.0], [30.0, 30.0], 0.6 - 0.2 * i))
+    monkeypatch.setattr(verdicts, "Rows", lambda folder: SimpleNamespace(runs=[SimpleNamespace(folder=folder)]))
+    monkeypatch.setattr(verdicts, "summary", lambda folders, out: (SimpleNamespace(fine_tunings=made), None))
+    found = {line.name: (line.found, line.verdict) for line in verdicts.claim_j(tmp_path) if line.name}
+    assert found == {
+        "J1": ("8 of 8", "shown"),
+        "J2": ("1 of 2", "not shown at this budget"),
+        "J3": ("3 of 4", "not shown at this budget"),
+    }

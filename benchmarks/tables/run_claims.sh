@@ -10,7 +10,7 @@
 # (processes) and NICE may be set; at the default, 19, next to nothing gets done while other programs keep the cores busy.
 set -euo pipefail
 
-DEFAULT="a f b c e a2pr d h i j"
+DEFAULT="a f b c e a2pr d h i j g"
 # Not by themselves: `long` and `maze` when docs/claims.md asks for them, `measure` when e and d are finished.
 
 [ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -117,6 +117,11 @@ stage_maze() {
             for agent in td3_bc iql; do train e experiment=claims/e_maze agent=$agent augment=$augment seed=$seed; done
         done
     done
+}
+
+stage_g() {
+    local recipe
+    for recipe in g_alone g_world_model g_recorded g_penalty g_agents g_controls; do train g experiment=claims/$recipe; done
 }
 
 stage_h() {

@@ -12,164 +12,34 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
-from scipy import stats
 
-from offrl import results
+from offrl.results.finetuning import SUFFIX, FineTuning
+from offrl.results.report import summary
 
 sys.path.append(str(Path(__file__).parent))
+from comparisons import NOT_YET, Line, Rows, Scores, compared, counted, difference, equality, is_shown, paired
 from histories import METHODS
 
 HERE = Path(__file__).parent / "results"
-Scores = NDArray[np.float64]
 
 HALFCHEETAH, HOPPER = "forge/halfcheetah/medium-replay-v0", "forge/hopper/medium-replay-v1"
 MAZE = "forge/pointmaze/medium-v0"
 CUBE_TASKS = [f"forge/ogbench/cube-single-play-singletask-task{i}-v0" for i in range(1, 6)]
 MAZE_TASKS = [f"forge/ogbench/pointmaze-medium-navigate-singletask-task{i}-v0" for i in range(1, 6)]
 MIXTURES = ("forge/hopper/random-expert-0.05-v0", "forge/halfcheetah/random-expert-0.1-v0")
+ROBOTS = ("forge/hopper/medium-replay-v0", HALFCHEETAH)
 HISTORIES = tuple(METHODS)
 DEPTH = "td3_bc (A2PR's depth, alpha and discount)"
-NOT_YET = "not run yet"
 WITHIN = 0.05  # nats per action: as near counts as the same on-policyness
 
 
-# ---- statistics --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of one method's seeds minus the mean of another's, with Welch's interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def verdict(self, margin: float) -> str:
-        if self.mean >= margin and self.low > 0:
-            return "shown"
-        return "not shown at this budget" if self.high < margin else "undecided"
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
-
-
-def difference(ours: Scores, other: Scores, level: float = 0.95) -> Difference | None:
-    """Welch's t interval of mean(ours) - mean(other); None below two seeds a side."""
-    if min(len(ours), len(other)) < 2:
-        return None
-    points = float(ours.mean() - other.mean())
-    if ours.std() == other.std() == 0:
-        return Difference(points, points, points)
-    interval = stats.ttest_ind(ours, other, equal_var=False).confidence_interval(level)
-    return Difference(points, float(interval.low), float(interval.high))
-
-
-def paired(ours: Scores, other: Scores, level: float = 0.95) -> Difference | None:
-    """Student's t interval of the mean difference of pairs; None below two pairs."""
-    if len(ours) < 2:
-        return None
-    apart = ours - other
-    points, error = float(apart.mean()), float(stats.sem(apart))
-    half = error * float(stats.t.ppf((1 + level) / 2, len(apart) - 1))
-    return Difference(points, points - half, points + half)
-
-
-def equality(wide: Difference, narrow: Difference, margin: float) -> str:
-    """Equal, unequal or undecided; `wide` is the 95 % interval, `narrow` the 90 % one (two one-sided tests)."""
-    if -margin < narrow.low and narrow.high < margin:
-        return "equal"
-    apart = abs(wide.mean) >= margin and (wide.low > 0 or wide.high < 0)
-    return "unequal" if apart else "undecided"
-
-
-# ---- rows ----------------------------------------------------------------------------------------------------------------
-
-
-class Rows:
-    """Evaluations of the finished runs in or below a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        runs = (
-            [run for run in results.runs([folder]) if (run.folder / "result.json").exists()] if folder.is_dir() else []
-        )
-        self.runs = runs
-        self.labels = {str(run.folder): str(run.config.get("label") or run.manifest.get("method")) for run in runs}
-        rows = results.read([run.folder for run in runs])
-        self.evaluations = (
-            rows.with_columns(method=pl.col("folder").replace(self.labels))
-            .group_by("method", "dataset", "folder", "seed", "step")
-            .agg(pl.col("normalized").mean().alias("score"))
-            .sort("seed", "step")
-        )
-
-    def curves(self, method: str, dataset: str) -> pl.DataFrame:
-        return self.evaluations.filter((pl.col("method") == method) & (pl.col("dataset") == dataset))
-
-    def scores(self, method: str, dataset: str, seeds: Iterable[int] | None = None) -> Scores:
-        """Last score of each seed, `[S]`."""
-        found = self.curves(method, dataset)
-        if seeds is not None:
-            found = found.filter(pl.col("seed").is_in(list(seeds)))
-        return found.group_by("seed").last().sort("seed")["score"].to_numpy()
-
-    def means(self, method: str, dataset: str) -> dict[int, float]:
-        """Mean score over seeds by update."""
-        found = self.curves(method, dataset).group_by("step").agg(pl.col("score").mean()).sort("step")
-        return dict(found.select("step", "score").iter_rows())
-
-
 # ---- claims ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Line:
-    """What is known of a comparison."""
-
-    name: str
-    what: str
-    found: str = ""
-    verdict: str = NOT_YET
-
-    def __str__(self) -> str:
-        return f"| {self.name} | {self.what} | {self.found} | {self.verdict} |"
-
-
-def compared(name: str, what: str, ours: Scores, other: Scores, margin: float, seeds: int) -> Line:
-    """The line of a difference; `seeds` are planned for each side."""
-    found = difference(ours, other)
-    if found is None:
-        return Line(name, what)
-    told = f"{found}; {len(ours)} and {len(other)} seeds"
-    early = "so far: " if min(len(ours), len(other)) < seeds else ""
-    return Line(name, what, told, early + found.verdict(margin))
-
-
-def counted(name: str, what: str, verdicts: Sequence[bool | None], needed: int) -> Line:
-    """A claim on several cells: shown when enough of them are, not shown when too few can be."""
-    done = [verdict for verdict in verdicts if verdict is not None]
-    if not done:
-        return Line(name, what)
-    open_ = len(verdicts) - len(done)
-    told = f"{sum(done)} of {len(verdicts)}" + (f", {open_} not run yet" if open_ else "")
-    if sum(done) >= needed:
-        return Line(name, what, told, "shown")
-    too_few = sum(done) + open_ < needed
-    return Line(name, what, told, "not shown at this budget" if too_few else NOT_YET)
-
-
-def is_shown(ours: Scores, other: Scores, margin: float, seeds: int) -> bool | None:
-    """None as long as seeds are missing."""
-    found = difference(ours, other)
-    return None if found is None or min(len(ours), len(other)) < seeds else found.verdict(margin) == "shown"
 
 
 def claim_a(rows: Path) -> list[Line]:
@@ -342,6 +212,37 @@ def claim_f(rows: Path) -> list[Line]:
     return lines
 
 
+# The cells of claim G under TD3+BC: sampler and augmentation are in the method's name, these in its configuration.
+AS_IT_IS = {"agent.alpha": 2.5, "augment.refresh_every": 5000, "augment.penalty": 0.0}
+
+
+def claim_g(rows: Path) -> list[Line]:
+    g = Rows(rows / "g")
+
+    def alone(alpha: float) -> Scores:
+        return g.scores("td3_bc", HALFCHEETAH, settings={"agent.alpha": alpha})
+
+    def in_model(key: str = "agent.alpha", value: float = 2.5) -> Scores:
+        return g.scores("td3_bc+WM", HALFCHEETAH, settings=AS_IT_IS | {key: value})
+
+    model = in_model()
+    published = {"augment.share": 0.95}  # not the control that takes half of a batch from the data
+    pessimists = [g.scores(agent, HALFCHEETAH, settings=published) for agent in ("mopo", "mobile")]
+    better = max(pessimists, key=lambda scores: float(scores.mean()) if len(scores) else -math.inf)
+    pairs = (
+        ("G1", "model - nothing", model, alone(2.5)),
+        ("G2", "model - alpha 5 alone", model, alone(5.0)),
+        ("G3", "model, alpha 1.25 - nothing", in_model("agent.alpha", 1.25), alone(2.5)),
+        ("G4", "model - model of recorded actions alone", model, in_model("augment.refresh_every", 0)),
+        ("G5", "the better of MOPO and MOBILE - model", better, model),
+    )
+    lines = [compared(name, what, ours, other, 5, 5) for name, what, ours, other in pairs]
+    for penalty in (0.5, 2.5):
+        penalised = in_model("augment.penalty", penalty)
+        lines.append(compared("", f"model, penalty {penalty} - model", penalised, model, 5, 5))
+    return lines
+
+
 def claim_h(rows: Path) -> list[Line]:
     """Success of a method on each task, paired by task."""
     h = Rows(rows / "h")
@@ -393,13 +294,42 @@ def claim_i(rows: Path) -> list[Line]:
     return lines
 
 
+def claim_j(rows: Path) -> list[Line]:
+    methods = ("iql", "td3_bc", "rebrac", "cal_ql")
+    finished = [run.folder for run in Rows(rows / "j").runs]
+    made = summary(finished, rows)[0].fine_tunings if finished else []
+    by_cell = {(tuned.cell.base.removesuffix(SUFFIX), tuned.dataset): tuned for tuned in made}
+    cells = [(method, robot, by_cell.get((method, robot))) for method in methods for robot in ROBOTS]
+    lines = [Line("", f"{method}, {robot}", gain_of(tuned), "") for method, robot, tuned in cells if tuned]
+    keeps = [None if tuned is None else bool(tuned.after.mean() >= tuned.before.mean()) for *_, tuned in cells]
+    lines.append(counted("J1", "nobody loses by going on", keeps, len(cells)))
+    pays = []
+    for robot in ROBOTS:
+        offline, scratch = by_cell.get(("cal_ql", robot)), by_cell.get(("rlpd", robot))
+        pays.append(None if not offline or not scratch else bool(offline.regret.mean() < scratch.regret.mean()))
+    lines.append(counted("J2", "Cal-QL's regret is below RLPD's", pays, len(ROBOTS)))
+    stays = [
+        None if tuned is None else bool((tuned.after > tuned.before - 10).all())
+        for method, _, tuned in cells
+        if method in ("iql", "cal_ql")
+    ]
+    lines.append(counted("J3", "no seed of IQL or Cal-QL ends 10 below its start", stays, len(stays)))
+    return lines
+
+
+def gain_of(tuned: FineTuning) -> str:
+    """A cell of the table: scores before and after, and the regret."""
+    (before, after), regret = ((x.mean(), x.std(ddof=1)) for x in (tuned.before, tuned.after)), tuned.regret.mean()
+    return f"{before[0]:.1f} ± {before[1]:.1f} → {after[0]:.1f} ± {after[1]:.1f}, regret {regret:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=HERE / "claims")
     rows = parser.parse_args().rows
     print("| | comparison | D [95 % interval], or what was found | verdict |")
     print("|---|---|---|---|")
-    for claim in (claim_a, claim_b, claim_c, claim_d, claim_e, claim_f, claim_h, claim_i):
+    for claim in (claim_a, claim_b, claim_c, claim_d, claim_e, claim_f, claim_g, claim_h, claim_i, claim_j):
         for line in claim(rows):
             print(line)
 
