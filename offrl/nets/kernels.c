@@ -414,41 +414,32 @@ void multiply(int64_t m, int64_t n, int64_t k, const float *a, int64_t rows_a, i
     product(m, n, k, a, rows_a, columns_a, b, rows_b, columns_b, c, 0, bias, 0, NULL);
 }
 
-/* CALL(width) with a width that the compiler knows, where that is a narrow group's; else OTHERWISE. */
-#define BY_WIDTH(width, CALL, OTHERWISE)                                                                                \
-    if (width == 4) CALL(4);                                                                                            \
-    else if (width == 8) CALL(8);                                                                                       \
-    else if (width == 16) CALL(16);                                                                                     \
-    else if (width == 32) CALL(32);                                                                                     \
-    else OTHERWISE
+/* NARROW with a width that the compiler knows, where there is one for it, else WIDE; both get the width and the other arguments. */
+#define BY_WIDTH(width, NARROW, WIDE, ...)                                                                              \
+    if (width == 4) NARROW(4, __VA_ARGS__);                                                                             \
+    else if (width == 8) NARROW(8, __VA_ARGS__);                                                                        \
+    else if (width == 16) NARROW(16, __VA_ARGS__);                                                                      \
+    else if (width == 32) NARROW(32, __VA_ARGS__);                                                                      \
+    else WIDE(width, __VA_ARGS__)
 
 /* Group normalisation of each of `rows` rows, of groups x width numbers, and ReLU: from x to y. */
 void norm_forward(int64_t rows, int64_t groups, int64_t width, const float *x, const float *gain, const float *offset, float *y,
                   Moments *kept)
 {
-    for (long i = 0; i < rows; i++)
-        for (long j = 0; j < groups; j++, x += width, y += width, kept++) {
-            const float *scale = gain + j * width, *shift = offset + j * width;
-#define CALL(n) *kept = narrow_norm(n, x, scale, shift, y)
-            BY_WIDTH(width, CALL, norm_row(width, x, *kept = moments_of(width, x), scale, shift, 1, y));
-#undef CALL
-        }
+    const long numbers = groups * width;
+    for (long i = 0; i < rows; i++, x += numbers, y += numbers, kept += groups)
+        BY_WIDTH(width, narrow_groups, wide_groups, numbers, x, gain, offset, y, kept);
 }
 
 /* Of the gradient g by y: that by x, in its place; those by gain and offset. */
 void norm_backward(int64_t rows, int64_t groups, int64_t width, const float *x, const float *y, const Moments *kept,
                    const float *gain, float *g, float *by_gain, float *by_offset)
 {
-    memset(by_gain, 0, groups * width * sizeof(float));
-    memset(by_offset, 0, groups * width * sizeof(float));
-    for (long i = 0; i < rows; i++)
-        for (long j = 0; j < groups; j++, x += width, y += width, g += width, kept++) {
-            const float *scale = gain + j * width;
-            float *by_scale = by_gain + j * width, *by_shift = by_offset + j * width;
-#define CALL(n) mask_row(n, y, g), narrow_backward(n, x, *kept, scale, g, by_scale, by_shift)
-            BY_WIDTH(width, CALL, (mask_row(width, y, g), norm_row_backward(width, x, *kept, scale, g, by_scale, by_shift)));
-#undef CALL
-        }
+    const long numbers = groups * width;
+    memset(by_gain, 0, numbers * sizeof(float));
+    memset(by_offset, 0, numbers * sizeof(float));
+    for (long i = 0; i < rows; i++, x += numbers, y += numbers, g += numbers, kept += groups)
+        BY_WIDTH(width, narrow_groups_backward, wide_groups_backward, numbers, x, y, kept, gain, g, by_gain, by_offset);
 }
 
 #include "program.h"

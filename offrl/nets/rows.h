@@ -1,5 +1,32 @@
 /* GELU and layer normalisation of rows of numbers; `kernels.c` includes this behind its vectors of W numbers. */
 
+/* x with the numbers of places j and j ^ h exchanged, and with the first number of each n in all places of the n. */
+#if defined(__AVX512F__)
+#define PLACES(OF, h) OF(0, h), OF(1, h), OF(2, h), OF(3, h), OF(4, h), OF(5, h), OF(6, h), OF(7, h), \
+                      OF(8, h), OF(9, h), OF(10, h), OF(11, h), OF(12, h), OF(13, h), OF(14, h), OF(15, h)
+#elif defined(__AVX__)
+#define PLACES(OF, h) OF(0, h), OF(1, h), OF(2, h), OF(3, h), OF(4, h), OF(5, h), OF(6, h), OF(7, h)
+#else
+#define PLACES(OF, h) OF(0, h), OF(1, h), OF(2, h), OF(3, h)
+#endif
+#define OTHER(j, h) ((j) ^ (h) % W)
+#define FIRST(j, n) ((j) / (n) * (n))
+#ifdef __clang__
+#define MOVED(x, OF, h) __builtin_shufflevector(x, x, PLACES(OF, h))
+#else
+#define MOVED(x, OF, h) __builtin_shuffle(x, (bits){PLACES(OF, h)})
+#endif
+
+/* In each place the sum over the n places around it, n = 4, 8, ... up to W. */
+INLINE vec spread_sum(const int n, vec x)
+{
+    if (n >= 16) x += MOVED(x, OTHER, 8);
+    if (n >= 8) x += MOVED(x, OTHER, 4);
+    x += MOVED(x, OTHER, 2);
+    x += MOVED(x, OTHER, 1);
+    return x;
+}
+
 /* `yes` in the lanes of `where`, `no` in the others. */
 INLINE vec choose(bits where, vec yes, vec no) { return (vec)((where & (bits)yes) | (~where & (bits)no)); }
 
@@ -78,12 +105,7 @@ typedef struct {
     float mean, scale; /* of a row; scale: 1 / sqrt(variance + epsilon) */
 } Moments;
 
-INLINE float total(vec x)
-{
-    float sum = 0;
-    for (int j = 0; j < W; j++) sum += x[j];
-    return sum;
-}
+INLINE float total(vec x) { return spread_sum(W, x)[0]; }
 
 /* Sum over j < n of x[j] - shift, or of the squares of these differences, in four sums that need not wait for each other. */
 INLINE float sum_of(long n, const float *x, float shift, const int squares)
@@ -116,12 +138,6 @@ static void norm_row(long n, const float *x, Moments of, const float *gain, cons
     }
 }
 
-/* The gradient g by what a ReLU puts out, y, becomes that by what it takes in. */
-INLINE void mask_row(long n, const float *restrict y, float *restrict g)
-{
-    for (long j = 0; j < n; j++) g[j] = y[j] <= 0 ? 0 : g[j];
-}
-
 /* The gradient g by a row of norm_row's results (before ReLU) becomes that by x; those by gain and offset grow, unless NULL. */
 static void norm_row_backward(long n, const float *x, Moments of, const float *gain, float *g, float *by_gain, float *by_offset)
 {
@@ -143,44 +159,88 @@ static void norm_row_backward(long n, const float *x, Moments of, const float *g
     }
 }
 
-/* The same for n numbers, a power of two that the compiler knows: what fills no vector would go through memory twice. */
+/* ---- group normalisation of a row, with ReLU ------------------------------------------------------------------------ */
 
-enum { NARROW = 32 }; /* the largest n */
-
-INLINE float halves(const int n, float *part)
+/* From a row's `numbers` x, in groups of n, to y; `kept` gets each group's moments. */
+static void wide_groups(long n, long numbers, const float *x, const float *gain, const float *offset, float *y, Moments *kept)
 {
-    for (int half = n / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) part[j] += part[j + half];
-    return part[0];
+    for (long j = 0; j < numbers; j += n, kept++) norm_row(n, x + j, *kept = moments_of(n, x + j), gain + j, offset + j, 1, y + j);
 }
 
-/* With ReLU. */
-INLINE Moments narrow_norm(const int n, const float *restrict x, const float *restrict gain, const float *restrict offset,
-                           float *restrict y)
+/* Of the gradient g by such a row y: that by x, in its place; those by gain and offset grow. */
+static void wide_groups_backward(long n, long numbers, const float *x, const float *restrict y, const Moments *kept,
+                                 const float *gain, float *restrict g, float *by_gain, float *by_offset)
 {
-    float part[NARROW], centred[NARROW];
-    memcpy(part, x, n * sizeof(float));
-    const float mean = halves(n, part) / n;
-    for (int j = 0; j < n; j++) centred[j] = x[j] - mean, part[j] = centred[j] * centred[j];
-    const float scale = 1 / __builtin_sqrtf(halves(n, part) / n + EPSILON);
-    for (int j = 0; j < n; j++) {
-        const float result = centred[j] * scale * gain[j] + offset[j];
-        y[j] = result <= 0 ? 0 : result;
-    }
-    return (Moments){mean, scale};
+    for (long j = 0; j < numbers; j++) g[j] = y[j] <= 0 ? 0 : g[j];
+    for (long j = 0; j < numbers; j += n, kept++) norm_row_backward(n, x + j, *kept, gain + j, g + j, by_gain + j, by_offset + j);
 }
 
-INLINE void narrow_backward(const int n, const float *restrict x, Moments of, const float *restrict gain, float *restrict g,
-                            float *restrict by_gain, float *restrict by_offset)
+/* Below, n is a power of two that the compiler knows: a vector holds several groups, or a group fills several vectors. Sums of
+   groups end in all of their places, so nothing leaves the registers. */
+
+enum { NARROW = 32, VECTORS = NARROW / W }; /* the largest n; vectors that it fills */
+
+#define PARTS(n) ((n) > W ? (n) / W : 1)  /* vectors that are worked on at once */
+#define AT_ONCE(n) ((n) > W ? (n) : W)    /* numbers in them */
+
+/* In each place the mean over its group. The last step sees to it that a group's places agree to the bit: the compiler may fuse the
+   first sum with the products in it, and then two places that add the same numbers round differently. */
+INLINE vec group_mean(const int n, const vec *part)
 {
-    float normed[NARROW], by[NARROW], sum[NARROW], along[NARROW];
-    for (int j = 0; j < n; j++) {
-        normed[j] = (x[j] - of.mean) * of.scale;
-        by_gain[j] += g[j] * normed[j];
-        by_offset[j] += g[j];
-        sum[j] = by[j] = g[j] * gain[j];
-        along[j] = by[j] * normed[j];
+    vec sum[VECTORS];
+    for (int k = 0; k < PARTS(n); k++) sum[k] = part[k];
+    for (int half = PARTS(n) / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) sum[k] += sum[k + half];
+    const vec x = spread_sum(n > W ? W : n, sum[0] * (1.0f / n)); /* the factor is exact */
+    return n >= W ? MOVED(x, FIRST, W) : n == 8 ? MOVED(x, FIRST, 8) : MOVED(x, FIRST, 4);
+}
+
+INLINE vec inverse_root(vec x)
+{
+    float root[W];
+    store(root, x);
+    for (int j = 0; j < W; j++) root[j] = 1 / __builtin_sqrtf(root[j]);
+    return load(root);
+}
+
+/* As `wide_groups`. */
+INLINE void narrow_groups(const int n, long numbers, const float *x, const float *gain, const float *offset, float *y,
+                          Moments *kept)
+{
+    for (long j = 0; j < numbers; j += AT_ONCE(n)) {
+        vec centred[VECTORS], square[VECTORS];
+        for (int k = 0; k < PARTS(n); k++) centred[k] = load_part(x + j + k * W, numbers - j - k * W);
+        const vec mean = group_mean(n, centred);
+        for (int k = 0; k < PARTS(n); k++) centred[k] -= mean, square[k] = centred[k] * centred[k];
+        const vec scale = inverse_root(group_mean(n, square) + EPSILON);
+        for (int k = 0; k < PARTS(n); k++) {
+            const long at = j + k * W, left = numbers - at;
+            const vec result = centred[k] * scale * load_part(gain + at, left) + load_part(offset + at, left);
+            store_part(y + at, where_positive(result, result), left);
+        }
+        for (int of = 0; of < W && j + of < numbers; of += n) *kept++ = (Moments){mean[of], scale[of]};
     }
-    const float mean = halves(n, sum) / n, slope = halves(n, along) / n;
-    for (int j = 0; j < n; j++) g[j] = (by[j] - mean - normed[j] * slope) * of.scale;
+}
+
+/* As `wide_groups_backward`. */
+INLINE void narrow_groups_backward(const int n, long numbers, const float *x, const float *y, const Moments *kept,
+                                   const float *gain, float *g, float *by_gain, float *by_offset)
+{
+    for (long j = 0; j < numbers; j += AT_ONCE(n)) {
+        vec mean = {0}, scale = {0}, normed[VECTORS], by[VECTORS], along[VECTORS];
+        for (int of = 0; of < W && j + of < numbers; of += n, kept++)
+            for (int i = of; i < of + n && i < W; i++) mean[i] = kept->mean, scale[i] = kept->scale;
+        for (int k = 0; k < PARTS(n); k++) {
+            const long at = j + k * W, left = numbers - at;
+            const vec from = where_positive(load_part(g + at, left), load_part(y + at, left));
+            normed[k] = (load_part(x + at, left) - mean) * scale;
+            store_part(by_gain + at, load_part(by_gain + at, left) + from * normed[k], left);
+            store_part(by_offset + at, load_part(by_offset + at, left) + from, left);
+            by[k] = from * load_part(gain + at, left);
+            along[k] = by[k] * normed[k];
+        }
+        const vec shift = group_mean(n, by), slope = group_mean(n, along);
+        for (int k = 0; k < PARTS(n); k++)
+            store_part(g + j + k * W, (by[k] - shift - normed[k] * slope) * scale, numbers - j - k * W);
+    }
 }
