@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,10 @@ pytest.importorskip("scipy")
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "tables"))
 import collect
 import comparisons
+import doc_curves
 import verdicts
 
+from offrl.evaluation.probes import Probe
 from offrl.results import RunWriter
 
 
@@ -151,6 +154,37 @@ def test_cells_are_told_apart_by_their_settings(tmp_path: Path) -> None:
     assert lines["model - nothing"].verdict == comparisons.NOT_YET
 
 
+def probed(method: str, task: str, first: int, predicted: float, achieved: float) -> dict[str, Any]:
+    """What `doc_curves.py` keeps of a run of five lanes."""
+    seeds = [achieved + 0.001 * i for i in range(5)]
+    probe = asdict(Probe(f"/home/me/{first}", method, task, True, [predicted] * 5, seeds, None, None))
+    return {f"{method}/forge_{task}/seed{first}-{first + 4}-0": {"likeliest": probe, "sampled": probe}}
+
+
+def test_claim_d_is_judged_without_the_seeds_known_before(tmp_path: Path) -> None:
+    """On each of six tasks with luck DoC keeps its promise and DT does not, but for the first five seeds, which don't count."""
+    told: dict[str, Any] = {}
+    for task in (
+        "bandit_p0.1-v0",
+        "bandit_p0.2-v0",
+        "bandit_p0.3-v0",
+        "bandit_p0.4-v0",
+        "gambling_uniform-v0",
+        "lake_p0.7-v0",
+    ):
+        scale = 20.0 if "gambling" in task else 1.0
+        for first in (0, 5, 10, 15):
+            kept, broken = (0.0, 0.9) if first == 0 else (0.9, 0.0)
+            told |= probed("doc", task, first, 0.9 * scale, kept * scale) | probed(
+                "dt", task, first, 0.9 * scale, broken * scale
+            )
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "probes.json").write_text(json.dumps(told))
+    lines = {line.name: line for line in verdicts.claim_d(tmp_path) if line.name}
+    assert [lines[name].found for name in ("D1", "D2", "D3", "D4")] == ["6 of 6", "6 of 6", "5 of 5", "1 of 1"]
+    assert lines["D3"].verdict == "shown"
+
+
 def tuned(method: str, dataset: str, before: list[float], after: list[float], regret: float) -> SimpleNamespace:
     cell = SimpleNamespace(base=f"{method}+online")
     arrays = {"before": np.array(before), "after": np.array(after), "regret": np.array([regret] * len(before))}
@@ -173,3 +207,19 @@ def test_claim_j_counts_robots_and_seeds(tmp_path: Path, monkeypatch: pytest.Mon
         "J2": ("1 of 2", "not shown at this budget"),
         "J3": ("3 of 4", "not shown at this budget"),
     }
+
+
+def test_runs_of_one_method_are_pooled() -> None:
+    """Ten seeds in two runs of five: their lanes stand together, leakages too, and another dataset by itself."""
+    runs = [
+        *probed("dt", "bandit_p0.1-v0", 0, 1.0, 0.5).values(),
+        *probed("dt", "bandit_p0.1-v0", 5, 1.0, 0.9).values(),
+    ]
+    other = next(iter(probed("dt", "bandit_p0.2-v0", 0, 1.0, 0.1).values()))
+    for run in runs:
+        run["sampled"]["outcome"] = {"label": [0.1] * 5}
+    found = [{**run, "method": "dt", "dataset": "a", "exact": None} for run in runs]
+    first, second = doc_curves.pooled([*found, {**other, "method": "dt", "dataset": "b", "exact": None}])
+    assert first["sampled"]["achieved"] == runs[0]["sampled"]["achieved"] + runs[1]["sampled"]["achieved"]
+    assert len(first["sampled"]["outcome"]["label"]) == len(first["likeliest"]["predicted"]) == 10
+    assert second["sampled"]["achieved"] == other["sampled"]["achieved"]

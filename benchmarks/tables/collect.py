@@ -45,7 +45,7 @@ def collect(source: Path, into: Path) -> tuple[list[Path], list[Path]]:
             continue
         if found := sorted(run.folder.glob(PROBES)):
             told = json.loads(found[-1].read_text())
-            probes.setdefault(into / inner.parts[0], {})[str(Path(*inner.parts[1:]))] = told
+            probes.setdefault(into / inner.parts[0], {})[str(Path(*inner.parts[1:]))] = without_paths(told)
         else:
             copy_run(run, into / inner)
         copied.append(inner)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,27 @@ def probed(folder: Path, episodes: int, updates: int) -> dict[str, Any]:
             temporary.write_text(json.dumps({"likeliest": asdict(greedy), "sampled": asdict(sampled)}))
     found = {decoding: asdict(Probe.from_dict(one)) for decoding, one in json.loads(path.read_text()).items()}
     return {**found, "method": found["sampled"]["method"], "dataset": info.id, "exact": info.provenance.get("exact")}
+
+
+def pooled(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each method and dataset, with the lanes of all of its runs."""
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in found:
+        cell = cells.setdefault((one["method"], one["dataset"]), one)
+        if cell is not one:
+            cells[one["method"], one["dataset"]] = cell | {d: joined(cell[d], one[d]) for d in ("likeliest", "sampled")}
+    return list(cells.values())
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Lists, also those further in, behind each other; of all else the first one's."""
+
+    def both(a: Any, b: Any) -> Any:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return joined(a, b)
+        return [*a, *b] if isinstance(a, list) and isinstance(b, list) else a
+
+    return {key: both(value, second[key]) for key, value in first.items()}
 
 
 def draw_returns(found: list[dict[str, Any]]) -> Figure | None:
@@ -123,7 +144,7 @@ def draw_panel(panel: Any, points: list[tuple[float, str, list[float]]], looks: 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: per dataset and method the returns of both decodings, the predicted return, the label leakage."""
     rows = [
-        "| dataset | method | sampled | likeliest | predicted | leakage (shuffled labels), nats |",
+        "| dataset | method | sampled | likeliest | predicted or target | label leakage (shuffled label), nats |",
         "|---|---|---|---|---|---|",
     ]
     for dataset in sorted({one["dataset"] for one in found}):
@@ -133,7 +154,7 @@ def table(found: list[dict[str, Any]]) -> str:
         if exact:
             rcsl = exact["rcsl"][0]
             rows.append(
-                f"| | *exact: optimum {exact['optimal']:.3f}, behaviour {exact['behaviour']:.3f}; asked for {rcsl['target']}* "
+                f"| | *exact: optimum {exact['optimal']:.3f}, behaviour {exact['behaviour']:.3f}; target return {rcsl['target']}* "
                 f"| *{rcsl['sampled']:.3f}* | *{rcsl['likeliest']:.3f}* | | |"
             )
         for method in METHODS:
@@ -173,7 +194,7 @@ def main() -> None:
     parser.add_argument("--name", default="dichotomy_of_control", help="what the figures' file names begin with")
     arguments = parser.parse_args()
     folders = [run.folder for run in results.runs(arguments.runs) if (run.folder / checkpoint.NAME).exists()]
-    found = [probed(folder, arguments.episodes, arguments.updates) for folder in folders]
+    found = pooled([probed(folder, arguments.episodes, arguments.updates) for folder in folders])
     arguments.out.mkdir(parents=True, exist_ok=True)
     if figure := draw_returns(found):
         figure.savefig(arguments.out / f"{arguments.name}.png", dpi=170)

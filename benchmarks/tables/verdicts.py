@@ -115,9 +115,9 @@ def claim_d(rows: Path) -> list[Line]:
         method, dataset, run = folder.split("/")
         if method in ("doc", "dt") and not run.startswith("seed0-"):
             spread = 20.0 if "gambling" in dataset else 1.0
-            obtained, promised = (np.array(told["sampled"][key]) / spread for key in ("obtained", "promised"))
-            gaps.setdefault((method, dataset), []).extend(np.abs(promised - obtained).tolist())
-            returns.setdefault((method, dataset), []).extend(obtained.tolist())
+            achieved, predicted = (np.array(told["sampled"][key]) / spread for key in ("achieved", "predicted"))
+            gaps.setdefault((method, dataset), []).extend(np.abs(predicted - achieved).tolist())
+            returns.setdefault((method, dataset), []).extend(achieved.tolist())
     tasks = sorted({task for _, task in gaps if {("doc", task), ("dt", task)} <= gaps.keys()})
     luck = [task for task in tasks if "lake_p1-" not in task]
     gap = {key: float(np.mean(values)) for key, values in gaps.items()}
@@ -126,7 +126,11 @@ def claim_d(rows: Path) -> list[Line]:
         ours, other = (np.array(returns.get((method, task), [])) for method in ("doc", "dt"))
         return is_shown(ours, other, 0.1, 15)
 
-    lines = [Line("", task, f"gaps: DoC {gap[('doc', task)]:.3f}, DT {gap[('dt', task)]:.3f}", "") for task in tasks]
+    lines = []
+    for task in tasks:
+        apart = difference(np.array(returns[("doc", task)]), np.array(returns[("dt", task)]))
+        told = "" if apart is None else f"; DoC - DT {apart.mean:.3f} [{apart.low:.3f}, {apart.high:.3f}]"
+        lines.append(Line("", task, f"gaps: DoC {gap[('doc', task)]:.3f}, DT {gap[('dt', task)]:.3f}{told}", ""))
     lines.append(counted("D1", names[0], [gap[("doc", task)] <= 0.1 for task in tasks], 10))
     lines.append(counted("D2", names[1], [gap[("dt", task)] > 0.1 for task in luck], 8))
     lines.append(counted("D3", names[2], [above(task) for task in luck if "lake" not in task], 5))

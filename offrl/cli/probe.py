@@ -99,6 +99,11 @@ def _row(one: Probe) -> list[str]:
     return [one.dataset, one.method + (" sampled" if one.sampled else ""), *returns, *leakage]
 
 
+def _pairs(one: Probe) -> list[tuple[float, float]]:
+    """Predicted and achieved return of each lane."""
+    return list(zip(one.predicted or [], one.achieved or []))
+
+
 def draw(found: Sequence[Probe]) -> Figure:
     """A panel per dataset: achieved against predicted return of every lane, with the line where they are equal."""
     shown = [one for one in found if one.predicted and one.achieved]
@@ -110,10 +115,10 @@ def draw(found: Sequence[Probe]) -> Figure:
     with style.sheet(1, len(datasets), (width * len(datasets), 2.7)) as (figure, panels):
         for panel, dataset in zip(panels[0], datasets):
             here = [one for one in shown if one.dataset == dataset]
-            for one in here:
-                colour, _ = looks[one.method]
-                panel.scatter(one.predicted, one.achieved, s=14, color=colour, label=one.method, alpha=0.8)
-            ends = [x for one in here for x in (*(one.predicted or []), *(one.achieved or []))]
+            for method in dict.fromkeys(one.method for one in here):  # a method may have several runs
+                lanes = [pair for one in here if one.method == method for pair in _pairs(one)]
+                panel.scatter(*zip(*lanes), s=14, color=looks[method][0], label=method, alpha=0.8)
+            ends = [x for one in here for pair in _pairs(one) for x in pair]
             panel.plot([min(ends), max(ends)], [min(ends), max(ends)], color=style.GREY, linewidth=0.7, zorder=0)
             panel.set(title=dataset, xlabel="predicted return")
             style.tidy(panel)
