@@ -153,7 +153,9 @@ def table(found: list[dict[str, Any]]) -> str:
         rows.append(f"| `{dataset}` | | | | | |")
         if exact:
             rcsl = exact["rcsl"][0]
-            known = f"optimum {exact['optimal']:.3f}, behaviour {exact['behaviour']:.3f}; target return {rcsl['target']}"
+            known = (
+                f"optimum {exact['optimal']:.3f}, behaviour {exact['behaviour']:.3f}; target return {rcsl['target']}"
+            )
             rows.append(f"| | *exact: {known}* | *{rcsl['sampled']:.3f}* | *{rcsl['likeliest']:.3f}* | | |")
         for method in METHODS:
             if method in here:

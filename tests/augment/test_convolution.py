@@ -52,7 +52,9 @@ def test_convolutions(
     compare(Conv(inputs, outputs, size, padding, generator), x)
 
 
-@pytest.mark.parametrize(("groups", "width"), [(1, 51), (3, 17), (2, 4), (5, 4), (3, 8), (8, 8), (2, 16), (3, 32), (1, 64)])
+@pytest.mark.parametrize(
+    ("groups", "width"), [(1, 51), (3, 17), (2, 4), (5, 4), (3, 8), (8, 8), (2, 16), (3, 32), (1, 64)]
+)
 def test_norms_of_steps(compiled: None, groups: int, width: int) -> None:
     """Groups that fill no vector, one, more, and those of a width that the compiler knows."""
     channels = groups * width
