@@ -88,20 +88,18 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def _pairs(one: Probe) -> list[tuple[float, float]]:
+    """Predicted and achieved return of each lane."""
+    return list(zip(one.predicted or [], one.achieved or []))
+
+
 def _row(one: Probe) -> list[str]:
-    gap = None
-    if one.predicted and one.achieved:
-        gap = [abs(a - b) for a, b in zip(one.predicted, one.achieved)]
+    gap = [abs(a - b) for a, b in _pairs(one)] or None
     returns = ["–" if x is None else f"{_mean(x):.3f}" for x in (one.predicted, one.achieved, gap)]
     leakage = [
         "–" if x is None else f"{_mean(x.label):.3f} ({_mean(x.shuffled_label):.3f})" for x in (one.outcome, one.noise)
     ]
     return [one.dataset, one.method + (" sampled" if one.sampled else ""), *returns, *leakage]
-
-
-def _pairs(one: Probe) -> list[tuple[float, float]]:
-    """Predicted and achieved return of each lane."""
-    return list(zip(one.predicted or [], one.achieved or []))
 
 
 def draw(found: Sequence[Probe]) -> Figure:
