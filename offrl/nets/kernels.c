@@ -65,7 +65,10 @@ INLINE void finish_row(vec x0, vec x1, float *c, const float *mask, const Finish
     store(c + W, x1);
 }
 
-/* c[0..rows][0..columns] = sum over p < k of a[i rows_a + p next_a] b[p next_b + j]; `rows` is known to the compiler. */
+/* c[0..rows][0..columns] = sum over p < k of a[i rows_a + p next_a] b[p next_b + j]; `rows` is known to the compiler.
+
+   Rows of A are asked for one line ahead, at the end those of the next tile: asked for a whole tile ahead, they and the panel
+   would not fit into the nearest cache together. */
 INLINE void tile(const int rows, long k, const float *a, long rows_a, long next_a, const float *b, long next_b, float *c,
                  long ldc, long columns, const Finish *finish)
 {
@@ -75,18 +78,19 @@ INLINE void tile(const int rows, long k, const float *a, long rows_a, long next_
         __builtin_prefetch(c + i * ldc, 1);
         if (finish->mask) __builtin_prefetch(finish->mask + i * ldc);
     }
-    for (long p = 0; p < k; p++) {
-        const vec b0 = load(b), b1 = load(b + W);
+    for (long left = k; left > 0; left -= LINE) {
+        const float *soon = a + LINE + (left > LINE ? 0 : rows * rows_a - k);
+        for (int i = 0; i < rows && rows_a != 1; i++) __builtin_prefetch(soon + i * rows_a);
+        for (long p = left < LINE ? left : LINE; p > 0; p--) {
+            const vec b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 16
-        for (int i = 0; i < rows; i++) {
-            sum[i][0] += a[i * rows_a] * b0;
-            sum[i][1] += a[i * rows_a] * b1;
+            for (int i = 0; i < rows; i++) {
+                sum[i][0] += a[i * rows_a] * b0;
+                sum[i][1] += a[i * rows_a] * b1;
+            }
+            if (rows_a == 1) __builtin_prefetch(a + 4 * next_a);
+            a += next_a, b += next_b;
         }
-        if (rows_a == 1)
-            __builtin_prefetch(a + 4 * next_a);
-        else if (p % LINE == 0)
-            for (int i = 0; i < rows; i++) __builtin_prefetch(a + (i + rows) * rows_a);
-        a += next_a, b += next_b;
     }
     if (columns == NR) {
         for (int i = 0; i < rows; i++)
@@ -104,11 +108,13 @@ INLINE void tile(const int rows, long k, const float *a, long rows_a, long next_
     }
 }
 
+/* The compiler gets a loop of its own for an A whose rows are columns in memory. */
 #define TILE(n)                                                                                                         \
     static __attribute__((noinline)) void tile_##n(long k, const float *a, long rows_a, long next_a, const float *b,    \
                                                    long next_b, float *c, long ldc, long columns, const Finish *finish) \
     {                                                                                                                   \
-        tile(n, k, a, rows_a, next_a, b, next_b, c, ldc, columns, finish);                                              \
+        if (rows_a == 1) tile(n, k, a, 1, next_a, b, next_b, c, ldc, columns, finish);                                  \
+        else tile(n, k, a, rows_a, next_a, b, next_b, c, ldc, columns, finish);                                         \
     }
 TILE(MR)
 TILE(4)
