@@ -449,3 +449,4 @@ void norm_backward(int64_t rows, int64_t groups, int64_t width, const float *x, 
 }
 
 #include "program.h"
+#include "codes.h"

@@ -39,7 +39,7 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, one_at_a_time, replacing
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_INCLUDED = [Path(__file__).with_name(name) for name in ("rows.h", "program.h")]
+_INCLUDED = [Path(__file__).with_name(name) for name in ("rows.h", "program.h", "codes.h")]
 # No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums; roots need set no error code.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _NONE = "no C compiler built them (gcc or clang, as cc on the path or named by CC), or others may write to their file"
@@ -52,6 +52,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "multiply": [*[_N] * 3, *[_P, _N, _N] * 2, _P, _P],
     "norm_forward": [*[_N] * 3, *[_P] * 5],
     "norm_backward": [*[_N] * 3, *[_P] * 7],
+    "close_rows": [_P, _P, _N, _N, *[_P] * 4, _N, _P],
 }
 _MOST_LAYERS, _ROWS = 16, 256  # layers, and rows in a block, as in the source
 
@@ -184,6 +185,12 @@ def call(name: str, *arguments: int | Tensor | None, written: Sequence[Tensor]) 
     plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     function(*plain)
     tape.note(lambda: function(*plain) if arguments else None, *written)
+
+
+def address(name: str) -> int:
+    """Where one of the functions stands in memory, for code that Numba compiles; 0 where there are no kernels."""
+    library = _library()
+    return 0 if library is None else ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
 
 
 # ---- a network ------------------------------------------------------------------------------------------------------

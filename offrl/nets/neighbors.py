@@ -144,7 +144,8 @@ class OnProcessor:
 
     @property
     def nbytes(self) -> int:
-        arrays = [part for part in self.tree if isinstance(part, np.ndarray)] + [self.order, self.place]
+        parts = (*self.tree, *self.tree.codes, self.order, self.place)
+        arrays = [part for part in parts if isinstance(part, np.ndarray)]
         return sum(array.nbytes for array in arrays)
 
     def _build(self, states: np.ndarray, path: Path | None) -> dict[str, np.ndarray]:

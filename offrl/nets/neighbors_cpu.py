@@ -7,10 +7,10 @@ facts make an exact answer cheap here:
    R = |pi(s_i) - a_i| needs a look, and everything within R has a state within R / beta of s_i.
 2. Each row's nearest other states are known (`lists`): where the list reaches beyond R / beta, it holds the answer.
 3. What a list can't settle goes to leaves of W rows that are close in state. A leaf whose box is farther than the best
-   pair so far is skipped; the others are scanned by one loop per dimension over W rows, which compiles to vector code.
+   pair so far is skipped; of the others, codes of a byte a dimension rule out nearly all rows (`neighbor_codes.py`).
 
-Boxes and scans work on float32 states that were turned to their principal axes (boxes are tighter there). They only
-rule out: whatever might be the answer, rounding included, is measured again in float64 from the original numbers.
+Boxes lie along the principal axes of the states, where they are tighter. Boxes and codes only rule out: whatever might be the
+answer, rounding included, is measured in float64 from the original numbers.
 
 The functions are compiled by Numba and hold no Python object, so threads run them side by side.
 """
@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from offrl.nets.neighbor_codes import WIDTH, Codes, borrowed, close_rows, encode, make_codes
+
 Array = Any  # a NumPy array; Numba wants no type from us
 
-WIDTH = 64
 GROUP = 64  # leaves in a group: one level of the tree, checked before its leaves
 _STRIDE = 4  # dimensions between checks whether a leaf is already known to be too far
 _FAR = np.float32(1e18)  # coordinate of padding, whose square float32 still holds
@@ -41,8 +42,7 @@ class Tree(NamedTuple):
     Attributes:
         states, actions: `[N, S]`, `[N, A]` float32 in the order of places, as the user gave them.
         turned: `[N, S]` float32, states along principal axes.
-        leaves: `[M, A + S, W]` float32, actions and turned states of each leaf, padded with far away rows. Actions come
-            first: where the policy strays from the data, they and the first axes already rule most rows out.
+        codes: of the rows of each leaf.
         boxes: `[2, G, A + S, 64]` float32, lower and upper corners of the leaves, by groups.
         outer: `[2, A + S, G]` float32, corners of the groups.
         near: `[N, L]` int32 places of each row's nearest other states, -1 where there is none.
@@ -54,7 +54,7 @@ class Tree(NamedTuple):
     states: Array
     actions: Array
     turned: Array
-    leaves: Array
+    codes: Codes
     boxes: Array
     outer: Array
     near: Array
@@ -72,6 +72,7 @@ class Queries(NamedTuple):
         homes: `[Q]` int64, the leaf to begin with, or -1; left_out: `[Q]` int64, a place that is no answer, or -1.
         bounds: `[Q]` float64, a squared distance that is known to reach the k-th answer; it shrinks.
         limits: `[Q]` float32, `reach` of the bounds.
+        codes, terms: see `encode`.
         best, best_place: `[Q, k]` float64 and int64, the answers: squared distances in rising order, and places.
     """
 
@@ -83,6 +84,8 @@ class Queries(NamedTuple):
     left_out: Array
     bounds: Array
     limits: Array
+    codes: Array
+    terms: Array
     best: Array
     best_place: Array
 
@@ -118,12 +121,7 @@ def make_tree(states: Array, actions: Array, axes: Array, order: Array, near: Ar
     turned, slip = turn(states, axes)
     n, width = len(states), states.shape[1] + actions.shape[1]
     count = -(-n // WIDTH)
-    leaves = np.full((count, width, WIDTH), _FAR, np.float32)
     both = np.concatenate([actions, turned], 1)
-    full = n // WIDTH
-    leaves[:full] = both[: full * WIDTH].reshape(full, WIDTH, width).transpose(0, 2, 1)
-    if full < count:
-        leaves[full, :, : n - full * WIDTH] = both[full * WIDTH :].T
     groups = -(-count // GROUP)
     corners = np.full((2, groups * GROUP, width), _FAR, np.float32)  # a missing leaf is a box far away
     starts = np.arange(0, n, WIDTH)
@@ -133,7 +131,8 @@ def make_tree(states: Array, actions: Array, axes: Array, order: Array, near: Ar
     starts = np.arange(0, count, GROUP)
     low, high = np.minimum.reduceat(corners[0, :count], starts, 0), np.maximum.reduceat(corners[1, :count], starts, 0)
     outer = np.stack([low.T, high.T])
-    return Tree(states, actions, turned, leaves, boxes, np.ascontiguousarray(outer), near, near_distance, axes, slip)
+    codes = make_codes(states, actions)
+    return Tree(states, actions, turned, codes, boxes, np.ascontiguousarray(outer), near, near_distance, axes, slip)
 
 
 def turn(states: Array, axes: Array) -> tuple[Array, float]:
@@ -216,15 +215,15 @@ def add_boxes(low: Array, high: Array, point: Array, first: int, last: int, weig
 
 @njit(fastmath=_FAST, **_INNER)
 def box_distances(
-    low: Array, high: Array, point: Array, skip: int, split: int, weight: np.float32, limit: np.float32, out: Array
+    low: Array, high: Array, point: Array, split: int, weight: np.float32, limit: np.float32, out: Array
 ) -> bool:
-    """`out[m]`: squared distance from a point to box m, from dimension `skip` on, from `split` on times `weight`.
+    """`out[m]`: squared distance from a point to box m, from dimension `split` on times `weight`.
 
     False when all are known to exceed `limit`; they may then be too small.
     """
     for m in range(out.shape[0]):
         out[m] = 0
-    add_boxes(low, high, point, skip, split, np.float32(1), out)
+    add_boxes(low, high, point, 0, split, np.float32(1), out)
     head = min(split + _STRIDE, point.shape[0])
     add_boxes(low, high, point, split, head, weight, out)
     within = np.int32(0)
@@ -236,144 +235,121 @@ def box_distances(
     return True
 
 
-@njit(fastmath=_FAST, **_INNER)
-def add_squares(
-    leaves: Array, leaf: int, points: Array, q: int, first: int, last: int, weight: np.float32, sums: Array, slot: int
-) -> None:
-    """`sums[slot, p] += weight * sum of (leaves[leaf, d, p] - points[q, d])^2` over `first <= d < last`."""
-    d = first
-    while d + 4 <= last:  # four at a time spare traffic with `sums`
-        a, b, c, e = points[q, d], points[q, d + 1], points[q, d + 2], points[q, d + 3]
-        for p in range(WIDTH):
-            t, u = leaves[leaf, d, p] - a, leaves[leaf, d + 1, p] - b
-            v, w = leaves[leaf, d + 2, p] - c, leaves[leaf, d + 3, p] - e
-            sums[slot, p] += weight * ((t * t + u * u) + (v * v + w * w))
-        d += 4
-    while d < last:
-        a = points[q, d]
-        for p in range(WIDTH):
-            t = leaves[leaf, d, p] - a
-            sums[slot, p] += weight * (t * t)
-        d += 1
+@njit(**_INNER)
+def scan(tree: Tree, ask: Queries, leaf: int, callers: Array, count: int, pairs: Array) -> None:
+    """Measure a leaf's rows against the k nearest so far of the queries `callers[:count]`, where codes don't rule them out.
 
-
-@njit(fastmath=_FAST, **_INNER)
-def sift(tree: Tree, ask: Queries, leaf: int, first: int, last: int, callers: Array, count: int, sums: Array) -> int:
-    """Add the dimensions `first <= d < last` for the callers of a leaf; those that a row may still be near enough for.
-
-    Args:
-        callers: `[2, Q]` int32, numbers of queries and of their rows of `sums`; the first `count` are read, and those
-            that stay are moved to the front. Moving all and counting on the yes needs no branch: one that no processor
-            can predict would wait for each sum.
-        sums: `[Q, W]` float32, squared distances so far.
-
-    Returns:
-        how many stay.
+    pairs: `[Q W, 2]` int32, memory.
     """
-    split, stay = tree.actions.shape[1], 0
-    for i in range(count):
-        q, slot = callers[0, i], callers[1, i]
-        weight = np.float32(ask.betas[q] * ask.betas[q])
-        middle = min(max(first, split), last)  # actions before it, states from it on
-        add_squares(tree.leaves, leaf, ask.points, q, first, middle, np.float32(1), sums, slot)
-        add_squares(tree.leaves, leaf, ask.points, q, middle, last, weight, sums, slot)
-        within, limit = np.int32(0), ask.limits[q]
-        for p in range(WIDTH):  # a count compiles to vector code where a minimum does not
-            within += np.int32(sums[slot, p] <= limit)
-        callers[0, stay], callers[1, stay] = q, slot
-        stay += int(within > 0)
-    return stay
+    states, actions, asked_states, asked_actions = tree.states, tree.actions, ask.states, ask.actions
+    betas, bounds = ask.betas, ask.bounds
+    first, split = leaf * WIDTH, (actions.shape[1] + 3) // 4
+    found = close_rows(tree.codes, leaf, split, ask.codes, ask.terms, ask.limits, callers, count, pairs)
+    for i in range(found):
+        q, place = pairs[i, 0], first + pairs[i, 1]
+        if place >= len(states):
+            continue
+        apart, far = 0.0, 0.0
+        for d in range(states.shape[1]):
+            t = np.float64(asked_states[q, d]) - np.float64(states[place, d])
+            apart += t * t
+        for d in range(actions.shape[1]):
+            t = np.float64(asked_actions[q, d]) - np.float64(actions[place, d])
+            far += t * t
+        distance = betas[q] * betas[q] * apart + far
+        if distance <= bounds[q]:
+            take(tree, ask, q, place, distance)
 
 
 @njit(nogil=True, cache=True)
-def scan(tree: Tree, ask: Queries, leaf: int, callers: Array, count: int, skip: int, sums: Array) -> None:
-    """Measure a leaf's rows against the k nearest so far of the queries `callers[0, :count]`; see `sift`."""
-    for i in range(count):
-        callers[1, i] = i
-        for p in range(WIDTH):
-            sums[i, p] = 0
-    first, width, place = skip, tree.leaves.shape[1], leaf * WIDTH
-    last = min(max(skip, tree.actions.shape[1]) + _STRIDE, width)
-    while first < width and count > 0:
-        count = sift(tree, ask, leaf, first, last, callers, count, sums)
-        first, last = last, min(last + _STRIDE, width)
-    for i in range(count):
-        for p in range(min(WIDTH, len(tree.states) - place)):
-            if sums[callers[1, i], p] <= ask.limits[callers[0, i]]:
-                measure(tree, ask, callers[0, i], place + p)
-
-
-@njit(nogil=True, cache=True)
-def measure(tree: Tree, ask: Queries, q: int, place: int) -> None:
-    """The pair at a place among the k nearest so far of query q, if it is one of them."""
+def take(tree: Tree, ask: Queries, q: int, place: int, distance: float) -> None:
+    """Put a pair among the k nearest so far of query q, unless it is left out."""
     if place == ask.left_out[q]:
         return
-    beta, best, best_place = ask.betas[q], ask.best[q], ask.best_place[q]
-    distance = pair_distance(tree, ask.states[q], ask.actions[q], place, beta * beta)
-    if distance <= ask.bounds[q]:
-        keep(best, best_place, distance, place)
-        if best_place[-1] >= 0 and best[-1] < ask.bounds[q]:
-            ask.bounds[q] = best[-1]
-            ask.limits[q] = reach(best[-1], beta, tree.slip)
+    best, best_place = ask.best[q], ask.best_place[q]
+    keep(best, best_place, distance, place)
+    if best_place[-1] >= 0 and best[-1] < ask.bounds[q]:
+        ask.bounds[q] = best[-1]
+        ask.limits[q] = reach(best[-1], ask.betas[q], tree.slip)
 
 
 @njit(nogil=True, cache=True)
-def search(tree: Tree, ask: Queries, skip: int) -> None:
-    """The k nearest pairs of the whole dataset for every query.
+def search(tree: Tree, ask: Queries) -> None:
+    """The k nearest pairs of the whole dataset for every query."""
+    count, groups = len(ask.betas), tree.boxes.shape[1]
+    encode(tree.codes, ask.actions, ask.states, ask.betas, ask.codes, ask.terms)
+    pairs, near_enough = np.empty((count * WIDTH, 2), np.int32), np.empty(count, np.int32)
+    boxes, outer = np.empty(GROUP, np.float32), np.empty((count, groups), np.float32)
+    callers, how_far = np.empty((GROUP, count), np.int32), np.empty((GROUP, count), np.float32)
+    visit(tree, ask, (pairs, near_enough, boxes, outer, callers, how_far))
+
+
+@njit(nogil=True, cache=True)
+def visit(held_tree: Tree, held_queries: Queries, held_memory: tuple[Array, ...]) -> None:
+    """`search` with memory; the caller holds all arrays until it is over.
 
     All queries visit a group of leaves, leaf by leaf, before they go on to the next: so rows come from memory once.
     Near leaves first, since they shrink the bounds: each query's home, then what lies within half the distance known
-    by then, then the rest. `skip` leading dimensions of the points don't count.
+    by then, then the rest.
     """
-    count, groups, split = len(ask.betas), tree.boxes.shape[1], tree.actions.shape[1]
-    sums, boxes = np.empty((count, WIDTH), np.float32), np.empty(GROUP, np.float32)
-    near_enough = np.empty((2, count), np.int32)
-    outer, halfway = np.empty((count, groups), np.float32), np.empty(count, np.float32)
-    callers, how_far = np.empty((GROUP, count), np.int32), np.empty((GROUP, count), np.float32)
+    tree, ask = borrowed(held_tree), borrowed(held_queries)
+    pairs, near_enough, boxes, outer, callers, how_far = borrowed(held_memory)
+    homes, limits, betas, points = ask.homes, ask.limits, ask.betas, ask.points
+    lowest, highest, leaves = tree.outer[0], tree.outer[1], len(tree.codes.rows)
+    count, groups, split = len(betas), tree.boxes.shape[1], tree.actions.shape[1]
+    halfway, calls, chosen = np.empty(count, np.float32), np.empty(GROUP, np.int64), np.empty(GROUP + 1, np.int64)
     for q in range(count):
-        weight = np.float32(ask.betas[q] * ask.betas[q])
-        ask.limits[q] = reach(ask.bounds[q], ask.betas[q], tree.slip)
-        box_distances(tree.outer[0], tree.outer[1], ask.points[q], skip, split, weight, np.float32(np.inf), outer[q])
-        if ask.homes[q] >= 0:
-            near_enough[0, 0] = q
-            scan(tree, ask, ask.homes[q], near_enough, 1, skip, sums)
-        halfway[q] = np.float32(0.25) * ask.limits[q]
+        weight = np.float32(betas[q] * betas[q])
+        limits[q] = reach(ask.bounds[q], betas[q], tree.slip)
+        box_distances(lowest, highest, points[q], split, weight, np.float32(np.inf), outer[q])
+        if homes[q] >= 0:
+            near_enough[0] = q
+            scan(tree, ask, homes[q], near_enough, 1, pairs)
+        halfway[q] = np.float32(0.25) * limits[q]
     for part in range(2):
         for g in range(groups):
-            calls = np.zeros(GROUP, np.int64)
+            low, high = tree.boxes[0, g], tree.boxes[1, g]
+            first, here = g * GROUP, min(GROUP, leaves - g * GROUP)
+            calls[:] = 0
             for q in range(count):
-                limit = min(ask.limits[q], halfway[q]) if part == 0 else ask.limits[q]
+                home, half = homes[q] - first, halfway[q]
+                limit = min(limits[q], half) if part == 0 else limits[q]
                 if outer[q, g] > limit:
                     continue
-                weight, low, high = np.float32(ask.betas[q] * ask.betas[q]), tree.boxes[0, g], tree.boxes[1, g]
-                if not box_distances(low, high, ask.points[q], skip, split, weight, limit, boxes):
+                weight = np.float32(betas[q] * betas[q])
+                if not box_distances(low, high, points[q], split, weight, limit, boxes):
                     continue
-                for m in range(min(GROUP, len(tree.leaves) - g * GROUP)):
-                    if boxes[m] <= limit and (part == 0 or boxes[m] > halfway[q]) and g * GROUP + m != ask.homes[q]:
-                        callers[m, calls[m]], how_far[m, calls[m]] = q, boxes[m]
-                        calls[m] += 1
-            for m in range(GROUP):
+                # Two loops, since one with a branch that no processor can predict would cost more than the boxes.
+                few, beyond = 0, half if part == 1 else np.float32(-1)
+                for m in range(here):
+                    chosen[few] = m
+                    few += int((boxes[m] <= limit) & (boxes[m] > beyond) & (m != home))
+                for i in range(few):
+                    m = chosen[i]
+                    callers[m, calls[m]], how_far[m, calls[m]] = q, boxes[m]
+                    calls[m] += 1
+            for m in range(here):
                 few = 0
                 for i in range(calls[m]):
-                    near_enough[0, few] = callers[m, i]
-                    few += int(how_far[m, i] <= ask.limits[callers[m, i]])
+                    near_enough[few] = callers[m, i]
+                    few += int(how_far[m, i] <= limits[callers[m, i]])
                 if few > 0:
-                    scan(tree, ask, g * GROUP + m, near_enough, few, skip, sums)
+                    scan(tree, ask, first + m, near_enough, few, pairs)
 
 
 @njit(nogil=True, cache=True)
 def near_states(tree: Tree, first: int, last: int, near: Array, near_distance: Array) -> None:
-    """Fill the lists of places `first ... last - 1`: the nearest other states, by distance between states alone."""
-    count, size, actions = last - first, near.shape[1], tree.actions.shape[1]
+    """Fill the lists of places `first ... last - 1` of a tree without actions: the nearest other states."""
+    count, size = last - first, near.shape[1]
     places = np.arange(first, last)
-    points = np.zeros((count, tree.leaves.shape[1]), np.float32)
-    points[:, actions:] = tree.turned[first:last]
+    points = tree.turned[first:last]
     best, best_place = np.full((count, size), np.inf), np.full((count, size), -1)
     no_actions = np.empty((count, 0), np.float32)
     homes, bounds, limits = places // WIDTH, np.full(count, np.inf), np.empty(count, np.float32)
     states, betas = tree.states[first:last], np.ones(count)
-    ask = Queries(states, no_actions, points, betas, homes, places, bounds, limits, best, best_place)
-    search(tree, ask, actions)
+    codes, terms = np.empty((count, 4 * tree.codes.rows.shape[1]), np.int8), np.empty((count, 5))
+    ask = Queries(states, no_actions, points, betas, homes, places, bounds, limits, codes, terms, best, best_place)
+    search(tree, ask)
     near[first:last] = best_place
     near_distance[first:last] = np.sqrt(best) * (1.0 - 2e-7)  # a lower bound in float32 too
 
@@ -435,7 +411,7 @@ def answer(
     count, k, width = len(rest), found.shape[1], tree.actions.shape[1]
     asked, points = (
         np.empty((count, tree.states.shape[1]), np.float32),
-        np.empty((count, tree.leaves.shape[1]), np.float32),
+        np.empty((count, tree.outer.shape[1]), np.float32),
     )
     asked_actions, homes, weights = np.empty((count, width), np.float32), np.empty(count, np.int64), np.empty(count)
     bounds, limits = np.empty(count), np.empty(count, np.float32)
@@ -450,7 +426,8 @@ def answer(
         # A root and its square may fall below the number they came from; the bound must not.
         bounds[i] = distance[q, k - 1] ** 2 * (1.0 + 1e-15)
     best, best_place, nobody = np.full((count, k), np.inf), np.full((count, k), -1), np.full(count, -1)
-    ask = Queries(asked, asked_actions, points, weights, homes, nobody, bounds, limits, best, best_place)
-    search(tree, ask, int(np.int64(0)))  # a literal 0 would be compiled as a second version
+    codes, terms = np.empty((count, 4 * tree.codes.rows.shape[1]), np.int8), np.empty((count, 5))
+    ask = Queries(asked, asked_actions, points, weights, homes, nobody, bounds, limits, codes, terms, best, best_place)
+    search(tree, ask)
     for i in range(count):
         found[rest[i]], distance[rest[i]] = best_place[i], np.sqrt(best[i])
