@@ -5,11 +5,12 @@ states another. Cutting coordinates off brings no two points further apart, and 
 residual, so the distance of two points is at least that of their codes less both residuals. With x a row's codes, q a query's,
 u = x + 64, and w the weight of a squared step (step^2 for actions, beta^2 step^2 for states),
 
-    |x - q|^2 = |x|^2 - 2 (u . q - 64 sum q) + |q|^2,
+    |x - q|^2 = |x|^2 - 2 (u . q - 64 sum q) + |q|^2.
 
-which lies within (R + r_x + r_q)^2 for every row within R exactly where
+The codes of every row within R are within R + r_x + r_q of the query's, that is, where w weighs and "sum" adds up actions and
+states,
 
-    sum over actions and states of w (u . q - |x|^2 / 2)  >=  (sum of w (|q|^2 + 128 sum q) - (R + r_x + r_q)^2) / 2.
+    sum w (u . q - |x|^2 / 2)  >=  (sum w (|q|^2 + 128 sum q) - (R + r_x + r_q)^2) / 2.
 
 The products u . q are of bytes, of which a processor adds up 64 in one instruction (`codes.h`); |x|^2 / 2 is rounded down.
 What passes is measured in float64, so codes change no answer.
@@ -20,6 +21,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -71,10 +73,9 @@ def make_codes(states: Array, actions: Array) -> Codes:
             rows[first:last, column : column + values.shape[1]] = codes - _LEAST
             starts[first:last, part] = -((codes * codes).sum(1) // 2)
             residuals[part] = max(residuals[part], float(np.sqrt(np.square(codes - exact).sum(1)).max()))
-    by_leaf = rows.reshape(leaves, WIDTH, groups, 4).transpose(0, 2, 1, 3)
-    starts = starts.reshape(leaves, WIDTH, 2).transpose(0, 2, 1)
-    address = kernels.address("close_rows")
-    return Codes(np.ascontiguousarray(by_leaf), np.ascontiguousarray(starts), centres, steps, residuals, address)
+    rows_by_leaf = np.ascontiguousarray(rows.reshape(leaves, WIDTH, groups, 4).transpose(0, 2, 1, 3))
+    starts_by_leaf = np.ascontiguousarray(starts.reshape(leaves, WIDTH, 2).transpose(0, 2, 1))
+    return Codes(rows_by_leaf, starts_by_leaf, centres, steps, residuals, kernels.address("close_rows"))
 
 
 def _groups(width: int) -> int:
@@ -103,7 +104,7 @@ def encode(codes: Codes, actions: Array, states: Array, betas: Array, asked: Arr
     for q in range(len(betas)):
         asked[q] = 0
         moved = 0.0
-        terms[q, 2], terms[q, 4], terms[q, 3] = 0.0, 0.0, 0.0
+        terms[q] = 0.0
         for part in range(2):
             values = actions[q] if part == 0 else states[q]
             centre = 0 if part == 0 else split
@@ -126,12 +127,10 @@ def encode(codes: Codes, actions: Array, states: Array, betas: Array, asked: Arr
         terms[q, 4] += _ROUNDING * abs(terms[q, 2])
 
 
-@intrinsic
-def _call(
+def _typed_call(
     context: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any
 ) -> Any:
     """Call the function at an address, which takes ten numbers or pointers of 64 bits and returns a number."""
-    from llvmlite import ir
 
     def code(_: Any, builder: Any, signature: Any, values: Any) -> Any:
         word = ir.IntType(64)
@@ -141,8 +140,10 @@ def _call(
     return types.int64(types.int64, *[types.int64] * 10), code
 
 
-@intrinsic
-def borrowed(context: Any, value: Any) -> Any:
+_call: Any = intrinsic(_typed_call)
+
+
+def _typed_borrowed(context: Any, value: Any) -> Any:
     """An array, or a tuple of arrays and others, without the arrays' owners: for use while somebody else holds them.
 
     Numba counts each slice, and each array taken out of a tuple, by atomic instructions on its owner; in a search, which slices
@@ -157,16 +158,19 @@ def borrowed(context: Any, value: Any) -> Any:
 
 def _without_owners(compiler: Any, builder: Any, kind: Any, value: Any) -> Any:
     if isinstance(kind, types.BaseTuple):
-        parts = (builder.extract_value(value, i) for i in range(len(kind)))
-        return compiler.make_tuple(
-            builder, kind, [_without_owners(compiler, builder, *pair) for pair in zip(kind, parts)]
-        )
+        kinds: Any = kind  # a tuple type goes through its parts' types
+        parts = [builder.extract_value(value, i) for i in range(len(kinds))]
+        bare = [_without_owners(compiler, builder, of, part) for of, part in zip(kinds, parts, strict=True)]
+        return compiler.make_tuple(builder, kind, bare)
     if not isinstance(kind, types.Array):
         return value
     array = compiler.make_array(kind)(compiler, builder, value=value)
     for owner in ("meminfo", "parent"):
         setattr(array, owner, getattr(array, owner).type(None))
     return array._getvalue()
+
+
+borrowed: Any = intrinsic(_typed_borrowed)
 
 
 @njit(nogil=True, cache=True, forceinline=True)
