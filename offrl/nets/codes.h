@@ -4,7 +4,7 @@
 #include <immintrin.h>
 #endif
 
-enum { LEAF = 64 };               /* rows in a leaf */
+enum { LEAF = 64 };                             /* rows in a leaf */
 enum { ABREAST = LEAF / W < 4 ? LEAF / W : 4 }; /* vectors of rows whose sums stay in registers */
 
 /* sum[j] += the product of the four codes rows[4 j] ... and the four in `asked`: each below 128 times one of at most 64. */
@@ -50,7 +50,7 @@ int64_t close_rows(const uint8_t *codes, const int32_t *starts, int64_t action_g
                    const double *terms, const float *limits, const int32_t *callers, int64_t count, int32_t *pairs)
 {
     int64_t found = 0;
-    /* Most searches visit nearly every leaf in turn. */
+    /* The next leaf, since a batch of questions visits nearly every leaf in turn. */
     for (long i = 0; i < 4 * groups * LEAF; i += 64) __builtin_prefetch(codes + 4 * groups * LEAF + i);
     for (long i = 0; i < 2 * LEAF; i += LINE) __builtin_prefetch(starts + 2 * LEAF + i);
     for (long c = 0; c < count; c++) {
