@@ -118,7 +118,7 @@ def test_integers(tmp_path: Path) -> None:
 def test_the_check_can_fail() -> None:
     one = BC(spec(), BCConfig(hidden=(8,))).lane(0)
     close, limit = compare(one, lambda obs: one.predict(obs, lane=0)[0])
-    assert close <= 2e-7 * 2.5  # two roundings: the batches differ
+    assert close <= 1e-6  # some roundings: batches of another size may be summed in another order
     assert 1e-6 <= limit < 1e-4
     off, limit = compare(one, lambda obs: one.predict(obs, lane=0)[0] + np.float32(2e-4))
     assert off > limit

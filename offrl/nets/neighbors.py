@@ -69,7 +69,8 @@ class Neighbors:
         actions: `[N, A]`, on the same device.
         keep: whether to read the index from the cache and to write it there.
 
-    Memory: 1.6 to 2 times the dataset's own on the processor; a float32 copy of states and actions on a GPU.
+    Memory: on the processor 1.3 to 3 times the dataset's own, the more the fewer its dimensions; on a GPU a float32 copy
+    of states and actions.
     """
 
     def __init__(self, states: Tensor, actions: Tensor, keep: bool = True) -> None:

@@ -47,24 +47,26 @@ def test_a_return_leaks_all_noise_of_a_bandit() -> None:
 
 
 def test_the_constraint_removes_noise_from_a_latent_that_has_it() -> None:
-    """VAE-BC's latent encodes the noise. Trained on under the constraint it loses that, and keeps the arm."""
-    store, seeds = make_bandit(0.3, 0.7, 1000), (0, 0)
+    """VAE-BC's latent encodes the noise. Trained on under the constraint it loses that, and keeps the arm.
+
+    Three seeds without and with the constraint: without it the noise fades from some latents too, but not from all.
+    """
+    store, seeds = make_bandit(0.3, 0.7, 1000), (0, 1, 2, 0, 1, 2)
     vae = learn(VAEBC, store, seeds, updates=600, kl_weight=0.1)
     before = in_bandit(vae, store)
     assert min(before.label) > 0.1
     assert max(map(abs, before.shuffled_label)) < 0.01
-    agent = make_agent(DoC, store, seeds, **{**BANDIT, "energy_lr": 3e-3, "beta": [0.0, 2.0]})
+    agent = make_agent(DoC, store, seeds, **{**BANDIT, "energy_lr": 3e-3, "beta": [0.0] * 3 + [2.0] * 3})
     missing, unexpected = agent.load_state_dict(vae.state_dict(), strict=False)
     assert all(name.startswith("energy") for name in missing)
     assert not unexpected
     agent.optimizer.count.zero_()
-    metrics = Taped(agent, BatchLoader([(store, Uniform(store), 1.0)], 64, agent.window, agent.batch_fields)).run(
-        0, 800
-    )
-    unconstrained, constrained = in_bandit(agent, store).label
-    assert unconstrained > 0.1  # nothing else takes it out
-    assert constrained < 0.02
-    assert metrics["action_loss"][1] < 0.1  # of H(a) = 0.61
+    engine = Taped(agent, BatchLoader([(store, Uniform(store), 1.0)], 64, agent.window, agent.batch_fields))
+    metrics = engine.run(0, 500)
+    labels = in_bandit(agent, store).label
+    assert max(labels[:3]) > 0.1
+    assert max(labels[3:]) < 0.02
+    assert metrics["action_loss"][3:].max() < 0.1  # of H(a) = 0.61
 
 
 def test_memorised_labels_leak_nothing() -> None:
