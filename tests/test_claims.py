@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "tables"))
 import collect
 import comparisons
 import doc_curves
+import histories
 import verdicts
 
 from offrl.evaluation.probes import Probe
@@ -223,3 +224,14 @@ def test_runs_of_one_method_are_pooled() -> None:
     assert first["sampled"]["achieved"] == runs[0]["sampled"]["achieved"] + runs[1]["sampled"]["achieved"]
     assert len(first["sampled"]["outcome"]["label"]) == len(first["likeliest"]["predicted"]) == 10
     assert second["sampled"]["achieved"] == other["sampled"]["achieved"]
+
+
+def test_a_stopped_run_makes_no_row_of_histories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A signal ends a run early but leaves its last scores, which say nothing of 100,000 updates."""
+    monkeypatch.setattr(
+        histories.offrl, "fit", lambda **_: SimpleNamespace(status="interrupted", step=19_000, scores=[84.9])
+    )
+    monkeypatch.setattr(sys, "argv", ["histories.py", "--out", str(tmp_path), "--agents", "iql"])
+    with pytest.raises(SystemExit, match="stopped at update 19000"):
+        histories.main()
+    assert not list(tmp_path.iterdir())

@@ -95,6 +95,8 @@ def main() -> None:
                     **further,
                 }
                 result = offrl.fit(agent=agent, dataset=dataset, **options)
+                if result.status == "interrupted":
+                    raise SystemExit(f"stopped at update {result.step}; the same command goes on.")
                 cell = measured(result, dataset, arguments.probe_episodes)
                 keep(arguments.out / f"histories_{agent}_{dataset.replace('/', '_')}.json", method, cell)
                 print(f"| {dataset} | {agent} | {method} | {' | '.join(told(cell))} |", flush=True)
