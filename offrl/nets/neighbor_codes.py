@@ -60,7 +60,7 @@ def make_codes(states: Array, actions: Array) -> Codes:
     """Codes of rows in the order of their places: `[N, S]` and `[N, A]` float32."""
     n, split = len(states), actions.shape[1]
     leaves = -(-n // WIDTH)
-    groups = _groups(split) + _groups(states.shape[1])
+    groups = groups_of(split) + groups_of(states.shape[1])
     rows = np.full((leaves * WIDTH, 4 * groups), -_LEAST, np.uint8)
     starts = np.full((leaves * WIDTH, 2), _NO_ROW, np.int32)
     centres, steps, residuals = _centres(states, actions), _steps(states, actions), np.zeros(2)
@@ -69,7 +69,7 @@ def make_codes(states: Array, actions: Array) -> Codes:
         for part, (values, centre) in enumerate(((actions, centres[:split]), (states, centres[split:]))):
             exact = np.clip((values[first:last].astype(np.float64) - centre) / steps[part], _LEAST, _MOST)
             codes = np.rint(exact)
-            column = part * 4 * _groups(split)
+            column = part * 4 * groups_of(split)
             rows[first:last, column : column + values.shape[1]] = codes - _LEAST
             starts[first:last, part] = -((codes * codes).sum(1) // 2)
             residuals[part] = max(residuals[part], float(np.sqrt(np.square(codes - exact).sum(1)).max()))
@@ -78,8 +78,10 @@ def make_codes(states: Array, actions: Array) -> Codes:
     return Codes(rows_by_leaf, starts_by_leaf, centres, steps, residuals, kernels.address("close_rows"))
 
 
-def _groups(width: int) -> int:
-    return -(-width // 4)
+@njit(nogil=True, cache=True)
+def groups_of(width: int) -> int:
+    """Groups of four dimensions that `width` ones fill."""
+    return (width + 3) // 4
 
 
 def _centres(states: Array, actions: Array) -> Array:
@@ -108,7 +110,7 @@ def encode(codes: Codes, actions: Array, states: Array, betas: Array, asked: Arr
         for part in range(2):
             values = actions[q] if part == 0 else states[q]
             centre = 0 if part == 0 else split
-            column = 0 if part == 0 else (split + 3) // 4 * 4
+            column = 0 if part == 0 else 4 * groups_of(split)
             weight = (codes.steps[part] * (1.0 if part == 0 else betas[q])) ** 2
             total, residual = 0.0, 0.0
             for d in range(len(values)):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from offrl.nets.neighbor_codes import WIDTH, Codes, borrowed, close_rows, encode, make_codes
+from offrl.nets.neighbor_codes import WIDTH, Codes, borrowed, close_rows, encode, groups_of, make_codes
 
 Array = Any  # a NumPy array; Numba wants no type from us
 
@@ -147,7 +147,7 @@ def turn(states: Array, axes: Array) -> tuple[Array, float]:
     return turned, 2 * moved
 
 
-@njit(nogil=True, cache=True)
+@njit(**_INNER)
 def pair_distance(tree: Tree, state: Array, action: Array, place: int, beta_squared: float) -> float:
     """beta^2 |s - s_j|^2 + |pi - a_j|^2 in float64 from the original float32 numbers."""
     apart = 0.0
@@ -241,22 +241,14 @@ def scan(tree: Tree, ask: Queries, leaf: int, callers: Array, count: int, pairs:
 
     pairs: `[Q W, 2]` int32, memory.
     """
-    states, actions, asked_states, asked_actions = tree.states, tree.actions, ask.states, ask.actions
-    betas, bounds = ask.betas, ask.bounds
-    first, split = leaf * WIDTH, (actions.shape[1] + 3) // 4
+    betas, bounds, rows = ask.betas, ask.bounds, len(tree.states)
+    first, split = leaf * WIDTH, groups_of(tree.actions.shape[1])
     found = close_rows(tree.codes, leaf, split, ask.codes, ask.terms, ask.limits, callers, count, pairs)
     for i in range(found):
         q, place = pairs[i, 0], first + pairs[i, 1]
-        if place >= len(states):
+        if place >= rows:
             continue
-        apart, far = 0.0, 0.0
-        for d in range(states.shape[1]):
-            t = np.float64(asked_states[q, d]) - np.float64(states[place, d])
-            apart += t * t
-        for d in range(actions.shape[1]):
-            t = np.float64(asked_actions[q, d]) - np.float64(actions[place, d])
-            far += t * t
-        distance = betas[q] * betas[q] * apart + far
+        distance = pair_distance(tree, ask.states[q], ask.actions[q], place, betas[q] * betas[q])
         if distance <= bounds[q]:
             take(tree, ask, q, place, distance)
 
@@ -319,7 +311,7 @@ def visit(held_tree: Tree, held_queries: Queries, held_memory: tuple[Array, ...]
                 weight = np.float32(betas[q] * betas[q])
                 if not box_distances(low, high, points[q], split, weight, limit, boxes):
                     continue
-                # Two loops, since one with a branch that no processor can predict would cost more than the boxes.
+                # Two loops: the first, over all leaves of the group, has no branch that depends on a distance.
                 few, beyond = 0, half if part == 1 else np.float32(-1)
                 for m in range(here):
                     chosen[few] = m
