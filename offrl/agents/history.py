@@ -266,7 +266,8 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
 
 def rows(x: Tensor, at: Tensor) -> Tensor:
     """Timesteps `[lanes, n, ...]` of windows `[lanes, batch, T, ...]`, at places `[lanes, n]` of the flattened ones."""
-    return x.flatten(1, 2)[torch.arange(len(x), device=x.device).unsqueeze(1), at]
+    lane, length = torch.arange(len(x), device=x.device).unsqueeze(1), x.shape[2]
+    return x[lane, at // length, at % length]  # without a copy of x, whose timesteps may lie apart
 
 
 def make_encoder(spec: Spec, cfg: HistoryConfig) -> Encoder:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.nets.mlp import MLP
+from offrl.nets.recurrent import gru
 
 
 class GRUEncoder(nn.Module):
@@ -99,11 +100,16 @@ def memories(encoder: Encoder, obs: Tensor, previous: Tensor, exists: Tensor) ->
     Args:
         obs, previous, exists: `[lanes, n, T, ...]` as in `features`.
     """
-    n, length = obs.shape[1:3]
-    flat = encoder.features(*(part.flatten(1, 2) for part in (obs, previous, exists)))
-    memory, found = obs.new_zeros(len(obs), n, encoder.memory_dim), []
+    in_time = [part.transpose(1, 2) for part in (obs, previous, exists)]
+    length, n = in_time[0].shape[1:3]
+    features = encoder.features(*(part.flatten(1, 2) for part in in_time)).unflatten(1, (length, n))
+    if isinstance(encoder, GRUEncoder):
+        found = gru(features, *encoder.recurrent.layers)
+        if found is not None:
+            return found.transpose(1, 2)
+    memory, each = obs.new_zeros(len(obs), n, encoder.memory_dim), []
     # Taken apart at once: the gradient of each index would be as large as all timesteps.
-    for features in flat.unflatten(1, (n, length)).unbind(2):
-        memory = encoder.advance(features, memory)
-        found.append(memory)
-    return torch.stack(found, 2)
+    for of_one in features.unbind(1):
+        memory = encoder.advance(of_one, memory)
+        each.append(memory)
+    return torch.stack(each, 2)

@@ -448,5 +448,6 @@ void norm_backward(int64_t rows, int64_t groups, int64_t width, const float *x, 
         BY_WIDTH(width, narrow_groups_backward, wide_groups_backward, numbers, x, y, kept, gain, g, by_gain, by_offset);
 }
 
+#include "recurrent.h"
 #include "program.h"
 #include "codes.h"

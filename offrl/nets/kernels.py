@@ -2,7 +2,7 @@
 
 `kernels.c` computes networks of ReLUs or GELUs (in their tanh form), with or without layer normalisation, and their gradients.
 Other activations and dropout stay layer by layer, of which the kernels compute each one's product. `multiply` and `call` lend
-the products and the normalisation to networks of another kind (`convolution.py`).
+the products and the normalisation to networks of another kind (`convolution.py`, `recurrent.py`).
 
 The plain path, and what the numbers are checked against, is `mlp.py`; the two agree up to rounding. Kernels are off unless an
 engine switches them on for its updates, or an augmentation for its fits and its samples (`in_use`), so evaluation and all
@@ -39,7 +39,7 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, one_at_a_time, replacing
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_INCLUDED = [Path(__file__).with_name(name) for name in ("rows.h", "program.h", "codes.h")]
+_INCLUDED = [Path(__file__).with_name(name) for name in ("rows.h", "recurrent.h", "program.h", "codes.h")]
 # No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums; roots need set no error code.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _NONE = "no C compiler built them (gcc or clang, as cc on the path or named by CC), or others may write to their file"
@@ -52,6 +52,8 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "multiply": [*[_N] * 3, *[_P, _N, _N] * 2, _P, _P],
     "norm_forward": [*[_N] * 3, *[_P] * 5],
     "norm_backward": [*[_N] * 3, *[_P] * 7],
+    "gru_forward": [*[_N] * 4, *[_P] * 6],
+    "gru_backward": [*[_N] * 4, *[_P] * 8],
     "close_rows": [_P, _P, _N, _N, *[_P] * 4, _N, _P],
 }
 _MOST_LAYERS, _ROWS = 16, 256  # layers, and rows in a block, as in the source
@@ -256,7 +258,7 @@ def _distance(parameters: Sequence[Tensor]) -> int:
     return steps.pop() if exact and parameters[0].ndim == 3 else 0
 
 
-def _scratch(numbers: int) -> Tensor:
+def scratch(numbers: int) -> Tensor:
     """Memory that every call of this thread writes over: it stays in the processor's cache."""
     if _switch.scratch.numel() < numbers:
         _switch.scratch = torch.empty(numbers)
@@ -292,7 +294,7 @@ def _forward(
     # `hidden`, `unnormed`, `slopes` and `moments` of the source's `Network`; `hidden` alone of one block.
     parts = [numbers, numbers * (kind.norm > 0), numbers * kind.gelu, 2 * n * batch * (layers - 1) * (kind.norm > 0)]
     parts = parts if keep else [block, 0, 0, 0]
-    written, out = x.new_empty(sum(parts)) if keep else _scratch(block), x.new_empty((n, batch, sizes[-1]))
+    written, out = x.new_empty(sum(parts)) if keep else scratch(block), x.new_empty((n, batch, sizes[-1]))
     kept = [written.data_ptr() + 4 * sum(parts[:i]) if part else 0 for i, part in enumerate(parts)]
     pointers = [x.data_ptr(), int(keep), *kept, out.data_ptr(), *[p.data_ptr() for p in parameters]]
     unused = [0] * (_MOST_LAYERS + 1 - len(sizes))
@@ -337,7 +339,7 @@ class _MLP(torch.autograd.Function):
         if any(ctx.needs_input_grad[3:]):
             by_parameters = [x.new_empty(p.shape) for p in parameters]
         pointers = array("q", [g.data_ptr() for g in by_parameters])
-        grad, by_hidden = grad.contiguous(), _scratch(_block(_sizes(x, parameters, ctx.kind)))
+        grad, by_hidden = grad.contiguous(), scratch(_block(_sizes(x, parameters, ctx.kind)))
         addresses = (
             ctx.call.buffer_info()[0],
             grad.data_ptr(),
