@@ -20,8 +20,19 @@ from offrl.data import catalogue, ogbench_names
 from offrl.data.mixtures import D4RL_MIXTURE
 from offrl.forge import registry as forge
 from offrl.results import published
-from offrl.training.compose import choices, compose, compose_words, groups, named, plain, register, to_hydra_overrides
+from offrl.training.compose import (
+    choices,
+    compose,
+    compose_words,
+    groups,
+    let_recipes_add,
+    named,
+    plain,
+    register,
+    to_hydra_overrides,
+)
 from offrl.training.schema import TrainConfig
+from offrl.training.sweep import _jobs_of
 from offrl.training.trainer import RunConfig, make_agent, resolve_config
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
@@ -496,6 +507,28 @@ def composition(*words: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     return named(plain(ours), cfg.hydra.runtime.choices, words), {
         key: values if key in groups() else [yaml.safe_load(value) for value in values] for key, values in given.items()
     }
+
+
+def test_jobs_of_recipes_that_sweep_over_keys_of_no_file_compose() -> None:
+    """As their sweeps do, and with a value from the command line in the place of the recipe's."""
+    checked = 0
+    register()
+    for recipe in EXPERIMENTS:
+        if not any("." in key for key in swept(f"experiment={recipe}")):
+            continue
+        for more in ([], to_hydra_overrides(["agent.alpha=3", "augment.share=0.25"])):
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                words = [f"experiment={recipe}", *more]
+                config = hydra_compose("train", overrides=words, return_hydra_config=True)
+                let_recipes_add(config)
+                for job in _jobs_of(config):
+                    composed = hydra_compose("train", overrides=job)
+                    for word in job:
+                        key, _, text = word.lstrip("+").partition("=")
+                        if "." in key:
+                            assert OmegaConf.select(composed, key) == yaml.safe_load(text), (recipe, word)
+                    checked += 1
+    assert checked > 10
 
 
 # Recipes whose authors cut windows from whole trajectories, and not from the rows of qlearning_dataset; and those whose models

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from offrl.training import launchers
@@ -60,8 +60,6 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
     Which keys exist is decided by the dataclasses (see `build`), not by the files: so a typing error still gets a clear
     sentence, and defaults need to stand nowhere else.
     """
-    defaults = _defaults()
-    options = {*defaults, *(f"eval.{key}" for key in defaults["eval"] if key != "env_kwargs")}
     extra = extra or config_dir_of(arguments)
     known = groups(extra)
     _check_choices(arguments, known, extra)
@@ -72,11 +70,33 @@ def to_hydra_overrides(arguments: Sequence[str], extra: Path | None = None) -> l
             _check_word(word)
         key = word.split("=", 1)[0]
         plain = "=" in word and not word.startswith(("-", "+", "~")) and not key.startswith("hydra")
-        named = key in known or key in options or "@" in key or "/" in key
-        words.append(f"++{word}" if plain and not named else word)
+        words.append(f"++{word}" if plain and not in_files(key, known) else word)
     # Hydra's parser wants its flags and their values on one side of the overrides.
     overrides = [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
     return [word for word in words if word not in overrides] + overrides
+
+
+def in_files(key: str, known: Set[str]) -> bool:
+    """Whether a key is a group, of which `known` has the names, or stands in a file: Hydra has to add all others."""
+    defaults = _defaults()
+    options = {*defaults, *(f"eval.{key}" for key in defaults["eval"] if key != "env_kwargs")}
+    return key in known or key in options or "@" in key or "/" in key
+
+
+def let_recipes_add(config: Any) -> None:
+    """Let what a recipe sweeps over have keys that no file names, as on the command line (`to_hydra_overrides`).
+
+    Args:
+        config: Hydra's, of a sweep that has not begun; it changes.
+    """
+    sweeper, known = config.hydra.sweeper, {*groups(), *config.hydra.runtime.choices}
+    params = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create(), resolve=False)
+    assert isinstance(params, dict)
+    named = {str(key): value for key, value in params.items()}
+    with flag_override(config, ["struct", "readonly"], False):
+        sweeper.params = {
+            key if key[0] in "+~" or in_files(key, known) else f"++{key}": value for key, value in named.items()
+        }
 
 
 # Hydra's flags whose value is the next word.

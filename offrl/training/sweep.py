@@ -27,6 +27,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 
 from offrl.results.rows import FAILURE, LOG, progress
+from offrl.training.compose import let_recipes_add
 from offrl.training.failed_jobs import keep_failures
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import done_before, finished, summary
@@ -396,6 +397,7 @@ class SweepCallback(Callback):
     """Hydra's callback that tells a `Sweep` which jobs are to come."""
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
+        let_recipes_add(config)
         if Sweep.current is None:
             return
         try:
