@@ -155,6 +155,21 @@ def test_cells_are_told_apart_by_their_settings(tmp_path: Path) -> None:
     assert lines["model - nothing"].verdict == comparisons.NOT_YET
 
 
+@pytest.mark.parametrize(("finished", "what"), [(("mopo",), ""), (("mopo", "mobile"), ", MOBILE,")])
+def test_the_better_of_two_is_not_told_before_both_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: tuple[str, ...], what: str
+) -> None:
+    found = {"mopo": np.arange(5) + 30.0, "mobile": np.arange(5) + 50.0, "td3_bc+WM": np.arange(5) + 20.0}
+
+    def scores(self: Any, method: str, dataset: str, settings: Any = None) -> Any:
+        return found[method] if method in (*finished, "td3_bc+WM") else np.array([])
+
+    monkeypatch.setattr(verdicts.Rows, "scores", scores)
+    line = next(line for line in verdicts.claim_g(tmp_path) if line.name == "G5")
+    assert line.what == f"the better of MOPO and MOBILE{what} - model"
+    assert line.verdict == ("shown" if what else comparisons.NOT_YET)
+
+
 def probed(method: str, task: str, first: int, predicted: float, achieved: float) -> dict[str, Any]:
     """What `doc_curves.py` keeps of a run of five lanes."""
     seeds = [achieved + 0.001 * i for i in range(5)]

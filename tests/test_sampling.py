@@ -13,7 +13,8 @@ from torch import Tensor
 from weighted import P_VALUE, draw, fits
 
 from offrl.data.dataset import OfflineDataset
-from offrl.sampling import BatchLoader, EpisodeWeighted, RowWeighted, Uniform, alias_table
+from offrl.sampling import BatchLoader, EpisodeWeighted, RowWeighted, Uniform, alias_table, shared_out
+from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
 
@@ -290,7 +291,13 @@ def sources(*shares: float) -> list[tuple[OfflineDataset, Uniform, float]]:
 
 @pytest.mark.parametrize(
     ("shares", "batch", "expected"),
-    [((1.0,), 10, [10]), ((0.5, 0.5), 10, [5, 5]), ((0.7, 0.3), 256, [179, 77]), ((0.5, 0.25, 0.25), 9, [5, 2, 2])],
+    [
+        ((1.0,), 10, [10]),
+        ((0.5, 0.5), 10, [5, 5]),
+        ((0.7, 0.3), 256, [179, 77]),
+        ((0.5, 0.25, 0.25), 9, [5, 2, 2]),
+        ((0.5, *[0.1] * 5), 256, [128, 26, 25, 26, 25, 26]),
+    ],
 )
 def test_every_batch_holds_the_stated_shares(shares: tuple[float, ...], batch: int, expected: list[int]) -> None:
     loader = BatchLoader(sources(*shares), batch)
@@ -302,6 +309,17 @@ def test_every_batch_holds_the_stated_shares(shares: tuple[float, ...], batch: i
 
 def test_a_share_of_nothing_draws_nothing() -> None:
     assert not BatchLoader(sources(1.0, 0.0), 8).draw(LaneRandom((0,)), torch.tensor([1])).reward.any()
+
+
+def test_many_small_shares_add_up() -> None:
+    """Each of 300 parts has less than half a row of the batch, and together they have half of it."""
+    counts = shared_out([0.5 / 300] * 300, 256)
+    assert (counts[0], sum(counts), set(counts[1:])) == (128, 256, {0, 1})
+
+
+def test_a_share_that_is_no_row_is_refused() -> None:
+    with pytest.raises(OffrlError, match=r"batch_size=8 holds no row of the data whose share is 0.05"):
+        BatchLoader(sources(0.95, 0.05), 8)
 
 
 def test_shares_beyond_the_whole_are_refused() -> None:

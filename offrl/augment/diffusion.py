@@ -8,7 +8,8 @@ A denoiser is trained once per dataset and settings, cached, and shared by all r
 
 Deviations from the authors: the last step before a time limit is a transition, so no row is dropped; flags are encoded as -1
 and 1, and windows extend past a termination (`terminal_padding`), because their windows have a flag in the last row only, which
-sampling discards; lengths of training and sampling agree by default (theirs: 32 and 129 rows).
+sampling discards; what follows a termination is the successor that the dataset has: of `semantics=d4rl` the next episode's
+first observation; lengths of training and sampling agree by default (theirs: 32 and 129 rows).
 `conf/experiment/policy_guided_diffusion/gym.yaml` has their settings.
 """
 
@@ -210,7 +211,7 @@ def trained_denoiser(store: OfflineDataset, cfg: DenoiserConfig, progress: bool 
 
 def denoiser_path(store: OfflineDataset, cfg: DenoiserConfig) -> Path:
     """Cache file of the denoiser of a dataset."""
-    return model_path("denoiser", _VERSION, store, cfg)
+    return model_path("denoiser", _VERSION, store, cfg, store.info.action_low, store.info.action_high)  # of its codec
 
 
 # ---- the augmentation ----------------------------------------------------------------------------------------------------

@@ -122,9 +122,13 @@ def fit_or_load(
         return checkpoint.load(path)
 
 
-def model_path(kind: str, version: int, store: OfflineDataset, cfg: Any) -> Path:
-    """The cache file of a kind of model with these settings for this dataset."""
-    key = json.dumps([version, store.fingerprint, asdict(cfg)], sort_keys=True)
+def model_path(kind: str, version: int, store: OfflineDataset, cfg: Any, *more: Any) -> Path:
+    """The cache file of a kind of model with these settings for this dataset.
+
+    Args:
+        more: what the model depends on besides, and a fingerprint leaves out.
+    """
+    key = json.dumps([version, store.fingerprint, asdict(cfg), *more], sort_keys=True)
     digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     stem = re.sub(r"[^\w.-]+", "_", store.info.id)[-60:]
     return cache_dir() / "augment" / f"{kind}-{stem}-{digest}.safetensors"

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.partial import partial_of
+from offrl.utils.errors import OffrlError
 
 Termination = Callable[[Tensor], Tensor]
 _PEN_HEIGHT = 26  # index of the object's height in the observation of Adroit's pen
@@ -41,16 +43,46 @@ def _never(obs: Tensor) -> Tensor:
     return torch.zeros(len(obs), dtype=torch.bool, device=obs.device)
 
 
+# Pattern of an environment's id -> its function, and the dimensions of the full observation that this can't do without.
+_KNOWN: dict[str, tuple[Termination, tuple[int, ...]]] = {
+    r"(offrl/Noisy)?Hopper-": (_hopper, (0, 1)),
+    r"(offrl/Noisy)?Walker2d-": (_walker2d, (0, 1)),
+    r"Ant-": (_ant, (0,)),
+}
+
+
 def termination(info: DatasetInfo) -> Termination:
     """The function that says whether states `[n, O]` are terminal in a dataset's environment.
 
     HalfCheetah, the other hands, mazes and every environment that is not known here never terminate. How far the function
     agrees with a dataset's own rows: `disagreement`.
+
+    Raises:
+        OffrlError: observations by which states are told terminal were left out or lost (`data.mask`, `data.flicker`).
     """
+    env_id = (info.env_id or "").rsplit(":", 1)[-1]
+    known = [found for pattern, found in _KNOWN.items() if re.match(pattern, env_id)]
     if re.fullmatch(r"pen-\w+-v\d+", info.id):
-        return _pen
-    name = re.match(r"(Hopper|Walker2d|Ant)-", (info.env_id or "").rsplit(":", 1)[-1])
-    return {"Hopper": _hopper, "Walker2d": _walker2d, "Ant": _ant}[name[1]] if name else _never
+        known = [(_pen, (_PEN_HEIGHT,))]
+    if not known:
+        return _never
+    (function, needed), partial = known[0], partial_of(info)
+    if partial.flicker:
+        raise OffrlError(
+            f"{info.id}: a model's rollouts end by what is observed, and data.flicker={partial.flicker} loses observations; "
+            "leave out data.flicker or set augment=none."
+        )
+    kept = partial.kept
+    if kept is None:
+        return function
+    if not set(needed) <= set(kept):
+        raise OffrlError(
+            f"{info.id}: a model's rollouts end by dimensions {', '.join(map(str, needed))} of an observation, and data.mask "
+            "leaves them out; change data.mask or set augment=none."
+        )
+    return lambda obs: function(
+        obs.new_zeros(len(obs), max(kept) + 1).index_copy(1, torch.tensor(kept, device=obs.device), obs)
+    )
 
 
 def disagreement(dataset: OfflineDataset) -> float:

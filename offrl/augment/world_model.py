@@ -8,10 +8,10 @@ EmptyJackson/unifloral: seven Gaussian members, the best five by validation erro
 
 Deviations: inputs and targets are standardised (the uncertainty is in raw units of states and reward all the same, so that
 published penalties carry over), and states are clipped to the range of the dataset's states (off the data the model would
-diverge within a long rollout), unless `clip_states` is false. Each member has bounds of the variance of its own, where
-unifloral's share theirs, so the penalty on the bounds' width counts once per member; AdamW's eps is 1e-8 (unifloral:
-1e-5). A terminal row is learnt with the successor that the dataset has: where the file has none, that is the state
-itself or the next episode's first one. Where rollouts terminate: `termination.py`.
+diverge within a long rollout), unless `clip_states` is false. The penalty on the width of the variance's bounds ends where the
+bounds meet: nothing but the penalty moves the upper one below the lower one, and u would then be the same everywhere. AdamW's
+eps is 1e-8 (unifloral: 1e-5). A terminal row is learnt with the successor that the dataset has: where the file has none, that
+is the state itself or the next episode's first one. Where rollouts terminate: `termination.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from offrl.nets import MLP, Adam, kernels, per_lane
 from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
-_VERSION = 2  # raise it when the same settings give other weights
+_VERSION = 3  # raise it when the same settings give other weights
 _CHUNK = 65_536  # rows that go through the ensemble at once
 _SAMPLE = 2_000  # rows of the dataset whose uncertainty the manifest summarises
 
@@ -81,8 +81,8 @@ class Ensemble(nn.Module):
         super().__init__()
         inputs, outputs = obs_dim + action_dim, obs_dim + 1
         self.mlp = MLP((cfg.seed,), [inputs, *cfg.hidden, 2 * outputs], cfg.members, name="world_model")
-        self.most = nn.Parameter(torch.full((1, cfg.members, 1, outputs), 0.5))  # bounds of the log-variance
-        self.least = nn.Parameter(torch.full((1, cfg.members, 1, outputs), -10.0))
+        self.most = nn.Parameter(torch.full((1, 1, 1, outputs), 0.5))  # bounds of the log-variance, of all members
+        self.least = nn.Parameter(torch.full((1, 1, 1, outputs), -10.0))
         for name, width in (("in", inputs), ("out", outputs)):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
@@ -150,6 +150,13 @@ class Ensemble(nn.Module):
             return torch.linalg.vector_norm(state - state.mean(0), dim=-1).amax(0)
         return state.var(0, correction=0).mean(-1).sqrt()
 
+    @torch.no_grad()
+    def aleatoric_range(self) -> tuple[float, float]:
+        """What the bounds leave of `uncertainty`'s lengths of a std: the smallest and the largest that there can be."""
+        highest = self.least + nn.functional.softplus(self.most - self.least)
+        low, high = (torch.linalg.vector_norm((0.5 * x[0, 0, 0]).exp() * self.out_std) for x in (self.least, highest))
+        return float(low), float(high)
+
 
 class EliteDynamics:
     """The elites of an ensemble as what an agent's updates may ask: `offrl.agents.base.Dynamics`."""
@@ -204,7 +211,7 @@ class EnsembleFit(FitLoop):
         mean, log_variance = self.model(self.store.observations[rows], self.store.actions[rows])
         error = (mean - self._wanted(rows)).square()
         likelihood = (error * (-log_variance).exp() + log_variance).mean((-2, -1)).sum()
-        return likelihood + self.cfg.bound_weight * (self.model.most.sum() - self.model.least.sum())
+        return likelihood + self.cfg.bound_weight * (self.model.most - self.model.least).relu().sum()
 
     def _wanted(self, rows: Tensor) -> Tensor:
         store = self.store
@@ -312,13 +319,19 @@ class WorldModel(Augmentation):
 
     @torch.no_grad()
     def uncertainty_of_data(self) -> dict[str, float]:
-        """Mean and upper quantiles of u over rows of the dataset, evenly spaced: the scale that `penalty` multiplies."""
+        """Mean and upper quantiles of u over rows of the dataset, evenly spaced: the scale that `penalty` multiplies.
+
+        Of an aleatoric u also what it can be anywhere: a penalty tells the model's ignorance only as far as that leaves room.
+        """
         rows = torch.linspace(0, len(self.store) - 1, min(_SAMPLE, len(self.store)), device=self.store.device).long()
         u = self.model.uncertainty(
             self.model(self.store.observations[rows], self.store.actions[rows]), self.cfg.uncertainty
         )
         quantiles = {f"q{percent}": float(u.quantile(percent / 100)) for percent in (50, 95, 100)}
-        return {"mean": float(u.mean()), **quantiles}
+        told = {"mean": float(u.mean()), **quantiles}
+        if self.cfg.uncertainty.startswith("aleatoric"):
+            told["least"], told["most"] = self.model.aleatoric_range()
+        return told
 
     def metadata(self) -> dict[str, Any]:
         """The model, the uncertainty of the dataset's rows, and the share of them whose flag `termination` gets wrong."""

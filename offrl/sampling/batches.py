@@ -12,6 +12,7 @@ from offrl.data.batch import Batch
 from offrl.data.dataset import OfflineDataset
 from offrl.sampling.base import Sampler
 from offrl.sampling.mixture import shared_out
+from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
 
@@ -37,9 +38,14 @@ class BatchLoader:
         fields: tuple[str, ...] = (),
     ) -> None:
         self.sources, self.batch, self.window, self.fields = list(sources), batch, window, fields
-        self.counts = shared_out([share for _, _, share in self.sources[1:]], batch)
+        shares = [share for _, _, share in self.sources[1:]]
+        self.counts = shared_out(shares, batch)
         if min(self.counts) < 0:
             raise ValueError("the shares of mixed stores add up to more than 1")
+        if sum(shares) > 0 and self.counts[0] == batch:
+            raise OffrlError(
+                f"batch_size={batch} holds no row of the data whose share is {sum(shares):g}; raise one of the two."
+            )
 
     def replace(self, source: int, store: OfflineDataset, sampler: Sampler) -> None:
         """Swap a source for a refreshed one; its share stays."""

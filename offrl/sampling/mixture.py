@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -71,6 +72,11 @@ class Mixture(Sampler):
 
     def draw(self, random: LaneRandom, steps: Tensor, batch: int, stream: str = "sampler") -> Tensor:
         counts = shared_out(self.shares, batch)
+        for name, share, count in zip(self.ids[1:], self.shares, counts[1:]):
+            if share > 0 and not count:
+                raise OffrlError(
+                    f"batch_size={batch} holds no row of {name}, whose share is {share:g}; raise one of the two."
+                )
         parts = enumerate(zip(self.parts, counts, self.first))
         drawn = [part.draw(random, steps, n, f"{stream}/{i}") + first for i, (part, n, first) in parts if n]
         return torch.cat(drawn, -1)
@@ -91,9 +97,12 @@ class Mixture(Sampler):
 
 
 def shared_out(shares: Sequence[float], batch: int) -> list[int]:
-    """Numbers of rows of a batch: of the first part, which takes the rest, and of the others."""
-    others = [round(share * batch) for share in shares]
-    return [batch - sum(others), *others]
+    """Numbers of rows of a batch: of the first part, which takes the rest, and of the others.
+
+    What is rounded is where each part ends, so that together they have their share however many they are.
+    """
+    ends = [0, *(round(end * batch) for end in accumulate(shares))]
+    return [batch - ends[-1], *(end - start for start, end in pairwise(ends))]
 
 
 def _named(sampler: str | Mapping[str, Any]) -> Mapping[str, Any]:

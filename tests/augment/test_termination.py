@@ -13,6 +13,8 @@ from torch import Tensor
 from offrl import datasets
 from offrl.augment.termination import disagreement, termination
 from offrl.data.dataset import DatasetInfo
+from offrl.data.partial import KEY
+from offrl.utils.errors import OffrlError
 
 ROBOTS = {"hopper": 1500, "walker2d": 1500, "halfcheetah": 300}
 
@@ -53,6 +55,30 @@ def test_no_row_of_the_simulators_is_contradicted(robot: str) -> None:
     store = datasets.load(f"forge/{robot}/medium-replay-v0", size=ROBOTS[robot])
     assert disagreement(store) == 0
     assert robot == "halfcheetah" or store.terminations.sum() > 2
+
+
+@pytest.mark.parametrize("robot", ["Hopper", "Walker2d"])
+def test_a_noisy_robot_ends_as_the_robot_does(robot: str) -> None:
+    states = [[1.2, 0.0, *[0.0] * 9], [0.3, 0.0, *[0.0] * 9], [1.2, 1.5, *[0.0] * 9]]
+    assert said(f"offrl/Noisy{robot}-v0", *states) == said(f"{robot}-v5", *states) == [False, True, True]
+
+
+def test_a_mask_leaves_terminations_as_they_are_or_is_refused() -> None:
+    """Hopper ends by its height and angle, dimensions 0 and 1, wherever the mask has moved them."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.tensor([1.2, 0.0]).repeat(200, 1) + torch.randn(200, 2, generator=generator) * torch.tensor(
+        [0.5, 0.2]
+    )
+    states = torch.cat([states, torch.randn(200, 9, generator=generator)], -1)
+    whole = termination(DatasetInfo(id="x", env_id="Hopper-v5"))(states)
+    assert 20 < whole.sum() < 180
+    masked = DatasetInfo(id="x", env_id="Hopper-v5", provenance={KEY: {"kept": [1, 0, 4], "flicker": 0.0}})
+    assert torch.equal(termination(masked)(states[:, [1, 0, 4]]), whole)
+    for kept, flicker, message in (([0, 2], 0.0, "dimensions 0, 1 of an observation"), (None, 0.3, "data.flicker=0.3")):
+        partial = {KEY: {"kept": kept, "flicker": flicker}}
+        with pytest.raises(OffrlError, match=message):
+            termination(DatasetInfo(id="x", env_id="Hopper-v5", provenance=partial))
+        termination(DatasetInfo(id="x", env_id="HalfCheetah-v5", provenance=partial))  # never ends
 
 
 def test_the_pen_of_d4rl_ends_when_it_is_dropped() -> None:

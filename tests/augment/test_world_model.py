@@ -51,8 +51,36 @@ def test_the_loss() -> None:
         bounded = 0.5 - torch.log1p((0.5 - raw).exp())
         bounded = -10 + torch.log1p((bounded + 10).exp())
         total += ((mean - y[rows]) ** 2 / bounded.exp() + bounded).mean()
-    total += 0.01 * (0.5 + 10) * 9
+    total += 0.01 * (0.5 + 10) * 3
     torch.testing.assert_close(fit.loss(rows), total, rtol=0, atol=1e-10)
+
+
+def test_the_penalty_on_the_bounds_width_ends_where_they_meet() -> None:
+    fits = [EnsembleFit(linear_system(200), EnsembleConfig(hidden=(8,), bound_weight=w)) for w in (0.0, 5.0)]
+    for fit in fits:
+        fit.model.most.data[..., 0] = -10.5  # below the lower one, in one of three outputs
+    without, penalised = (fit.loss(torch.arange(5)) for fit in fits)
+    assert penalised.item() == pytest.approx(without.item() + 5 * 2 * (0.5 + 10), abs=1e-4)  # float32
+    (slope,) = torch.autograd.grad(penalised - without.detach(), fits[1].model.most)
+    (likelihood,) = torch.autograd.grad(without, fits[0].model.most)
+    torch.testing.assert_close((slope - likelihood).flatten(), torch.tensor([0.0, 5.0, 5.0]))
+
+
+def test_the_range_of_the_aleatoric_uncertainty_is_reached_and_not_left() -> None:
+    """By log-variances pushed to both ends, which the bounds hold."""
+    torch.manual_seed(0)
+    model = EnsembleFit(linear_system(200), EnsembleConfig(hidden=(8,), members=3, elites=3)).model
+    model.least.data.uniform_(-6, -3)
+    low, high = model.aleatoric_range()
+    found = []
+    for push in (-50.0, -4.0, -2.0, 50.0):
+        model.mlp.biases[-1].data[..., 3:] = push
+        with torch.no_grad():
+            u = model.uncertainty(model(torch.randn(100, 2), torch.randn(100, 2)), "aleatoric")
+        assert low * 0.9999 < u.min() <= u.max() < high * 1.0001  # float32
+        found += [float(u.min()), float(u.max())]
+    assert found[0] == pytest.approx(low, rel=1e-4)
+    assert found[-1] == pytest.approx(high, rel=1e-4)
 
 
 def test_it_learns_mean_and_noise_of_a_linear_system() -> None:
