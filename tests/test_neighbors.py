@@ -322,6 +322,12 @@ def test_bad_input_gets_a_sentence() -> None:
         Neighbors(states.clone().fill_(torch.nan), actions)
 
 
+def test_a_dataset_of_one_row_has_that_answer() -> None:
+    index = Neighbors(torch.tensor([[0.5, -1.0]]), torch.tensor([[0.25]]))
+    found = index.query(torch.tensor([[0]]), torch.tensor([[[1.0]]]), 2.0)
+    assert (found.rows.flatten().tolist(), found.distance.flatten().tolist()) == ([0], [0.75])
+
+
 def test_leaves_are_full_and_hold_every_row() -> None:
     states, _ = walks(1000)
     turned, slip = neighbors_cpu.turn(states.numpy(), neighbors_cpu.principal_axes(states.numpy()))

@@ -30,6 +30,7 @@ from offrl.nets import kernels
 Array = Any  # a NumPy array; Numba wants no type from us
 
 WIDTH = 64  # rows in a leaf, as in codes.h
+LINE = 64  # bytes that a processor's cache holds together
 _LEAST, _MOST = -64, 63
 _SPREAD = 3.0  # standard deviations of a state's coordinates to either side that the codes tell apart
 _NO_ROW = -(1 << 28)  # start of padding: no row, and far from everything
@@ -73,9 +74,18 @@ def make_codes(states: Array, actions: Array) -> Codes:
             rows[first:last, column : column + values.shape[1]] = codes - _LEAST
             starts[first:last, part] = -((codes * codes).sum(1) // 2)
             residuals[part] = max(residuals[part], float(np.sqrt(np.square(codes - exact).sum(1)).max()))
-    rows_by_leaf = np.ascontiguousarray(rows.reshape(leaves, WIDTH, groups, 4).transpose(0, 2, 1, 3))
-    starts_by_leaf = np.ascontiguousarray(starts.reshape(leaves, WIDTH, 2).transpose(0, 2, 1))
+    rows_by_leaf = aligned(rows.reshape(leaves, WIDTH, groups, 4).transpose(0, 2, 1, 3))
+    starts_by_leaf = aligned(starts.reshape(leaves, WIDTH, 2).transpose(0, 2, 1))
     return Codes(rows_by_leaf, starts_by_leaf, centres, steps, residuals, kernels.address("close_rows"))
+
+
+def aligned(x: Array) -> Array:
+    """A dense copy that begins on a line of the cache: no vector of it then lies in two."""
+    memory = np.empty(x.nbytes + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    copy = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
 
 
 @njit(nogil=True, cache=True)
