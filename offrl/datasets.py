@@ -22,10 +22,10 @@ from offrl.data import catalogue, ogbench_names
 from offrl.data.arrays import read_npz
 from offrl.data.cache import cached, read_flat
 from offrl.data.catalogue import MINARI_ID, unknown
-from offrl.data.checks import ReadOptions, Semantics, file_kind, warn_of
+from offrl.data.checks import ReadOptions, Semantics, check_read_already, file_kind, warn_of
 from offrl.data.d4rl import read_d4rl, read_d4rl_package
 from offrl.data.dataset import Bound, OfflineDataset
-from offrl.data.given import GIVEN, path_of
+from offrl.data.given import GIVEN, READ_WITH, path_of
 from offrl.data.minari import data_folder, local_datasets, local_folder, read_minari, read_noise
 from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
 from offrl.data.ogbench import holds_trajectories, read_ogbench, with_success_timing
@@ -65,18 +65,22 @@ def load(
         semantics: `exact` (stored successors, time-limit rows kept where their successor is known) or `d4rl` (the
             rows of D4RL's `qlearning_dataset`); `offrl.data.episodes` tells the difference.
         cache: keep a flat copy in the cache folder, which loads a million steps in a fraction of a second.
-        clip_actions, action_bound, unfinished, goals, action_low, action_high, family: see `ReadOptions`.
+        clip_actions, action_bound, unfinished, goals, action_low, action_high, family: see `ReadOptions`. They and
+            `semantics` are refused for a flat file, which was read when it was written.
         task: number of an OGBench set's single task, 0 the default one; None: as the id says.
         success_timing: whether OGBench's environment looks at the state before a step, as the data, or behind it.
         size, seed, progress: of a forge dataset that has to be built: transitions, seed, and whether a bar is shown.
+            `size` is refused for any other dataset.
 
     Raises:
         OffrlError: an unknown name (with the nearest known ones), a dataset that is not there yet (with the command
-            that gets it), or a bad file.
+            that gets it), an option that this one cannot have, or a bad file.
     """
     options = ReadOptions(semantics, clip_actions, action_bound, unfinished, goals, action_low, action_high, family)
+    built = False
     ogbench, path = _ogbench(name)
     if ogbench is not None:
+        built = not path and bool(ogbench.prefix)
         ogbench = ogbench.with_task(task)
         path = path or _ogbench_file(ogbench, size, seed, progress)
         read = partial(read_ogbench, path, ogbench, options)
@@ -84,14 +88,19 @@ def load(
     elif task is not None:
         raise OffrlError(f"{name}: data.task={task} chooses a task of an OGBench set, which this is not; leave it out.")
     elif isinstance(name, str) and GIVEN.fullmatch(name):
-        store = _given(name)
+        store = _given(name, options)
     elif isinstance(name, str) and name.startswith("forge/"):
-        built = cache_dir() / name  # what was built with another size or seed lies under an id of its own
-        there = size is None and not seed and data_folder(built)
-        folder = built if there else registry.ensure(name, size=size, seed=seed, progress=progress)
+        built, usual = True, cache_dir() / name  # what was built with another size or seed lies under an id of its own
+        there = size is None and not seed and data_folder(usual)
+        folder = usual if there else registry.ensure(name, size=size, seed=seed, progress=progress)
         store = _read_path(folder, None, options, cache)
     else:
         store = _load(name, options, cache)
+    if size is not None and not built:
+        raise OffrlError(
+            f"{name}: data.size={size} chooses how many transitions the forge builds, and this is no dataset of the forge; "
+            "leave it out."
+        )
     warn_of(store.info)
     moved = store.to(device)
     if moved is not store and "fingerprint" in store.__dict__:
@@ -99,11 +108,13 @@ def load(
     return moved
 
 
-def _given(name: str) -> OfflineDataset:
-    """What Python handed over, as it was kept; how it is read was decided then."""
+def _given(name: str, options: ReadOptions) -> OfflineDataset:
+    """What Python handed over, as it was kept; how it is read was decided then, and a run's options say it again."""
     if not path_of(name).is_file():
         raise OffrlError(f"{name}: the data that Python handed over is no longer kept; hand it to offrl.fit again.")
-    return read_flat(path_of(name))
+    store = read_flat(path_of(name))
+    check_read_already(options, name, store.info.provenance.get(READ_WITH))
+    return store
 
 
 def _load(name: str | Path, options: ReadOptions, cache: bool) -> OfflineDataset:
@@ -194,6 +205,7 @@ def _read_path(path: Path, name: str | None, options: ReadOptions, cache: bool) 
         return _cached(path, name or str(path), options, cache, partial(read_minari, path, name, options))
     kind, info = file_kind(path), catalogue.info_of_file(path)
     if kind == "safetensors":
+        check_read_already(options, str(path))
         return read_flat(path)
     if kind == "npz":
         return _cached(path, str(path), options, cache, partial(read_npz, path, info, options))

@@ -157,6 +157,16 @@ def test_rewards_of_any_scale_give_the_same_weights(reward: Any) -> None:
     torch.testing.assert_close(law(started(toy, cfg)), law(started(toy.with_rewards(1000.0), cfg)), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("reward", ["minmax", "std"])
+@pytest.mark.parametrize("constant", [0.0, 0.1, -100.0])
+def test_constant_rewards_prefer_no_row(reward: Any, constant: float) -> None:
+    """Also where they differ by float32 rounding: the weights are those of rewards of zero."""
+    toy = make_toy(400).with_rewards(0.0, constant)
+    toy.rewards[::2] *= 1 + 2e-7
+    cfg = replace(SMALL, reward=reward, steps=50)
+    assert torch.equal(law(started(toy, cfg)), law(started(make_toy(400).with_rewards(0.0), cfg)))
+
+
 def test_bad_settings() -> None:
     with pytest.raises(OffrlError, match=r"sampler\.steps=0 should be at least 1"):
         DensityWeightedConfig(steps=0)

@@ -149,7 +149,7 @@ stage_j() {
     for dataset in forge/hopper/medium-replay-v0 forge/halfcheetah/medium-replay-v0; do
         for agent in iql td3_bc; do train j experiment=claims/j_online agent=$agent dataset=$dataset; done
         train j experiment=claims/j_online agent=rebrac dataset=$dataset batch_size=256 agent.hidden=[256,256] agent.actor_lr=3e-4 agent.critic_lr=3e-4
-        train j experiment=claims/j_online agent=rlpd dataset=$dataset updates=0 online.updates_per_step=1
+        train j experiment=claims/j_online agent=rlpd dataset=$dataset updates=0 online.updates_per_step=1 agent.critic_updates=1
     done
     for dataset in forge/hopper/medium-replay-v0 forge/halfcheetah/medium-replay-v0; do # ten times the others: last
         train j experiment=claims/j_online agent=cal_ql dataset=$dataset

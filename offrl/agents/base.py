@@ -192,6 +192,34 @@ class Agent(nn.Module, Generic[ConfigT]):
         """
         return None
 
+    @classmethod
+    def explores_by_noise(cls, config: Any) -> bool:
+        """Whether `explore` reads `explore_noise` under these settings; an agent whose `explore` does overrides this too."""
+        return cls.explore is Agent.explore and cls.policy_gaussian is Agent.policy_gaussian
+
+    @classmethod
+    def check_online(cls, before: Any, after: Any, online: Any) -> None:
+        """Refuse options of an online phase that the method would ignore or can't follow.
+
+        Args:
+            before, after: the settings of the offline half and of the online phase; a float may be a list, one per lane.
+            online: the options `online.*`.
+
+        Raises:
+            OffrlError: such an option is set.
+        """
+        if online.noise is not None and not cls.explores_by_noise(after):
+            hint = ", or set agent.deterministic=true" if hasattr(after, "deterministic") else ""
+            raise OffrlError(
+                f"online.noise={online.noise:g} has no effect, since {cls.__name__} explores by samples of its policy; leave "
+                f"it out{hint}."
+            )
+        if online.recompute_every and not getattr(after, "normalize_obs", True):
+            raise OffrlError(
+                f"online.recompute_every={online.recompute_every} has no effect where {cls.__name__} does not normalise "
+                "observations; leave it out, or set agent.normalize_obs=true."
+            )
+
     # ---- what others use --------------------------------------------------------------------------------------
 
     def normalize(self, obs: Tensor) -> Tensor:
@@ -272,7 +300,8 @@ class Agent(nn.Module, Generic[ConfigT]):
         """The action with which the agent gathers data, for raw observations `[lanes, n, O]`; within bounds.
 
         A Gaussian policy is sampled, a deterministic one gets clipped noise, and a discrete one takes a uniform action now
-        and then. A policy with another distribution overrides it.
+        and then. A policy with another distribution overrides it, and draws its numbers from `random`: so a resumed run
+        repeats them.
 
         Args:
             random: its `step` is the number of the environment step.

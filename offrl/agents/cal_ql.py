@@ -8,7 +8,8 @@ dataset's trajectory from that row on; so values below G are not lowered further
 
 As in CORL, and unlike the authors' code, calibration ends at the switch to environment steps (conf/agent/cal_ql.yaml sets
 `online.agent.calibrate=false`). With `calibrate=true` it goes on for the dataset's rows; rows of the replay are never
-calibrated, since their returns are not known when they enter it (the authors' replay takes whole trajectories).
+calibrated, since their returns are not known when they enter it (the authors' replay takes whole trajectories). The returns G
+are computed once, so `discount` and `sparse_rewards` can't change then.
 
 Deviations: those of `cql.py`. Trajectories are the dataset's episodes, where the authors cut where successors don't match; the
 return of an episode that was cut off is the truncated sum, as theirs.
@@ -17,13 +18,14 @@ return of an episode that was cut off is the truncated sum, as theirs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from offrl.agents.base import Batch
 from offrl.agents.cql import CQL, CQLConfig
+from offrl.utils.errors import OffrlError
 
 if TYPE_CHECKING:
     from offrl.data.dataset import OfflineDataset
@@ -52,6 +54,17 @@ class CalQL(CQL):
             failed = (successes == 0)[dataset.episode_of_row]
             returns = torch.where(failed, least.double() / (1 - gamma), returns)
         self.dataset_index = returns.to(dataset.rewards.dtype)
+
+    @classmethod
+    def check_online(cls, before: Any, after: Any, online: Any) -> None:
+        super().check_online(before, after, online)
+        for key in ("discount", "sparse_rewards"):
+            annealed = key in online.anneal
+            if after.calibrate and (annealed or getattr(before, key) != getattr(after, key)):
+                raise OffrlError(
+                    f"online.{'anneal' if annealed else 'agent'}.{key}: the returns that calibrate {cls.__name__} are those of "
+                    "the offline half's settings; leave it out, or set online.agent.calibrate=false."
+                )
 
     def lower_bounded(self, q_proposed: Tensor, batch: Batch) -> Tensor:
         """max(Q, G) at the 2 n actions of the policy; the n uniform ones stay. Rows of no dataset have no bound."""

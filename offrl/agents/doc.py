@@ -36,7 +36,7 @@ from offrl.nets.contrastive import PairCritic, gradient_reversal, info_nce
 @dataclass
 class DoCConfig(VAEBCConfig):
     beta: float = 2.0  # weight of the constraint
-    beta_warmup: int = 1000  # updates over which beta grows linearly to its value
+    beta_warmup: int = 1000  # updates over which beta grows linearly to its value; 0: no warm-up
     posterior_kl_weight: float = 0.0  # weight of KL(q || p) in the posterior's own loss (0 = the paper's)
     energy_steps: int = 1  # updates of the energy function per update of the other networks
     energy_lr: float = 3e-4  # learning rate of the energy function
@@ -94,7 +94,8 @@ class DoC(VAEBC):
         for i in range(self.cfg.energy_steps - 1):
             base, constraint = self.contrastive_losses(batch, z.detach(), f"doc/step/{i}")
             self.energy_optimizer.step(base + constraint)
-        beta = self.cfg.beta * (self.optimizer.count / self.cfg.beta_warmup).clamp(max=1)
+        count, warmup = self.optimizer.count, self.cfg.beta_warmup
+        beta = self.cfg.beta * ((count / warmup).clamp(max=1) if warmup else torch.ones_like(count))
         base, constraint = self.contrastive_losses(batch, gradient_reversal(z, beta), "doc/step")
         losses = self.losses(batch, q, z)
         total = torch.stack([*losses.values(), base, constraint]).sum()

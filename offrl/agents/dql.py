@@ -4,7 +4,8 @@ Wang, Hunt & Zhou, "Diffusion Policies as an Expressive Policy Class for Offline
 (arXiv 2208.06193); authors' code Zhendong-Wang/Diffusion-Policies-for-Offline-RL, whose update this is step for step. The
 policy makes an action in T steps from noise. Its loss is that of denoising plus `eta` times -Q of an action that it makes,
 whose gradient passes through all T steps. A moving average of the policy gives the target's actions. Acting makes
-`candidates` actions and draws one of them with probabilities softmax(min_i Q'_i).
+`candidates` actions and draws one of them with probabilities softmax(min_i Q'_i); in an environment it explores so, without
+further noise.
 
 As in the authors' code: the policy's step uses the critics after theirs; one critic is maximised, the other's mean |Q|
 divides it, and a coin says which; the chain of the policy itself acts, not that of its average; no gradient passes where
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from offrl.agents.base import ActingState, Batch, RecurrentAgent
 from offrl.nets import Adam, Critics, DenoisingPolicy, choose, make_target, per_lane, polyak
+from offrl.utils.random import LaneRandom
 
 
 @dataclass
@@ -141,10 +143,21 @@ class DQL(RecurrentAgent[DQLConfig]):
     def act(self, obs: Tensor, state: ActingState | None = None) -> Tensor:
         """One of the candidates `[lanes, envs, A]`: a draw of softmax(min_i Q'_i), or without a state the best one."""
         noise = self.candidate_noise(obs, state, self.cfg.candidates, self.policy.noise_dim)
-        actions = self.sample(self.policy, obs, noise)
-        q = self.critics_target.q_of_actions(obs, actions).amin(1)  # [lanes, envs, candidates]
         draw = None
         if state is not None and state.stream:
             draw = self.random.uniform(f"{state.stream}/{state.timestep}/choice", obs.shape[1:2])
+        return self.one_of(obs, noise, draw)
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
+        """One of new candidates at every environment step, drawn as in evaluation."""
+        noise = random.normal("explore", obs.new_empty(*obs.shape[:2], self.cfg.candidates, self.policy.noise_dim))
+        draw = random.uniform("explore/choice", obs.shape[1:2])
+        return self.within_bounds(self.one_of(self.normalize(obs), noise, draw))
+
+    def one_of(self, obs: Tensor, noise: Tensor, draw: Tensor | None) -> Tensor:
+        """One of the candidates that noise `[lanes, envs, n, T A]` makes, by a uniform `[lanes, envs]`; None: the best one."""
+        actions = self.sample(self.policy, obs, noise)
+        q = self.critics_target.q_of_actions(obs, actions).amin(1)  # [lanes, envs, candidates]
         chosen = choose(q, draw)[..., None, None].expand(-1, -1, 1, actions.shape[-1])
         return actions.gather(2, chosen).squeeze(2)

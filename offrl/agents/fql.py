@@ -2,7 +2,8 @@
 
 Park, Li & Levine, "Flow Q-Learning", ICML 2025 (arXiv 2502.02538); authors' code seohongpark/fql, whose update this is step for
 step. A flow, trained by cloning alone, maps noise z to an action in M Euler steps. The policy mu(s, z) makes the action in one
-step; it is pulled towards the flow's action of the same z and pushed to larger Q. It acts, and gives the target's actions.
+step; it is pulled towards the flow's action of the same z and pushed to larger Q. It acts, and gives the target's actions; in
+an environment it explores by its own samples, without further noise.
 
 As in the authors' code: all losses are of the parameters before the step; the target critics average the critics from before
 their step; the distance is of mu before it is clipped to the box, Q sees it after; evaluation draws z at every timestep.
@@ -24,6 +25,7 @@ from offrl.agents.base import ActingState, Batch
 from offrl.agents.chunks import ChunkBatch
 from offrl.agents.flow_bc import FlowBC, FlowBCConfig
 from offrl.nets import MLP, Adam, Critics, Pooling, make_target, per_lane, polyak, pool
+from offrl.utils.random import LaneRandom
 
 
 @dataclass
@@ -58,6 +60,12 @@ class FQL(FlowBC):
     def decide(self, obs: Tensor, state: ActingState | None) -> Tensor:
         """mu(s, z) clipped to the box; z is zero without a state."""
         return self.chunk_box.from_unit(self.one_step(obs, self.noise(obs, state)).clamp(-1, 1))
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
+        """mu(s, z) of a new z at every environment step."""
+        noise = random.normal("explore", obs.new_empty(*obs.shape[:2], self.spec.action_dim))
+        return self.within_bounds(self.box.from_unit(self.one_step(self.normalize(obs), noise).clamp(-1, 1)))
 
     def one_step(self, obs: Tensor, noise: Tensor) -> Tensor:
         """mu(s, z) `[lanes, n, A]` in units of half the box, not clipped."""

@@ -4,7 +4,7 @@ IFQL: Park, Li & Levine, "Flow Q-Learning", ICML 2025 (arXiv 2502.02538), author
 step for step. It is the counterpart with a flow of IDQL: Hansen-Estruch, Kostrikov, Janner, Kuba & Levine, "IDQL: Implicit
 Q-Learning as an Actor-Critic Method with Diffusion Policies", 2023 (arXiv 2304.10573), authors' code philippe-eecs/IDQL.
 V regresses to an upper expectile of Q over the dataset's actions and Q to r + gamma V(s'); the policy knows neither. Acting
-draws N actions and takes the one with the largest min_i Q_i.
+draws N actions and takes the one with the largest min_i Q_i; in an environment it explores so, without further noise.
 
 As in the authors' code of IFQL: all losses are of the parameters before the step, the target critics average the critics from
 before their step, and the online critics choose the action.
@@ -27,6 +27,7 @@ from torch import Tensor
 from offrl.agents.base import ActingState, Batch, RecurrentAgent
 from offrl.agents.iql import expectile_loss
 from offrl.nets import MLP, Adam, Critics, DenoisingPolicy, FlowPolicy, make_target, per_lane, polyak
+from offrl.utils.random import LaneRandom
 
 
 @dataclass
@@ -103,10 +104,21 @@ class IFQL(RecurrentAgent[IFQLConfig]):
 
     def act(self, obs: Tensor, state: ActingState | None = None) -> Tensor:
         """The best of N samples `[lanes, envs, A]`, by the smaller of the two critics."""
-        lanes, envs, n = *obs.shape[:2], self.cfg.candidates
-        noise = self.candidate_noise(obs, state, n, self.policy.noise_dim).flatten(1, 2)
+        return self.best_of(obs, self.candidate_noise(obs, state, self.cfg.candidates, self.policy.noise_dim))
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
+        """The best of N new samples at every environment step."""
+        noise = random.normal("explore", obs.new_empty(*obs.shape[:2], self.cfg.candidates, self.policy.noise_dim))
+        return self.within_bounds(self.best_of(self.normalize(obs), noise))
+
+    def best_of(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The best action `[lanes, envs, A]` of those that noise `[lanes, envs, N, width]` makes."""
+        lanes, envs, n, _ = noise.shape
         many = obs.unsqueeze(2).expand(lanes, envs, n, -1)
-        actions = self.box.from_unit(self.policy.sample(many.flatten(1, 2), noise)).unflatten(1, (envs, n))
+        actions = self.box.from_unit(self.policy.sample(many.flatten(1, 2), noise.flatten(1, 2))).unflatten(
+            1, (envs, n)
+        )
         best = self.critics.q_of_actions(obs, actions).amin(1).argmax(-1)  # [lanes, envs]
         return actions.gather(2, best[..., None, None].expand(-1, -1, 1, actions.shape[-1])).squeeze(2)
 

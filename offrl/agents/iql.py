@@ -19,6 +19,9 @@ softmax of logits, from which evaluation takes the most likely action. `determin
 Deviations from CORL, none of which changes the mathematics: the twin critics are one batched ensemble; dropout uses the lane's
 random numbers, at rates that are multiples of 2^-16; checkpoints hold the target critics; the actor's learning rate is a
 function of the step number, not of the previous rate.
+
+In an environment the Gaussian is sampled, and the deterministic policy gets noise of 0.03, clipped at 0.5 (CORL's
+`finetune/iql.py`). With integer actions `online.noise`, the share of uniform actions, needs `deterministic=true` beside it.
 """
 
 from __future__ import annotations
@@ -79,6 +82,7 @@ class IQL(Agent[IQLConfig]):
             self.actor = MLP(spec.seeds, [spec.obs_dim, *cfg.hidden, spec.action_dim], name="actor")
         else:
             self.actor = (DeterministicActor if cfg.deterministic else GaussianActor).of(spec, cfg.hidden)
+            self.explore_noise = 0.03  # of the deterministic actor, as in CORL's fine-tuning
         self.critics = Critics.of(spec, cfg.hidden, members=2)
         self.critics_target = make_target(self.critics)
         self.value = MLP(spec.seeds, [spec.obs_dim, *cfg.hidden, 1], name="value")
@@ -93,6 +97,10 @@ class IQL(Agent[IQLConfig]):
 
     def policy_gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor] | None:
         return None if self.cfg.deterministic or self.spec.discrete else self.actor(obs)
+
+    @classmethod
+    def explores_by_noise(cls, config: IQLConfig) -> bool:
+        return config.deterministic
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         return categorical_log_prob(self.actor(obs), action) if self.spec.discrete else super().log_prob(obs, action)

@@ -14,13 +14,14 @@ uses Q_1 at the policy's action.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from offrl.agents.base import Batch
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.nets.neighbors import Neighbors
+from offrl.utils.errors import OffrlError
 
 if TYPE_CHECKING:
     from offrl.data.dataset import OfflineDataset
@@ -41,6 +42,15 @@ class PRDC(TD3BC):
 
     def setup(self, dataset: OfflineDataset) -> None:
         self.dataset_index = Neighbors(self.normalize(dataset.observations), dataset.actions), dataset.actions
+
+    @classmethod
+    def check_online(cls, before: Any, after: Any, online: Any) -> None:
+        super().check_online(before, after, online)
+        if online.recompute_every:
+            raise OffrlError(
+                f"online.recompute_every={online.recompute_every} can't go with {cls.__name__}, whose index holds the "
+                "dataset's states as the offline half normalised them; leave it out."
+            )
 
     def policy_regularizer(self, batch: Batch, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L_DC `[lanes]`: mean squared distance to the nearest pair's action, which has no gradient."""

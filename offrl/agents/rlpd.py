@@ -16,6 +16,7 @@ batches of 256 drawn one after another, where the authors draw the 20 batches of
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -66,6 +67,17 @@ class RLPD(SACN):
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
         self.alpha_optimizer = Adam([self.log_alpha], cfg.alpha_lr)
         self.target_entropy = -spec.action_dim / 2 if cfg.target_entropy is None else cfg.target_entropy
+
+    @classmethod
+    def check_online(cls, before: Any, after: Any, online: Any) -> None:
+        """Warn, too, where the actor learns less often than the environment is stepped."""
+        super().check_online(before, after, online)
+        if after.critic_updates > online.updates_per_step:
+            warnings.warn(
+                f"The actor makes one update in {after.critic_updates} of the critics, which get {online.updates_per_step} per "
+                f"environment step; agent.critic_updates={online.updates_per_step} gives the actor one per step, as published.",
+                stacklevel=2,
+            )
 
     def subset_minimum(self, q: Tensor) -> Tensor:
         """`[lanes, batch]`: minimum over a random subset, the lane's own, of `[lanes, members, batch]`."""

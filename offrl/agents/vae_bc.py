@@ -99,9 +99,14 @@ class VAEBC(RecurrentAgent[VAEBCConfig]):
         self.optimizer = Adam(self.learnt, cfg.lr, weight_decay=cfg.weight_decay, clip=cfg.grad_clip)
 
     def setup(self, dataset: OfflineDataset) -> None:
-        """Read the longest episode's length, the std of rewards, and mean and std of returns: networks see these scaled."""
+        """Read the longest episode's length, the std of rewards, and mean and std of returns: networks see these scaled.
+
+        Constant rewards are 0 to the networks.
+        """
         self.horizon.fill_(dataset.steps.max())
-        self.reward_scale.fill_(1 / (dataset.rewards.double().std(correction=0) + 1e-6))
+        std = dataset.rewards.double().std(correction=0)
+        # Constant rewards tell nothing; divided by a std of about 0 they would drown the networks' other inputs.
+        self.reward_scale.fill_(0.0 if dataset.constant_rewards else 1 / (std + 1e-6))
         returns = dataset.return_to_go.double()
         self.return_mean.fill_(returns.mean())
         self.return_std.fill_(returns.std(correction=0) + 1e-6)

@@ -19,7 +19,7 @@ from offrl.results import style
 from offrl.results.tables import Table
 from offrl.training.compose import compose_words
 from offrl.training.run_config import RunConfig, resolve_config
-from offrl.training.runs import load_agent, read_config, read_data
+from offrl.training.runs import as_recorded, load_agent, read_config, read_data
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing, write_json
 from offrl.utils.process import pick_device, tune_process
@@ -93,7 +93,7 @@ def add_parser(subparsers: Any) -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     """Train the model of the options, unless it is cached."""
     job = _job(arguments.words)
-    augmentation = make_augmentation(job.augment, _recorded(job), (0,))
+    augmentation = make_augmentation(job.augment, as_recorded(_recorded(job)), (0,))
     augmentation.prepare(progress=True)
     print(json.dumps(augmentation.metadata(), indent=1))
     return 0
@@ -104,7 +104,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
     write = writer(arguments.dest)
     job = _job(arguments.words, arguments.policy)
     policy = _policy(arguments.policy, arguments.lane) if arguments.policy else None
-    augmentation = make_augmentation(job.augment, _recorded(job), (arguments.seed,))
+    augmentation = make_augmentation(job.augment, as_recorded(_recorded(job)), (arguments.seed,))
     augmentation.prepare(progress=True)
     made = augmentation.generate(policy, 1)
     write(made)
@@ -146,7 +146,7 @@ def run_metrics(arguments: argparse.Namespace) -> int:
         pieces = metrics.real_pieces(real, shape.trajectories, shape.length, arguments.seed)
         found["real"] = metrics.evaluate(pieces, real, simulator, policies)
         for name, settings_of in kinds.items():
-            augmentation = make_augmentation(settings_of, real, seeds)
+            augmentation = make_augmentation(settings_of, as_recorded(real), seeds)
             augmentation.prepare(progress=True)
             made = augmentation.generate(policies["policy"][0], 1)
             found[name] = metrics.evaluate(made, real, simulator, policies)

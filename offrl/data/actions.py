@@ -40,14 +40,27 @@ def discrete_actions(array: np.ndarray, info: DatasetInfo, where: str) -> tuple[
                 "actions, one index a row or one-hot; store float32 if they are continuous."
             )
         return torch.from_numpy(array.argmax(1)), replace(info, discrete=info.discrete or array.shape[1])
-    indices = array[:, 0].astype(np.int64)
-    if array.dtype.kind == "f" and (odd := np.flatnonzero(indices != array[:, 0])).size:
-        raise OffrlError(f"{where}: actions holds {array[odd[0], 0]} in row {odd[0]}, which is no discrete action.")
+    if array.dtype.kind == "u" and len(array):
+        check_indices(array[:, 0], info, where)  # as they are stored: from 2^63 on, int64 would turn them negative
+    indices = whole(array[:, 0], "actions", where)
     if len(indices):
         check_indices(indices, info, where)
         count = 2 if array.dtype.kind == "b" else int(indices.max()) + 1
         info = replace(info, discrete=info.discrete or count)
     return torch.from_numpy(indices), info
+
+
+def whole(numbers: np.ndarray, key: str, where: str) -> np.ndarray:
+    """`[N]` int64 of bools, integers, or floats that are whole numbers; `key` is what messages call them.
+
+    Raises:
+        OffrlError: a fraction, NaN or an infinity.
+    """
+    with np.errstate(invalid="ignore"):  # what int64 cannot hold differs from what it becomes
+        integers = numbers.astype(np.int64)
+    if numbers.dtype.kind == "f" and (odd := np.flatnonzero(integers != numbers)).size:
+        raise OffrlError(f"{where}: {key} holds {numbers[odd[0]]} in row {odd[0]}, which is no discrete action.")
+    return integers
 
 
 def check_indices(indices: np.ndarray, info: DatasetInfo, where: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,6 +52,27 @@ class ReadOptions:
             raise OffrlError(f"action_bound={self.action_bound} must be positive; leave it out to use [-1, 1].")
         if self.action_bound is not None and (self.action_low is not None or self.action_high is not None):
             raise OffrlError("action_bound is short for action_low and action_high; give one or the other.")
+
+    def changed(self) -> dict[str, Any]:
+        """The options that are not the default, as JSON has them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        default = vars(type(self)())
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value != default[name]
+        }
+
+
+def check_read_already(options: ReadOptions, where: str, read_with: Mapping[str, Any] | None = None) -> None:
+    """Refuse options for data that were read when their flat file was written; `read_with`: those of that reading."""
+    changed = options.changed()
+    if changed and changed != read_with:
+        hint = "; preset=d4rl sets semantics, preset=paper does not" if "semantics" in changed else ""
+        raise OffrlError(
+            f"{where}: this dataset has been read already; leave out {' and '.join(changed)} here, or give it to what reads "
+            f"the source{hint}."
+        )
 
 
 def with_notices(info: DatasetInfo, notices: list[str]) -> DatasetInfo:

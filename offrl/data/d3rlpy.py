@@ -1,7 +1,8 @@
 """Files of d3rlpy 2 (`ReplayBuffer.dump`): arrays `observations_I`, `actions_I`, `rewards_I`, `terminated_I` of episode I.
 
 Episodes hold no state behind their last step, so that a last step without a termination has no known successor. Files of
-d3rlpy 1 (`MDPDataset.dump`) are flat columns; `offrl.data.columns` knows their `episode_terminals`.
+d3rlpy 1 (`MDPDataset.dump`) are flat columns; `offrl.data.columns` knows their `episode_terminals`. An episode without a step
+is left out.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ class D3rlpyFile:
             raise OffrlError(
                 f"{path}: this d3rlpy file has observations of several parts; store them as one array each episode."
             )
-        self.episodes = sum(name.startswith("rewards_") for name in names)
-        self.lengths = [len(self._part("rewards", number)) for number in range(self.episodes)]
+        lengths = [len(self._part("rewards", number)) for number in range(sum(n.startswith("rewards_") for n in names))]
+        self.episodes = [number for number, length in enumerate(lengths) if length]
+        self.lengths = [lengths[number] for number in self.episodes]
 
     def keys(self) -> list[str]:
         return ["observations", "actions", "rewards", "terminals", "dones"]
@@ -35,7 +37,7 @@ class D3rlpyFile:
     def described(self, key: str) -> tuple[tuple[int, ...], np.dtype]:
         if key in ("terminals", "dones"):
             return (sum(self.lengths),), np.dtype(bool)
-        first = self._part(key, 0)
+        first = self._part(key, self.episodes[0] if self.episodes else 0)
         return (sum(self.lengths), *first.shape[1:]), first.dtype
 
     def floats(self, key: str) -> Tensor:
@@ -50,7 +52,7 @@ class D3rlpyFile:
         if key == "dones":
             array[ends] = True
         elif key == "terminals":
-            array[ends] = [self._terminated(number) for number in range(self.episodes)]
+            array[ends] = [self._terminated(number) for number in self.episodes]
         else:
             self._fill(key, array)
         return array
@@ -69,7 +71,7 @@ class D3rlpyFile:
 
     def _fill(self, key: str, out: np.ndarray) -> None:
         start = 0
-        for number, length in enumerate(self.lengths):
+        for number, length in zip(self.episodes, self.lengths):
             part = self._part(key, number)
             if part.shape != (length, *out.shape[1:]):
                 raise OffrlError(

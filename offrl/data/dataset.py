@@ -220,6 +220,16 @@ class OfflineDataset:
         """The best return among the episodes that ended; among all where the file cut every one off."""
         return float((self.returns[self.complete] if bool(self.complete.any()) else self.returns).max())
 
+    @property
+    def constant_rewards(self) -> bool:
+        """Whether all rewards are the same up to float32 rounding, so that a scale of them would be that of noise.
+
+        A few roundings of a product or sum are some 1e-7 of the largest magnitude each, hence 1e-6 of it. The range is
+        compared and not the standard deviation, which is tiny where few of many rewards differ, too.
+        """
+        low, high = (float(extreme) for extreme in torch.aminmax(self.rewards))
+        return high - low <= 1e-6 * max(abs(low), abs(high))
+
     @cached_property
     def initial_observations(self) -> Tensor:
         """`[E, O]`: the first observation of each episode."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from offrl.data.arrays import from_arrays
-from offrl.data.checks import ReadOptions
+from offrl.data.checks import ReadOptions, flags
 from offrl.data.columns import FLAGS
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.utils.errors import OffrlError
@@ -24,12 +24,13 @@ def from_episodes(
     Args:
         episodes: each a dictionary with `observations` `[T + 1, ...]` (the last one is the state behind the last step;
             `[T, ...]` where it is not known), `actions` `[T, ...]` and `rewards` `[T]`. An episode ends by a termination
-            where its last `terminals` (or `terminations`, `terminated`) is 1, one flag or `[T]`; else it was cut, by a time
-            limit for example.
+            where `terminals` (or `terminations`, `terminated`) says so, one flag or `[T]` with a 1 only at the last step;
+            else it was cut, by a time limit for example. `timeouts` (or `truncations`, `truncated`) may stand beside them.
         info, options: as of `from_arrays`.
 
     Raises:
-        OffrlError: a missing key, lengths that differ within an episode or widths between them, or bad numbers.
+        OffrlError: a missing key, lengths that differ within an episode or widths between them, flags other than 0 and 1
+            or that end an episode before its last step, `dones`, `masks` or the like, or bad numbers.
     """
     parts = [_episode(number, episode) for number, episode in enumerate(episodes)]
     if not parts:
@@ -52,6 +53,7 @@ def _episode(number: int, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
         raise OffrlError(
             f"{where}: missing {' and '.join(missing)}; each episode needs observations, actions and rewards."
         )
+    _refuse_unread(episode, where)
     observations, actions, rewards = (np.asarray(episode[key]) for key in ("observations", "actions", "rewards"))
     steps = len(rewards)
     if steps == 0 or len(actions) != steps or len(observations) not in (steps, steps + 1):
@@ -62,12 +64,45 @@ def _episode(number: int, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
     ends = np.zeros(steps, dtype=bool)
     ends[-1] = True
     terminated = np.zeros(steps, dtype=bool)
-    if key := next((name for name in FLAGS["terminals"] if name in episode), None):
-        terminated[-1] = bool(np.ravel(np.asarray(episode[key]))[-1])
+    terminated[-1] = _flagged("terminals", episode, steps, where)
+    _flagged("timeouts", episode, steps, where)  # an episode without a termination was cut, with or without a 1
     columns = {"actions": actions, "rewards": rewards, "terminals": terminated, "timeouts": ends & ~terminated}
     if len(observations) == steps:
         return {"observations": observations, **columns}
     return {"observations": observations[:-1], "next_observations": observations[1:], **columns}
+
+
+def _refuse_unread(episode: Mapping[str, Any], where: str) -> None:
+    """Refuse arrays that `from_arrays` reads and episodes have no place for, since what they tell would be lost."""
+    advice = dict.fromkeys(
+        FLAGS["dones"], "it may mix terminations with time limits: give terminals (1 at a termination)"
+    )
+    advice["masks"] = "give terminals = 1 - masks"
+    advice["valids"] = "give observations of T + 1 states without it"
+    advice["next_observations"] = "give observations of T + 1 states, the last one behind the last step"
+    if key := next((name for name in advice if name in episode), None):
+        raise OffrlError(f"{where}: {key} is not read in an episode; {advice[key]}, and leave {key} out.")
+
+
+def _flagged(kind: str, episode: Mapping[str, Any], steps: int, where: str) -> bool:
+    """Whether a flag of this kind, under any of its names, stands at the last of an episode's steps."""
+    found: dict[str, bool] = {}
+    for name in FLAGS[kind]:
+        if name not in episode:
+            continue
+        array = flags(name, np.atleast_1d(np.asarray(episode[name])), where)
+        if len(array) not in (1, steps):
+            raise OffrlError(
+                f"{where}: {name} has {len(array)} rows; give one flag, or one for each of its {steps} steps."
+            )
+        if early := np.flatnonzero(array[:-1]).tolist():
+            raise OffrlError(
+                f"{where}: {name} is 1 in row {early[0]}, before the last of {steps} steps; split the episode behind that row."
+            )
+        found[name] = bool(array[-1])
+    if len(set(found.values())) > 1:
+        raise OffrlError(f"{where}: {' and '.join(found)} mean the same but differ; remove one.")
+    return any(found.values())
 
 
 def from_frame(

@@ -23,6 +23,7 @@ from offrl.data.minari import data_folder, local_folder, read_minari
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import cache_dir
 
+READ_WITH = "read_with"  # of provenance: options other than the default that the data were read with
 GIVEN = re.compile(r"given/[0-9a-f]{12}/[\w./+-]+")
 
 
@@ -44,7 +45,7 @@ def name_of(data: Any, options: ReadOptions) -> str:
             )
         return _keep(data)
     if isinstance(data, Mapping):
-        return _keep(from_arrays(data, options=options))
+        return _keep(from_arrays(data, options=options), options)
     if hasattr(data, "iterate_episodes") and hasattr(data, "storage"):
         return _of_minari(data, options)
     raise OffrlError(
@@ -63,9 +64,12 @@ def plain_name(name: str) -> str:
     return name.split("/", 2)[2] if GIVEN.fullmatch(name) else name
 
 
-def _keep(store: OfflineDataset) -> str:
+def _keep(store: OfflineDataset, options: ReadOptions | None = None) -> str:
+    """Keep a dataset and the options that it was read with; returns its name."""
     if isinstance(store, LaneTasks):
         raise OffrlError("dataset has a task for each lane; give its id with data.tasks instead.")
+    if options is not None and (changed := options.changed()):
+        store = store.with_info(provenance=store.info.provenance | {READ_WITH: changed})
     digest = hashlib.blake2b(f"{store.fingerprint}{info_json(store.info)}".encode(), digest_size=6).hexdigest()
     if store.info.id == "arrays":
         store = store.with_info(id=f"arrays-{digest[:8]}")  # two of them are two datasets in a report
@@ -95,4 +99,4 @@ def _of_minari(dataset: Any, options: ReadOptions) -> str:
         raise OffrlError(f"{name}: {total - store.episodes} of its episodes are empty; filter a dataset without them.")
     if not chosen:
         raise OffrlError(f"{name}: the filter leaves no episode.")
-    return _keep(store.select_episodes(torch.tensor(chosen)))
+    return _keep(store.select_episodes(torch.tensor(chosen)), options)

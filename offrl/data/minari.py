@@ -24,10 +24,10 @@ import torch
 from h5py import h5d, h5g, h5s, h5t
 from torch import Tensor
 
-from offrl.data.actions import check_actions
+from offrl.data.actions import check_actions, whole
 from offrl.data.catalogue import environment_references, family_of
 from offrl.data.catalogue import minari as minari_catalogue
-from offrl.data.checks import ReadOptions, check_dtype, check_finite, empty
+from offrl.data.checks import ReadOptions, check_dtype, check_finite, empty, flags
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.hdf5 import DENSEST, check_file, check_inside, keys, open_hdf5, reading, unreadable
 from offrl.data.memory import check_memory
@@ -158,7 +158,7 @@ def read_minari(path: Path, name: str | None = None, options: ReadOptions | None
 
     Raises:
         OffrlError: no Minari dataset, spaces that are no numbers, an episode whose lengths do not fit together
-            (`len(observations) == T + 1`), NaN, actions out of bounds, no episode.
+            (`len(observations) == T + 1`), NaN, flags other than 0 and 1, actions out of bounds, no episode.
     """
     options, where = options or ReadOptions(), str(path)
     metadata = minari_metadata(read_metadata(path), where)
@@ -236,7 +236,10 @@ def _add_episode(
     steps: dict[str, np.ndarray],
     where: str,
 ) -> None:
-    """Check the lengths of one episode and copy it behind what is filled; an episode without a step is skipped."""
+    """Check one episode and copy it behind what is filled; an episode without a step is skipped."""
+    for key, array in steps.items():
+        if array.ndim == 0:
+            raise OffrlError(f"{where}: {key} of {episode} is a single number; it must have one row a step.")
     length = len(steps["rewards"])
     for key, array in steps.items():
         if len(array) != length:
@@ -254,6 +257,13 @@ def _add_episode(
     memory.filled = stop
     if length == 0 or stop > len(memory.rewards):
         return  # too many steps are reported once everything is counted
+    if steps["rewards"].size != length:
+        shape = steps["rewards"].shape
+        raise OffrlError(f"{where}: rewards of {episode} has shape {shape}; it must be one number a step.")
+    ends = {key: flags(f"{key} of {episode}", steps[key], where) for key in ("terminations", "truncations")}
+    actions = steps["actions"]
+    if memory.actions.dtype == np.int64:
+        actions = whole(actions.reshape(-1), f"actions of {episode}", where)
     column = 0
     try:
         for leaf, array in zip(leaves, observations):
@@ -261,13 +271,13 @@ def _add_episode(
             memory.observations[start:stop, column : column + leaf.size] = array[:-1]
             memory.next_observations[start:stop, column : column + leaf.size] = array[1:]
             column += leaf.size
-        memory.actions[start:stop] = steps["actions"].reshape(length, *memory.actions.shape[1:])
+        memory.actions[start:stop] = actions.reshape(length, *memory.actions.shape[1:])
     except (ValueError, IndexError) as error:
         raise OffrlError(f"{where}: {episode} does not fit the spaces in metadata.json ({error}).") from error
     memory.rewards[start:stop] = steps["rewards"].reshape(length)
-    memory.terminations[start:stop] = steps["terminations"].reshape(length)
+    memory.terminations[start:stop] = ends["terminations"]
     memory.lengths.append(length)
-    memory.complete.append(bool(steps["terminations"][-1] or steps["truncations"][-1]))
+    memory.complete.append(bool(ends["terminations"][-1] or ends["truncations"][-1]))
 
 
 def _episode_names(file: h5py.File, path: Path) -> list[str]:
@@ -300,7 +310,9 @@ def _read_hdf5(path: Path, leaves: list[Leaf], memory: _Memory) -> None:
             return
         first = h5py.Group(_episode(file, episodes[0], path))
         columns = {name: _Column(first, name, np.dtype(np.float32), path) for name in [*names, *SCALAR_KEYS]}
-        columns["actions"] = _Column(first, "actions", memory.actions.dtype, path)
+        # Class indices are read as float64, since HDF5 would cut the fraction off floats that are none.
+        kind = np.dtype(np.float64 if memory.actions.dtype == np.int64 else np.float32)
+        columns["actions"] = _Column(first, "actions", kind, path)
         for episode in episodes:
             group = _episode(file, episode, path)
             arrays = {name: column.read(group, episode) for name, column in columns.items()}

@@ -18,6 +18,10 @@ Array = NDArray[Any]
 SUCCESS = ("success", "is_success", "goal_achieved")  # what environments call it in `info`
 
 
+class NonFiniteValue(OffrlError):
+    """An environment gave a number that float32, in which replays are kept, does not hold."""
+
+
 @dataclass(frozen=True)
 class EndedEpisode:
     """An episode that has just ended; `success` is None where the environment does not tell."""
@@ -62,10 +66,12 @@ class LaneEnvs:
 
     Raises:
         OffrlError: the dataset has no environment, its simulator is not installed, or its spaces are others than the dataset's.
+
+    `reset`, `restore` and `step` raise NonFiniteValue for an observation or a reward that is not finite.
     """
 
     def __init__(self, info: DatasetInfo, seeds: Sequence[int], obs_dim: int, action_dim: int) -> None:
-        self.seeds = list(seeds)
+        self.seeds, self.env_id = list(seeds), info.env_id
         self.envs: list[gymnasium.Env[Any, Any]] = [make_env(info) for _ in seeds]
         _check_spaces(self.envs[0], info, obs_dim, action_dim)
         lanes = len(self.envs)
@@ -115,17 +121,28 @@ class LaneEnvs:
     def _begin(self, lane: int, episode: int) -> None:
         self.episode[lane], self.length[lane], self.ret[lane], self.success[lane] = episode, 0, 0.0, None
         self.obs[lane] = self.envs[lane].reset(seed=self.episode_seed(lane))[0]
+        self._check_finite(lane, "an observation", self.obs[lane])
 
     def _step(self, lane: int, action: Array) -> tuple[float, bool, bool]:
         given = np.asarray(action, dtype=np.float64) if action.ndim else int(action)
         obs, reward, terminated, truncated, info = self.envs[lane].step(given)
         self.obs[lane] = obs
         self.length[lane] += 1
+        self._check_finite(lane, "an observation", self.obs[lane])
+        self._check_finite(lane, "a reward", np.array([reward], dtype=np.float64))
         self.ret[lane] += float(reward)
         for name in SUCCESS:
             if name in info:
                 self.success[lane] = bool(self.success[lane]) or bool(info[name])
         return float(reward), bool(terminated), bool(truncated)
+
+    def _check_finite(self, lane: int, what: str, values: Array) -> None:
+        wrong = values[~(np.abs(values) <= np.finfo(np.float32).max)]
+        if wrong.size:
+            raise NonFiniteValue(
+                f"{self.env_id} gave {what} of {wrong[0]:g} at timestep {self.length[lane]} of the episode with seed "
+                f"{self.episode_seed(lane)}; repair the environment"
+            )
 
     def _end(self, lane: int) -> EndedEpisode:
         number = self.episode[lane]

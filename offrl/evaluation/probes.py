@@ -99,8 +99,9 @@ def labels(agent: Agent, store: OfflineDataset, rows: Tensor) -> Tensor | None:
 
 
 def reward_and_state(agent: Agent, store: OfflineDataset) -> Tensor:
-    """`[N, O + 1]`: reward and next state of every row, standardised."""
-    reward = store.rewards / (store.rewards.std(correction=0) + 1e-6)
+    """`[N, O + 1]`: reward and next state of every row, standardised; constant rewards are 0."""
+    std = store.rewards.std(correction=0)
+    reward = torch.zeros_like(store.rewards) if store.constant_rewards else store.rewards / (std + 1e-6)
     return torch.cat([reward.unsqueeze(1), agent.normalize(store.next_observations)], 1)
 
 

@@ -30,12 +30,19 @@ def scale_of(dataset: str) -> str:
 
 # Parts of a configuration that do not change what is learned, or that a cell averages over.
 DEFAULT = "default"  # stands for what a run of an earlier version did not write down
+ONLINE = "+online"  # of the method's name where a run has an online phase
 NOT_SETTINGS = FREE - {"updates"} | NAMES | {"cache", "task", "tasks"}  # a task is part of the dataset's id
 
 
 def _method(run: results.Run) -> str | None:
     """The agent's name, with sampler and augmentation where there are some: what a published number has to match."""
     return run.manifest.get("method")
+
+
+def _given_label(run: results.Run) -> str | None:
+    """The `label` of a run, which tells a fine-tuned run from its offline half as the method's name does."""
+    label = run.config.get("label")
+    return f"{str(label).removesuffix(ONLINE)}{ONLINE}" if label and run.config.get("online") else label
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -75,7 +82,7 @@ def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
         }
         if modes != ["deterministic"]:
             settings["policy"] = "+".join(modes)
-        base = by_folder[folder].config.get("label") or _method(by_folder[folder]) or method
+        base = _given_label(by_folder[folder]) or _method(by_folder[folder]) or method
         entries.append((folder, lane, dataset, str(base), settings))
     differing = _differing([(method, dataset, settings, by_folder[f]) for f, _, dataset, method, settings in entries])
     labels = [_label(method, settings, differing[method]) for _, _, _, method, settings in entries]

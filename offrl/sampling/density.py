@@ -46,7 +46,9 @@ class DensityWeightedConfig:
         0.2  # lambda_K, weight of the divergence from the data; the authors try 0.2 and 1 (with CQL 0)
     )
     discount: float = 1.0  # gamma_F, discount of the flow
-    reward: Literal["minmax", "std"] = "minmax"  # rewards scaled to [0, 1], or divided by their std (with IQL)
+    reward: Literal["minmax", "std"] = (
+        "minmax"  # rewards scaled to [0, 1], or divided by their std (IQL); constant ones: 0
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "refresh_every", "refresh_steps", "batch_size"):
@@ -191,9 +193,10 @@ class DensityWeighted(RowWeighted):
 
 
 def _reward_range(store: OfflineDataset, kind: str) -> tuple[float, float]:
-    """Offset to subtract from rewards, and factor for the difference."""
+    """Offset to subtract from rewards, and factor for the difference: 0 where they are constant and prefer no row."""
     rewards = store.rewards.double()
+    if store.constant_rewards:
+        return 0.0, 0.0
     if kind == "std":
         return 0.0, 1 / max(float(rewards.std(correction=0)), 1e-8)
-    low, span = float(rewards.min()), float(rewards.max() - rewards.min())
-    return low, 1 / span if span > 0 else 0.0
+    return float(rewards.min()), 1 / float(rewards.max() - rewards.min())

@@ -13,14 +13,9 @@ from offrl import results
 from offrl.training.schema import EvalConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
+from offrl.utils.settings import ENVIRONMENT
 
-TASK = (
-    "env",
-    "env_kwargs",
-    "max_episode_steps",
-    "ref_min",
-    "ref_max",
-)  # options that say what an episode and its score are
+TASK = (*ENVIRONMENT, "ref_min", "ref_max")  # options that say what an episode and its score are
 
 
 class _Config(BaseModel):

@@ -9,9 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from offrl.data.replay import ReplayFiles
+from offrl.envs.chosen import import_environment
+from offrl.results import online
 from offrl.results.rows import MOST_BYTES
 from offrl.results.writer import _rows_until, check_rows
 from offrl.training.compose import choice_file, choices
+from offrl.training.online import FOLDER
 from offrl.training.records import RunRecord
 from offrl.training.run_config import RunConfig, resolve_config
 from offrl.training.runs import Result, done_before, read_config
@@ -21,7 +25,7 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_bytes
 from offrl.utils.paths import replacing
 from offrl.utils.process import _locked
-from offrl.utils.settings import FREE
+from offrl.utils.settings import FREE, set_dotted
 
 STEPS = 250_000  # environment steps where none are given
 
@@ -42,7 +46,11 @@ def finetune(folder: Path | str, changes: Mapping[str, Any] | None = None, confi
     folder = Path(folder)
     folder = folder if folder.name not in ("", "..") else folder.resolve()
     values = resolve_config(read_config(folder), trusted=False).to_dict()  # whole, whatever the file has
+    if _is_fine_tuned(folder, values):
+        raise OffrlError(f"{folder} has been fine-tuned already; name the offline run, or continue it with resume=.")
     job = _job(folder, values, dict(changes or {}), config_dir)
+    if (changes or {}).get("eval.env"):  # typed, and from no file
+        import_environment(str(job.train.eval.env))
     new = job.folder()
     if new.resolve() == folder.resolve():
         raise OffrlError(f"{folder}: fine-tuning needs a folder of its own; choose another name=.")
@@ -55,40 +63,42 @@ def finetune(folder: Path | str, changes: Mapping[str, Any] | None = None, confi
         return Trainer(job, new).run()
 
 
+def _is_fine_tuned(folder: Path, values: Mapping[str, Any]) -> bool:
+    """Whether a run's agent has begun to learn online: a run of both halves has not until its checkpoint says so."""
+    path = folder / checkpoint.NAME
+    if not path.exists():
+        return bool(values.get("online"))
+    kept: RunRecord = checkpoint.metadata(path, RunRecord)
+    return kept.online is not None
+
+
 def _job(folder: Path, values: dict[str, Any], changes: dict[str, Any], config_dir: Path | None) -> RunConfig:
-    if values.get("online"):
-        raise OffrlError(f"{folder} has been fine-tuned already; name the offline run, or continue it with resume=.")
+    """The fine-tuning's configuration; `values`: the offline run's, which is changed on the way."""
     values |= {"fresh": False, "name": values.get("name") and f"{values['name']}-online"}
     values["out"] = str(folder.parent if values["name"] else folder.parent.parent.parent)
-    online: dict[str, Any] = {"steps": STEPS}
+    values["online"] = {"steps": STEPS}
     for key, value in changes.items():
         top, _, rest = key.partition(".")
-        if top == "online" and rest:
-            group, _, name = rest.partition(".")
-            if name:
-                online.setdefault(group, {})[name] = value
-            else:
-                online[group] = value
-        elif top == "agent" and rest:
+        if top == "agent" and rest:
             raise OffrlError(f"{key} belongs to the offline half; online.{key}={value} changes it at the switch.")
-        elif top not in FREE - {"lanes", "seed", "seeds", "updates"}:
+        if top not in FREE - {"lanes", "seed", "seeds", "updates"} and not (top == "online" and rest):
             raise OffrlError(f"{key} can't be changed when a run is fine-tuned; start another run for it.")
-        elif rest:
-            values[top] = {**values[top], rest: value}
-        else:
-            values[top] = value
-    if not online["steps"]:
+        set_dotted(values, key, value)
+    if not values["online"]["steps"]:
         raise OffrlError("online.steps=0 leaves nothing to fine-tune; give the number of environment steps.")
     agent, choice = dict(values["agent"]), str(values.get("agent_name"))
     if choice in choices("agent", config_dir):  # what the method's table says of the online phase
         loaded = OmegaConf.load(choice_file("agent", choice, config_dir))
         table: Any = OmegaConf.to_container(loaded, resolve=False)
         agent |= {key: table.get(key) for key in ("settings", "online")}  # other keys may refer to the command's
-    return resolve_config({**values, "agent": agent, "online": online}, trusted=False)
+    return resolve_config({**values, "agent": agent}, trusted=False)
 
 
 def _take_over(folder: Path, new: Path, job: RunConfig) -> None:
-    """Copy rows and checkpoint of the offline half, the checkpoint last: without it the copy begins again."""
+    """Copy rows and checkpoint of the offline half, the checkpoint last: without it the copy begins again.
+
+    What an earlier fine-tuning left in the folder is removed before, its checkpoint ahead of the rows that this needs.
+    """
     tensors, _ = checkpoint.load(folder / checkpoint.NAME)
     kept: RunRecord = checkpoint.metadata(folder / checkpoint.NAME, RunRecord)
     if kept.step != job.train.updates:
@@ -98,14 +108,26 @@ def _take_over(folder: Path, new: Path, job: RunConfig) -> None:
         )
     check_rows(folder, kept.step, needed=True)
     names = {"run_id": new.name, "method": job.to_dict()["method"]}
-    for kind in ("episodes", "metrics"):
-        path = folder / f"{kind}.jsonl"
-        (new / f"{kind}.parquet").unlink(missing_ok=True)
-        data = _rows_until(read_bytes(path, "restore it", MOST_BYTES), kept.step, path)
-        with replacing(new / path.name) as temporary:
-            temporary.write_bytes(_renamed(data, names))
+    paths = [folder / f"{kind}.jsonl" for kind in ("episodes", "metrics")]
+    copies = {
+        path.name: _renamed(_rows_until(read_bytes(path, "restore it", MOST_BYTES), kept.step, path), names)
+        for path in paths
+    }
+    _clear(new, job.train.fresh)
+    for name, data in copies.items():
+        (new / name).with_suffix(".parquet").unlink(missing_ok=True)
+        with replacing(new / name) as temporary:
+            temporary.write_bytes(data)
     metadata = {**kept.model_dump(mode="json", exclude={"online"}), "config": job.to_dict()}
     checkpoint.write(new / checkpoint.NAME, tensors, json.loads(json.dumps(metadata)))
+
+
+def _clear(new: Path, fresh: bool) -> None:
+    """Remove an earlier fine-tuning's results, checkpoints and online rows; the kept checkpoints only to start over."""
+    old = [new / "result.json", *(sorted((new / "checkpoints").glob("*.safetensors")) if fresh else ())]
+    for path in (*old, new / checkpoint.NAME, new / online.NAME):
+        path.unlink(missing_ok=True)
+    ReplayFiles(new / FOLDER).clear()
 
 
 def _renamed(data: bytes, names: Mapping[str, str]) -> bytes:

@@ -54,7 +54,8 @@ class OnlinePhase:
         ended: episodes that ended in the last burst, with the environment step at which they did.
 
     Raises:
-        OffrlError: the agent has no critic or learns from windows, or there is no fitting environment.
+        OffrlError: the agent has no critic or learns from windows, can't have the settings of `online.agent`, or there is no
+            fitting environment.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class OnlinePhase:
         self.files = ReplayFiles(folder / FOLDER)
         self.random = LaneRandom(spec.seeds, self.device)  # its step is the environment step
         self.loader = BatchLoader(self._sources(*source), train.batch_size, None, agent.batch_fields)
+        if self.cfg.agent:
+            self._remade(agent)  # what can't be made at the switch is refused before the offline half
         self.weights: dict[str, tuple[Tensor, Tensor]] = {}  # annealed weights in use, and at the start, `[lanes]`
         self.step, self.ended, self.begun = 0, list[tuple[int, EndedEpisode]](), False
 
@@ -117,6 +120,7 @@ class OnlinePhase:
         if kept is None:
             if self.cfg.reset_optimizers:
                 _reset_optimizers(self.agent)
+            self.files.clear()  # a process that was killed before its first checkpoint here may have left some
             self.envs.reset()
         else:
             self.files.drop_beyond(kept.step)
@@ -130,9 +134,25 @@ class OnlinePhase:
             agent.explore_noise = self.cfg.noise
         if not self.cfg.agent:
             return agent
-        changed = make_agent({**self.settings, **self.cfg.agent}, self.spec)
+        changed = self._remade(agent)
         if self.cfg.noise is not None:
             changed.explore_noise = self.cfg.noise
+        changed.load_state_dict(agent.state_dict())
+        changed.dataset_index = agent.dataset_index
+        return changed
+
+    def _remade(self, agent: Agent) -> Agent:
+        """A new agent with the settings of this phase, which has room for the tensors of the given one.
+
+        Raises:
+            OffrlError: there is no agent with these settings, or its networks are others.
+        """
+        try:
+            changed = make_agent({**self.settings, **self.cfg.agent}, self.spec)
+        except OffrlError as error:
+            raise OffrlError(
+                ("online." if str(error).startswith("agent.") else "online.agent: ") + str(error)
+            ) from error
         if agent.obs_mean.ndim > 1:
             spread_statistics(changed)
         mine, theirs = changed.state_dict(), agent.state_dict()
@@ -140,8 +160,6 @@ class OnlinePhase:
             raise OffrlError(
                 f"online.agent={dict(self.cfg.agent)} changes the agent's networks, which can't be done at the switch."
             )
-        changed.load_state_dict(theirs)
-        changed.dataset_index = agent.dataset_index
         return changed
 
     def _make_lane_weight(self, key: str) -> None:

@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from offrl.agents.base import Agent
 from offrl.training.schema import OnlineConfig, TrainConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.memory import require_bytes
-from offrl.utils.settings import build, types_in
+from offrl.utils.settings import build, target_class, types_in
+
+OF_OPTIMIZERS = ("lr", "weight_decay", "grad_clip")  # last words of settings that an optimiser reads once
 
 
 def add_table(online: dict[str, Any], key: str, value: Any) -> None:
@@ -66,7 +69,7 @@ def check_online(train: TrainConfig, settings: type[Any], agent: Mapping[str, An
     """Raise OffrlError unless the options of the online phase make sense together.
 
     Args:
-        settings: the agent's dataclass. agent, augment: resolved settings, the latter empty without an augmentation.
+        settings: the agent's dataclass. agent: resolved settings, with `_target_`. augment: empty without an augmentation.
     """
     online = train.online
     least: dict[str, float] = {"steps": 0, "updates_per_step": 1, "burst": 1}
@@ -84,24 +87,36 @@ def check_online(train: TrainConfig, settings: type[Any], agent: Mapping[str, An
         raise OffrlError(
             f"online.offline_share={online.offline_share:g} should be at least 0 and below 1; null draws from the union."
         )
+    cls: type[Agent[Any]] = target_class(agent, Agent, "agent")
+    if cls.augmentation:  # it takes rows that the dataset does not hold for a model's, those of the replay too
+        raise OffrlError(
+            f"online.steps={online.steps}: {cls.__name__} learns from a model's rollouts, which can't be mixed with an online "
+            "phase; choose another agent."
+        )
     if augment:
         raise OffrlError("augment: synthetic trajectories can't be mixed with an online phase; set augment=none.")
-    _check_agent(online, settings, agent)
+    cls.check_online(*_check_agent(online, settings, agent), online)
     require_bytes(16 * train.lanes * online.steps, f"a replay of online.steps={online.steps} for {train.lanes} lanes")
 
 
-def _check_agent(online: OnlineConfig, settings: type[Any], agent: Mapping[str, Any]) -> None:
-    """The settings that change must be the agent's, and those that are annealed must be numbers."""
+def _check_agent(online: OnlineConfig, settings: type[Any], agent: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The settings before and after the switch: those that change must be the agent's, those that are annealed weights."""
     own = {key: value for key, value in agent.items() if key != "_target_"}
-    build(settings, {**own, **online.agent}, "online.agent.", per_lane=True)
+    after = build(settings, {**own, **online.agent}, "online.agent.", per_lane=True)
     types_of = types_in(settings)
     for key, factor in online.anneal.items():
         if types_of.get(key) is not float:
             raise OffrlError(
                 f"online.anneal.{key}: {settings.__name__} has no number of this name; see `offrl agents`."
             )
+        if key.endswith(OF_OPTIMIZERS):
+            raise OffrlError(
+                f"online.anneal.{key}: an optimiser keeps the number that it was made with; online.agent.{key}=NUMBER changes "
+                "it at the switch."
+            )
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
             raise OffrlError(f"online.anneal.{key}={factor} should be a number of at least 0.")
+    return build(settings, own, "agent.", per_lane=True), after
 
 
 def annealed(factor: float, progress: float) -> float:

@@ -43,6 +43,7 @@ from offrl.utils.settings import (
     is_trusted,
     matching_rows,
     target_class,
+    training_environment,
     trusting,
 )
 
@@ -117,9 +118,11 @@ class RunConfig:
 
         Defaults count: an edited default, or one that a later release changes, makes another run.
         """
-        settings = {k: v for k, v in self.to_dict().items() if k not in FREE | NAMES}
+        whole = self.to_dict()
+        settings = {k: v for k, v in whole.items() if k not in FREE | NAMES}
         if self.train.online.steps:
             settings["updates"] = self.train.updates  # they say where the online phase begins
+        settings |= {k: v for k, v in training_environment(whole).items() if v}  # usual ones: runs keep their hash
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
 
     def folder(self) -> Path:
@@ -377,6 +380,11 @@ def _check_tasks(train: TrainConfig, sampler: Mapping[str, Any], augmented: bool
         raise OffrlError("data.task is one task for all lanes, data.tasks one for each; leave out one of them.")
     if train.eval.env:
         raise OffrlError("data.tasks has an environment for each lane; leave out eval.env.")
+    if train.online.steps:
+        raise OffrlError(
+            "data.tasks has an environment for each lane, and an online phase steps one environment in all of them; train one "
+            "task at a time with data.task."
+        )
     if len(tasks) != train.lanes:
         raise OffrlError(f"data.tasks={tasks} has {len(tasks)} tasks for lanes={train.lanes}; give one per lane.")
     if augmented or not str(sampler["_target_"]).endswith(".Uniform"):

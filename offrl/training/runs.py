@@ -32,7 +32,9 @@ from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
 from offrl.utils.memory import counting_parameters, require_bytes
-from offrl.utils.settings import FREE, NAMES, canonical, class_in, lane_lists, trusting
+from offrl.utils.settings import FREE, NAMES, canonical, class_in, lane_lists, training_environment, trusting
+
+RECORDED_IN = "recorded_in"  # key of a dataset's provenance: its own environment, where `eval` gives another one
 
 
 @dataclass
@@ -89,12 +91,16 @@ def _check_same(job: RunConfig, folder: Path) -> None:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that change a training's numbers, seeds apart, by dotted key; `augment` and `history`: whether there is one."""
-    flat: dict[str, Any] = {name: bool(config.get(name)) for name in ("augment", "history")}
+    """Settings that change a training's numbers, seeds apart, by dotted key.
+
+    `augment`, `history` and `online` say whether there is one; the environment counts where an online phase learns in it.
+    """
+    flat: dict[str, Any] = {name: bool(config.get(name)) for name in ("augment", "history", "online")}
+    flat |= training_environment(config)
     for key, value in config.items():
         if key == "updates" and config.get("online"):  # they say where the online phase begins
             flat[key] = value
-        if key in FREE | NAMES or (key in ("augment", "history") and not value):
+        if key in FREE | NAMES or (key in ("augment", "history", "online") and not value):
             continue
         if isinstance(value, Mapping):
             flat |= {f"{key}.{name}": canonical(str(v)) if name == "_target_" else v for name, v in value.items()}
@@ -299,8 +305,15 @@ def read_data(job: TrainConfig, device: torch.device | str, folder: Path | None 
         return with_tasks(lambda task: shown(read(task=task)), options.tasks).to(device)
     store = read(task=options.task, device=device)
     if (info := evaluation_info(store.info, job.eval)) is not store.info:
-        store = store.with_info(**vars(info))
+        own = {RECORDED_IN: store.info.env_id} if store.info.env_id not in (None, info.env_id) else {}
+        store = store.with_info(**vars(info) | {"provenance": info.provenance | own})
     return partially_observed(store, options.mask, options.flicker, options.seed)
+
+
+def as_recorded(store: OfflineDataset) -> OfflineDataset:
+    """The dataset with the environment that it was recorded in, where `eval` gives another one."""
+    own = store.info.provenance.get(RECORDED_IN)
+    return store.with_info(env_id=own) if own else store
 
 
 def _bound(value: float | list[float] | None) -> Bound | None:

@@ -98,7 +98,7 @@ def keep(run: Path, options: EvalConfig, seeds: list[int], info: DatasetInfo, pl
             if new:
                 _append(folder, config, record, seeds, info, played, new)
                 _sum_up(folder, record.step, len(seeds))
-            if not known and options.env:  # the next evaluation plays there, too
+            if not known and options.env and not config.get("online"):  # the next evaluation plays there, too
                 chosen = {key: value for key, value in asdict(options).items() if key in TASK}
                 write_json(folder / "config.json", {**config, "eval": {**(config.get("eval") or {}), **chosen}})
     except OffrlError as error:

@@ -32,6 +32,7 @@ from offrl.training.run_config import RunConfig, resolve_config
 from offrl.training.runs import (
     Result,
     _spec_to,
+    as_recorded,
     done_before,
     located,
     make_agent,
@@ -50,7 +51,7 @@ from offrl.utils.paths import remove_torn, write_json
 from offrl.utils.process import _locked, _no_collector, _stopping, pick_device, tune_process
 from offrl.utils.progress import Bar
 from offrl.utils.provenance import environment
-from offrl.utils.settings import FREE
+from offrl.utils.settings import FREE, set_dotted
 
 
 def train(values: Mapping[str, Any], hooks: Hooks | None = None) -> Result:
@@ -80,10 +81,7 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
         top = key.split(".")[0]
         if top not in FREE - {"out", "name", "fresh", "lanes", "seed", "seeds"}:
             raise OffrlError(f"{key} can't be changed when a run is resumed; start another run for it.")
-        if "." in key:
-            values[top] = {**values[top], key.split(".", 1)[1]: value}
-        else:
-            values[key] = value
+        set_dotted(values, key, value)
     job = resolve_config({**values, "out": str(folder.parent), "name": folder.name, "fresh": False}, trusted=False)
     if (changes or {}).get("eval.env"):  # typed, and from no file
         import_environment(str(job.train.eval.env))
@@ -148,7 +146,7 @@ class Trainer:
     def _synthetic(self, recorded: OfflineDataset) -> Synthetic | None:
         if not self.job.augment:
             return None
-        augmentation = make_augmentation(self.job.augment, recorded, self.seeds)
+        augmentation = make_augmentation(self.job.augment, as_recorded(recorded), self.seeds)
         check_agent(self.agent, type(augmentation))
         rewards = reward_transform(recorded, self.cfg.data)
         return Synthetic(augmentation, (self.store, self.sampler), rewards, self.folder)

@@ -237,6 +237,25 @@ def check_lane_lists(cfg: Any, group: str, lanes: int) -> None:
             raise OffrlError(f"{group}.{name} has {len(value)} values for {lanes} lanes; give one per lane.")
 
 
+def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `values["eval"]["every"]` for the key `eval.every`; tables on the way are copied, and made where there is none.
+
+    Raises:
+        OffrlError: a single value stands where the key wants a table.
+    """
+    *path, last = key.split(".")
+    table = values
+    for depth, name in enumerate(path, start=1):
+        inner = table.get(name)
+        if not isinstance(inner, Mapping | None):
+            above = ".".join(path[:depth])
+            raise OffrlError(f"{key}: {above}={one_line(inner)} is a single value; give {above}=VALUE.")
+        copied: dict[str, Any] = dict(inner or {})
+        table[name] = copied
+        table = copied
+    table[last] = value
+
+
 Tables = Mapping[str, Mapping[str, Any]]
 
 
@@ -266,5 +285,17 @@ def chosen_settings(tables: Tables | None, dataset: str, namesake: str | None = 
 # What may change when a run is continued: none of it changes a number of the training.
 FREE = {"updates", "device", "engine", "updates_per_launch", "threads", "log_every", "checkpoint_every"}
 FREE |= {"keep_checkpoints", "out", "name", "label", "fresh", "progress", "tracker", "eval", "lanes", "seed", "seeds"}
+# Options of `eval` that say what an episode is. An online phase learns in the same environment, where they are not free.
+ENVIRONMENT = ("env", "env_kwargs", "max_episode_steps")
 # What names a run's method in reports; no setting.
 NAMES = {"method", "agent_name"}
+
+
+def training_environment(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options `ENVIRONMENT` of a run's kept configuration that change its training, by dotted key; None: not given.
+
+    Empty without an online phase: the environment is then one of evaluation alone.
+    """
+    options = config.get("eval")
+    given = options if isinstance(options, Mapping) else {}
+    return {f"eval.{key}": given.get(key) or None for key in ENVIRONMENT} if config.get("online") else {}

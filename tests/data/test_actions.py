@@ -58,6 +58,10 @@ def test_floats_are_class_indices_where_the_source_says_so() -> None:
             CLASSES - 1,
             r"actions holds -1 in row \d+; integers are read as discrete actions 0, 1, 2, .*number them from 0",
         ),
+        (
+            CLASSES.astype("u8") + np.uint64(2**63),
+            r"actions holds 9223372036854775810 in row \d+; integers are read as discrete",
+        ),
         (CLASSES * 10**9, r"actions holds 2000000000 in row \d+; integers are read as discrete"),
         (np.stack([CLASSES, CLASSES], 1), "int64 in 2 columns; integers are read as .* one-hot; store float32"),
         (CLASSES.astype("f4"), r"outside \[-1, 1\].*store integers if they are class indices"),

@@ -202,6 +202,30 @@ def test_a_flat_file_is_a_dataset_of_its_own(source: Path, tmp_path: Path) -> No
         load(tmp_path / "other.safetensors")
 
 
+def test_a_flat_file_refuses_options_of_a_reading_that_is_over(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.safetensors"
+    write_flat(load(source), path)
+    sentence = r"copy.safetensors: this dataset has been read already; leave out semantics and action_bound here, .*preset=d4rl"
+    with pytest.raises(OffrlError, match=sentence):
+        load(path, semantics="d4rl", action_bound=2.0)
+    with pytest.raises(OffrlError, match="leave out action_low and action_high here"):
+        load(path, action_low=(-1.0, -1.0), action_high=1.0)
+    assert_same(load(path, semantics="exact", cache=False, seed=3, progress=False), load(path))
+
+
+def test_a_size_is_of_the_forge_alone(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.safetensors"
+    write_flat(load(source), path)
+    for name in (source, str(source), path):
+        with pytest.raises(
+            OffrlError, match=r"data\.size=20 chooses how many .* no dataset of the forge; leave it out"
+        ):
+            load(name, size=20)
+    with pytest.raises(OffrlError, match=r"did you mean"):  # what is wrong with a name goes first
+        load("frge/bandit/p0.3-v0", size=20)
+    assert len(load("forge/bandit/p0.3-v0", size=20, progress=False)) == 20
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -204,6 +204,22 @@ def test_files_of_d3rlpy_2(tmp_path: Path, discrete: bool) -> None:
         load(path, cache=False)
 
 
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_episodes_without_a_step_in_d3rlpy_2_are_left_out(tmp_path: Path, where: int) -> None:
+    """The ends of the others stay where they are: no termination moves, none is lost."""
+    rows = without(data(), "next_observations")
+    plain = load(write_d3rlpy_2(tmp_path / "plain.h5", rows))
+    path = write_d3rlpy_2(tmp_path / "a.h5", rows)
+    with h5py.File(path, "a") as file:
+        for number in range(len(LENGTHS) - 1, where - 1, -1):
+            for key in ("observations", "actions", "rewards", "terminated"):
+                file.move(f"{key}_{number}", f"{key}_{number + 1}")
+        for key, width in (("observations", 3), ("actions", 2), ("rewards", 1)):
+            file[f"{key}_{where}"] = np.zeros((0, width), "f4")
+        file[f"terminated_{where}"] = False
+    assert load(path).fingerprint == plain.fingerprint
+
+
 def test_observations_of_several_parts_in_d3rlpy_2(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         for name in ("observations_0_0", "observations_0_1", "actions_0", "rewards_0", "terminated_0"):

@@ -203,6 +203,25 @@ def test_discrete_spaces_and_text(tmp_path: Path) -> None:
     assert store.info.provenance["observation_keys"] == ["direction", "image"]
 
 
+@pytest.mark.parametrize("in_first", [True, False])
+def test_float_actions_of_a_discrete_space_are_whole_numbers(tmp_path: Path, in_first: bool) -> None:
+    """HDF5 would cut their fractions off, also where only a later episode holds floats."""
+    observation, action = box(4), {"type": "Discrete", "n": 3, "start": 0}
+    data = episodes(observation, action)
+    plain = read_minari(write(tmp_path / "plain-v0", observation, action, data))
+    for episode in data if in_first else data[2:]:
+        episode["actions"] = episode["actions"].astype("f4")
+    assert read_minari(write(tmp_path / "floats-v0", observation, action, data)).fingerprint == plain.fingerprint
+    for row, value in ((1, 1.7), (4, np.nan)):
+        data[2]["actions"][:] = [0, 1, 2, 0, 1, 2, 0, 1, 2]
+        data[2]["actions"][row] = value
+        folder = write(tmp_path / f"broken{row}-v0", observation, action, data)
+        with pytest.raises(
+            OffrlError, match=rf"actions of episode_2 holds {value}\d* in row {row}, which is no discrete"
+        ):
+            read_minari(folder)
+
+
 def test_environment_and_references_come_from_the_metadata_then_from_our_table(tmp_path: Path) -> None:
     observation, action = box(4), box(2, bound=0.4)
     data = episodes(observation, action)
@@ -280,12 +299,34 @@ def with_nan() -> list[dict]:
     return data
 
 
+def changed(key: str, row: int, value: Any) -> list[dict]:
+    """The last episode's numbers as floats with another one in a row."""
+    data = episodes(box(4), box(2, bound=1.0))
+    data[2][key] = data[2][key].astype(float)
+    data[2][key][row] = value
+    return data
+
+
+def in_two_columns(key: str) -> list[dict]:
+    data = episodes(box(4), box(2, bound=1.0))
+    for episode in data:
+        episode[key] = np.stack([episode[key]] * 2, axis=1)
+    return data
+
+
 def bad_cases() -> Iterator[tuple[list[dict], dict[str, Any], str]]:
     good = episodes(box(4), box(2, bound=1.0))
     yield wrong_lengths("observations"), {}, "observations of episode_1 has 3 rows; 1 steps need 2"
     yield wrong_lengths("actions"), {}, "actions of episode_1 has 2 rows but rewards has 1"
     yield without("rewards"), {}, "episode_2 lacks rewards"
     yield with_nan(), {}, "observations holds nan in row 9, column 1"
+    for key, value in (("terminations", 2.0), ("terminations", np.nan), ("truncations", -1.0)):
+        data = changed(key, 3, value)
+        for episode in data[:2]:
+            episode[key] = episode[key].astype(float)
+        yield data, {}, f"{key} of episode_2 holds {value} in row 3; it must hold only 0 and 1"
+    yield in_two_columns("rewards"), {}, r"rewards of episode_0 has shape \(5, 2\); it must be one number a step"
+    yield in_two_columns("terminations"), {}, "terminations of episode_0 has 2 columns; it must be one flag a row"
     yield good, {"total_steps": 99}, "promises 99 steps but the episodes hold 15"
     yield good, {"total_steps": 3}, "promises 3 steps but the episodes hold 15"
     yield good, {"observation_space": "{"}, "observation_space in metadata.json is not valid JSON"
@@ -306,6 +347,17 @@ def test_each_bad_dataset_gets_its_own_sentence(tmp_path: Path, data: list, meta
     with pytest.raises(OffrlError, match=message) as caught:
         read_minari(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["rewards", "truncations", "actions"])
+def test_a_single_number_is_no_column(tmp_path: Path, key: str) -> None:
+    folder = write(tmp_path / "a-v0", box(4), box(2, bound=1.0), episodes(box(4), box(2, bound=1.0)))
+    with h5py.File(folder / "data/main_data.hdf5", "a") as file:
+        dtype = file[f"episode_1/{key}"].dtype
+        del file[f"episode_1/{key}"]
+        file[f"episode_1/{key}"] = np.ones((), dtype)
+    with pytest.raises(OffrlError, match=f"{key} of episode_1 is a single number; it must have one row a step"):
+        read_minari(folder)
 
 
 def test_broken_folders(tmp_path: Path) -> None:

@@ -27,10 +27,19 @@ class Ended:
 
 
 def make_run(
-    folder: Path, method: str, before: list[float], after: list[float], success: list[bool] | None = None
+    folder: Path,
+    method: str,
+    before: list[float],
+    after: list[float],
+    success: list[bool] | None = None,
+    **changes: Any,
 ) -> None:
-    """A run of 500 offline updates and 1,000 environment steps; every lane's episodes return 25 and then 75."""
-    seeds, config = list(range(len(before))), {"updates": 500, "online": ONLINE, "agent": {"_target_": "x"}}
+    """A run of 500 offline updates and 1,000 environment steps; every lane's episodes return 25 and then 75.
+
+    Args:
+        changes: options of the configuration.
+    """
+    seeds, config = list(range(len(before))), {"updates": 500, "online": ONLINE, "agent": {"_target_": "x"}, **changes}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "manifest.json").write_text(json.dumps({"method": method, "dataset_info": {"family": "antmaze"}}))
@@ -83,6 +92,16 @@ def test_the_table_has_both_ends_every_seed_and_the_published(tmp_path: Path) ->
     assert "below half of the score before: rebrac+online on antmaze-large-play-v2 (seeds 1, 2)" in text
     assert (tmp_path / "report/online.png").exists()
     assert not any(cell.published for cell in made.cells)  # an offline number is another protocol
+
+
+def test_a_label_tells_a_fine_tuned_run_from_its_offline_half(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs/a", "mine", [70.0, 68.0], [70.0, 68.0], label="mine", online=None)
+    make_run(tmp_path / "runs/b", "mine", [70.0, 68.0], [90.0, 92.0], label="mine")
+    made = report([tmp_path / "runs"], tmp_path / "report", show=False)
+    assert sorted(cell.method for cell in made.cells) == ["mine", "mine+online"]
+    (tuned,) = made.fine_tunings
+    assert (tuned.method, tuned.after.tolist()) == ("mine+online", [90.0, 92.0])
+    assert "same settings and seed" not in (tmp_path / "report/report.md").read_text()
 
 
 def test_published_scores_are_those_of_the_file() -> None:

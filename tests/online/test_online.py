@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from torch import Tensor
 import offrl
 from offrl.agents.base import Agent, Spec
 from offrl.agents.cql import CQL, CQLConfig
+from offrl.agents.dql import DQL, DQLConfig
+from offrl.agents.fql import FQL, FQLConfig
+from offrl.agents.ifql import IDQL, IFQL, IDQLConfig, IFQLConfig
 from offrl.agents.iql import IQL, IQLConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.cli import main as cli
@@ -36,6 +41,7 @@ from offrl.training.runs import load_agent
 from offrl.training.trainer import resume, train
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
+from offrl.utils.paths import conf_dir
 from offrl.utils.random import LaneRandom
 
 # A point that drifts with the actions. Episodes end at a wall, or after seven steps.
@@ -112,6 +118,18 @@ def agents(seeds: tuple[int, ...] = (0, 9)) -> list[Agent]:
         TD3BC(spec, TD3BCConfig(hidden=hidden)),
         IQL(spec, IQLConfig(hidden=hidden)),
         CQL(spec, CQLConfig(hidden=hidden)),
+        *generative(spec),
+    ]
+
+
+def generative(spec: Spec) -> list[Agent]:
+    """Agents whose policies turn noise into actions, and have no Gaussian."""
+    few: dict[str, Any] = {"hidden": (8, 8), "candidates": 3}
+    return [
+        FQL(spec, FQLConfig(hidden=(8, 8))),
+        IFQL(spec, IFQLConfig(flow_steps=3, **few)),
+        IDQL(spec, IDQLConfig(denoising_steps=3, **few)),
+        DQL(spec, DQLConfig(denoising_steps=3, **few)),
     ]
 
 
@@ -142,6 +160,30 @@ def test_a_samples_moments_are_the_policys() -> None:
     action, (mean, std) = agent.explore(obs, LaneRandom((4,))), agent.policy_gaussian(agent.normalize(obs[:, :1]))
     assert ((action.mean(1) - mean[:, 0]).abs() < 4 * std[:, 0] / 20_000**0.5).all()
     assert ((action.std(1) / std[:, 0] - 1).abs() < 4 / (2 * 20_000) ** 0.5).all()
+
+
+def test_a_deterministic_iql_explores_with_the_published_noise() -> None:
+    """Std 0.03 of half the box, within four standard errors of 40,000 numbers; the policy lies far from the bounds."""
+    spec = Spec(3, 2, (4,), action_low=-0.5, action_high=0.7)
+    agent = IQL(spec, IQLConfig(hidden=(8, 8), deterministic=True))
+    obs = torch.ones(1, 20_000, 3)
+    noise = agent.explore(obs, LaneRandom((4,))) - agent.select_action(obs)
+    assert abs(noise.std() / (0.03 * 0.6) - 1) < 4 / (2 * 40_000) ** 0.5
+
+
+def test_a_generative_policy_explores_by_the_samples_that_it_is_evaluated_by() -> None:
+    """In one state, over 4,000 samples: mean and std are those of evaluation, within five standard errors of a difference."""
+    spec, n = Spec(3, 2, (4,), action_low=-50.0, action_high=50.0), 4_000
+    obs = torch.ones(1, n, 3)
+    for agent in generative(spec):
+        explored = agent.explore(obs, LaneRandom((4,)))
+        played = agent.select_action(obs, agent.initial_state(n))
+        std = played.std(1)
+        assert (std > 0).all()
+        assert ((explored.mean(1) - played.mean(1)).abs() < 5 * std * (2 / n) ** 0.5).all(), type(agent)
+        # The std of a std is sqrt((kurtosis - 1) / 4n) of it.
+        kurtosis = ((played - played.mean(1, keepdim=True)) / std.unsqueeze(1)).pow(4).mean(1)
+        assert ((explored.std(1) / std - 1).abs() < 5 * (2 * (kurtosis - 1) / (4 * n)).sqrt()).all(), type(agent)
 
 
 def test_a_lanes_exploration_does_not_depend_on_its_neighbours() -> None:
@@ -309,21 +351,27 @@ class Killed(BaseException):
     """The process dies here."""
 
 
-SYMMETRIC: dict[str, Any] = {"agent": {"discount": 0.9}, "noise": 0.2}
+SYMMETRIC: dict[str, Any] = {"agent": {"discount": 0.9}}
 UNION = {"updates_per_step": 2, "burst": 4, "random_steps": 9, "offline_share": None, "recompute_every": 10}
 
 
 @pytest.mark.parametrize(
     ("target", "online"),
-    [("td3_bc.TD3BC", UNION), ("iql.IQL", SYMMETRIC), ("rebrac.ReBRAC", SYMMETRIC)],
-    ids=["td3_bc", "iql", "rebrac"],
+    [
+        ("td3_bc.TD3BC", UNION),
+        ("iql.IQL", SYMMETRIC),
+        ("rebrac.ReBRAC", {**SYMMETRIC, "noise": 0.2}),
+        ("dql.DQL", {"burst": 2}),
+    ],
+    ids=["td3_bc", "iql", "rebrac", "dql"],
 )
 def test_killed_anywhere_it_ends_as_an_undisturbed_run(
     target: str, online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a step of the environment, in an update, between replay and checkpoint: bitwise the same parameters and rows."""
-    weight = {"td3_bc.TD3BC": "alpha", "rebrac.ReBRAC": "actor_bc", "iql.IQL": "beta"}[target]
-    values = options(target, {**online, "anneal": {weight: 0.5}})
+    weight = {"td3_bc.TD3BC": "alpha", "rebrac.ReBRAC": "actor_bc", "iql.IQL": "beta", "dql.DQL": "eta"}[target]
+    few = {"candidates": 3, "denoising_steps": 2} if target == "dql.DQL" else {}
+    values = options(target, {**online, "anneal": {weight: 0.5}}, agent=few)
     quiet = train({**values, "out": "quiet"})
     places: list[tuple[Any, str, int]] = [
         (LaneEnvs, "step", 31),
@@ -428,6 +476,38 @@ def test_an_environment_that_raises_loses_nothing(monkeypatch: pytest.MonkeyPatc
     assert same(quiet.folder, folder)
 
 
+@pytest.mark.parametrize("what", ["an observation", "a reward"])
+def test_numbers_that_are_not_finite_never_enter_the_replay(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run stops before they are saved, and goes on exactly once the environment is repaired."""
+    values = options(checkpoint_every=5)
+    quiet = train({**values, "out": "quiet"})
+    folder = resolve_config({**values, "out": "broken"}).folder()
+    calls = 0
+
+    def broken(self: Any, action: Any, step: Any = gymnasium.wrappers.TimeLimit.step) -> Any:
+        nonlocal calls
+        calls += 1
+        obs, reward, *rest = step(self, action)
+        if calls < 80:
+            return obs, reward, *rest
+        return (obs / 0, reward, *rest) if what == "an observation" else (obs, float("nan"), *rest)
+
+    with monkeypatch.context() as patch, np.errstate(divide="ignore"):
+        patch.setattr(gymnasium.wrappers.TimeLimit, "step", broken)
+        with pytest.raises(OffrlError, match=rf"environment failed at step \d+ .*Drift-v0 gave {what} of .*resume="):
+            train({**values, "out": "broken"})
+    assert all(torch.isfinite(tensor).all() for tensor in replay_of(folder).values())
+    assert resume(folder).status == "finished"
+    assert same(quiet.folder, folder)
+
+
+def test_a_first_observation_that_is_not_finite_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = LaneEnvs(make_toy(40).with_info(env_id="Drift-v0").info, (3,), 3, 2)
+    monkeypatch.setattr(type(envs.envs[0]), "reset", lambda self, seed: (np.array([0.0, 1e39, 0.0]), {}))
+    with pytest.raises(OffrlError, match=r"gave an observation of 1e\+39 at timestep 0 .* repair the environment"):
+        envs.reset()
+
+
 def test_an_environment_that_does_not_repeat_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     values = options()
     with monkeypatch.context() as patch:
@@ -528,6 +608,42 @@ def test_a_lane_equals_a_run_of_its_own() -> None:
             "online.anneal.alpha=-1.0 should be a number of at least 0",
         ),
         ({"online": {"steps": 5, "agent": {"hidden": [9, 8]}}}, "changes the agent's networks"),
+        (
+            {"online": {"steps": 5, "anneal": {"actor_lr": 0.1}}},
+            "online.anneal.actor_lr: an optimiser keeps the number .*; online.agent.actor_lr=NUMBER changes it",
+        ),
+        (
+            {"agent": {"_target_": "offrl.agents.iql.IQL"}, "online": {"steps": 5, "noise": 0.3}},
+            "online.noise=0.3 has no effect, since IQL explores by samples .*deterministic=true",
+        ),
+        (
+            {"agent": {"_target_": "offrl.agents.sac_n.SACN"}, "online": {"steps": 5, "noise": 0.3}},
+            "online.noise=0.3 has no effect, since SACN explores by samples of its policy; leave it out",
+        ),
+        (
+            {"agent": {"_target_": "offrl.agents.fql.FQL"}, "online": {"steps": 5, "noise": 0.3}},
+            "online.noise=0.3 has no effect, since FQL explores",
+        ),
+        (
+            {"agent": {"_target_": "offrl.agents.spot.SPOT"}, "online": {"steps": 5, "recompute_every": 2}},
+            "online.recompute_every=2 has no effect where SPOT does not normalise observations; leave it out",
+        ),
+        (
+            {"agent": {"_target_": "offrl.agents.prdc.PRDC"}, "online": {"steps": 5, "recompute_every": 2}},
+            "online.recompute_every=2 can't go with PRDC, whose index",
+        ),
+        (
+            {"agent": {"_target_": "offrl.agents.cal_ql.CalQL"}, "online": {"steps": 5, "agent": {"discount": 0.9}}},
+            "online.agent.discount: the returns that calibrate CalQL .*online.agent.calibrate=false",
+        ),
+        (
+            {"agent": {"_target_": "offrl.agents.cal_ql.CalQL"}, "online": {"steps": 5, "anneal": {"discount": 0.9}}},
+            "online.anneal.discount: the returns that calibrate CalQL",
+        ),
+        (
+            {"agent": {"_target_": "offrl.agents.combo.COMBO"}, "online": {"steps": 5}},
+            "COMBO learns from a model's rollouts, which can't be mixed with an online phase; choose another agent",
+        ),
         ({"online": {"stepps": 5}}, "online.stepps is no option; did you mean online.steps"),
         ({"online": {"steps": -1}}, "online.steps=-1 should be at least 0"),
         ({"updates": 0, "online": {}}, "updates=0 should be at least 1"),
@@ -610,3 +726,32 @@ def test_the_score_before_is_the_same_policys(monkeypatch: pytest.MonkeyPatch) -
     train(options(online={"agent": {"discount": 0.9}, "reset_optimizers": True}))
     assert len(begun) == 1
     assert torch.equal(*begun[0])
+
+
+def test_options_that_a_method_follows_are_taken() -> None:
+    """What `test_bad_input_gets_a_sentence` refuses, beside the settings with which it has an effect."""
+    for target, agent, online in (
+        ("iql.IQL", {"deterministic": True}, {"noise": 0.3}),
+        ("spot.SPOT", {"normalize_obs": True}, {"recompute_every": 2}),
+        ("cal_ql.CalQL", {}, {"agent": {"discount": 0.9, "calibrate": False}}),
+        ("cal_ql.CalQL", {}, {"agent": {"discount": 0.99}}),
+    ):
+        assert resolve_config(options(target, online, agent=agent)).train.online.steps == 60
+
+
+def test_rlpds_actor_learns_at_every_environment_step() -> None:
+    """Wherever a command lowers the updates of a step, it lowers those of the critics too; whoever forgets it is told."""
+    root = Path(__file__).parents[2]
+    texts = [*(root / "docs").glob("*.md"), *(root / "benchmarks").rglob("*.sh"), *conf_dir().rglob("*.yaml")]
+    commands = [line for path in texts for line in path.read_text().splitlines() if "agent=rlpd" in line]
+    lowered = [line for line in commands if "updates_per_step=" in line]
+    assert len(lowered) >= 3
+    for line in lowered:
+        (updates,), found = re.findall(r"updates_per_step=(\d+)", line), re.findall(r"critic_updates=(\d+)", line)
+        assert found == [updates], line
+    online = {"updates_per_step": 4}
+    with pytest.warns(UserWarning, match="one update in 20 of the critics, which get 4 per environment step"):
+        resolve_config(options("rlpd.RLPD", online))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve_config(options("rlpd.RLPD", online, agent={"critic_updates": 4}))

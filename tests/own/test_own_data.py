@@ -111,6 +111,21 @@ def test_without_its_last_state_a_cut_episode_loses_its_last_transition() -> Non
         ({"actions": np.zeros((3, 1))}, r"episode 1: 6 observations, 3 actions and 5 rewards don't fit together"),
         ({"observations": np.zeros((6, 3))}, "observations has rows of different shapes in different episodes"),
         ({"observations": np.zeros((5, 2))}, "some episodes have observations of T \\+ 1 states and some of T"),
+        ({"dones": np.zeros(5)}, "episode 1: dones is not read in an episode; it may mix .* give terminals"),
+        (
+            {"terminals": None, "masks": np.ones(5)},
+            "episode 1: masks is not read in an episode; give terminals = 1 - masks",
+        ),
+        ({"next_observations": np.zeros((5, 2))}, "episode 1: next_observations is not read .* T \\+ 1 states"),
+        (
+            {"terminals": np.array([0, 0, 1, 0, 0])},
+            "episode 1: terminals is 1 in row 2, before the last of 5 steps; split",
+        ),
+        ({"timeouts": np.array([0, 1, 0, 0, 0])}, "episode 1: timeouts is 1 in row 1, before the last of 5 steps"),
+        ({"terminals": np.array([0, 0, 0, 0, np.nan])}, "episode 1: terminals holds nan in row 4; .* only 0 and 1"),
+        ({"terminals": 7}, "episode 1: terminals holds 7 in row 0"),
+        ({"terminals": np.zeros(4)}, "episode 1: terminals has 4 rows; give one flag, or one for each of its 5 steps"),
+        ({"terminated": False}, "episode 1: terminals and terminated mean the same but differ"),
     ],
 )
 def test_bad_episodes_are_refused(change: dict[str, Any], sentence: str) -> None:
@@ -118,6 +133,18 @@ def test_bad_episodes_are_refused(change: dict[str, Any], sentence: str) -> None
     parts[1] = {key: value for key, value in (parts[1] | change).items() if value is not None}
     with pytest.raises(OffrlError, match=sentence):
         from_episodes(parts)
+
+
+def test_gymnasiums_flags_end_episodes_too() -> None:
+    """One flag, or one for each step; a truncation leaves the value of the next state."""
+    parts = episodes(4)
+    for number, part in enumerate(parts):
+        last = part.pop("terminals")[-1:]
+        part["terminated"] = bool(last[0]) if number < 2 else np.append(np.zeros((STEPS - 1, 1)), [last], axis=0)
+        part["truncated"] = not last[0]
+    store = from_episodes(parts)
+    assert store.fingerprint == from_episodes(episodes(4)).fingerprint
+    assert store.terminations[STEPS - 1 :: STEPS].tolist() == [0, 1, 0, 1]
 
 
 def flat() -> dict[str, np.ndarray]:
@@ -223,6 +250,12 @@ def test_reading_options_hold_for_arrays_and_are_refused_for_a_dataset() -> None
         fit(arrays, **unseen)
     result = fit(arrays, data={"action_bound": 4.0}, **unseen)
     assert offrl.load_agent(result.folder).spec.action_high == 4.0
+    assert resume(result.folder, {"updates": 6}).step == 6
+    name = json.loads((result.folder / "config.json").read_text())["dataset"]
+    assert load(name).fingerprint == load(name, action_bound=4.0).fingerprint
+    for options in ({"action_bound": 3.0}, {"action_bound": 4.0, "semantics": "d4rl"}):
+        with pytest.raises(OffrlError, match=rf"{name}: this dataset has been read already; leave out .*action_bound"):
+            load(name, **options)
     with pytest.raises(OffrlError, match="has been read already"):
         fit(from_arrays(arrays, options=ReadOptions(action_bound=4.0)), data={"action_bound": 4.0}, **unseen)
     with pytest.raises(OffrlError, match=r"dataset is of type int; give an id, a path"):

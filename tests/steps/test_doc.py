@@ -226,6 +226,48 @@ def test_updates_equal_a_plain_restatement(cls: Any, latent: str, discrete: int 
         assert plain.distance() < 1e-10 * update
 
 
+@pytest.mark.parametrize("cls", [VAEBC, DoC])
+@pytest.mark.parametrize("reward", [0.0, 0.1, -1000.0, 1e-9])
+def test_constant_rewards_are_zero_to_the_networks(cls: Any, reward: float) -> None:
+    """Also where they differ by float32 rounding, whose std is not 0; the posterior is that of rewards of zero."""
+    store = make_store(3).with_rewards(0.0, reward)
+    store.rewards[::2] *= 1 + 1e-7
+    zero = make_store(3).with_rewards(0.0)
+    agent, other = make_agent(cls, store), make_agent(cls, zero)
+    assert agent.reward_scale == 0
+    assert torch.equal(agent.posterior(windows(agent, store)), other.posterior(windows(other, zero)))
+    assert torch.equal(reward_and_state(agent, store), reward_and_state(other, zero))
+
+
+def test_rewards_that_are_rare_are_not_constant() -> None:
+    """One in 24 rows, and small ones: their scale is 1 / std as ever."""
+    for factor in (1.0, 1e-8):
+        rare = make_store(3).with_rewards(0.0)
+        rare.rewards[5] = factor
+        std = rare.rewards.std(correction=0)
+        assert make_agent(VAEBC, rare).reward_scale == 1 / (std + 1e-6)
+        assert torch.equal(reward_and_state(make_agent(VAEBC, rare), rare)[:, 0], rare.rewards / (std + 1e-6))
+
+
+def test_without_warm_up_the_constraint_has_its_whole_weight_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: list[float] = []
+
+    def reversal(z: Tensor, weight: Tensor) -> Tensor:
+        weights.append(float(weight))
+        return gradient_reversal(z, weight)
+
+    monkeypatch.setattr("offrl.agents.doc.gradient_reversal", reversal)
+    store = make_store(3)
+    for warmup, expected in ((0, [1.5, 1.5, 1.5]), (2, [0.0, 0.75, 1.5])):
+        weights.clear()
+        agent = make_agent(DoC, store, beta=1.5, beta_warmup=warmup)
+        for step in (1, 2, 3):
+            agent.random.step.fill_(step)
+            agent.update(windows(agent, store), 0)
+        assert weights == expected
+        assert all(bool(parameter.isfinite().all()) for parameter in agent.parameters())
+
+
 def test_a_setting_goes_by_its_name_of_before_too() -> None:
     """Checkpoints of before hold `squeeze`."""
     settings = {"_target_": "offrl.agents.doc.DoC", "hidden": [8], "squeeze": 0.1}

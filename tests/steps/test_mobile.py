@@ -31,7 +31,7 @@ class PlainModel:
         model, elite = self.model, int(self.model.elites[k])
         x = (torch.cat([s, a], 1) - model.in_mean) / model.in_std
         mean, log_variance = self.networks[k](x).chunk(2, 1)
-        most, least = model.most[0, elite], model.least[0, elite]
+        most, least = model.most[0, 0], model.least[0, 0]
         log_variance = most - torch.log1p((most - log_variance).exp())
         log_variance = least + torch.log1p((log_variance - least).exp())
         std = log_variance.exp().sqrt() * model.out_std
