@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -91,9 +93,10 @@ def test_counts_wait_for_what_can_still_change_them() -> None:
     assert comparisons.counted("", "", [False, False, None], 2).verdict == "not shown at this budget"
 
 
-def make_run(folder: Path, **result: Any) -> None:
-    with RunWriter(folder, {"method": "bc", "dataset": "d", "updates": 10}, None) as writer:
-        writer.episodes(10, [0], [[5.0]], [[3]], [[50.0]], [1])
+def make_run(folder: Path, seed: int = 0, **result: Any) -> None:
+    step = result.get("step", 10)
+    with RunWriter(folder, {"method": "bc", "dataset": "d", "updates": step}, None) as writer:
+        writer.episodes(step, [seed], [[5.0]], [[3]], [[50.0]], [1])
     (folder / "config.json").write_text(json.dumps({"updates": 10, "out": "/somewhere/runs", "label": None}))
     (folder / "manifest.json").write_text(json.dumps({"method": "bc", "dataset_info": {"source": "/home/me/set-v0"}}))
     if result:
@@ -115,6 +118,45 @@ def test_collector_takes_finished_runs_without_paths(tmp_path: Path) -> None:
     ]
     assert "/" not in (kept / "config.json").read_text() + (kept / "manifest.json").read_text()
     assert comparisons.Rows(tmp_path / "kept" / "a").scores("bc", "d").tolist() == [50.0]
+
+
+def test_collector_adds_probes_to_those_of_another_folder_and_takes_the_largest(tmp_path: Path) -> None:
+    for source, seed, episodes in (("one", 0, (20,)), ("two", 5, (20, 1000))):
+        folder = tmp_path / source / "d" / f"run{seed}"
+        make_run(folder, step=10)
+        for count in episodes:
+            (folder / f"probe-{count}-10.json").write_text(json.dumps({"episodes": count}))
+        collect.collect(tmp_path / source, tmp_path / "kept")
+    kept = json.loads((tmp_path / "kept" / "d" / "probes.json").read_text())
+    assert kept == {"run0": {"episodes": 20}, "run5": {"episodes": 1000}}
+
+
+def test_a_seed_that_stands_twice_and_runs_of_other_budgets_are_no_sample(tmp_path: Path) -> None:
+    make_run(tmp_path / "first", 7, step=30)
+    make_run(tmp_path / "second", 8, step=30)
+    assert comparisons.Rows(tmp_path).scores("bc", "d", seeds=[7, 8]).tolist() == [50.0, 50.0]
+    make_run(tmp_path / "again", 7, step=30)
+    with pytest.raises(SystemExit, match=r"bc on d: seeds 7 stand in .*again and .*first; remove one"):
+        comparisons.Rows(tmp_path).scores("bc", "d", seeds=[7, 8])
+    make_run(tmp_path / "longer", 9, step=60)
+    with pytest.raises(SystemExit, match=r"bc on d: last evaluations after different numbers of updates, 30 .*, 60 "):
+        comparisons.Rows(tmp_path).scores("bc", "d", seeds=[8, 9])
+
+
+def test_copies_that_are_to_go_on_are_not_finished_and_a_list_copies_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "td3_bc" / "set" / "seed0-4-0123abcd"
+    make_run(folder, step=10)
+    (folder / "config.json").write_text('{\n "method": "td3_bc",\n "updates": 10\n}')
+    script = Path(collect.__file__).with_name("run_claims.sh")
+    copy = tmp_path / "long" / folder.relative_to(tmp_path / "a")
+    for listed in (True, False):
+        environment = os.environ | ({"LIST": "1"} if listed else {"OFFRL": "true"})
+        done = subprocess.run(
+            ["bash", str(script), str(tmp_path), "long"], env=environment, check=True, capture_output=True, text=True
+        )
+        assert listed == ("updates=500000" in done.stdout and "lanes=5" in done.stdout)
+        assert copy.exists() != listed
+    assert {path.name for path in copy.iterdir()} == {path.name for path in folder.iterdir()} - {"result.json"}
 
 
 @pytest.mark.parametrize(("at_50_000", "gate"), [(41.0, "no"), (41.5, "yes")])

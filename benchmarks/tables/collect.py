@@ -43,17 +43,33 @@ def collect(source: Path, into: Path) -> tuple[list[Path], list[Path]]:
         if not finished(run):
             unfinished.append(inner)
             continue
-        if found := sorted(run.folder.glob(PROBES)):
+        if found := sorted(run.folder.glob(PROBES), key=size_of):
             told = json.loads(found[-1].read_text())
             probes.setdefault(into / inner.parts[0], {})[str(Path(*inner.parts[1:]))] = without_paths(told)
         else:
             copy_run(run, into / inner)
         copied.append(inner)
     for folder, told in probes.items():
-        write_json(folder / "probes.json", dict(sorted(told.items())))
-    for path in sorted([*source.rglob("peers_*.json"), *source.rglob("histories_*.json")]):
+        path = folder / "probes.json"
+        write_json(path, dict(sorted((kept_in(path) | told).items())))
+    for path in sorted(source.rglob("peers_*.json")):
         write_json(into / path.relative_to(source), without_paths(json.loads(path.read_text())))
+    for path in sorted(source.rglob("histories_*.json")):
+        target = into / path.relative_to(source)
+        write_json(target, kept_in(target) | without_paths(json.loads(path.read_text())))
     return copied, unfinished
+
+
+def size_of(probe: Path) -> tuple[int, int]:
+    """Updates and episodes of `probe-EPISODES-UPDATES.json`."""
+    _, episodes, updates = probe.stem.split("-")
+    return int(updates), int(episodes)
+
+
+def kept_in(path: Path) -> dict[str, Any]:
+    """What an earlier call wrote; nothing, if there was none."""
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return kept
 
 
 def copy_run(run: results.Run, target: Path) -> None:

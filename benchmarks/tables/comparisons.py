@@ -102,19 +102,43 @@ class Rows:
         seeds: Iterable[int] | None = None,
         settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> Scores:
-        """Last score of each seed, `[S]`; `settings`: only of runs that have these, as `{"agent.alpha": 2.5}`."""
+        """Last score of each seed, `[S]`; `settings`: only of runs that have these, as `{"agent.alpha": 2.5}`.
+
+        Raises:
+            SystemExit: two runs of one seed, or runs of different budgets, which are no sample of one thing.
+        """
         found = self.curves(method, dataset)
         if seeds is not None:
             found = found.filter(pl.col("seed").is_in(list(seeds)))
         if settings:
             having = [str(run.folder) for run in self.runs if has_settings(run.config, settings)]
             found = found.filter(pl.col("folder").is_in(having))
-        return found.group_by("seed").last().sort("seed")["score"].to_numpy()
+        last = found.group_by("folder", "seed", maintain_order=True).last().sort("seed")
+        check_alike(last, f"{method} on {dataset}")
+        return last["score"].to_numpy()
 
     def means(self, method: str, dataset: str) -> dict[int, float]:
         """Mean score over seeds by update."""
-        found = self.curves(method, dataset).group_by("step").agg(pl.col("score").mean()).sort("step")
+        curves = self.curves(method, dataset)
+        check_alike(curves.group_by("folder", "seed", maintain_order=True).last(), f"{method} on {dataset}")
+        found = curves.group_by("step").agg(pl.col("score").mean()).sort("step")
         return dict(found.select("step", "score").iter_rows())
+
+
+def check_alike(last: pl.DataFrame, cell: str) -> None:
+    """Raise SystemExit unless the last evaluations of a cell are of different seeds after as many updates."""
+    twice = last.filter(pl.col("seed").is_duplicated())
+    if len(twice):
+        seeds = ", ".join(map(str, twice["seed"].unique().sort()))
+        folders = " and ".join(twice["folder"].unique().sort())
+        raise SystemExit(f"{cell}: seeds {seeds} stand in {folders}; remove one of the folders.")
+    if last["step"].n_unique() > 1:
+        steps = ", ".join(
+            f"{step} ({folder})" for step, folder in last.select("step", "folder").unique().sort("step").rows()
+        )
+        raise SystemExit(
+            f"{cell}: last evaluations after different numbers of updates, {steps}; keep runs of one budget."
+        )
 
 
 def has_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

@@ -51,12 +51,20 @@ go_on() {
         folder=$(dirname "$config")
         [ -f "$folder/result.json" ] && grep -qF "\"method\": \"$1\"," "$config" || continue
         name=${folder#"$RUNS/a/"}
-        mkdir -p "$(dirname "$RUNS/long/$name")"
-        [ -d "$RUNS/long/$name" ] || cp -r "$folder" "$RUNS/long/$name"
+        [ -d "$RUNS/long/$name" ] || [ -n "${LIST:-}" ] || copy_to_go_on "$folder" "$RUNS/long/$name"
         [[ $name =~ /seed([0-9]+)(-([0-9]+))?-[0-9a-f]{8}$ ]]
         lanes=$((${BASH_REMATCH[3]:-${BASH_REMATCH[1]}} - BASH_REMATCH[1] + 1))
         train long "${@:2}" seed="${BASH_REMATCH[1]}" lanes=$lanes
     done
+}
+
+# copy_to_go_on FROM TO: without the result, so that nobody takes the copy for a finished run
+copy_to_go_on() {
+    mkdir -p "$(dirname "$2")"
+    rm -rf "$2.part"
+    cp -r "$1" "$2.part"
+    rm "$2.part/result.json"
+    mv "$2.part" "$2"
 }
 
 stage_f() {

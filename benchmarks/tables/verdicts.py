@@ -157,7 +157,7 @@ def error_at(kinds: dict[str, Any]) -> tuple[float, float] | None:
         if name not in ("real", "world model")
     )
     likelihood, error = map(np.array, zip(*guided))
-    if not likelihood[0] <= world["log_likelihood_policy"] <= likelihood[-1] + WITHIN:
+    if not likelihood[0] - WITHIN <= world["log_likelihood_policy"] <= likelihood[-1] + WITHIN:
         return None
     return math.exp(np.interp(world["log_likelihood_policy"], likelihood, error)), world["dynamics_error"]
 

@@ -172,7 +172,7 @@ def scored(rows: pl.DataFrame, runs: list[results.Run], metric: str = "score") -
     """
     import polars as pl
 
-    rows = rows.join(label_lanes(rows, runs), on=["folder", "lane"], how="left")
+    rows = rows.join(label_lanes(rows, runs), on=["folder", "lane", "dataset"], how="left")
     if metric != "score":
         column = "return_raw" if metric == "return" else "length"
         return rows.with_columns(value=pl.col(column).cast(pl.Float64), scale=pl.lit(metric))

@@ -67,13 +67,18 @@ def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
 
 
 def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
-    """`folder`, `lane`, `base`, `label`: the method, and with the settings in which its runs on a dataset differ."""
+    """`folder`, `lane`, `dataset`, `base`, `label`: the method, and with the settings in which its runs on a dataset differ.
+
+    One row a lane and dataset, also where a run went on under another name: rows that are joined with it stay as many.
+    """
     import polars as pl
 
     by_folder = {str(run.folder): run for run in runs}
-    lanes = rows.group_by("folder", "lane", "dataset", "method").agg(pl.col("policy_mode").unique().sort())
-    lanes = lanes.sort("folder", "lane")
-    counts = dict(lanes.group_by("folder").len().iter_rows())
+    lanes = rows.group_by("folder", "lane", "dataset", maintain_order=True).agg(
+        pl.col("method").last(), pl.col("policy_mode").unique().sort()
+    )
+    lanes = lanes.sort("folder", "lane", "dataset")
+    counts = dict(lanes.group_by("folder").agg(pl.col("lane").n_unique()).iter_rows())
     flat = {folder: _flatten(by_folder[folder].config) for folder in counts}
     entries = []
     for folder, lane, dataset, method, modes in lanes.iter_rows():
@@ -86,8 +91,8 @@ def label_lanes(rows: pl.DataFrame, runs: list[results.Run]) -> pl.DataFrame:
         entries.append((folder, lane, dataset, str(base), settings))
     differing = _differing([(method, dataset, settings, by_folder[f]) for f, _, dataset, method, settings in entries])
     labels = [_label(method, settings, differing[method]) for _, _, _, method, settings in entries]
-    columns = {"folder": pl.String, "lane": pl.Int64, "base": pl.String, "label": pl.String}
-    found = [(folder, lane, base, label) for (folder, lane, _, base, _), label in zip(entries, labels)]
+    columns = {"folder": pl.String, "lane": pl.Int64, "dataset": pl.String, "base": pl.String, "label": pl.String}
+    found = [(folder, lane, dataset, base, label) for (folder, lane, dataset, base, _), label in zip(entries, labels)]
     return pl.DataFrame(found, schema=columns, orient="row")
 
 

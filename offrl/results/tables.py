@@ -153,10 +153,10 @@ def _summary_table(report: Report) -> Table | None:
         bold.append({i + 1 for i, cell in enumerate(row) if cell and cell.bold})
     for family in dict.fromkeys(aggregate.family for aggregate in report.aggregates):
         means = {a.method: a for a in report.aggregates if a.family == family}
-        most = max(len(a.datasets) for a in means.values())
-        # A mean over fewer datasets is no rival of one over all of them.
-        cells = [number(means[m].mean) if m in means and len(means[m].datasets) == most else "" for m in methods]
-        rows.append([f"mean of {most}, {family}", *cells])
+        most = max((a.datasets for a in means.values()), key=len)
+        # A mean over other datasets is no rival of one over these.
+        cells = [number(means[m].mean) if m in means and means[m].datasets == most else "" for m in methods]
+        rows.append([f"mean of {len(most)}, {family}", *cells])
         bold.append(set())
     return Table("Summary", ["dataset", *methods], rows, bold)
 

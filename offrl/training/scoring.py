@@ -13,6 +13,7 @@ from offrl.agents.acting import lane_named
 from offrl.agents.base import Agent
 from offrl.data.dataset import DatasetInfo
 from offrl.data.lane_tasks import lane_infos
+from offrl.data.partial import title
 from offrl.envs.chosen import import_environment
 from offrl.evaluation.evaluator import Episodes, Evaluator
 from offrl.training.answered import TASK
@@ -117,8 +118,8 @@ def _append(
     columns: list[int],
 ) -> None:
     budget = results.progress(folder).updates
-    by_lane = [{"dataset": one.id, "env_id": one.env_id} for one in lane_infos(info, len(seeds))]
-    shared = {"run_id": folder.name, "method": config.get("method") or "unknown", "dataset": info.id}
+    by_lane = [{"dataset": title(one), "env_id": one.env_id} for one in lane_infos(info, len(seeds))]
+    shared = {"run_id": folder.name, "method": config.get("method") or "unknown", "dataset": title(info)}
     run = {**shared, "env_id": info.env_id, "by_lane": by_lane, "updates": budget}
     normalized = None if played.normalized is None else played.normalized[:, columns]
     with results.RunWriter(folder, run, EVERYTHING) as writer:

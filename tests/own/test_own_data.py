@@ -453,6 +453,19 @@ def test_a_run_without_a_simulator_is_scored_later(
     gymnasium.registry.pop("Count")
 
 
+def test_episodes_that_are_kept_later_are_of_the_same_task() -> None:
+    """Flickering observations are part of a dataset's name in rows, by training and by evaluation alike."""
+    env = {"env": make_count, "max_episode_steps": 3, "every": 0}
+    run = fit(from_episodes(episodes()), data={"flicker": 0.5}, eval={**env, "final_episodes": 2})
+    policy, info = policy_of(run.folder, EvalConfig())
+    options = EvalConfig(episodes=2, seed=7, workers=1)
+    keep(run.folder, options, [0], info, evaluate(policy, info, options))
+    rows = read([run.folder])
+    assert rows.height == 4
+    (name,) = rows["dataset"].unique()
+    assert name.endswith("+flicker=0.5")
+
+
 def test_a_finished_run_plays_the_episodes_that_it_still_owes() -> None:
     data = from_episodes(episodes())
     env = {"env": make_count, "max_episode_steps": 3, "every": 0}

@@ -239,6 +239,27 @@ def test_sampler_and_label_name_the_method(tmp_path):
     assert cell(made, "ours").published[0].method == "TD3+BC"
 
 
+def test_a_run_that_went_on_under_another_label_counts_its_episodes_once(tmp_path):
+    """Its later rows have another method's name."""
+    make_run(tmp_path / "runs" / "a", "bc", steps=STEPS[:2])
+    path = tmp_path / "runs" / "a" / "episodes.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    renamed = [row | {"method": "ours" if row["step"] == STEPS[1] else "bc"} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    made, scored = reporting.summary([tmp_path / "runs"], tmp_path / "out")
+    assert len(scored) == len(rows)
+    assert len(made.cells) == 1
+
+
+def test_means_stand_beside_means_over_the_same_datasets(tmp_path):
+    for method, sets in (("a", ("hopper", "walker2d")), ("b", ("walker2d", "halfcheetah"))):
+        for robot in sets:
+            make_run(tmp_path / "runs" / f"{method}-{robot}", method, f"{robot}-medium-v2")
+    text = markdown(make(tmp_path))
+    (row,) = [line for line in text.splitlines() if "mean of 2, gym-mujoco" in line]
+    assert [bool(value.strip()) for value in row.strip("|").split("|")[1:]] == [True, False]
+
+
 def test_repeated_seed_is_no_second_sample(tmp_path):
     make_run(tmp_path / "runs" / "a", "bc", seeds=(0, 1), level=10)
     make_run(tmp_path / "runs" / "b", "bc", seeds=(1, 2), level=90, steps=STEPS[:3])

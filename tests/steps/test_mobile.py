@@ -28,7 +28,7 @@ class PlainModel:
         self.networks = [sequential(self.model.mlp, 0, int(elite)) for elite in self.model.elites]
 
     def law(self, k: int, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        model, elite = self.model, int(self.model.elites[k])
+        model = self.model
         x = (torch.cat([s, a], 1) - model.in_mean) / model.in_std
         mean, log_variance = self.networks[k](x).chunk(2, 1)
         most, least = model.most[0, 0], model.least[0, 0]
