@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from offrl.results.finetuning import SUFFIX, FineTuning
+from offrl.results.finetuning import FineTuning
+from offrl.results.labels import ONLINE
 from offrl.results.report import summary
 
 sys.path.append(str(Path(__file__).parent))
@@ -304,7 +305,7 @@ def claim_j(rows: Path) -> list[Line]:
     methods = ("iql", "td3_bc", "rebrac", "cal_ql")
     finished = [run.folder for run in Rows(rows / "j").runs]
     made = summary(finished, rows)[0].fine_tunings if finished else []
-    by_cell = {(tuned.cell.base.removesuffix(SUFFIX), tuned.dataset): tuned for tuned in made}
+    by_cell = {(tuned.cell.base.removesuffix(ONLINE), tuned.dataset): tuned for tuned in made}
     cells = [(method, robot, by_cell.get((method, robot))) for method in methods for robot in ROBOTS]
     lines = [Line("", f"{method}, {robot}", gain_of(tuned), "") for method, robot, tuned in cells if tuned]
     keeps = [None if tuned is None else bool(tuned.after.mean() >= tuned.before.mean()) for *_, tuned in cells]

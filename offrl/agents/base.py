@@ -199,7 +199,7 @@ class Agent(nn.Module, Generic[ConfigT]):
 
     @classmethod
     def check_online(cls, before: Any, after: Any, online: Any) -> None:
-        """Refuse options of an online phase that the method would ignore or can't follow.
+        """Refuse options of an online phase that this method can't follow; those of no method are refused before.
 
         Args:
             before, after: the settings of the offline half and of the online phase; a float may be a list, one per lane.
@@ -208,17 +208,6 @@ class Agent(nn.Module, Generic[ConfigT]):
         Raises:
             OffrlError: such an option is set.
         """
-        if online.noise is not None and not cls.explores_by_noise(after):
-            hint = ", or set agent.deterministic=true" if hasattr(after, "deterministic") else ""
-            raise OffrlError(
-                f"online.noise={online.noise:g} has no effect, since {cls.__name__} explores by samples of its policy; leave "
-                f"it out{hint}."
-            )
-        if online.recompute_every and not getattr(after, "normalize_obs", True):
-            raise OffrlError(
-                f"online.recompute_every={online.recompute_every} has no effect where {cls.__name__} does not normalise "
-                "observations; leave it out, or set agent.normalize_obs=true."
-            )
 
     # ---- what others use --------------------------------------------------------------------------------------
 

@@ -45,7 +45,6 @@ class PRDC(TD3BC):
 
     @classmethod
     def check_online(cls, before: Any, after: Any, online: Any) -> None:
-        super().check_online(before, after, online)
         if online.recompute_every:
             raise OffrlError(
                 f"online.recompute_every={online.recompute_every} can't go with {cls.__name__}, whose index holds the "

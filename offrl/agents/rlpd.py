@@ -70,8 +70,7 @@ class RLPD(SACN):
 
     @classmethod
     def check_online(cls, before: Any, after: Any, online: Any) -> None:
-        """Warn, too, where the actor learns less often than the environment is stepped."""
-        super().check_online(before, after, online)
+        """Warn where the actor learns less often than the environment is stepped."""
         if after.critic_updates > online.updates_per_step:
             warnings.warn(
                 f"The actor makes one update in {after.critic_updates} of the critics, which get {online.updates_per_step} per "

@@ -58,7 +58,7 @@ def termination(info: DatasetInfo) -> Termination:
     agrees with a dataset's own rows: `disagreement`.
 
     Raises:
-        OffrlError: observations by which states are told terminal were left out or lost (`data.mask`, `data.flicker`).
+        OffrlError: observations by which a state is known to be terminal were left out or lost (`data.mask`, `data.flicker`).
     """
     env_id = (info.env_id or "").rsplit(":", 1)[-1]
     known = [found for pattern, found in _KNOWN.items() if re.match(pattern, env_id)]

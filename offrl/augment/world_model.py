@@ -328,10 +328,10 @@ class WorldModel(Augmentation):
             self.model(self.store.observations[rows], self.store.actions[rows]), self.cfg.uncertainty
         )
         quantiles = {f"q{percent}": float(u.quantile(percent / 100)) for percent in (50, 95, 100)}
-        told = {"mean": float(u.mean()), **quantiles}
+        summary = {"mean": float(u.mean()), **quantiles}
         if self.cfg.uncertainty.startswith("aleatoric"):
-            told["least"], told["most"] = self.model.aleatoric_range()
-        return told
+            summary["least"], summary["most"] = self.model.aleatoric_range()
+        return summary
 
     def metadata(self) -> dict[str, Any]:
         """The model, the uncertainty of the dataset's rows, and the share of them whose flag `termination` gets wrong."""

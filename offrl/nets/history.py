@@ -109,7 +109,7 @@ def memories(encoder: Encoder, obs: Tensor, previous: Tensor, exists: Tensor) ->
             return found.transpose(1, 2)
     memory, each = obs.new_zeros(len(obs), n, encoder.memory_dim), []
     # Taken apart at once: the gradient of each index would be as large as all timesteps.
-    for of_one in features.unbind(1):
-        memory = encoder.advance(of_one, memory)
+    for features_t in features.unbind(1):
+        memory = encoder.advance(features_t, memory)
         each.append(memory)
     return torch.stack(each, 2)

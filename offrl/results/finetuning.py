@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from offrl import results
 from offrl.results.cells import Cell, _curve
+from offrl.results.labels import ONLINE
 from offrl.results.online import NAME
 from offrl.results.published import OnlinePublished, lookup_online
 from offrl.results.rows import MOST_BYTES
@@ -21,8 +22,6 @@ from offrl.utils.files import parse_json, read_bytes
 
 if TYPE_CHECKING:
     import polars as pl
-
-SUFFIX = "+online"  # of a method's name
 
 
 class OnlineRow(BaseModel):
@@ -103,7 +102,7 @@ def _fine_tuning(cell: Cell, rows: pl.DataFrame, runs: dict[str, results.Run]) -
         told.append(by_success)
         seeds.append(int(str(seed)))
         ends.append(last)
-    base = cell.base.removesuffix(SUFFIX)
+    base = cell.base.removesuffix(ONLINE)
     curve = _curve(evaluations.filter(pl.col("step") >= 0))
     return FineTuning(
         cell.method,

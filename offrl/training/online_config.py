@@ -95,7 +95,9 @@ def check_online(train: TrainConfig, settings: type[Any], agent: Mapping[str, An
         )
     if augment:
         raise OffrlError("augment: synthetic trajectories can't be mixed with an online phase; set augment=none.")
-    cls.check_online(*_check_agent(online, settings, agent), online)
+    before, after = _check_agent(online, settings, agent)
+    _check_effect(online, cls, after)
+    cls.check_online(before, after, online)
     require_bytes(16 * train.lanes * online.steps, f"a replay of online.steps={online.steps} for {train.lanes} lanes")
 
 
@@ -117,6 +119,21 @@ def _check_agent(online: OnlineConfig, settings: type[Any], agent: Mapping[str, 
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
             raise OffrlError(f"online.anneal.{key}={factor} should be a number of at least 0.")
     return build(settings, own, "agent.", per_lane=True), after
+
+
+def _check_effect(online: OnlineConfig, cls: type[Agent[Any]], after: Any) -> None:
+    """Refuse options that an agent with the settings `after` would ignore."""
+    if online.noise is not None and not cls.explores_by_noise(after):
+        hint = ", or set agent.deterministic=true" if hasattr(after, "deterministic") else ""
+        raise OffrlError(
+            f"online.noise={online.noise:g} has no effect, since {cls.__name__} explores by samples of its policy; leave it "
+            f"out{hint}."
+        )
+    if online.recompute_every and not getattr(after, "normalize_obs", True):
+        raise OffrlError(
+            f"online.recompute_every={online.recompute_every} has no effect where {cls.__name__} does not normalise "
+            "observations; leave it out, or set agent.normalize_obs=true."
+        )
 
 
 def annealed(factor: float, progress: float) -> float:
