@@ -39,7 +39,7 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir, one_at_a_time, replacing
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_INCLUDED = [Path(__file__).with_name(name) for name in ("rows.h", "recurrent.h", "program.h", "codes.h")]
+_INCLUDED = [Path(__file__).with_name(name) for name in ("products.h", "rows.h", "recurrent.h", "program.h", "codes.h")]
 # No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums; roots need set no error code.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _NONE = "no C compiler built them (gcc or clang, as cc on the path or named by CC), or others may write to their file"

@@ -35,7 +35,7 @@ static void times_packed(long m, long n, long k, const float *a, const float *pa
 {
     for (long j = 0; j < n; j += NR) {
         const Finish finish = {bias ? bias + j : NULL, NULL, 0, bias == NULL};
-        tiles(m, k, a, k, 1, panels + j * k, NR, c + j, n, n - j < NR ? n - j : NR, finish, (Ahead){0});
+        tiles((Strip){m, n - j < NR ? n - j : NR, k, a, panels + j * k, c + j, n, finish, {0}}, k, 1, NR);
     }
 }
 
