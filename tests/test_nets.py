@@ -360,7 +360,7 @@ def test_orthogonal_layers_start_orthogonal() -> None:
 # ---- ensembles ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hidden", [(12,), (20, 16, 12)], ids=str)
+@pytest.mark.parametrize("hidden", [(), (12,), (20, 16, 12)], ids=str)
 def test_the_written_out_gradient_equals_automatic_differentiation(hidden: tuple[int, ...]) -> None:
     """dQ/da, and through it the second derivatives by all weights, against differentiating the plain network twice."""
     critics = Critics((1, 2), 4, 3, hidden, members=5).double()
@@ -374,11 +374,23 @@ def test_the_written_out_gradient_equals_automatic_differentiation(hidden: tuple
     (expected,) = torch.autograd.grad(plain.sum(), x, create_graph=True)
     expected = expected[..., 4:].unflatten(0, (2, 5))
     torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-12)
+    assert slope.shape == (2, 5, 9, 3)
     for mine, theirs in zip(
         torch.autograd.grad(q.sin().sum() + slope.sin().sum(), critics.mlp.layers, allow_unused=True),
         torch.autograd.grad(plain.sin().sum() + expected.sin().sum(), critics.mlp.layers, allow_unused=True),
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_outputs_beside_the_written_out_gradient_have_one_by_the_input() -> None:
+    """As the plain network's: an encoder before the critics learns by it. The gradient itself is constant in the input."""
+    critics = Critics((1, 2), 4, 3, (20, 16), members=5).double()
+    generator = torch.Generator().manual_seed(0)
+    obs, action = (torch.randn(2, 9, n, generator=generator, dtype=torch.float64) for n in (4, 3))
+    q, slope = critics.q_and_grad(obs.requires_grad_(), action)
+    (mine,) = torch.autograd.grad(q.sin().sum() + slope.sin().sum(), obs)
+    (expected,) = torch.autograd.grad(critics(obs, action).sin().sum(), obs)
+    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_many_actions_are_judged_as_one_by_one() -> None:

@@ -14,6 +14,7 @@ from offrl.agents.base import Agent, Spec
 from offrl.agents.bc import BC, BCConfig
 from offrl.agents.dt import DT, DTConfig
 from offrl.agents.flow_bc import FlowBC, FlowBCConfig
+from offrl.agents.rvs import RvS, RvSConfig
 from offrl.agents.td3_bc import TD3BC, TD3BCConfig
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
@@ -89,6 +90,18 @@ def test_a_state_can_be_used_twice() -> None:
     assert np.array_equal(first, second)
     other, _ = agent.predict(OBS[1], state, reward=-50.0)
     assert not np.array_equal(first, other)
+
+
+def test_an_average_return_needs_no_rewards_and_a_return_to_go_does() -> None:
+    for average in (True, False):
+        agent = RvS(Spec(3, 2), RvSConfig(hidden=(8,), average=average, target_return=5.0))
+        first, state = agent.predict(OBS)
+        if average:
+            again, _ = agent.predict(OBS, state)
+            assert np.array_equal(first, again)
+        else:
+            with pytest.raises(OffrlError, match="RvS conditions on the rewards so far"):
+                agent.predict(OBS, state)
 
 
 def test_sampling_methods_sample_unless_asked_not_to() -> None:

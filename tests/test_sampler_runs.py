@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from offrl.sampling import (
     Uniform,
     make_sampler,
 )
-from offrl.training.compose import compose
+from offrl.training.compose import compose, compose_words
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import load_agent
 from offrl.training.trainer import Trainer, train
@@ -168,6 +169,11 @@ def test_draws_on_a_gpu_are_those_of_the_cpu() -> None:
 # ---- several datasets ------------------------------------------------------------------------------------------------
 
 
+HALF: dict[str, Any] = {"datasets": ["b"], "shares": [0.5]}
+MIXTURE = {"_target_": "offrl.sampling.Mixture"}
+RETURNS = {"_target_": "offrl.sampling.ReturnWeighted"}
+
+
 def mixture(stores: list[OfflineDataset], **settings: Any) -> Any:
     return make_sampler({"_target_": "offrl.sampling.Mixture", **settings}, stores, (0,))
 
@@ -204,12 +210,43 @@ def test_a_mixture_draws_fixed_shares_each_by_its_own_sampler() -> None:
             "unifrom is no sampler; choose among",
         ),
         ({"dataset": ["b"]}, r"did you mean sampler\.datasets"),
+        (
+            {**HALF, "samplers": ["uniform", {"temperature": 0.2}]},
+            r"sampler\.samplers\[1\] has no _target_; name a sampler",
+        ),
+        ({**HALF, "samplers": ["mixture", "uniform"]}, r"sampler\.samplers\[0\] draws from several datasets itself"),
+        (
+            {**HALF, "samplers": [MIXTURE | HALF, "uniform"]},
+            r"sampler\.samplers\[0\] draws from several datasets itself",
+        ),
+        ({**HALF, "samplers": [RETURNS | {"temp": 1.0}, "uniform"]}, r"sampler\.samplers\[0\]\.temp is no option"),
     ],
 )
 def test_mixtures_that_cant_be(settings: dict[str, Any], message: str) -> None:
     store = random_episodes()
     with pytest.raises(OffrlError, match=message):
         mixture([store, store], **settings)
+    if settings:  # what is given is checked before any data is read, too
+        with pytest.raises(OffrlError, match=message):
+            resolve_config(options(Path("x"), MIXTURE | settings))
+
+
+def test_a_mixture_of_other_datasets_than_its_settings_name_is_refused() -> None:
+    with pytest.raises(OffrlError, match="shorter"):
+        mixture([random_episodes()], **HALF)
+
+
+def test_a_part_of_a_mixture_may_be_a_table(mixed_file: Path) -> None:
+    """In Python as on the command line."""
+    tables = [{"_target_": "offrl.sampling.ReturnWeighted", "temperature": 0.25}, "uniform"]
+    choice = {"agent": "bc", "dataset": str(mixed_file), "sampler": "mixture"}
+    choice |= {"sampler.datasets": [str(mixed_file)], "sampler.shares": [0.5]}
+    inner = "[{_target_: offrl.sampling.ReturnWeighted, temperature: 0.25},uniform]"
+    words = ["agent=bc", f"dataset='{mixed_file}'", "sampler=mixture", f"sampler.datasets=['{mixed_file}']"]
+    words += ["sampler.shares=[0.5]", f"sampler.samplers={inner}"]
+    given = compose({**choice, "sampler.samplers": tables})
+    assert given == compose_words(words)
+    assert resolve_config(given).sampler["samplers"] == tables
 
 
 def test_training_on_a_mixture(mixed_file: Any) -> None:

@@ -16,6 +16,7 @@ from offrl.utils.errors import OffrlError, one_line
 
 if TYPE_CHECKING:
     from offrl.agents.base import Agent
+    from offrl.nets.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _rewards(agent: Agent[Any], reward: ArrayLike | None, state: Any, starts: ND
 def _initial(agent: Agent[Any], count: int, deterministic: bool) -> Any:
     """The state at the start of `count` episodes; a deterministic one has no random numbers."""
     state = agent.initial_state(count)
-    return replace(state, stream="") if deterministic and hasattr(state, "stream") else state
+    return state.without_samples() if deterministic and hasattr(state, "without_samples") else state
 
 
 def _lane(agent: Agent[Any], lane: int | None, state: PredictState | None) -> int:
@@ -157,25 +158,29 @@ def lane_named(agent: Agent[Any], word: str) -> int:
     return checked_lane(agent, int(word))
 
 
+def lane_settings(agent: Agent[Any], lane: int) -> tuple[Spec, Any]:
+    """The Spec with one lane's seed alone, and the settings with its coefficients."""
+    spec, cfg = replace(agent.spec, seeds=agent.spec.seeds[lane : lane + 1]), agent.cfg
+    if is_dataclass(cfg) and not isinstance(cfg, type):
+        values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
+        cfg = replace(cfg, **{k: float(v[lane]) for k, v in values.items() if isinstance(v, Tensor)})
+    return spec, cfg
+
+
 @torch.no_grad()
 def one_lane(agent: Agent[Any], lane: int) -> Agent[Any]:
     """`Agent.lane`, which explains it."""
     lane = checked_lane(agent, lane)
-    spec = replace(agent.spec, seeds=agent.spec.seeds[lane : lane + 1])
-    cfg = agent.cfg
-    if is_dataclass(cfg) and not isinstance(cfg, type):
-        values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
-        cfg = replace(cfg, **{k: float(v[lane]) for k, v in values.items() if isinstance(v, Tensor)})
-    one = type(agent)(spec, cfg)
-    one.to(agent.obs_mean.dtype)
+    one = agent.untrained_lane(lane).to(agent.obs_mean.dtype)
     if agent.obs_mean.ndim > 1:  # statistics of each lane, [lanes, 1, O]
         one.obs_mean, one.obs_scale = one.obs_mean.view(1, 1, -1), one.obs_scale.view(1, 1, -1)
     whole = agent.state_dict()
     own = {k: whole[k] if whole[k].shape == v.shape else whole[k][lane : lane + 1] for k, v in one.state_dict().items()}
     one.load_state_dict(own)
     one.random.step.copy_(agent.random.step)
-    for name in ("explore_noise", "episode_batches"):
-        if name in vars(agent):
-            setattr(one, name, getattr(agent, name))
+    for many, single in zip(agent.modules(), one.modules()):  # an agent may hold another one
+        for name in ("explore_noise", "episode_batches"):
+            if name in vars(many):
+                setattr(single, name, getattr(many, name))
     one.lane_scores = None if agent.lane_scores is None else agent.lane_scores[lane : lane + 1]
     return one.train(agent.training)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from offrl.agents.acting import PredictState, one_lane, predict
+from offrl.agents.acting import PredictState, lane_settings, one_lane, predict
 from offrl.data.batch import Batch, WindowBatch
 from offrl.nets.actors import choose, normal_log_prob
 from offrl.nets.box import ActionBox
@@ -148,10 +148,19 @@ class Agent(nn.Module, Generic[ConfigT]):
         """
         return None
 
-    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """An action of the policy for normalised observations, from standard normals `[lanes, n, A]`; it may leave the box.
+    @property
+    def sample_width(self) -> int:
+        """Number of standard normals that `sample_action` makes an action of."""
+        return self.spec.action_dim
 
-        A deterministic policy gives its action. A policy with another density than a Gaussian's overrides it.
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """An action of the policy for normalised observations; it may leave the box.
+
+        A deterministic policy gives its action. A policy with another density than a Gaussian's overrides it, and
+        `sample_width` if it needs other than A numbers.
+
+        Args:
+            noise: `[lanes, n, sample_width]` standard normals.
         """
         gaussian = self.policy_gaussian(obs)
         return self.act(obs) if gaussian is None else gaussian[0] + gaussian[1] * noise
@@ -188,7 +197,8 @@ class Agent(nn.Module, Generic[ConfigT]):
     def predicted_return(self, obs: Tensor, state: Any) -> Tensor | None:
         """The return `[lanes, envs]` that the policy predicts, or is conditioned on, at the start of episodes.
 
-        Called before the first action, with raw observations; None for a policy without a prediction.
+        Called before the first action, with raw observations; None for a policy without a prediction. The unit is that of
+        the environment's rewards, so `data.reward_*` is refused for an agent that overrides this.
         """
         return None
 
@@ -284,6 +294,13 @@ class Agent(nn.Module, Generic[ConfigT]):
         """
         return cast(Self, one_lane(self, lane))
 
+    def untrained_lane(self, lane: int) -> Self:
+        """A new agent with the seed and the settings of one lane, before `lane` gives it that lane's numbers.
+
+        An agent that is made of more than a Spec and settings overrides it.
+        """
+        return type(self)(*lane_settings(self, lane))
+
     @torch.no_grad()
     def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
         """The action with which the agent gathers data, for raw observations `[lanes, n, O]`; within bounds.
@@ -328,6 +345,10 @@ class ActingState:
     timestep: int = 0
     stream: str = ""
 
+    def without_samples(self) -> Self:
+        """The state of a policy that samples nothing."""
+        return replace(self, stream="")
+
 
 class RecurrentAgent(Agent[ConfigT]):
     """Base of policies whose action depends on more than the observation: on the episode so far, or on random numbers.
@@ -347,7 +368,7 @@ class RecurrentAgent(Agent[ConfigT]):
     stream: ClassVar[str]
     uses_history: bool = True
     samples_continuous: ClassVar[bool] = False
-    uses_reward: ClassVar[bool] = True
+    uses_reward: bool = True
     episode_batches: int = 0
 
     def act(self, obs: Tensor, state: Any = None) -> Tensor:

@@ -47,7 +47,7 @@ class COMBO(CQL):
         super().build()  # settings are checked there
         spec, cfg = self.spec, self.cfg
         self.actor = TanhGaussianActor.of(spec, cfg.hidden, log_std=(-5.0, 2.0))
-        self.critics = Critics.of(spec, cfg.critic_hidden or cfg.hidden, members=2)
+        self.critics = Critics.of(spec, cfg.hidden if cfg.critic_hidden is None else cfg.critic_hidden, members=2)
         self.critics_target = make_target(self.critics)
         self.log_alpha_prime = nn.Parameter(torch.zeros(spec.lanes))
         self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)

@@ -60,7 +60,8 @@ class Policy(TanhGaussianActor):
     def __init__(
         self, seeds: Sequence[int], obs_dim: int, action_dim: int, hidden: Sequence[int], low: Bound, high: Bound
     ) -> None:
-        xavier = 0.01 * math.sqrt(6 / (hidden[-1] + 2 * action_dim))  # uniform with gain 0.01, on the last layer
+        fan_in = [obs_dim, *hidden][-1]
+        xavier = 0.01 * math.sqrt(6 / (fan_in + 2 * action_dim))  # uniform with gain 0.01, on the last layer
         super().__init__(seeds, obs_dim, action_dim, hidden, low, high, last=xavier)
         nn.init.zeros_(self.mlp.biases[-1])
         self.factor, self.offset = (nn.Parameter(torch.full((len(seeds),), x)) for x in (1.0, -1.0))
@@ -79,7 +80,7 @@ class CQL(SquashedAgent[CQLConfig]):
         if cfg.actions < 1:
             raise ValueError(f"actions={cfg.actions} should be at least 1.")
         self.actor = Policy.of(spec, cfg.hidden)
-        self.critics = Critics.of(spec, cfg.critic_hidden or cfg.hidden, members=2)
+        self.critics = Critics.of(spec, cfg.hidden if cfg.critic_hidden is None else cfg.critic_hidden, members=2)
         orthogonal_(self.critics.mlp, spec.seeds, gain=math.sqrt(2), last=0.01)
         self.critics_target = make_target(self.critics)
         self.log_alpha, self.log_alpha_prime = (nn.Parameter(torch.full((spec.lanes,), x)) for x in (0.0, 1.0))

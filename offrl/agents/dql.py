@@ -148,6 +148,15 @@ class DQL(RecurrentAgent[DQLConfig]):
             draw = self.random.uniform(f"{state.stream}/{state.timestep}/choice", obs.shape[1:2])
         return self.one_of(obs, noise, draw)
 
+    @property
+    def sample_width(self) -> int:
+        return self.cfg.candidates * self.policy.noise_dim + 1
+
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """One of the candidates that all but the last column of `noise` make, by that one's place in its distribution."""
+        chains = noise[..., :-1].unflatten(-1, (self.cfg.candidates, self.policy.noise_dim))
+        return self.one_of(obs, chains, torch.special.ndtr(noise[..., -1]))
+
     @torch.no_grad()
     def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
         """One of new candidates at every environment step, drawn as in evaluation."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.agents.base import ActingState, RecurrentAgent, Spec, WindowBatch
-from offrl.nets import Adam, Drop, categorical_log_prob, dropout, lane_generators, one_hot, per_lane
+from offrl.nets import Adam, Drop, categorical_log_prob, check_dropout, dropout, lane_generators, one_hot, per_lane
 from offrl.nets.lanes import normal_
 from offrl.nets.transformer import Block, LayerNorm, Linear
 
@@ -65,6 +65,7 @@ class Transformer(nn.Module):
     def __init__(self, spec: Spec, cfg: DTConfig) -> None:
         super().__init__()
         seeds, d, self.max_length = spec.seeds, cfg.embed, cfg.max_length
+        check_dropout(cfg.dropout)
         if d % cfg.heads:
             raise ValueError(f"embed={d} should be a multiple of heads={cfg.heads}.")
         self.embed_return = Linear(seeds, 1, d, "dt/return")

@@ -45,7 +45,7 @@ class ESPERConfig(DTConfig):
     kinds: int = 32  # number of categories of each
     action_weight: float = 0.05  # weight of the action prediction
     adversary_weight: float = 1.0  # weight of the adversary's loss, which the clusters maximise
-    label_step: float = 0.1  # rounding step of the labels, after `return_scale`
+    label_step: float = 0.1  # rounding step of the labels, after `return_scale`; 0: labels as they are
     cluster_lr: float = 1e-4  # learning rate of clusters and average returns
     adversary_lr: float = 5e-4  # learning rate of the adversary
     label_hidden: tuple[int, ...] = (512, 512)  # widths of the hidden layers of all networks but the transformer
@@ -77,6 +77,8 @@ class ESPER(DT):
     def build(self) -> None:
         super().build()
         spec, cfg = self.spec, self.cfg
+        if not cfg.label_hidden:
+            raise ValueError("label_hidden=[] should name the width of one hidden layer at least.")
         self.window = max(cfg.context, cfg.suffix)
         self.pretrain_updates = cfg.cluster_updates + cfg.return_updates
         self.register_buffer("horizon", torch.ones(()))
@@ -114,6 +116,10 @@ class ESPER(DT):
             action = one_hot(action, self.spec.action_dim, obs.dtype)
         return torch.cat([obs, action], -1)
 
+    def future(self, batch: WindowBatch) -> WindowBatch:
+        """The windows' first `suffix` timesteps: the policy's `context` may be longer, and is no part of a future."""
+        return first_timesteps(batch, self.cfg.suffix)
+
     def embedded(self, obs: Tensor, action: Tensor, timestep: Tensor) -> Tensor:
         """Embeddings `[lanes, n, time, width]` of timesteps `[lanes, n, time, ...]`."""
         time = (timestep / self.horizon).to(obs.dtype).unsqueeze(-1)
@@ -121,7 +127,7 @@ class ESPER(DT):
         return self.embed_step(steps.flatten(1, 2)).unflatten(1, obs.shape[1:3])
 
     def logits(self, batch: WindowBatch) -> Tensor:
-        """Logits of each window's cluster, `[lanes, batch, groups, kinds]`."""
+        """Logits of the cluster of each future, `[lanes, batch, groups, kinds]`."""
         valid = batch.valid.unsqueeze(-1)
         embedded = self.embedded(batch.obs, batch.action, batch.timestep)
         return self.grouped(self.cluster_head((embedded * valid).sum(2) / valid.sum(2)))
@@ -172,7 +178,7 @@ class ESPER(DT):
         return self.return_head(torch.cat([self.pair(obs, action), code], -1)).squeeze(-1)
 
     def return_update(self, batch: WindowBatch) -> dict[str, Tensor]:
-        """The return head regresses the return of each window's first timestep on (s, a) and a cluster of the window."""
+        """The return head regresses the return of each future's first timestep on (s, a) and a cluster of the future."""
         with torch.no_grad():
             code = self.hard(self.logits(batch), "esper/cluster")
         target = batch.return_to_go[:, :, 0] * per_lane(self.cfg.return_scale)
@@ -183,11 +189,14 @@ class ESPER(DT):
     def rounded(self, scaled: Tensor) -> Tensor:
         """Labels in units of returns: scaled ones, rounded and divided by `return_scale`."""
         step = per_lane(self.cfg.label_step)
-        return (scaled / step).round() * step / per_lane(self.cfg.return_scale)
+        exact = torch.as_tensor(step == 0, device=scaled.device)
+        rounded = torch.where(exact, scaled, (scaled / step).round() * step)
+        return rounded / per_lane(self.cfg.return_scale)
 
     @torch.no_grad()
     def label(self, batch: WindowBatch) -> Tensor:
-        """The label of each window's first timestep, from a sampled cluster of the window."""
+        """The label of each window's first timestep, from a sampled cluster of its future."""
+        batch = self.future(batch)
         code = self.hard(self.logits(batch), "esper/label")
         return self.rounded(self.expected_return(batch.obs[:, :, 0], batch.action[:, :, 0], code)).unsqueeze(-1)
 
@@ -233,17 +242,18 @@ class ESPER(DT):
             raise RuntimeError("ESPER relabels the dataset; call agent.setup(dataset) before the first update")
         if self.dataset_index.labels is None:
             self.relabel()
-        labels, steps = self.dataset_index.labels, slice(0, self.cfg.context)
+        labels = self.dataset_index.labels
         rows = batch.index.unsqueeze(-1) + torch.arange(self.cfg.context, device=labels.device)
         rows = rows.clamp(max=labels.shape[1] - 1)
-        cut = batch.map(lambda x: x if x.ndim == 2 else x[:, :, steps])
-        return cut.replace(return_to_go=labels.gather(1, rows.flatten(1)).view(rows.shape))
+        return first_timesteps(batch, self.cfg.context).replace(
+            return_to_go=labels.gather(1, rows.flatten(1)).view(rows.shape)
+        )
 
     def update(self, batch: WindowBatch, phase: int) -> dict[str, Tensor]:
         if phase == CLUSTERS:
-            return self.cluster_update(batch)
+            return self.cluster_update(self.future(batch))
         if phase == RETURNS:
-            return self.return_update(batch)
+            return self.return_update(self.future(batch))
         return super().update(self.relabelled(batch), phase)
 
 
@@ -256,6 +266,11 @@ class Relabelled:
 
 
 no_compile(ESPER, "relabel")  # it runs once
+
+
+def first_timesteps(batch: WindowBatch, count: int) -> WindowBatch:
+    """Windows `[lanes, batch, T, ...]`, cut to their first `count` timesteps."""
+    return batch.map(lambda x: x if x.ndim == 2 else x[:, :, :count])
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:

@@ -75,7 +75,19 @@ class FlowBC(RecurrentAgent[FlowBCConfig]):
 
     def decide(self, obs: Tensor, state: ActingState | None) -> Tensor:
         """The policy's actions `[lanes, n, K A]` for what it sees now, of noise z, which is zero without a state."""
-        return self.chunk_box.from_unit(self.flow.sample(obs, self.noise(obs, state)))
+        return self.of_noise(obs, self.noise(obs, state))
+
+    def of_noise(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The actions `[lanes, n, K A]` that z `[lanes, n, K A]` makes."""
+        return self.chunk_box.from_unit(self.flow.sample(obs, noise))
+
+    @property
+    def sample_width(self) -> int:
+        return self.chunk.action_dim
+
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The action that z makes; of a chunk the first one."""
+        return self.of_noise(obs, noise)[..., : self.spec.action_dim]
 
     def noise(self, obs: Tensor, state: ActingState | None) -> Tensor:
         """z `[lanes, n, K A]`."""

@@ -17,15 +17,20 @@ distance of 1e-5 from their bounds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from offrl.agents.base import ActingState, Batch
+from offrl.agents.base import Batch
 from offrl.agents.chunks import ChunkBatch
 from offrl.agents.flow_bc import FlowBC, FlowBCConfig
 from offrl.nets import MLP, Adam, Critics, Pooling, make_target, per_lane, polyak, pool
+from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
+
+if TYPE_CHECKING:
+    from offrl.data.dataset import OfflineDataset
 
 
 @dataclass
@@ -57,9 +62,18 @@ class FQL(FlowBC):
         self.critics_target = make_target(self.critics)
         self.optimizer = Adam([*self.flow.parameters(), *self.actor.parameters(), *self.critics.parameters()], cfg.lr)
 
-    def decide(self, obs: Tensor, state: ActingState | None) -> Tensor:
-        """mu(s, z) clipped to the box; z is zero without a state."""
-        return self.chunk_box.from_unit(self.one_step(obs, self.noise(obs, state)).clamp(-1, 1))
+    def setup(self, dataset: OfflineDataset) -> None:
+        """Refuse chunks that no episode holds, of which the critics would learn nothing."""
+        longest = int(dataset.lengths.max())
+        if longest < self.cfg.action_chunk:
+            raise OffrlError(
+                f"agent.action_chunk={self.cfg.action_chunk} is longer than the dataset's longest episode, of {longest} "
+                "transitions, so that the critics would learn nothing; make it shorter."
+            )
+
+    def of_noise(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """mu(s, z) clipped to the box."""
+        return self.chunk_box.from_unit(self.one_step(obs, noise).clamp(-1, 1))
 
     @torch.no_grad()
     def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
@@ -75,7 +89,7 @@ class FQL(FlowBC):
     def target_value(self, batch: Batch) -> Tensor:
         """`[lanes, batch]`: r + gamma^K (1 - d) Q'(s', mu(s', z)), with K = 1 without chunks."""
         noise = self.random.normal("target_action", batch.action)
-        action = self.chunk_box.from_unit(self.one_step(batch.next_obs, noise).clamp(-1, 1))
+        action = self.of_noise(batch.next_obs, noise)
         next_q = pool(self.critics_target(batch.next_obs, action), self.cfg.target, self.cfg.pessimism)
         return batch.reward + batch.mask * per_lane(self.cfg.discount) ** self.cfg.action_chunk * next_q
 

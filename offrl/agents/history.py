@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from offrl.agents.acting import lane_settings
 from offrl.agents.base import ActingState, Agent, Batch, RecurrentAgent, Spec, WindowBatch
 from offrl.nets import Adam, Critics, make_target, one_hot, per_lane, polyak
 from offrl.nets.bisimulation import EncodingModels, Metric, Step, bisimulation_loss, pairs, with_events
@@ -73,6 +74,10 @@ class HistoryState(ActingState):
     previous: Tensor
     inner: Any = None
 
+    def without_samples(self) -> Self:
+        inner = None if self.inner is None else self.inner.without_samples()
+        return replace(super().without_samples(), inner=inner)
+
 
 class HistoryAgent(RecurrentAgent[HistoryConfig]):
     """An agent that sees z_t = phi(o_0, a_0, ..., o_t) where it saw o_t.
@@ -107,6 +112,7 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
         self.agent.random = self.random  # its `step` is the engine's
         self.period, self.batch_fields = self.agent.period, self.agent.batch_fields
         self.pretrain_updates = self.agent.pretrain_updates
+        self.uses_reward = getattr(self.agent, "uses_history", False) and getattr(self.agent, "uses_reward", False)
         self.burn_in = cfg.burn_in if cfg.encoder == "gru" else cfg.context - 1
         self.window = self.burn_in + cfg.length
         if not getattr(self.agent.cfg, "normalize_obs", True):
@@ -120,12 +126,19 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
             self.model_optimizer = Adam(self.models.parameters(), cfg.model_lr)
 
     def setup(self, dataset: Any) -> None:
-        """Keep 1 / std of the dataset's rewards, in which the bisimulation loss measures them."""
+        """Keep 1 / std of the dataset's rewards, in which the bisimulation loss measures them; 1 where they are constant."""
         std = getattr(dataset, "lane_rewards", dataset.rewards).std(-1)
-        self.reward_scale.copy_(torch.where(std > 0, 1 / std, 1.0))
+        constant = torch.as_tensor(
+            getattr(dataset, "constant_lane_rewards", dataset.constant_rewards), device=std.device
+        )
+        # Divided by a std of rounding errors alone, constant rewards would drown all else in the loss.
+        self.reward_scale.copy_(torch.where(constant, 1.0, 1 / std))
 
     def phase(self, step: int) -> int:
         return self.agent.phase(step)
+
+    def untrained_lane(self, lane: int) -> Self:
+        return type(self)(*lane_settings(self, lane), lambda _: self.agent.untrained_lane(lane))
 
     # ---- acting -----------------------------------------------------------------------------------------------
 
@@ -297,6 +310,11 @@ def check_agent(agent: Agent[Any]) -> None:
         raise OffrlError(
             f"{name} has one optimiser for critics and policy, and only the critics' gradient should reach the encoder; set "
             "history=none, or choose agent=iql."
+        )
+    if agent.pretrain_updates:
+        raise OffrlError(
+            f"{name} first fits a model to encodings and then keeps it while the encoder learns on, so that it would be "
+            "fitted to another encoder; set history=none, or choose agent=iql."
         )
     if type(agent).setup is not Agent.setup:
         raise OffrlError(

@@ -106,6 +106,14 @@ class IFQL(RecurrentAgent[IFQLConfig]):
         """The best of N samples `[lanes, envs, A]`, by the smaller of the two critics."""
         return self.best_of(obs, self.candidate_noise(obs, state, self.cfg.candidates, self.policy.noise_dim))
 
+    @property
+    def sample_width(self) -> int:
+        return self.cfg.candidates * self.policy.noise_dim
+
+    def sample_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The best of N samples, each state's of its own noise `[lanes, n, N width]`."""
+        return self.best_of(obs, noise.unflatten(-1, (self.cfg.candidates, self.policy.noise_dim)))
+
     @torch.no_grad()
     def explore(self, obs: Tensor, random: LaneRandom) -> Tensor:
         """The best of N new samples at every environment step."""

@@ -27,7 +27,7 @@ In an environment the Gaussian is sampled, and the deterministic policy gets noi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from offrl.nets import (
     Drop,
     GaussianActor,
     categorical_log_prob,
+    check_dropout,
     choose,
     dropout,
     make_target,
@@ -48,6 +49,7 @@ from offrl.nets import (
     per_lane,
     polyak,
 )
+from offrl.utils.errors import OffrlError
 
 
 @dataclass
@@ -77,6 +79,7 @@ class IQL(Agent[IQLConfig]):
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
+        check_dropout(cfg.dropout)
         self.actor: DeterministicActor | GaussianActor | MLP
         if spec.discrete:
             self.actor = MLP(spec.seeds, [spec.obs_dim, *cfg.hidden, spec.action_dim], name="actor")
@@ -101,6 +104,15 @@ class IQL(Agent[IQLConfig]):
     @classmethod
     def explores_by_noise(cls, config: IQLConfig) -> bool:
         return config.deterministic
+
+    @classmethod
+    def check_online(cls, before: IQLConfig, after: IQLConfig, online: Any) -> None:
+        if (factor := online.anneal.get("dropout", 0.0)) <= 1:
+            return  # a rate that falls; those of the settings are checked where the agent is made
+        try:
+            check_dropout(torch.as_tensor(after.dropout) * factor)
+        except ValueError as error:
+            raise OffrlError(f"online.anneal.dropout={factor:g}: at the end of the online phase {error}") from error
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         return categorical_log_prob(self.actor(obs), action) if self.spec.discrete else super().log_prob(obs, action)

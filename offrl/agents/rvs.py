@@ -62,6 +62,7 @@ class RvS(RecurrentAgent[RvSConfig]):
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
+        self.uses_reward = not cfg.average
         self.register_buffer("target", torch.zeros(spec.lanes, device=spec.device))
         if cfg.target_return is not None:
             self.target.copy_(torch.as_tensor(cfg.target_return))

@@ -76,6 +76,8 @@ class VAEBC(RecurrentAgent[VAEBCConfig]):
 
     def build(self) -> None:
         spec, cfg = self.spec, self.cfg
+        if not cfg.hidden:
+            raise ValueError("hidden=[] should name the width of one hidden layer at least.")
         self.window = cfg.suffix
         self.latent: Categorical | Gaussian = (Gaussian if cfg.latent == "gaussian" else Categorical)(cfg.latent_size)
         for name in ("horizon", "reward_scale", "return_mean", "return_std"):

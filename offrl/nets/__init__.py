@@ -18,7 +18,7 @@ from offrl.nets.critics import Critics, DiscreteCritics, Pooling, pool
 from offrl.nets.denoising import DenoisingPolicy
 from offrl.nets.flow import FlowPolicy
 from offrl.nets.lanes import apply_no_compile, lane_generators, no_compile, per_lane
-from offrl.nets.mlp import MLP, Activation, Drop, activate, dropout, layer_norm, orthogonal_, pad_hidden_
+from offrl.nets.mlp import MLP, Activation, Drop, activate, check_dropout, dropout, layer_norm, orthogonal_, pad_hidden_
 from offrl.nets.optim import Adam, clip_by_lane, make_target, polyak
 from offrl.nets.spec import Bound, Spec
 
@@ -42,6 +42,7 @@ __all__ = [
     "activate",
     "apply_no_compile",
     "categorical_log_prob",
+    "check_dropout",
     "choose",
     "clip_by_lane",
     "dropout",

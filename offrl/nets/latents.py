@@ -43,9 +43,13 @@ class Gaussian:
     def candidates(
         self, outputs: Tensor, count: int, least: float | Tensor, random: LaneRandom, name: str
     ) -> Candidates:
-        """`count` samples `[lanes, n, count, size]`, and True `[lanes, n, count]`: all of them are admitted."""
-        repeated = outputs.unsqueeze(2).expand(-1, -1, count, -1)
-        z = self.sample(repeated, random, name)
+        """`count` samples `[lanes, n, count, size]`, and True `[lanes, n, count]`: all of them are admitted.
+
+        An episode's samples depend on its lane and its place, and not on how many others run beside it.
+        """
+        mean, log_std = (part.unsqueeze(2) for part in self.moments(outputs))
+        noise = random.normal_rows(name, outputs.shape[1], count * self.size).to(outputs.dtype)
+        z = mean + log_std.exp() * noise.unflatten(-1, (count, self.size))
         return z, torch.ones_like(z[..., 0], dtype=torch.bool)
 
 

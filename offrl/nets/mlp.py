@@ -208,16 +208,18 @@ class MLP(nn.Module):
         differentiating twice and, unlike it, can be compiled.
 
         Returns:
-            `[lanes, members, batch, out]` and `[lanes, members, batch, in - first]`, both differentiable by the weights
-            and not by `x`.
+            `[lanes, members, batch, out]` and `[lanes, members, batch, in - first]`, both differentiable by the weights;
+            the outputs also by `x`, of which the gradient is a piecewise constant function, without a gradient of its own.
         """
         weights, biases = [w.flatten(0, 1) for w in self.weights], [b.flatten(0, 1) for b in self.biases]
-        h, open_units = self._for_each_member(x.detach()), []
+        h, open_units = self._for_each_member(x), []
         for weight, bias in zip(weights[:-1], biases[:-1]):
             h = torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2)).relu()
             open_units.append(h.detach().sign())
         out = _narrow_product(h, weights[-1], biases[-1])
         slope = weights[-1].sum(1, keepdim=True)
+        if not open_units:  # a linear function, whose gradient is the same at every x
+            slope = slope[..., first:].expand(-1, x.shape[1], -1)
         for weight, mask in zip(weights[-2::-1], open_units[::-1]):
             weight = weight if weight is not weights[0] else weight[..., first:]
             slope = torch.bmm(slope * mask, weight)
@@ -235,11 +237,22 @@ def layer_norm(x: Tensor, gain: Tensor, offset: Tensor, eps: float = 1e-5) -> Te
     return torch.addcmul(offset.view(shape), nn.functional.layer_norm(x, x.shape[-1:], eps=eps), gain.view(shape))
 
 
+LARGEST_DROPOUT = 1 - 2**-16  # rates are multiples of 2^-16, and one of 1 would leave nothing to scale
+
+
+def check_dropout(rate: float | Tensor) -> None:
+    """Raise ValueError where a dropout rate, or one of several lanes' rates, isn't between 0 and `LARGEST_DROPOUT`."""
+    # On the CPU whatever the default device: sizes are checked on one that has no numbers.
+    for value in torch.as_tensor(rate, device="cpu").reshape(-1).tolist():
+        if not 0 <= value <= LARGEST_DROPOUT:
+            raise ValueError(f"dropout={value:g} should be at least 0 and below 1 (at most 1 - 2^-16).")
+
+
 def dropout(x: Tensor, rate: float | Tensor, random: LaneRandom, name: str) -> Tensor:
     """Dropout of `x` `[lanes, ...]`: a share `rate` of the elements becomes zero, the others are scaled by 1 / (1 - rate).
 
     Sixteen random bits decide on each element, so rates are rounded to multiples of 2^-16 (0.1 becomes 0.100006); the scale
-    uses the rounded rate. `rate` may be one number per lane; `name` names the random stream.
+    uses the rounded rate. `rate` is one that passes `check_dropout`, or one per lane; `name` names the random stream.
     """
     bits = random.bits(name, -(-x[0].numel() // 4)).view(torch.int16)[:, : x[0].numel()].view(x.shape)
     if isinstance(rate, Tensor):

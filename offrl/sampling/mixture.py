@@ -15,6 +15,7 @@ from offrl.sampling.base import Sampler, make_sampler
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
 from offrl.utils.random import LaneRandom
+from offrl.utils.settings import from_target
 
 
 @dataclass
@@ -31,7 +32,7 @@ class MixtureConfig:
             self.check()
 
     def check(self) -> None:
-        """Raise OffrlError unless datasets, shares and samplers fit together."""
+        """Raise OffrlError unless datasets, shares and samplers fit together, and each sampler's settings are right."""
         if len(self.shares) != len(self.datasets) or not self.datasets:
             raise OffrlError(
                 f"sampler.shares has {len(self.shares)} values for {len(self.datasets)} sampler.datasets; name one dataset "
@@ -44,6 +45,8 @@ class MixtureConfig:
                 f"sampler.samplers has {len(self.samplers)} entries for {len(self.datasets) + 1} datasets, the run's own "
                 "included; give one for each."
             )
+        for number, sampler in enumerate(self.samplers):
+            _check_part(f"sampler.samplers[{number}]", _named(sampler))
 
 
 class Mixture(Sampler):
@@ -61,8 +64,8 @@ class Mixture(Sampler):
 
     def __init__(self, stores: Sequence[OfflineDataset], cfg: MixtureConfig, seeds: Sequence[int] = (0,)) -> None:
         cfg.check()
-        settings = [_named(sampler) for sampler in cfg.samplers or ["uniform"] * len(stores)]
-        self.parts = [make_sampler(each, [store], seeds) for each, store in zip(settings, stores)]
+        settings = [_named(sampler) for sampler in cfg.samplers or ["uniform"] * (len(cfg.datasets) + 1)]
+        self.parts = [make_sampler(each, [store], seeds) for each, store in zip(settings, stores, strict=True)]
         if any(part.refresh_every for part in self.parts):
             raise OffrlError("sampler.samplers: a part of a mixture can't be refreshed; set its refresh_every=0.")
         self.shares = cfg.shares
@@ -77,7 +80,7 @@ class Mixture(Sampler):
                 raise OffrlError(
                     f"batch_size={batch} holds no row of {name}, whose share is {share:g}; raise one of the two."
                 )
-        parts = enumerate(zip(self.parts, counts, self.first))
+        parts = enumerate(zip(self.parts, counts, self.first, strict=True))
         drawn = [part.draw(random, steps, n, f"{stream}/{i}") + first for i, (part, n, first) in parts if n]
         return torch.cat(drawn, -1)
 
@@ -103,6 +106,19 @@ def shared_out(shares: Sequence[float], batch: int) -> list[int]:
     """
     ends = [0, *(round(end * batch) for end in accumulate(shares))]
     return [batch - ends[-1], *(end - start for start, end in pairwise(ends))]
+
+
+def _check_part(where: str, settings: Mapping[str, Any]) -> None:
+    """Raise OffrlError for a table that names no sampler of one dataset, or gives one wrong settings."""
+    if "_target_" not in settings:
+        raise OffrlError(
+            f"{where} has no _target_; name a sampler, such as uniform, or say `_target_: offrl.sampling.ReturnWeighted`."
+        )
+    cls, _ = from_target(settings, Sampler, where)
+    if cls.mixes:
+        raise OffrlError(
+            f"{where} draws from several datasets itself; name these in sampler.datasets, with a share and a sampler for each."
+        )
 
 
 def _named(sampler: str | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -37,6 +37,9 @@ from offrl.utils.paths import conf_dir, use_config_dir
 
 FOLDERS = [conf_dir(), *map(use_config_dir, filter(None, [os.environ.get("OFFRL_CONFIG_DIR")]))]
 SETTINGS = {p.stem: OmegaConf.load(p) for folder in FOLDERS for p in sorted((folder / "agent").glob("*.yaml"))}
+# Agents that see encodings, as docs/observation_histories.md lists them.
+ENCODED = ["iql", "cql", "discrete_cql", "td3_bc", "a2pr", "awac", "rebrac", "sac_n", "edac", "rlpd", "dql"]
+ENCODED += ["mopo", "combo", "mobile"]
 BURSTS = (1, 2, 17, 2)  # updates of one call of an engine: odd starts, and rests that fill no graph
 
 
@@ -149,6 +152,49 @@ def test_discrete_actions_are_taken_or_refused(name: str) -> None:
     if not cls.takes_continuous:
         with pytest.raises(OffrlError, match="needs integer actions; for continuous ones choose agent="):
             make_agent(settings, replace(spec, discrete=False))
+
+
+@pytest.mark.parametrize("rate", [1.0, 1.5, -0.5, 0.999999, [1.0, 0.1]], ids=str)
+def test_a_dropout_that_leaves_nothing_is_refused(name: str, rate: Any) -> None:
+    """Of one lane or of all; 1 - 2^-16 is the largest rate that the sixteen random bits of an element can tell from 1."""
+    store, first = toy_of(name, 64), rate[0] if isinstance(rate, list) else rate
+    if not hasattr(agent_class(name).Config(), "dropout"):
+        return
+    with pytest.raises(OffrlError, match=rf"^agent\.dropout={first:g} should be at least 0 and below 1"):
+        make(name, store, (0, 1), dropout=rate)
+
+
+def test_an_empty_list_of_widths_is_a_network_without_hidden_layers_or_refused(name: str) -> None:
+    store = toy_of(name, 256)
+    for width in (key for key in small(name) if key.endswith("hidden")):
+        if (name, width) in (("vae_bc", "hidden"), ("doc", "hidden"), ("esper", "label_hidden")):
+            with pytest.raises(OffrlError, match=rf"^agent\.{width}=\[\] should name the width of one hidden layer"):
+                make(name, store, (0, 1), **{width: []})
+            continue
+        agent = make(name, store, (0, 1), **{width: []})
+        advance(agent, store, agent.pretrain_updates + 2 * agent.period)
+        assert finite(agent.state_dict())
+        assert agent.select_action(store.observations[:7].expand(2, 7, -1)).shape[:2] == (2, 7)
+
+
+def test_critics_teach_an_encoder_of_histories(name: str) -> None:
+    """Without a bisimulation loss, in every agent that histories take; the others are refused in a sentence."""
+    store = toy_of(name, 256)
+    spec = Spec(store.obs_dim, store.action_dim, (0, 1), discrete=store.info.discrete is not None)
+    history = {"encoder": "gru", "length": 2, "burn_in": 1, "latent": 4, "hidden": 8, "models": False}
+    settings = {"_target_": SETTINGS[name]._target_, **small(name)}
+    try:
+        agent: Any = make_agent(settings, spec, history)
+    except OffrlError as error:
+        if name in ENCODED or "; set history=none" not in str(error):
+            raise
+        return
+    agent.setup(store)
+    before = copy.deepcopy(agent.encoder.state_dict())
+    advance(agent, store, 2 * agent.period + 2, batch=8)
+    after = agent.encoder.state_dict()
+    changes = {key: float((after[key] - before[key]).detach().abs().flatten(1).amax(1).min()) for key in before}
+    assert max(changes.values()) > 1e-5, changes  # of each lane; Adam's steps are 3e-4
 
 
 def test_lanes_equal_separate_runs(name: str) -> None:
@@ -441,6 +487,24 @@ def test_predict_is_the_evaluation_of_one_lane(trained: Trained, toy: OfflineDat
         wanted = agent.update_state(wanted, chosen, rewards.expand(2, -1))
         assert np.abs(action - chosen[1].numpy()).max() < 1e-5
         assert np.abs(alone - action[0]).max() < 1e-5
+
+
+def test_rollouts_in_a_model_sample_as_acting_does(trained: Trained, toy: OfflineDataset) -> None:
+    """In one state: actions of `sample_action` have the mean and the spread of those that the agent draws when it acts."""
+    agent, count = copy.deepcopy(trained.agent), 4000
+    if not (getattr(agent, "samples_continuous", False) and agent.samples_actions):
+        pytest.skip("it draws no continuous actions")
+    obs = toy.observations[:1].expand(2, count, -1)
+    noise = torch.randn(2, count, agent.sample_width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        drawn = agent.within_bounds(agent.sample_action(agent.normalize(obs), noise))
+    acted = agent.select_action(obs, agent.initial_state(count))
+    assert drawn.shape == acted.shape == (2, count, 2)
+    spread = acted.std(1)
+    assert spread.min() > 0.01
+    # Six standard errors: of the difference of two means, and of two stds of a law whose kurtosis is at most 5 or so.
+    assert ((drawn.mean(1) - acted.mean(1)).abs() < 6 * spread * (2 / count) ** 0.5).all()
+    torch.testing.assert_close(drawn.std(1), spread, rtol=0.15, atol=0)
 
 
 def test_saved_and_loaded_acts_alike(name: str, tmp_path: Path) -> None:

@@ -364,7 +364,28 @@ MOBILE_ROWS = list(zip(LENGTHS, [0.5, 0.1, 1.0, 1.5, 0.1, 1.5, 0.5, 0.5, 1.5], [
                        [*[None] * 3, 0.2, 0.2, *[None] * 4]))  # fmt: skip
 COMBO_ROWS = list(zip([*[5] * 6, 1, 1, 1], [0.5, 0.5, 5.0, 5.0, 0.5, 5.0, 5.0, 0.5, 5.0]))
 
+# corl-team/CORL `configs/finetune/cal_ql`, for the sets that it has, and `algorithms/finetune/cal_ql.py`, whose policy has
+# three layers; the gap counts with Lagrange alone.
+CAL_QL = ["actor_lr", "cql_alpha", "lagrange", "gap", "max_backup", "diff_min", "sparse_rewards", "normalize_obs"]
+CAL_QL += ["hidden", "critic_hidden", "data.reward_scale", "data.reward_shift"]
+CLONED = [f"{hand}-cloned-v1" for hand in ("pen", "door", "hammer", "relocate")]
+CAL_QL_ROWS = [*[(1e-4, 5.0, True, 0.8, True, -200.0, True, False, THREE, [256] * 5, 10.0, -5.0)] * 6]
+CAL_QL_ROWS += [*[(1e-4, 1.0, False, 5.0, True, -200.0, False, False, THREE, None, 1.0, 0.0)] * 4]
+# corl-team/CORL `configs/finetune/spot`: lambda, its last share, the discount online; the shift is that of `spot.py`.
+SPOT = ["weight", "online.anneal.weight", "online.agent.discount", "data.reward_shift"]
+SPOT_ROWS = [*[(w, 0.2, 0.995, -1.0) for w in (0.25, 0.25, 0.05, 0.025, 0.025, 0.025)], *[(1.0, 0.5, 0.99, 0.0)] * 4]
+# ikostrikov/rlpd, commands of its README: locomotion, AntMaze, Adroit (its sparse sets).
+RLPD_ROWS = [*[(TWO, 2, True)] * 9, *[([256] * 3, 1, False)] * 6, *[(TWO, 2, True)] * 3, *[([256] * 3, 2, False)] * 12]
+# ltlhuuu/A2PR, commands of its README's versions: alpha, mask, weight of the autoencoder, discount.
+A2PR_ROWS = [(40.0, 1.0, 1.0, 0.99), (40.0, 0.8, 1.5, 0.995), (40.0, 15.0, 1.0, 0.99), (2.5, 0.4, 1.0, 0.995)]
+A2PR_ROWS += [(2.5, 0.5, 1.5, 0.99), (2.5, 4.0, 1.0, 0.99), (2.5, 1.0, 1.5, 0.99), (2.5, 1.2, 1.5, 0.995)]
+A2PR_ROWS += [(2.5, 0.8, 1.0, 0.99)]
+
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    "cal_ql": tabled([*ANTMAZE, *CLONED], CAL_QL, CAL_QL_ROWS),
+    "spot": tabled([*ANTMAZE, *CLONED], SPOT, SPOT_ROWS),
+    "rlpd": tabled(CORL, ["hidden", "subset", "backup_entropy"], RLPD_ROWS),
+    "a2pr": tabled(GYM, ["alpha", "bc_weight", "vae_weight", "discount"], A2PR_ROWS),
     "awac": tabled(CORL, ["temperature"], LAMBDA),
     "sac_n": tabled(CORL, ["members"], N),
     "edac": tabled(CORL, ["members", "eta"], ETA),
@@ -384,7 +405,11 @@ def test_datasets_have_the_published_values(name: str) -> None:
     tables: Any = OmegaConf.to_container(AGENTS[name])
     for dataset, expected in TABLES[name].items():
         of_model = {f"augment.{key}": value for key, value in tables.get("augment", {}).items()}
-        settings = PUBLISHED[name] | of_model | chosen_settings(tables["settings"], dataset)
+        online = tables.get("online", {})
+        online = {f"online.{part}.{k}": v for part in ("agent", "anneal") for k, v in online.get(part, {}).items()}
+        common = {"data.reward_scale": 1.0, "data.reward_shift": 0.0}
+        common |= {f"online.agent.{key}": value for key, value in PUBLISHED[name].items()}
+        settings = PUBLISHED[name] | common | of_model | online | chosen_settings(tables["settings"], dataset)
         assert {key: settings[key] for key in expected} == expected, dataset
 
 

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_discrete_toy, make_toy
@@ -16,6 +17,7 @@ from offrl.agents.base import Spec, WindowBatch
 from offrl.agents.history import HistoryAgent
 from offrl.agents.iql import expectile_loss
 from offrl.data.dataset import OfflineDataset
+from offrl.data.lane_tasks import LaneTasks
 from offrl.nets.history import memories
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.compose import compose
@@ -26,7 +28,13 @@ from offrl.training.trainer import train
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 
-AGENTS = {"iql": "iql.IQL", "td3_bc": "td3_bc.TD3BC", "cql": "cql.CQL", "discrete_cql": "discrete_cql.DiscreteCQL"}
+AGENTS = {
+    "iql": "iql.IQL",
+    "dql": "dql.DQL",
+    "td3_bc": "td3_bc.TD3BC",
+    "cql": "cql.CQL",
+    "discrete_cql": "discrete_cql.DiscreteCQL",
+}
 GRU = {"encoder": "gru", "length": 3, "burn_in": 2, "hidden": 12, "latent": 5, "model_hidden": 8}
 WINDOW = {"encoder": "window", "length": 3, "context": 3, "hidden": 12, "latent": 5, "model_hidden": 8}
 STACK = {"encoder": "window", "length": 1, "context": 1, "latent": 0, "models": False}
@@ -222,6 +230,25 @@ def test_the_models_change_nothing_at_weight_zero_and_much_above() -> None:
 # ---- lanes, resume, engines -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("reward", [0.0, 0.1, -1000.0])
+def test_constant_rewards_have_no_scale_of_rounding_errors(reward: float) -> None:
+    """In float32, where the std of equal numbers is not 0; the losses are those of any small numbers."""
+    store = make_toy(256).with_rewards(0.0, reward)
+    store.rewards[::2] *= 1 + 1e-7
+    agent = history_of(store, GRU)
+    assert agent.reward_scale == 1
+    assert history_of(make_toy(256), GRU).reward_scale == 1 / make_toy(256).rewards.std(-1)
+
+
+def test_each_lanes_task_has_its_own_scale_of_rewards() -> None:
+    """The first lane's rewards are constant."""
+    store = make_toy(256)
+    rewards = torch.stack([torch.full_like(store.rewards, 0.1), store.rewards])
+    tasks = LaneTasks(store, rewards, store.terminations.expand(2, -1), store.info)
+    agent = history_of(tasks, GRU, seeds=(0, 1))
+    assert agent.reward_scale.tolist() == [1, 1 / store.rewards.std(-1)]
+
+
 def test_lanes_equal_separate_runs() -> None:
     store, history = make_toy(256, **double), GRU | {"bisimulation": [0.0, 0.75], "events": [0.0, 0.3]}
     both = history_of(store, history, seeds=(5, 6))
@@ -264,6 +291,58 @@ def test_an_update_can_be_captured() -> None:
     batch = windows(agent, store)
     with _NoHostCopy():
         agent.update(batch, 0)
+
+
+# ---- one lane -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("iql", {"expectile": [0.6, 0.9], "beta": [1.0, 3.0]}), ("dql", {"eta": [0.1, 1.0], "candidates": 4})],
+)
+def test_predict_is_the_evaluation_of_one_lane(name: str, settings: dict[str, Any]) -> None:
+    """Two episodes over three timesteps, by `predict`, step by step, and by the lane alone; settings have a value per lane.
+
+    The sampling agent's `predict` samples nothing here. In float64 only the order of additions differs.
+    """
+    store = make_toy(256, **double)
+    agent = history_of(store, GRU | {"bisimulation": [0.0, 0.5]}, name, seeds=(0, 9), **settings)
+    advance(agent, store, 3)
+    one, own = agent.lane(1), agent.state_dict()
+    assert all(torch.equal(t, own[k] if own[k].shape == t.shape else own[k][1:]) for k, t in one.state_dict().items())
+    obs = store.observations[:6].view(3, 2, 3)
+    state, lone, wanted = None, None, agent.initial_state(2).without_samples()
+    for step in range(3):
+        action, state = agent.predict(obs[step].numpy(), state, None, True, lane=1)
+        alone, lone = one.predict(obs[step, 0].numpy(), lone, None, True)
+        chosen = agent.select_action(obs[step].expand(2, -1, -1), wanted)
+        wanted = agent.update_state(wanted, chosen, torch.zeros(2, 2).double())
+        np.testing.assert_allclose(action, chosen[1].numpy(), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(alone, action[0], rtol=0, atol=1e-10)
+
+
+def test_one_lane_of_a_sampling_agent_draws_and_learns_as_it_did() -> None:
+    store, history = make_toy(256, **double), GRU | {"bisimulation": [0.0, 0.5]}
+    agent = history_of(store, history, "dql", seeds=(0, 9), eta=[0.1, 1.0], candidates=4)
+    advance(agent, store, 3)
+    agent.initial_state(1)  # the next episodes are not the first
+    one, obs = agent.lane(1), store.observations[:5].expand(2, -1, -1)
+    both, alone = agent.select_action(obs, agent.initial_state(5)), one.select_action(obs[:1], one.initial_state(5))
+    torch.testing.assert_close(alone[0], both[1], rtol=0, atol=1e-10)
+    advance(agent, store, 3, start=3)
+    advance(one, store, 3, start=3)
+    for (key, many), mine in zip(agent.state_dict().items(), one.state_dict().values()):
+        torch.testing.assert_close(mine, many if many.shape == mine.shape else many[1:], rtol=0, atol=1e-10, msg=key)
+
+
+def test_a_sampling_agent_samples_unless_asked_not_to_and_needs_no_rewards() -> None:
+    store = make_toy(64)
+    agent, many = history_of(store, GRU, "dql"), np.ones((50, 3))
+    for deterministic in (True, False):
+        state = None
+        for _ in range(2):
+            action, state = agent.predict(many, state, None, deterministic)
+            assert (len(np.unique(action, axis=0)) == 1) == deterministic
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------

@@ -249,6 +249,13 @@ def test_initial_networks() -> None:
     torch.testing.assert_close(policy.log_std, -torch.ones_like(policy.log_std), rtol=0, atol=0.05)
 
 
+def test_critics_without_hidden_layers_are_linear() -> None:
+    """And not as deep as the policy: an empty list is a choice, and only null stands for `hidden`."""
+    spec = Spec(3, 2)
+    linear, default = (CQL(spec, CQLConfig(hidden=(8, 8), critic_hidden=widths)) for widths in ((), None))
+    assert [len(agent.critics.mlp.weights) for agent in (linear, default)] == [1, 3]
+
+
 def test_no_action_is_refused() -> None:
     with pytest.raises(OffrlError, match=r"agent.actions=0 should be at least 1"):
         make_agent({"_target_": "offrl.agents.cql.CQL", "actions": 0}, Spec(3, 2))

@@ -109,10 +109,12 @@ def one_hot_sample(logits: Tensor, uniform: Tensor) -> Tensor:
     return nn.functional.one_hot(kinds, logits.shape[1]).double().flatten()
 
 
+@pytest.mark.parametrize("context", [3, 6], ids="context {}".format)
 @pytest.mark.parametrize("discrete", [None, 3])
-def test_updates_equal_a_plain_restatement(discrete: int | None) -> None:
+def test_updates_equal_a_plain_restatement(discrete: int | None, context: int) -> None:
+    """The future ends after 4 timesteps where the policy's windows are longer, too."""
     store = make_store(discrete)
-    agent = make_agent(store, action_weight=0.3, return_scale=0.5)
+    agent = make_agent(store, action_weight=0.3, return_scale=0.5, context=context)
     plain = Plain(agent, store)
     batch = windows(agent, store)
     for update in range(1, 7):
@@ -168,6 +170,36 @@ def test_labels_average_the_very_steps_of_a_window(monkeypatch: pytest.MonkeyPat
         code = plain.logits(row).softmax(1).flatten()
         expected = plain.nets["return_head"](torch.cat([plain.known(row), code])).item()
         assert abs(agent.dataset_index.labels[0, row].item() - expected) < 2e-9
+
+
+def test_labels_and_training_see_the_same_future() -> None:
+    """Of 4 timesteps, with windows of 6: `label` of a window equals the dataset's label, with probabilities for draws."""
+    store = make_store()
+    agent = make_agent(store, context=6, label_step=0.0)
+    with torch.no_grad():
+        agent.cluster_head.weights[-1].mul_(20)  # far from uniform
+    agent.hard = lambda logits, *_: logits.softmax(-1).flatten(2)  # type: ignore[method-assign]
+    agent.relabel()
+    labels = agent.label(windows(agent, store, list(range(22))))[0, :, 0]
+    torch.testing.assert_close(labels, agent.dataset_index.labels[0], rtol=0, atol=1e-10)
+
+
+def test_labels_are_rounded_to_a_step_or_not_at_all() -> None:
+    """Two lanes of the same seed, the second without rounding."""
+    store = make_store()
+    agent = make_agent(store, seeds=(0, 0), label_step=[0.1, 0.0], return_scale=0.5)
+    agent.relabel()
+    rounded, exact = agent.dataset_index.labels
+    torch.testing.assert_close(rounded, (exact * 0.5 / 0.1).round() * 0.1 / 0.5, rtol=0, atol=1e-6)  # 0.1 in float32
+    assert (rounded - exact).abs().max() > 0.01
+    single = make_agent(store, label_step=0.0, return_scale=0.5)
+    single.relabel()
+    torch.testing.assert_close(single.dataset_index.labels[0], exact, rtol=0, atol=1e-10)
+
+
+def test_networks_without_a_hidden_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"label_hidden=\[\] should name the width"):
+        make_agent(make_store(), label_hidden=())
 
 
 def test_the_policy_learns_from_labels_alone() -> None:

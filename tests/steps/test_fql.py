@@ -19,6 +19,7 @@ from offrl.data.dataset import OfflineDataset
 from offrl.nets import Adam, FlowPolicy
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager, Taped
+from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
 BATCH = 16
@@ -184,6 +185,15 @@ def test_rewards_of_a_chunk_stop_at_the_first_mask_of_zero() -> None:
     assert found.action[0].tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
     assert found.complete.tolist() == [[1.0, 0.0]]
     assert found.valid[0].tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
+
+
+def test_chunks_that_no_episode_holds_are_refused() -> None:
+    """The longest episode has 11 transitions; the clone of the data needs no whole chunk."""
+    store = make_store()
+    make(store, action_chunk=11).setup(store)
+    make(store, FlowBC, action_chunk=12).setup(store)
+    with pytest.raises(OffrlError, match=r"action_chunk=12 is longer than the dataset's longest episode, of 11 tran"):
+        make(store, action_chunk=12).setup(store)
 
 
 @pytest.mark.parametrize("cls", [FQL, FlowBC])

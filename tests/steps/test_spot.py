@@ -10,10 +10,13 @@ from conftest import make_toy
 from plain import BOXES, Bounds, Box, boxed, difference, drawn, sequential, spec_of
 from torch import Tensor, nn
 
+from offrl.agents.base import Spec
 from offrl.agents.spot import SPOT, SPOTConfig
 from offrl.data.dataset import OfflineDataset
 from offrl.sampling import BatchLoader, Uniform
 from offrl.training.engine import Eager
+from offrl.training.runs import make_agent
+from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
 
@@ -105,3 +108,10 @@ def test_the_density_is_fixed_after_its_stage() -> None:
     engine.run(3, 4)
     assert any(not torch.equal(actor[k], v) for k, v in agent.actor.state_dict().items())
     assert all(torch.equal(vae[k], v) for k, v in agent.vae.state_dict().items())
+
+
+def test_a_density_of_encodings_is_refused() -> None:
+    """It would stay fitted to the first encoder, which the critics go on to change."""
+    settings = {"_target_": "offrl.agents.spot.SPOT", "hidden": [8], "vae_hidden": [8], "vae_updates": 3}
+    with pytest.raises(OffrlError, match=r"^SPOT first fits a model to encodings .*; set history=none"):
+        make_agent(settings, Spec(3, 2), {"encoder": "gru"})
