@@ -12,6 +12,7 @@ import numpy as np
 
 from offrl.results import budget, stats
 from offrl.results.cells import Cell
+from offrl.results.labels import OWN
 from offrl.results.published import Published, lookup_tuned
 from offrl.results.stats import Array
 
@@ -141,7 +142,10 @@ def caution(cells: Sequence[Cell]) -> str | None:
 
 
 def _groups(cells: list[Cell]) -> dict[str, list[Cell]]:
-    """Normalised cells by family, and all of one scale together where it has several families."""
+    """Normalised cells by family, and all of one scale together where it has several families.
+
+    Scores by references of one's own are pooled within a family alone: those of two families need have nothing in common.
+    """
     families: dict[str, dict[str, list[Cell]]] = {}
     for cell in cells:
         if cell.normalized:
@@ -150,7 +154,7 @@ def _groups(cells: list[Cell]) -> dict[str, list[Cell]]:
     for scale, found in families.items():
         collection = scale.partition("-")[0]
         groups |= {name if len(families) == 1 else f"{collection} {name}": group for name, group in found.items()}
-        if len(found) > 1:
+        if len(found) > 1 and scale != OWN:
             groups[f"all {collection}"] = [cell for group in found.values() for cell in group]
     return groups
 
@@ -169,9 +173,13 @@ def _fewest_seeds(*methods: Sequence[Array]) -> int:
 def _on_common_datasets(cells: list[Cell]) -> dict[str, list[Array]]:
     """Scores of every method on the datasets that all methods have; empty where these are fewer than two.
 
-    A method with a single dataset is left out.
+    A method with a single dataset is left out, and one of which a score is not finite.
     """
-    methods = {method: scores for method, scores in _by_method(cells).items() if len(scores) > 1}
+    methods = {
+        method: scores
+        for method, scores in _by_method(cells).items()
+        if len(scores) > 1 and not any(np.isnan(runs).any() for runs in scores.values())
+    }
     common = sorted(set.intersection(*(set(scores) for scores in methods.values()))) if methods else []
     if len(common) < 2:
         return {}
@@ -240,7 +248,7 @@ def _tunings(cells: list[Cell], rows: pl.DataFrame) -> list[Tuning]:
             made.append(_tuning(dataset, base, [cell.mean for cell in here], budget.bandit_curve(episodes, pools=0)))
     for family, group in _groups(cells).items():
         for base in sorted({cell.base for cell in group}):
-            scores = _by_method([cell for cell in group if cell.base == base])
+            scores = _by_method([cell for cell in group if cell.base == base and not math.isnan(cell.mean)])
             datasets = {dataset for found in scores.values() for dataset in found}
             means = [
                 np.mean([s.mean() for s in found.values()]) for found in scores.values() if found.keys() == datasets

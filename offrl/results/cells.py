@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from offrl import results
 from offrl.results import stats
-from offrl.results.labels import SUCCESS, _method, label_lanes, scale_of
+from offrl.results.labels import OWN, SUCCESS, _method, given_task, is_usual, label_lanes, scale_of
 from offrl.results.published import Published, lookup
 from offrl.results.rows import ConfigRecord
 from offrl.results.stats import Array
@@ -55,7 +57,7 @@ class Cell:
         critic: whether the agent learns a critic.
         enough_evaluations: whether the last k evaluations are at most half of all, so that they describe the end of training.
         successes, trials: successful episodes, and all, of all lanes at their last evaluation; successes is None where scores
-            are no success rates.
+            are no success rates, or one is not finite.
         bold: whether the interval overlaps that of the dataset's best mean.
     """
 
@@ -154,6 +156,9 @@ def build(
     seen = set(rows["folder"].unique())
     if empty := [run.folder.name for run in runs if str(run.folder) not in seen]:
         notes.append(f"Left out, no evaluation yet: {_enumerate(empty)}.")
+    rows, elsewhere = _in_one_environment(rows)
+    if elsewhere:
+        notes.append(f"Left out, evaluations in another environment than a run's last: {_enumerate(elsewhere)}.")
     rows, repeated = _without_repeated_seeds(scored(rows, runs, metric))
     if repeated:
         notes.append(
@@ -162,13 +167,14 @@ def build(
     notes += _different_data(rows, runs)
     cells = _cells(rows, runs, last_k)
     _mark_best(cells)
-    return cells, rows, notes
+    return cells, rows, [*notes, *_not_finite(cells)]
 
 
 def scored(rows: pl.DataFrame, runs: list[results.Run], metric: str = "score") -> pl.DataFrame:
     """The rows with their `label`, `base`, `value` and `scale`.
 
-    A dataset has normalised scores only if all of its rows have them; otherwise its values are returns.
+    A dataset has normalised scores only if all of its rows have them; otherwise its values are returns. The scores of a run
+    that was given references are its own, whatever its dataset.
     """
     import polars as pl
 
@@ -179,9 +185,26 @@ def scored(rows: pl.DataFrame, runs: list[results.Run], metric: str = "score") -
     unscored = rows.filter(pl.col("normalized").is_null() & pl.col("return_raw").is_not_nan())["dataset"].unique()
     scales = {name: "return" if name in unscored else scale_of(name) for name in rows["dataset"].unique()}
     score = pl.col("normalized").fill_null(math.nan)
-    return rows.with_columns(scale=pl.col("dataset").replace_strict(scales, return_dtype=pl.String)).with_columns(
+    own = [str(run.folder) for run in runs if not {"ref_min", "ref_max"}.isdisjoint(given_task(run))]
+    scale = pl.col("dataset").replace_strict(scales, return_dtype=pl.String)
+    scale = pl.when(pl.col("folder").is_in(own), ~scale.is_in(["return", SUCCESS])).then(pl.lit(OWN)).otherwise(scale)
+    return rows.with_columns(scale=scale).with_columns(
         value=pl.when(pl.col("scale") == "return").then("return_raw").otherwise(score)
     )
+
+
+def _in_one_environment(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """Rows without those of a run that went on in another environment: its last k and its curve are of one alone."""
+    import polars as pl
+
+    ends = rows.filter(pl.col("env_id").is_not_null()).sort("step", maintain_order=True)
+    last = ends.group_by("folder", "lane", "dataset").agg(pl.col("env_id").last().alias("last_env"))
+    told = rows.join(last, on=["folder", "lane", "dataset"], how="left", maintain_order="left")
+    other = pl.col("env_id").is_not_null() & (pl.col("env_id") != pl.col("last_env"))
+    names = sorted(
+        f"{Path(folder).name} ({env})" for folder, env in told.filter(other)["folder", "env_id"].unique().iter_rows()
+    )
+    return (told.filter(~other) if names else told).drop("last_env"), names
 
 
 def _without_repeated_seeds(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
@@ -207,7 +230,8 @@ def _different_data(rows: pl.DataFrame, runs: list[results.Run]) -> list[str]:
     for dataset, folder, label in rows.select("dataset", "folder", "label").unique().iter_rows():
         run = by_folder[folder]
         if isinstance(fingerprint := run.manifest.get("fingerprint"), str):
-            settings = {key: value for key, value in (run.config.get("data") or {}).items() if key != "cache"}
+            options = (run.config.get("data") or {}).items()
+            settings = {key: value for key, value in options if not is_usual(f"data.{key}", value) and key != "cache"}
             key = (dataset, json.dumps(settings, sort_keys=True))
             methods.setdefault(key, {}).setdefault(fingerprint, set()).add(label)
     return [
@@ -221,6 +245,20 @@ def _different_data(rows: pl.DataFrame, runs: list[results.Run]) -> list[str]:
     ]
 
 
+def _not_finite(cells: Sequence[Cell]) -> list[str]:
+    """A sentence where cells have no mean, since an episode's return was not finite."""
+    found = []
+    for cell in cells:
+        if seeds := [str(seed) for seed, score in zip(cell.seeds, cell.last) if math.isnan(score)]:
+            found.append(f"{cell.method} on {cell.dataset} (seeds {', '.join(seeds)})")
+    if not found:
+        return []
+    return [
+        f"Not finite: the last score of {_enumerate(found)}. Such a cell has no mean, and comparisons and profiles leave out "
+        "its method."
+    ]
+
+
 def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cell]:
     import polars as pl
 
@@ -231,6 +269,11 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
         .agg(pl.col("value").mean(), pl.col("scale", "base").first(), episodes=pl.len())
         .sort("seed", "folder", "lane", "step")
     )
+    families = {
+        dataset: family
+        for dataset, folder in rows.select("dataset", "folder").unique().sort("folder").iter_rows()
+        if (family := _family(by_folder[folder]))
+    }
     cells = []
     for (label, dataset), group in sorted(evaluations.partition_by(["label", "dataset"], as_dict=True).items()):
         success = group["scale"][0] == SUCCESS
@@ -246,12 +289,13 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
         here = [by_folder[folder] for folder in lanes["folder"]]
         budgets = [ConfigRecord.model_validate(run.config).budget for run in here]
         k, average = int(lanes["k"].to_numpy().min()), lanes["average"].to_numpy()
-        normalized = success or lanes["scale"][0].endswith("score")
+        comparable = success or (lanes["scale"][0].endswith("score") and lanes["scale"][0] != OWN)
+        finite = not np.isnan(lanes["value"].to_numpy()).any()
         cells.append(
             Cell(
                 method=label,
                 dataset=dataset,
-                family=(here[0].manifest.get("dataset_info") or {}).get("family") or "other",
+                family=_family(here[0]) or families.get(dataset, "other"),
                 base=group["base"][0],
                 scale=lanes["scale"][0],
                 best=lanes["best"].to_numpy(),
@@ -267,13 +311,21 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
                 critic=any(learns_critic[str(run.folder)] for run in here),
                 enough_evaluations=int(lanes["evaluations"].to_numpy().min()) >= 2 * k,
                 curve=_curve(group),
-                published=lookup(_method(here[0]) or label, dataset) if normalized else [],
-                successes=round(float((lanes["value"] * lanes["episodes"]).sum()) / 100) if success else None,
+                published=lookup(_method(here[0]) or label, dataset) if comparable else [],
+                successes=round(float((lanes["value"] * lanes["episodes"]).sum()) / 100)
+                if success and finite
+                else None,
                 trials=int(lanes["episodes"].sum()),
             )
         )
     # Without the version, so that hopper-medium stands before hopper-medium-replay.
     return sorted(cells, key=lambda cell: (cell.family, re.sub(r"-v\d+$", "", cell.dataset), cell.dataset, cell.method))
+
+
+def _family(run: results.Run) -> str | None:
+    """The family of a run's dataset; None of a run of an earlier version."""
+    family: str | None = (run.manifest.get("dataset_info") or {}).get("family")
+    return family
 
 
 def _curve(evaluations: pl.DataFrame) -> Curve:
@@ -304,9 +356,9 @@ def _range(column: pl.Series) -> tuple[int, int]:
 
 def _mark_best(cells: list[Cell]) -> None:
     """Set `bold` where the interval overlaps that of the dataset's best mean, both of at least `BOLD_SEEDS` seeds."""
-    for dataset in {cell.dataset for cell in cells}:
-        rivals = [cell for cell in cells if cell.dataset == dataset and not math.isnan(cell.mean)]
-        if len(rivals) < 2 or rivals[0].scale == "length":
+    for dataset, scale in {(cell.dataset, cell.scale) for cell in cells}:
+        rivals = [c for c in cells if (c.dataset, c.scale) == (dataset, scale) and not math.isnan(c.mean)]
+        if len(rivals) < 2 or scale == "length":
             continue
         best = max(rivals, key=lambda cell: cell.mean)
         if len(best.last) < BOLD_SEEDS:

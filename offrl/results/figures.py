@@ -49,7 +49,7 @@ def draw_curves(cells: list[Cell], of: str = "updates") -> Figure:
             tidy(panel)
             panel.xaxis.set_major_formatter(lambda x, _: count(x))
             if len(scales) > 1:
-                panel.set_ylabel(here[0].scale)
+                panel.set_ylabel(", ".join(sorted({cell.scale for cell in here})))
         figure.supxlabel(f"{of}\n{_explained(cells)}", fontsize=8)
         if len(scales) == 1:
             figure.supylabel(scales.pop(), fontsize=8)

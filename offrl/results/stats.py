@@ -69,11 +69,11 @@ def iqm(tasks: Tasks) -> Array:
     """Interquartile mean of the pooled runs of all tasks: `[...]`.
 
     Sorts the n values, drops `floor(n / 4)` from each end and averages the rest, as `scipy.stats.trim_mean(x, 0.25)`.
-    Runs are pooled, so a task with more runs weighs more.
+    Runs are pooled, so a task with more runs weighs more. NaN where a run has no score: sorted last, it would be the best.
     """
     pooled = np.sort(np.concatenate([np.asarray(x, dtype=np.float64) for x in tasks], axis=-1), axis=-1)
     n = pooled.shape[-1]
-    return pooled[..., n // 4 : n - n // 4].mean(-1)
+    return np.where(np.isnan(pooled[..., -1]), np.nan, pooled[..., n // 4 : n - n // 4].mean(-1))
 
 
 def task_mean(tasks: Tasks) -> Array:

@@ -75,7 +75,7 @@ class RunWriter:
         check_rows(self.folder, keep_until)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._episodes = _Log(self.folder / "episodes.jsonl", keep_until, played_again)
+            self._episodes = _Log(self.folder / "episodes.jsonl", keep_until, played_again, self._budget)
             self._metrics = _Log(self.folder / "metrics.jsonl", keep_until)
             for path in compacted:
                 path.unlink(missing_ok=True)
@@ -178,12 +178,14 @@ def check_rows(folder: Path, resume_step: int, needed: bool = False) -> None:
 class _Log:
     """An append-only file of JSON lines that never holds a partial line after an error."""
 
-    def __init__(self, path: Path, keep_until: int, played_again: Collection[int] = ()) -> None:
+    def __init__(
+        self, path: Path, keep_until: int, played_again: Collection[int] = (), budget: int | None = None
+    ) -> None:
         self.path = path
         try:
             if path.exists():
                 data = path.read_bytes()
-                kept = _rows_until(data, keep_until, path, played_again)
+                kept = _relabelled(_rows_until(data, keep_until, path, played_again), budget)
                 if kept != data:
                     with replacing(path) as temporary:
                         temporary.write_bytes(kept)
@@ -240,6 +242,18 @@ def _rows_until(data: bytes, step: int, path: Path, played_again: Collection[int
             if number < len(lines) and step >= 0:
                 raise _damaged(path, number) from error
     return b"".join(kept)
+
+
+def _relabelled(data: bytes, budget: int | None) -> bytes:
+    """Whole lines in which a step before the budget is no longer the "last": it was, until the run was given more updates."""
+    if budget is None:
+        return data
+    lines = data.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        if b'"last"' in line and (row := json.loads(line)).get("checkpoint") == "last" and row["step"] < budget:
+            row["checkpoint"] = str(row["step"])
+            lines[number] = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+    return b"".join(lines)
 
 
 def _finite(value: Any) -> float | None:
