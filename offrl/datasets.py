@@ -32,6 +32,7 @@ from offrl.data.ogbench import holds_trajectories, read_ogbench, with_success_ti
 from offrl.forge import registry
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
+from offrl.utils.process import pick_device
 
 __all__ = ["exogenous_noise", "load"]
 
@@ -76,6 +77,11 @@ def load(
         OffrlError: an unknown name (with the nearest known ones), a dataset that is not there yet (with the command
             that gets it), an option that this one cannot have, or a bad file.
     """
+    if not isinstance(name, (str, Path)):
+        raise OffrlError(
+            f"a dataset's name is of type {type(name).__name__}; give an id, or the path of a file or folder."
+        )
+    device = pick_device(str(device))
     options = ReadOptions(semantics, clip_actions, action_bound, unfinished, goals, action_low, action_high, family)
     built = False
     ogbench, path = _ogbench(name)

@@ -146,6 +146,8 @@ def test_a_list_per_lane_needs_as_many_values_as_lanes() -> None:
         ({"eval": {"evry": 3}}, "eval.evry is no option; did you mean eval.every?"),
         ({"env": "Hopper-v5"}, "env is no option; did you mean eval.env?"),
         ({"eval": 5}, "eval=5 should be a table of settings"),
+        ({"data": {"reward_scale": float("inf")}}, "data.reward_scale=inf should be finite as float32."),
+        ({"data": {"reward_shift": -1e39}}, "data.reward_shift=-1e+39 should be finite as float32."),
         ({"agent": {"alph": 3}}, "agent.alph is no option; did you mean agent.alpha?"),
         ({"agent": {"_target_": "offrl.agents.dt.DT", "layers": 0}}, "agent.layers=0 should be at least 1."),
         ({"agent": {"_target_": "offrl.agents.doc.DoC", "suffix": 0}}, "agent.suffix=0 should be at least 1."),
@@ -193,9 +195,18 @@ def test_an_agent_is_needed() -> None:
 
 def test_lanes_and_their_seeds() -> None:
     assert planned(seed=4, lanes=3).train.lane_seeds() == [4, 5, 6]
-    assert planned(seeds=[9, 7, 9]).train.lane_seeds() == [9, 7, 9]
-    assert planned(seeds=[9, 7, 9]).train.lanes == 3
+    assert planned(seeds=[9, 7, 8]).train.lane_seeds() == [9, 7, 8]
+    assert planned(seeds=[9, 7, 8]).train.lanes == 3
     assert planned(seed=-3).train.lane_seeds() == [-3]
+
+
+def test_lanes_of_one_seed_need_a_setting_that_tells_them_apart() -> None:
+    assert planned(seeds=[3, 3], agent={"alpha": [1.0, 2.5]}).train.lane_seeds() == [3, 3]
+    for given in ({"seeds": [3, 3]}, {"seeds": [3, 5, 3], "agent": {"alpha": [1.0, 2.5, 1.0]}}):
+        with pytest.raises(OffrlError, match=r"seeds: lanes 0 and \d have seed 3 and the same settings.*another seed"):
+            planned(**given)
+    kept = planned().to_dict()  # a run of an earlier version goes on
+    assert resolve_config({**kept, "seeds": [3, 3], "lanes": 2}, trusted=False).train.lane_seeds() == [3, 3]
 
 
 # ---- settings by dataset --------------------------------------------------------------------------------------

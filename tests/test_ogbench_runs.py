@@ -216,6 +216,7 @@ def test_a_run_with_a_task_for_each_lane(tmp_path: Path) -> None:
         ({"lanes": 3, "data.task": 1}, "leave out one of them"),
         ({"lanes": 3, "sampler": "top_percent"}, "sampler=uniform"),
         ({"lanes": 3, "augment": "diffusion"}, "without an augmentation"),
+        ({"lanes": 3, "data.flicker": 0.5}, "other observations in each task"),
     ],
 )
 def test_what_does_not_go_with_tasks_per_lane(changes: dict[str, Any], message: str) -> None:

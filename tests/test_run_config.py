@@ -230,3 +230,23 @@ def test_a_row_with_an_unknown_key_of_the_augmentation_is_refused() -> None:
     model = {"_target_": "offrl.augment.world_model.WorldModel"}
     with pytest.raises(OffrlError, match=r"row \*: augment.penalti is no option; did you mean augment.penalty"):
         resolve_config({"agent": agent, "augment": model, "dataset": "x"})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("reward_scale", 0.1), ("reward_shift", -1.0), ("reward_normalize", True)]
+)
+@pytest.mark.parametrize("agent", ["dt", "esper", "rvs", "doc", "vae_bc"])
+def test_methods_of_returns_refuse_transformed_rewards(agent: str, option: str, value: float) -> None:
+    """Acting and `offrl probe` would compare their returns with the environment's own rewards; other agents don't mind."""
+    choice = {"dataset": "hopper-medium-v2", f"data.{option}": value}
+    with pytest.raises(
+        OffrlError, match=rf"data\.{option}={value}: {agent} is conditioned on returns.*leave the option"
+    ):
+        resolve_config(compose({**choice, "agent": agent}))
+    assert resolve_config(compose({**choice, "agent": "td3_bc"})).train.data
+
+
+def test_no_methods_own_table_transforms_rewards_that_it_refuses() -> None:
+    for agent in ("dt", "esper", "rvs", "doc", "vae_bc"):
+        for dataset in ("hopper-medium-v2", "antmaze-umaze-v2", "pen-human-v1", "cube-single-play-v0", "forge/lake/x"):
+            resolve_config(compose({"agent": agent, "dataset": dataset}))

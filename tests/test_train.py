@@ -335,6 +335,21 @@ def test_the_last_evaluation_is_written_once(
     assert len(raw_rows(folder, "episodes")) == 2 * (2 + 3)
 
 
+def test_a_longer_run_has_one_last_evaluation(world: Path) -> None:
+    """What was the last one is an evaluation on the way as soon as there are more updates, and nothing else changes."""
+    values = options("toy.npz", 40)
+    values["eval"] = {"every": 20, "episodes": 2, "final_episodes": 3, "workers": 1}
+    folder = train(values).folder
+    before = raw_rows(folder, "episodes")
+    assert {(row["step"], row["checkpoint"]) for row in before} == {(20, "20"), (40, "last")}
+    assert train({**values, "updates": 60}).folder == folder
+    after = raw_rows(folder, "episodes")
+    assert {(row["step"], row["checkpoint"]) for row in after} == {(20, "20"), (40, "40"), (60, "last")}
+    for row in before:
+        row["checkpoint"] = str(row["step"])
+    assert after[: len(before)] == before
+
+
 def test_a_lane_leaves_the_rows_that_its_seed_leaves_alone(world: Path) -> None:
     """All fields but those that name the run and the lane, and the clock."""
     values = options("toy.npz", 60, seed=4)
@@ -524,6 +539,60 @@ def test_other_data_under_the_same_name_are_refused(toy_file: Path) -> None:
     write_npz(make_toy(seed=1), toy_file)
     with pytest.raises(OffrlError, match=r"made on other data than .*toy.npz holds now.*fresh=true"):
         train(options(toy_file, 40))
+
+
+BOX = {"action_low": -1.5, "action_high": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"mask": [0]}, "mask"),
+        ({"flicker": 0.1}, "flicker"),
+        ({"family": "gym-mujoco"}, "family"),
+        (BOX, "action_high"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("given_first", [True, False])
+def test_options_that_are_written_down_only_where_they_are_given_are_compared_too(
+    given: dict[str, Any], named: str, given_first: bool, toy_file: Path
+) -> None:
+    """A configuration without them says that they had their default."""
+    first, second = (given, {}) if given_first else ({}, given)
+    train(options(toy_file, 20, name="mine", data=first))
+    for updates in (20, 40):  # finished and unfinished
+        with pytest.raises(OffrlError, match=rf"made with other settings \(data\.{named} .*another name="):
+            train(options(toy_file, updates, name="mine", data=second))
+
+
+def test_either_bound_of_a_box_is_compared(toy_file: Path) -> None:
+    train(options(toy_file, 20, name="mine", data=BOX))
+    for key, value in (("action_low", -2.0), ("action_high", 2.0)):
+        with pytest.raises(OffrlError, match=rf"made with other settings \(data\.{key} "):
+            train(options(toy_file, 20, name="mine", data={**BOX, key: value}))
+
+
+def test_a_flat_copy_is_no_setting_of_a_run(toy_file: Path) -> None:
+    """With a name of its own; the folders of others are by a hash, in which it stands since ever."""
+    train(options(toy_file, 20, name="mine"))
+    assert train(options(toy_file, 20, name="mine", data={"cache": False})).status == "already finished"
+    assert train(options(toy_file, 40, name="mine", data={"cache": False})).status == "finished"
+
+
+@pytest.mark.parametrize("bounds", [{"action_low": -2.0}, {"action_high": 2.0}, {"action_high": (2.0, 1.0)}], ids=str)
+def test_the_same_numbers_in_another_box_are_other_data(bounds: dict[str, Any], toy_file: Path) -> None:
+    """The box scales what the policy learns, and no number of the dataset tells of it."""
+    folder = train(options(toy_file, 20)).folder
+    before = tensors(folder)
+    toy_file.unlink()
+    write_npz(make_toy().with_info(**bounds), toy_file)
+    with pytest.raises(OffrlError, match=rf"made on other data .*\({next(iter(bounds))} .*, now .*fresh=true"):
+        train(options(toy_file, 40))
+    assert all(torch.equal(value, before[key]) for key, value in tensors(folder).items())
+    toy_file.unlink()
+    write_npz(make_toy().with_info(action_low=(-1.0, -1.0), action_high=1.0), toy_file)  # the same box in other words
+    assert train(options(toy_file, 40)).step == 40
 
 
 def test_folders_that_cant_be_written(toy_file: Path, tmp_path: Path) -> None:

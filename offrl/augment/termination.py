@@ -88,7 +88,9 @@ def termination(info: DatasetInfo) -> Termination:
 def disagreement(dataset: OfflineDataset) -> float:
     """Share of a dataset's rows whose flag differs from what the function says of their next state.
 
-    Not 0 where an environment marks something else, as AntMaze its reached goals, or is not known here.
+    Rows without a known next state don't count. Not 0 where an environment marks something else, as AntMaze its reached goals,
+    or is not known here.
     """
-    said = termination(dataset.info)(dataset.next_observations)
-    return float((said != (dataset.terminations > 0)).double().mean())
+    said = termination(dataset.info)(dataset.next_observations) != (dataset.terminations > 0)
+    known = dataset.known_successors
+    return float((said if known is None else said[known]).double().mean())

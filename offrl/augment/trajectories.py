@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from offrl.data.dataset import OfflineDataset
+from offrl.data.dataset import MADE_UP, OfflineDataset
 from offrl.nets import ActionBox, Bound
 from offrl.utils.errors import OffrlError
 
@@ -210,6 +210,7 @@ def synthetic_store(rows: Rows, like: OfflineDataset, label: str) -> OfflineData
             f"{label}: generated trajectories of {steps} steps are not finite; guide less (augment.coefficient) or train "
             "longer (augment.denoiser.updates)."
         )
-    info = replace(like.info, id=f"{like.info.id} ({label})")
+    facts = {key: value for key, value in like.info.provenance.items() if key != MADE_UP}  # here all have successors
+    info = replace(like.info, id=f"{like.info.id} ({label})", provenance=facts)
     observations, actions, rewards, following = tensors
     return OfflineDataset(observations, actions, rewards, following, done[kept].to(rewards.dtype), offsets, info)

@@ -10,8 +10,8 @@ Deviations: inputs and targets are standardised (the uncertainty is in raw units
 published penalties carry over), and states are clipped to the range of the dataset's states (off the data the model would
 diverge within a long rollout), unless `clip_states` is false. The penalty on the width of the variance's bounds ends where the
 bounds meet: nothing but the penalty moves the upper one below the lower one, and u would then be the same everywhere. AdamW's
-eps is 1e-8 (unifloral: 1e-5). A terminal row is learnt with the successor that the dataset has: where the file has none, that
-is the state itself or the next episode's first one. Where rollouts terminate: `termination.py`.
+eps is 1e-8 (unifloral: 1e-5). A terminal row whose successor the file does not have is left out (`known_successors`), with its
+reward. Where rollouts terminate: `termination.py`.
 """
 
 from __future__ import annotations
@@ -91,8 +91,10 @@ class Ensemble(nn.Module):
         self.register_buffer("elites", torch.zeros(cfg.elites, dtype=torch.int64))
 
     def fit_scales(self, store: OfflineDataset) -> None:
-        """Set the standardisation and the range of states by a dataset."""
+        """Set the standardisation and the range of states by a dataset's rows with known successors."""
+        known = store.known_successors
         for name, rows in (("in", torch.cat([store.observations, store.actions], -1)), ("out", targets(store))):
+            rows = rows if known is None else rows[known]
             mean, std = rows.double().mean(0), rows.double().std(0, correction=0)
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
@@ -187,10 +189,18 @@ class EnsembleFit(FitLoop):
 
     def __init__(self, store: OfflineDataset, cfg: EnsembleConfig) -> None:
         self.store, self.cfg, self.updates = store, cfg, cfg.updates
+        known = store.known_successors
+        rows = len(store) if known is None else len(known)
+        if known is not None and rows < 2:
+            raise OffrlError(
+                f"{store.info.id}: its episodes terminate at once, and no next_observations tell where they go, so that a "
+                "world model has nothing to learn; give next_observations, or set augment=none."
+            )
         self.model = Ensemble(store.obs_dim, store.actions.shape[-1], cfg).to(store.device)
         self.model.fit_scales(store)
-        order = torch.randperm(len(store), generator=torch.Generator().manual_seed(cfg.seed)).to(store.device)
-        held = min(max(1, round(cfg.holdout * len(store))), len(store) - 1)
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(cfg.seed)).to(store.device)
+        order = order if known is None else known[order]
+        held = min(max(1, round(cfg.holdout * rows)), rows - 1)
         self.held, self.learned = order[:held], order[held:]
         self.optimizer = Adam(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay).to(store.device)
         self.random = LaneRandom((cfg.seed,), store.device)
@@ -270,7 +280,8 @@ class WorldModel(Augmentation):
     has_dynamics = True
 
     def prepare(self, progress: bool = False) -> None:
-        self.path = model_path("world_model", _VERSION, self.store, self.cfg.model)
+        left_out = () if self.store.known_successors is None else ("known successors",)
+        self.path = model_path("world_model", _VERSION, self.store, self.cfg.model, *left_out)
         title = f"world model of {self.store.info.id}"
         tensors, self.about = fit_or_load(self.path, lambda: EnsembleFit(self.store, self.cfg.model), progress, title)
         self.model = Ensemble(self.store.obs_dim, self.store.actions.shape[-1], self.cfg.model)
@@ -313,8 +324,8 @@ class WorldModel(Augmentation):
         return following, reward, self.model.uncertainty(predicted, self.cfg.uncertainty)
 
     def act(self, policy: Agent, obs: Tensor, random: LaneRandom, t: int) -> Tensor:
-        """`[lanes, n, A]`: actions inside the box; sampled where the policy has a density."""
-        noise = random.normal(f"action/{t}", obs.new_empty(*obs.shape[:-1], self.store.action_dim))
+        """`[lanes, n, A]`: actions inside the box, sampled where the policy is not deterministic."""
+        noise = random.normal(f"action/{t}", obs.new_empty(*obs.shape[:-1], policy.sample_width))
         return policy.within_bounds(policy.sample_action(policy.normalize(obs), noise))
 
     @torch.no_grad()

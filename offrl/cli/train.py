@@ -46,13 +46,15 @@ def run(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(_help(extra))
         return 0
-    folder = next((w.split("=", 1)[1] for w in words if w.startswith("resume=")), None)
-    if folder is not None:
+    folders = [w.split("=", 1)[1] for w in words if w.startswith("resume=")]
+    if len(folders) > 1:
+        raise OffrlError(f"resume={folders[1]} is one run too many; continue one after the other.")
+    if folders:
         words = without_config_dir(words)
         if odd := [w for w in words if not re.match(r"[a-z]", w) or "=" not in w]:
             raise OffrlError(f"{odd[0]} can't stand beside resume=RUN; only key=value can.")
         changes = dict(w.split("=", 1) for w in words if not w.startswith("resume="))
-        return print_result(resume(folder, {key: value_of(text) for key, text in changes.items()}))
+        return print_result(resume(folders[0], {key: value_of(text) for key, text in changes.items()}))
     if several := next((word for word in words if re.match(r"\+?(experiment|suite)=.*[,([]", word)), None):
         key = several.split("=")[0]
         raise OffrlError(f"{key}= takes one name: each brings a sweep of its own, so give each its own command.")

@@ -93,25 +93,37 @@ def looks_discrete(actions: Tensor) -> str | None:
     return f"actions are floats that look like {kind} and are read as continuous; store integers if they are discrete"
 
 
-def bounds(low: Any, high: Any, where: str) -> dict[str, Any]:
+def bounds(low: Any, high: Any, where: str, width: int | None = None) -> dict[str, Any]:
     """`action_low` and `action_high` for a DatasetInfo from numbers or arrays, one a dimension.
 
+    Args:
+        width: dimensions of the actions where these are known.
+
     Raises:
-        OffrlError: one of the two is missing, they are no finite numbers, or low is not below high.
+        OffrlError: one of the two is missing, they are no finite numbers of float32, low is not below high, or there are
+            neither one nor `width` of them.
     """
     if low is None or high is None:
         raise OffrlError(f"{where}: action_low and action_high belong together; give both.")
     try:
         lower, upper = (np.asarray(bound, dtype=np.float64).reshape(-1) for bound in (low, high))
+        if width is not None and (odd := [bound.size for bound in (lower, upper) if bound.size not in (1, width)]):
+            raise OffrlError(
+                f"{where}: the actions have {width} dimensions but their bounds {odd[0]}; they must agree."
+            )
         lower, upper = np.broadcast_arrays(lower, upper)
     except (ValueError, TypeError) as error:
         raise OffrlError(
             f"{where}: action_low and action_high must be numbers, one or one a dimension ({error})."
         ) from error
-    if lower.size == 0 or not (np.isfinite(lower).all() and np.isfinite(upper).all()):
-        raise OffrlError(f"{where}: action_low and action_high must be finite; clip the actions to bounds you choose.")
-    if not (lower < upper).all():
-        worst = int(np.flatnonzero(~(lower < upper))[0])
+    with np.errstate(over="ignore"):
+        least, most = lower.astype(np.float32), upper.astype(np.float32)
+    if lower.size == 0 or not (np.isfinite(least).all() and np.isfinite(most).all()):
+        raise OffrlError(
+            f"{where}: action_low and action_high must be finite as float32; clip the actions to bounds you choose."
+        )
+    if not (least < most).all():
+        worst = int(np.flatnonzero(~(least < most))[0])
         raise OffrlError(
             f"{where}: action_low is {lower[worst]:g} and action_high {upper[worst]:g} in dimension {worst}; low must "
             "be below high (leave out a dimension that never changes)."
@@ -132,7 +144,7 @@ def check_actions(actions: Tensor, info: DatasetInfo, options: ReadOptions, wher
     if options.action_bound is not None:
         info = replace(info, action_low=-options.action_bound, action_high=options.action_bound)
     elif options.action_low is not None or options.action_high is not None:
-        info = replace(info, **bounds(options.action_low, options.action_high, where))
+        info = replace(info, **bounds(options.action_low, options.action_high, where, width))
     for bound in (info.action_low, info.action_high):
         if isinstance(bound, tuple) and len(bound) != width:
             raise OffrlError(

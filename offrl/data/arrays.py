@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.data.checks import ReadOptions, file_kind, warn_of
+from offrl.data.checks import ReadOptions, as_array, file_kind, warn_of
 from offrl.data.columns import read_rows, shortened
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.episodes import to_store
@@ -46,6 +46,16 @@ def from_arrays(
     Raises:
         OffrlError: a missing key, lengths that differ, NaN, actions out of bounds, no episode end, no transition.
     """
+    for name, given, wanted in (("info", info, DatasetInfo), ("options", options, ReadOptions)):
+        if not isinstance(given, wanted | None):
+            example = f'such as DatasetInfo(id="{given}")' if isinstance(given, str) else "or leave it out"
+            raise OffrlError(
+                f"{name} is of type {type(given).__name__}; give an offrl.data.{wanted.__name__}, {example}."
+            )
+    if not hasattr(arrays, "keys"):
+        raise OffrlError(
+            f"arrays is of type {type(arrays).__name__}; give a dictionary of observations, actions, rewards and terminals."
+        )
     info, options = info or DatasetInfo(), options or ReadOptions()
     store = _to_dataset(Arrays(arrays, info.source, copy=True), info, options)
     warn_of(store.info)
@@ -102,13 +112,12 @@ class Arrays:
             return self.read.pop(key)
         try:
             value = self.arrays[key]
-            return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         except ValueError as error:
-            # numpy refuses to load pickled (object) arrays, and to make an array of rows with different lengths.
-            if not any(word in str(error) for word in ("pickle", "inhomogeneous")):
+            if "pickle" not in str(error):  # numpy refuses to load arrays of objects
                 raise
             message = f"{self.where}: {key} has dtype object; store it as plain numbers (float32, int64 or bool)."
             raise OffrlError(message) from error
+        return as_array(key, value, self.where)
 
     def floats(self, key: str) -> Tensor:
         array = self.array(key)

@@ -16,8 +16,10 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from offrl.data.dataset import DatasetInfo
+from offrl.data.mixtures import D4RL_MIXTURE
 from offrl.data.ogbench_names import names as ogbench_ids
-from offrl.utils.errors import OffrlError
+from offrl.data.ogbench_names import parse
+from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import cache_dir
 
 TABLES = Path(__file__).parent / "tables"
@@ -26,6 +28,17 @@ GYM_MUJOCO = (
     *("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher", "Pusher"),
     *("InvertedPendulum", "InvertedDoublePendulum"),
 )
+
+# How the names of environments begin: their family.
+FAMILIES = {
+    "AntMaze": "antmaze",
+    "PointMaze": "maze2d",
+    "AdroitHand": "adroit",
+    "FrankaKitchen": "kitchen",
+    "MiniGrid": "minigrid",
+    "BabyAI": "minigrid",
+    "ALE/": "atari",
+}
 
 # Ids with the task's and the level's name in them, and the version of the D4RL sets that have both.
 NAMESAKES = {
@@ -161,18 +174,26 @@ def family_of(env_id: str | None) -> str:
     """Family of a Gymnasium environment, for per-family settings; `unknown` when it is none of ours."""
     name = (env_id or "").rsplit(":", 1)[-1]
     base = name.rsplit("-v", 1)[0]
-    starts = {
-        "AntMaze": "antmaze",
-        "PointMaze": "maze2d",
-        "AdroitHand": "adroit",
-        "FrankaKitchen": "kitchen",
-        "MiniGrid": "minigrid",
-        "BabyAI": "minigrid",
-        "ALE/": "atari",
-    }
     if base in GYM_MUJOCO:
         return "gym-mujoco"
-    return next((family for start, family in starts.items() if name.startswith(start)), "unknown")
+    return next((family for start, family in FAMILIES.items() if name.startswith(start)), "unknown")
+
+
+def check_family(family: str) -> None:
+    """Raise OffrlError, with the nearest known one, for a family that no dataset of the catalogue or the forge has."""
+    known = {entry.family for entry in d4rl().values()} | set(FAMILIES.values())
+    known |= {"gym-mujoco", "noisy-mujoco", "ogbench", "tabular", "unknown"}
+    if family not in known:
+        close = difflib.get_close_matches(family.lower(), known, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
+        raise OffrlError(f"family={one_line(family)} is no family of datasets; {hint}")
+
+
+def names_environment(dataset: str) -> bool:
+    """Whether a dataset's id tells of an environment; a file, a folder, and data in memory may name none."""
+    if entry := d4rl().get(dataset) or minari().get(dataset):
+        return entry.env_id is not None
+    return dataset.startswith("forge/") or bool(parse(dataset) or D4RL_MIXTURE.fullmatch(dataset))
 
 
 def entry_of_file(path: Path) -> D4RLEntry | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offrl.data.catalogue import check_family
 from offrl.data.dataset import Bound, DatasetInfo
 from offrl.utils.errors import OffrlError
 from offrl.utils.locks import READ_ONLY
@@ -48,10 +49,14 @@ class ReadOptions:
     def __post_init__(self) -> None:
         if self.semantics not in ("exact", "d4rl"):
             raise OffrlError(f"semantics={self.semantics!r} is unknown; use 'exact' or 'd4rl'.")
-        if self.action_bound is not None and not self.action_bound > 0:
-            raise OffrlError(f"action_bound={self.action_bound} must be positive; leave it out to use [-1, 1].")
+        if self.action_bound is not None and not 0 < float32(self.action_bound) < np.inf:
+            raise OffrlError(
+                f"action_bound={self.action_bound} must be positive and finite as float32; leave it out to use [-1, 1]."
+            )
         if self.action_bound is not None and (self.action_low is not None or self.action_high is not None):
             raise OffrlError("action_bound is short for action_low and action_high; give one or the other.")
+        if self.family is not None:
+            check_family(self.family)
 
     def changed(self) -> dict[str, Any]:
         """The options that are not the default, as JSON has them."""
@@ -62,6 +67,12 @@ class ReadOptions:
             for name, value in values.items()
             if value != default[name]
         }
+
+
+def float32(value: float) -> float:
+    """What is left of a number as float32, as data and networks have it: infinity from about 3.4e38 on, 0 below 1e-45."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(value))
 
 
 def check_read_already(options: ReadOptions, where: str, read_with: Mapping[str, Any] | None = None) -> None:
@@ -99,6 +110,26 @@ def check_dtype(key: str, dtype: np.dtype, where: str) -> None:
     if dtype.kind not in "fiub":
         name = "object" if dtype.kind == "O" else str(dtype)
         raise OffrlError(f"{where}: {key} has dtype {name}; store it as plain numbers (float32, int64 or bool).")
+
+
+def as_array(key: str, value: Any, where: str) -> np.ndarray:
+    """A caller's array, nested list or tensor (of any device, bfloat16 as float32) as a numpy array.
+
+    Raises:
+        OffrlError: rows of different shapes or kinds, such as `(observation, info)` or None among observations.
+    """
+    try:
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) and isinstance(value[0], Tensor):
+            return np.stack([as_array(key, row, where) for row in value])
+        if not isinstance(value, Tensor):
+            return np.asarray(value)
+        tensor = value.detach().cpu()
+        narrow = tensor.is_floating_point() and tensor.element_size() < 4
+        return (tensor.float() if narrow else tensor).numpy()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise OffrlError(
+            f"{where}: {key} has dtype object; store it as plain numbers (float32, int64 or bool), each row of the same shape."
+        ) from error
 
 
 def check_length(key: str, length: int, expected: int, where: str) -> None:

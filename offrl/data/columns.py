@@ -117,7 +117,8 @@ def read_rows(source: Source, info: DatasetInfo, successors: bool = True) -> tup
     read = {column: _read_flags(source, names) for column, names in found.items() if names}
     low, high = (source.array(key) if key in keys else None for key in ("action_low", "action_high"))
     if low is not None or high is not None:
-        info = replace(info, **bounds(low, high, where))
+        width = widths["actions"] if source.described("actions")[1].kind == "f" else None
+        info = replace(info, **bounds(low, high, where, width))
     if "discrete_action" in keys and info.discrete is None:
         indices = bool(np.asarray(source.array("discrete_action")).any())
     else:

@@ -22,6 +22,17 @@ from offrl.data.batch import Batch, WindowBatch
 from offrl.utils.errors import OffrlError
 
 Bound = float | tuple[float, ...]
+MADE_UP = "made_up_terminal_successors"  # of provenance: whether the source has no successors where episodes terminate
+
+
+def is_constant(rewards: Tensor) -> Tensor:
+    """Whether rewards `[..., N]` are the same up to float32 rounding, `[...]` bool.
+
+    A few roundings of a product or sum are some 1e-7 of the largest magnitude each, hence 1e-6 of it. The range is
+    compared and not the standard deviation, which is tiny where few of many rewards differ, too.
+    """
+    low, high = (extreme.double() for extreme in torch.aminmax(rewards, dim=-1))
+    return high - low <= 1e-6 * torch.maximum(low.abs(), high.abs())
 
 
 def _bound(value: Any) -> Bound:
@@ -222,13 +233,8 @@ class OfflineDataset:
 
     @property
     def constant_rewards(self) -> bool:
-        """Whether all rewards are the same up to float32 rounding, so that a scale of them would be that of noise.
-
-        A few roundings of a product or sum are some 1e-7 of the largest magnitude each, hence 1e-6 of it. The range is
-        compared and not the standard deviation, which is tiny where few of many rewards differ, too.
-        """
-        low, high = (float(extreme) for extreme in torch.aminmax(self.rewards))
-        return high - low <= 1e-6 * max(abs(low), abs(high))
+        """Whether all rewards are the same up to float32 rounding, so that a scale of them would be that of noise."""
+        return bool(is_constant(self.rewards))
 
     @cached_property
     def initial_observations(self) -> Tensor:
@@ -259,6 +265,20 @@ class OfflineDataset:
         nxt[last] = torch.where(tail, self.tail_actions, self.actions[last])
         known[last] = self.has_tail
         return nxt, known
+
+    @property
+    def known_successors(self) -> Tensor | None:
+        """`[n]` int64: the rows whose successor was recorded; None: all of them.
+
+        A source without them says nothing of the state in which an episode terminates. What stands there is made up, and only
+        the mask keeps it from bootstrapping: a model of the environment must not learn it.
+        """
+        if not self.info.provenance.get(MADE_UP):
+            return None
+        last = self.offsets[1:] - 1
+        known = torch.ones(len(self), dtype=torch.bool, device=self.device)
+        known[last] = (self.terminations[last] == 0) | self.has_tail
+        return known.nonzero()[:, 0]
 
     # ---- gathers ----------------------------------------------------------------------------------------------
 
@@ -395,4 +415,6 @@ def concatenate(datasets: list[OfflineDataset], info: DatasetInfo | None = None)
         low = np.minimum.reduce(np.broadcast_arrays(*(d.info.action_low for d in datasets)))
         high = np.maximum.reduce(np.broadcast_arrays(*(d.info.action_high for d in datasets)))
         info = replace(info, action_low=_bound(low), action_high=_bound(high))
+    if any(dataset.info.provenance.get(MADE_UP) for dataset in datasets):
+        info = replace(info, provenance=info.provenance | {MADE_UP: True})
     return OfflineDataset(**tensors, offsets=offsets, info=info)

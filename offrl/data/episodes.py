@@ -11,6 +11,9 @@
     (here they become tails), and without `timeouts` the horizon's counter starts at 1 after a termination, so that
     it cuts one step early.
 
+Successors that are made up this way are noted in `info.provenance` (`OfflineDataset.known_successors`), so that no model of the
+environment learns them.
+
 In both, a termination is what the file calls `terminals` (`offrl.data.columns` has the other names), also where the same
 row is a timeout; a time limit alone never is one. Episodes end at either (`offrl.data.ends`), except where a family's
 files mean something else: AntMaze's terminals say "at the goal" while the trajectory goes on, so that only timeouts end
@@ -28,7 +31,7 @@ import torch
 from offrl.data.actions import check_actions, looks_discrete
 from offrl.data.checks import ReadOptions, check_finite, empty, with_notices
 from offrl.data.columns import Rows
-from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.dataset import MADE_UP, DatasetInfo, OfflineDataset
 from offrl.data.ends import find_ends
 from offrl.utils.errors import OffrlError
 
@@ -108,6 +111,8 @@ def to_store(rows: Rows, info: DatasetInfo, options: ReadOptions, where: str) ->
     keep = torch.from_numpy(alive)
     finished = torch.ones(len(ends), dtype=torch.bool)
     finished[-1] = found.complete
+    if not stored and bool((terminated & ~tail).any()):
+        info = replace(info, provenance=info.provenance | {MADE_UP: True})
     counts = {
         "semantics": options.semantics,
         "rows_in_file": rows_in_file,

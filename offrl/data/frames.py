@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from offrl.data.arrays import from_arrays
-from offrl.data.checks import ReadOptions, flags
+from offrl.data.checks import ReadOptions, as_array, flags
 from offrl.data.columns import FLAGS
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.utils.errors import OffrlError
@@ -32,6 +32,8 @@ def from_episodes(
         OffrlError: a missing key, lengths that differ within an episode or widths between them, flags other than 0 and 1
             or that end an episode before its last step, `dones`, `masks` or the like, or bad numbers.
     """
+    if isinstance(episodes, Mapping) or not isinstance(episodes, Iterable):
+        raise OffrlError(f"episodes is of type {type(episodes).__name__}; give a list of dictionaries, one an episode.")
     parts = [_episode(number, episode) for number, episode in enumerate(episodes)]
     if not parts:
         raise OffrlError("episodes is empty; give at least one episode.")
@@ -49,12 +51,22 @@ def from_episodes(
 def _episode(number: int, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The columns of one episode."""
     where = f"episode {number}"
+    if not isinstance(episode, Mapping):
+        raise OffrlError(
+            f"{where} is of type {type(episode).__name__}; give a dictionary with observations, actions and rewards."
+        )
     if missing := [key for key in ("observations", "actions", "rewards") if key not in episode]:
         raise OffrlError(
             f"{where}: missing {' and '.join(missing)}; each episode needs observations, actions and rewards."
         )
     _refuse_unread(episode, where)
-    observations, actions, rewards = (np.asarray(episode[key]) for key in ("observations", "actions", "rewards"))
+    observations, actions, rewards = (
+        as_array(key, episode[key], where) for key in ("observations", "actions", "rewards")
+    )
+    if not (observations.ndim and actions.ndim and rewards.ndim):
+        raise OffrlError(
+            f"{where}: observations, actions or rewards is a single value; give one row for each step of the episode."
+        )
     steps = len(rewards)
     if steps == 0 or len(actions) != steps or len(observations) not in (steps, steps + 1):
         raise OffrlError(
@@ -90,7 +102,7 @@ def _flagged(kind: str, episode: Mapping[str, Any], steps: int, where: str) -> b
     for name in FLAGS[kind]:
         if name not in episode:
             continue
-        array = flags(name, np.atleast_1d(np.asarray(episode[name])), where)
+        array = flags(name, np.atleast_1d(as_array(name, episode[name], where)), where)
         if len(array) not in (1, steps):
             raise OffrlError(
                 f"{where}: {name} has {len(array)} rows; give one flag, or one for each of its {steps} steps."
@@ -128,6 +140,10 @@ def from_frame(
     Raises:
         OffrlError: a column that the frame lacks, or what `from_arrays` refuses.
     """
+    if hasattr(frame, "collect"):
+        raise OffrlError("the frame is a lazy one, which holds no numbers yet; give frame.collect().")
+    if not hasattr(frame, "columns"):
+        raise OffrlError(f"frame is of type {type(frame).__name__}; give a frame of pandas or polars.")
     names = [str(name) for name in frame.columns]
     lists = {"observations": observations, "actions": actions, "rewards": rewards, "terminals": terminals}
     lists |= {"timeouts": timeouts, "episode": episode}

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from offrl.data.arrays import from_arrays, info_json
-from offrl.data.cache import write_flat
+from offrl.data.cache import read_flat, write_flat
 from offrl.data.checks import ReadOptions
-from offrl.data.dataset import OfflineDataset
+from offrl.data.dataset import MADE_UP, OfflineDataset
 from offrl.data.lane_tasks import LaneTasks
 from offrl.data.minari import data_folder, local_folder, read_minari
 from offrl.utils.errors import OffrlError, one_line
@@ -70,13 +71,17 @@ def _keep(store: OfflineDataset, options: ReadOptions | None = None) -> str:
         raise OffrlError("dataset has a task for each lane; give its id with data.tasks instead.")
     if options is not None and (changed := options.changed()):
         store = store.with_info(provenance=store.info.provenance | {READ_WITH: changed})
-    digest = hashlib.blake2b(f"{store.fingerprint}{info_json(store.info)}".encode(), digest_size=6).hexdigest()
+    facts = {
+        key: value for key, value in store.info.provenance.items() if key != MADE_UP
+    }  # earlier versions noted none
+    text = f"{store.fingerprint}{info_json(replace(store.info, provenance=facts))}"
+    digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
     if store.info.id == "arrays":
         store = store.with_info(id=f"arrays-{digest[:8]}")  # two of them are two datasets in a report
     parts = (re.sub(r"[^\w.+-]+", "_", part).strip(".") for part in store.info.id.split("/"))
     name = f"given/{digest}/{'/'.join(filter(None, parts)) or 'data'}"
     path = path_of(name)
-    if not path.exists():
+    if not path.exists() or (MADE_UP in store.info.provenance and not _notes_made_up(path)):
         try:
             write_flat(store, path)
         except OSError as error:
@@ -85,6 +90,14 @@ def _keep(store: OfflineDataset, options: ReadOptions | None = None) -> str:
                 f"{path} can't be written ({reason}), where data of a run is kept; set OFFRL_HOME to a folder with room."
             ) from error
     return name
+
+
+def _notes_made_up(path: Path) -> bool:
+    """Whether a kept file says that its terminal successors are made up; False also where it can't be read."""
+    try:
+        return MADE_UP in read_flat(path).info.provenance
+    except OffrlError:
+        return False
 
 
 def _of_minari(dataset: Any, options: ReadOptions) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offrl.data import partial
 from offrl.data.batch import Batch
-from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.dataset import DatasetInfo, OfflineDataset, is_constant
 from offrl.data.ogbench_names import parse
 from offrl.utils.errors import OffrlError
 
@@ -56,6 +56,11 @@ class LaneTasks(OfflineDataset):
             f"{self.info.id}: with data.tasks each lane has rewards of its own, so that samplers, methods and options that "
             "look at returns can't be used; train one task at a time with data.task."
         )
+
+    @property
+    def constant_lane_rewards(self) -> Tensor:
+        """`[lanes]` bool: `constant_rewards` of each lane's task."""
+        return is_constant(self.lane_rewards)
 
     def transitions(self, index: Tensor, fields: tuple[str, ...] = ()) -> Batch:
         """As of any dataset, with the rewards and masks of each lane's task.

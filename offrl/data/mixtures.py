@@ -36,7 +36,7 @@ def d4rl_mixture(name: str, load: Callable[[str], OfflineDataset]) -> OfflineDat
     mixture, manifest = build_mixture(good, bad, float(match[3]))
     summary = {key: value for key, value in manifest.items() if key != "episodes"}
     source = f"{good.info.source} and {bad.info.source}"
-    return mixture.with_info(id=name, source=source, provenance=good.info.provenance | {"mixture": summary})
+    return mixture.with_info(id=name, source=source, provenance=mixture.info.provenance | {"mixture": summary})
 
 
 def build_mixture(

@@ -304,6 +304,8 @@ def _literal(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(_literal(v) for v in value) + "]"
+    if isinstance(value, Mapping):  # in a list: others are dotted keys
+        return "{" + ",".join(f"{key}:{_literal(v)}" for key, v in value.items()) + "}"
     if isinstance(value, (str, Path)):
         # In Hydra's quotes a quote, and backslashes in front of one, are escaped; everything else stands for itself.
         escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,10 @@ def finetune(folder: Path | str, changes: Mapping[str, Any] | None = None, confi
     with _locked(new):
         if done := done_before(job):
             return done
-        if job.train.fresh or not (new / checkpoint.NAME).exists():
-            _take_over(folder, new, job)
-            job.train.fresh = False
-        return Trainer(job, new).run()
+        fresh, begins = job.train.fresh, job.train.fresh or not (new / checkpoint.NAME).exists()
+        job.train.fresh = False
+        take_over = folder, partial(_take_over, folder, new, job, fresh)
+        return Trainer(job, new, source=folder).run(take_over if begins else None)
 
 
 def _is_fine_tuned(folder: Path, values: Mapping[str, Any]) -> bool:
@@ -94,7 +95,7 @@ def _job(folder: Path, values: dict[str, Any], changes: dict[str, Any], config_d
     return resolve_config({**values, "agent": agent}, trusted=False)
 
 
-def _take_over(folder: Path, new: Path, job: RunConfig) -> None:
+def _take_over(folder: Path, new: Path, job: RunConfig, fresh: bool) -> None:
     """Copy rows and checkpoint of the offline half, the checkpoint last: without it the copy begins again.
 
     What an earlier fine-tuning left in the folder is removed before, its checkpoint ahead of the rows that this needs.
@@ -113,7 +114,7 @@ def _take_over(folder: Path, new: Path, job: RunConfig) -> None:
         path.name: _renamed(_rows_until(read_bytes(path, "restore it", MOST_BYTES), kept.step, path), names)
         for path in paths
     }
-    _clear(new, job.train.fresh)
+    _clear(new, fresh)
     for name, data in copies.items():
         (new / name).with_suffix(".parquet").unlink(missing_ok=True)
         with replacing(new / name) as temporary:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from numpy.typing import NDArray
 
 from offrl.agents.base import Agent
+from offrl.utils.errors import OffrlError
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Hooks:
 
     on_evaluation: Callable[[Evaluation], object] | None = None
     on_checkpoint: Callable[[int, Path], object] | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if (given := getattr(self, f.name)) is not None and not callable(given):
+                raise OffrlError(f"{f.name} is of type {type(given).__name__}; give a function that the run can call.")
 
     def evaluated(self, evaluation: Evaluation) -> None:
         if self.on_evaluation:

@@ -5,29 +5,27 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from offrl.agents.base import Agent
 from offrl.agents.history import HistoryConfig
 from offrl.augment.base import Augmentation, augmentation_config
-from offrl.data.catalogue import d4rl, namesake
+from offrl.data.catalogue import d4rl, names_environment, namesake
 from offrl.data.given import plain_name
 from offrl.data.ogbench_names import of_file, parse
 from offrl.envs.chosen import import_environment
 from offrl.sampling import sampler_config
+from offrl.training.checks import check_rewards, check_tasks, check_train
 from offrl.training.online_config import add_all, add_table, check_online, check_row
 from offrl.training.schema import TABLED, DataConfig, TrainConfig
 from offrl.utils.errors import OffrlError
-from offrl.utils.memory import require_bytes
 from offrl.utils.paths import conf_dir
 from offrl.utils.settings import (
     FREE,
@@ -37,6 +35,7 @@ from offrl.utils.settings import (
     canonical,
     check_lane_lists,
     check_least,
+    check_repeated_seeds,
     chosen_settings,
     class_in,
     from_target,
@@ -47,14 +46,7 @@ from offrl.utils.settings import (
     trusting,
 )
 
-RARE = (
-    "mask",
-    "flicker",
-    "action_low",
-    "action_high",
-    "family",
-)  # options of `data` that are written down only where they are set
-MOST_LANES = 65_536  # each has random generators of its own, which are made one by one
+RARE = ("mask", "flicker", "action_low", "action_high", "family")  # of `data`: written down only where they are set
 
 
 @dataclass
@@ -87,6 +79,12 @@ class RunConfig:
         online = "online" if self.train.online.steps else ""
         history = history_config(self.history, lanes).label if self.history else ""
         return "+".join(filter(None, (self.agent_name, history, cls.label(cfg), augmentation, online)))
+
+    @property
+    def ends_rollouts(self) -> bool:
+        """Whether a model's rollouts terminate as in the environment of `eval.env`: the dataset's name tells of none."""
+        modelled = bool(self.augment) and target_class(self.augment, Augmentation, "augment").has_dynamics
+        return modelled and not names_environment(self.train.dataset)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is kept with the run; `resolve_config` reads it back."""
@@ -122,7 +120,8 @@ class RunConfig:
         settings = {k: v for k, v in whole.items() if k not in FREE | NAMES}
         if self.train.online.steps:
             settings["updates"] = self.train.updates  # they say where the online phase begins
-        settings |= {k: v for k, v in training_environment(whole).items() if v}  # usual ones: runs keep their hash
+        environment = training_environment(whole, self.ends_rollouts)
+        settings |= {k: v for k, v in environment.items() if v}  # usual ones: runs keep their hash
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
 
     def folder(self) -> Path:
@@ -186,7 +185,7 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
             agent.setdefault(key, value)
     add_all(online, always_online, cls.Config, agent)
     train = build(TrainConfig, {**values, "data": given_data, "online": online}, others=groups)
-    _check_train(train)
+    check_train(train)
     lanes = len(train.lane_seeds())
     agent = resolved(agent, agent_config(agent)[1])
     sampler.setdefault("_target_", "offrl.sampling.Uniform")
@@ -204,7 +203,10 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
         history = _resolved_history(history, train, augment)
     _check_common(common)
     check_online(train, cls.Config, agent, augment)
-    _check_tasks(train, sampler, bool(augment))
+    check_tasks(train, sampler, bool(augment))
+    check_rewards(train.data, cls, name)
+    if is_trusted():  # a run that stands in a file may go on
+        check_repeated_seeds(train.lane_seeds(), [agent, sampler, augment, history, train.data.tasks])
     if train.eval.env and is_trusted():  # a file's is not imported
         import_environment(train.eval.env)
     return RunConfig(train, agent, sampler, augment, history, name, rows)
@@ -343,73 +345,6 @@ def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(settings, Mapping | None):
         raise OffrlError(f"{name}={settings} should be a table of settings, not a single value.")
     return dict(settings or {})
-
-
-def _check_train(train: TrainConfig) -> None:
-    if not train.dataset:
-        raise OffrlError("dataset is empty; name one with dataset=ID, `offrl data list` shows the known ones.")
-    positive = ("batch_size", "lanes", "updates_per_launch", "log_every", "checkpoint_every", "threads")
-    least = dict.fromkeys(positive, 1) | {"eval.workers": 1, "eval.slots": 1}
-    least["updates"] = 0 if train.online.steps else 1
-    least["eval.max_episode_steps"] = 1
-    least |= dict.fromkeys(("eval.every", "eval.episodes", "eval.final_episodes", "eval.seed"), 0)
-    for key, smallest in least.items():
-        value = attrgetter(key)(train)
-        if value is not None and value < smallest:
-            raise OffrlError(f"{key}={value} should be at least {smallest}.")
-    _check_sizes(train)
-    if train.eval.asynchronous and train.online.steps:
-        raise OffrlError(
-            "eval.asynchronous=true goes with offline updates alone, since an online phase steps environments itself; give "
-            "eval.asynchronous=false."
-        )
-    if any(not -(2**63) <= seed < 2**63 for seed in train.lane_seeds()):
-        raise OffrlError("a seed should be a number of at most 63 bits.")
-    if train.seeds and len(train.seeds) != train.lanes:
-        if train.lanes != 1:
-            raise OffrlError(f"seeds has {len(train.seeds)} values for lanes={train.lanes}; give one per lane.")
-        train.lanes = len(train.seeds)
-
-
-def _check_tasks(train: TrainConfig, sampler: Mapping[str, Any], augmented: bool) -> None:
-    """Raise OffrlError where a task for each lane does not go with the other settings."""
-    tasks = train.data.tasks
-    if tasks is None:
-        return
-    if train.data.task is not None:
-        raise OffrlError("data.task is one task for all lanes, data.tasks one for each; leave out one of them.")
-    if train.eval.env:
-        raise OffrlError("data.tasks has an environment for each lane; leave out eval.env.")
-    if train.online.steps:
-        raise OffrlError(
-            "data.tasks has an environment for each lane, and an online phase steps one environment in all of them; train one "
-            "task at a time with data.task."
-        )
-    if len(tasks) != train.lanes:
-        raise OffrlError(f"data.tasks={tasks} has {len(tasks)} tasks for lanes={train.lanes}; give one per lane.")
-    if augmented or not str(sampler["_target_"]).endswith(".Uniform"):
-        raise OffrlError(
-            "data.tasks goes with sampler=uniform and without an augmentation, since each lane has rewards of its own; train "
-            "one task at a time with data.task."
-        )
-
-
-def _check_sizes(train: TrainConfig) -> None:
-    """Raise OffrlError for numbers that no machine can serve, before anything of that size is made."""
-    most = max(256, 4 * (os.cpu_count() or 1))
-    for key in ("threads", "eval.workers"):
-        if (value := attrgetter(key)(train) or 1) > most:
-            raise OffrlError(f"{key}={value} is more than {most}; this machine has {os.cpu_count()} cores.")
-    if train.updates_per_launch > 10_000:
-        raise OffrlError(f"updates_per_launch={train.updates_per_launch} should be at most 10000.")
-    lanes = len(train.seeds) if train.seeds else train.lanes
-    # Of a row its number, reward, end, and a number each of observation, action and successor; of an episode as much.
-    require_bytes(32 * lanes * train.batch_size, f"lanes={lanes} with batch_size={train.batch_size}")
-    if lanes > MOST_LANES:
-        raise OffrlError(f"lanes={lanes} should be at most {MOST_LANES}; share the seeds out among several runs.")
-    for key in ("eval.episodes", "eval.final_episodes", "eval.slots"):
-        if value := attrgetter(key)(train):
-            require_bytes(32 * value * (1 if key == "eval.slots" else lanes), f"{key}={value}")
 
 
 def history_config(settings: Mapping[str, Any], lanes: int) -> HistoryConfig:

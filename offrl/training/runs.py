@@ -26,14 +26,17 @@ from offrl.envs.chosen import with_environment
 from offrl.training.answered import is_answered
 from offrl.training.compose import choice_file, choices
 from offrl.training.records import ManifestRecord, ResultRecord, RunRecord, SpecRecord, score_name
-from offrl.training.run_config import RunConfig, agent_config, history_config
+from offrl.training.run_config import RARE, RunConfig, agent_config, history_config
 from offrl.training.schema import DataConfig, EvalConfig, TrainConfig
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
 from offrl.utils.memory import counting_parameters, require_bytes
+from offrl.utils.process import pick_device
 from offrl.utils.settings import FREE, NAMES, canonical, class_in, lane_lists, training_environment, trusting
 
+# Options that change no number of a training either. They are part of a run's hash, so that runs of before keep theirs.
+UNCOMPARED = ("data.cache", "online.eval_every")
 RECORDED_IN = "recorded_in"  # key of a dataset's provenance: its own environment, where `eval` gives another one
 
 
@@ -73,8 +76,13 @@ def _check_same(job: RunConfig, folder: Path) -> None:
         return
     kept: RunRecord = checkpoint.metadata(path, RunRecord)
     now = json.loads(json.dumps(job.to_dict()))
-    before, after = (_flat(values) for values in (kept.config, now))
+    before, after = (_flat(values, job.ends_rollouts and not _names_environment(kept)) for values in (kept.config, now))
     before["seeds"], after["seeds"] = kept.spec.seeds, job.train.lane_seeds()
+    for flat in (before, after):  # what is written down only where it is set has its default elsewhere
+        for name in RARE:
+            flat.setdefault(f"data.{name}", getattr(DataConfig(), name))
+        for key in UNCOMPARED:
+            flat.pop(key, None)
     for key in sorted(before.keys() & after.keys()):
         if before[key] != after[key]:
             raise OffrlError(
@@ -90,13 +98,44 @@ def _check_same(job: RunConfig, folder: Path) -> None:
         )
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def check_data(folder: Path, kept: RunRecord, fingerprint: str, spec: Spec, dataset: str) -> None:
+    """Raise OffrlError where a run was made on other data than there is now: other numbers, or numbers of other actions.
+
+    Args:
+        kept: what the run's checkpoint says; `fingerprint`, `spec`: of the data now; `dataset`: its name.
+    """
+    before, now = kept.spec.model_dump(exclude={"seeds"}), _spec_to(spec)
+    if spec.discrete and kept.spec.discrete:  # which have no bounds
+        before |= {name: now[name] for name in ("action_low", "action_high")}
+    # One bound stands for as many equal ones.
+    spread = {
+        key: (np.resize(before[key], before["action_dim"]), np.resize(now[key], spec.action_dim)) for key in before
+    }
+    other = [key for key, (mine, theirs) in spread.items() if not np.array_equal(mine, theirs)]
+    if kept.fingerprint == fingerprint and not other:
+        return
+    what = f" ({other[0]} {before[other[0]]}, now {now[other[0]]})" if other else ""
+    raise OffrlError(
+        f"{folder}: the run was made on other data than {dataset} holds now{what}; restore the dataset, or start over with "
+        "fresh=true."
+    )
+
+
+def _names_environment(kept: RunRecord) -> bool:
+    """Whether a run's dataset is known to name an environment of its own, whatever `eval.env` says."""
+    options = kept.config.get("eval")
+    given = isinstance(options, Mapping) and options.get("env")
+    return RECORDED_IN in kept.info.provenance or (kept.info.env_id is not None and not given)
+
+
+def _flat(config: Mapping[str, Any], ends_rollouts: bool) -> dict[str, Any]:
     """Settings that change a training's numbers, seeds apart, by dotted key.
 
-    `augment`, `history` and `online` say whether there is one; the environment counts where an online phase learns in it.
+    `augment`, `history` and `online` say whether there is one; the environment counts where an online phase learns in it, or a
+    model's rollouts end as in it.
     """
     flat: dict[str, Any] = {name: bool(config.get(name)) for name in ("augment", "history", "online")}
-    flat |= training_environment(config)
+    flat |= training_environment(config, ends_rollouts)
     for key, value in config.items():
         if key == "updates" and config.get("online"):  # they say where the online phase begins
             flat[key] = value
@@ -172,12 +211,12 @@ def load_agent(folder: Path | str, device: str = "cpu", trust: bool = False) -> 
         raise OffrlError(
             f"load_agent takes the folder of a run, such as result.folder of fit's result, and not {type(folder).__name__}."
         )
-    path = Path(folder)
+    path, place = Path(folder), str(pick_device(device))
     path = path if path.is_file() else path / checkpoint.NAME
     kept: RunRecord
     tensors, kept = checkpoint.load(path, RunRecord)
     with trusting(trust):
-        agent = make_agent(kept.config["agent"], _spec_from(kept.spec, device), kept.config.get("history"))
+        agent = make_agent(kept.config["agent"], _spec_from(kept.spec, place), kept.config.get("history"))
     restore_agent(agent, tensors, path)
     agent.random.step.fill_(kept.step)
     agent.lane_scores = _lane_scores(path.parent, kept.step, agent.spec.lanes)

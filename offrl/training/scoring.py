@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,36 @@ def evaluate(agent: Agent, info: DatasetInfo, options: EvalConfig) -> Episodes:
 
 
 def _with_config(run: Path, options: EvalConfig) -> EvalConfig:
-    """The options with the environment that earlier evaluations of a run took, where none is given."""
-    if options.env:
-        return options
+    """The options with what earlier evaluations of a run took for its task, unless another environment is given."""
     try:
-        kept = read_config(_folder(run)).get("eval") or {}
+        kept = _task_of(read_config(run_folder(run)))
     except OffrlError:
         return options
-    env = kept.get("env")
-    if not isinstance(env, str) or not isinstance(kept.get("env_kwargs") or {}, dict):
+    if options.env and options.env != kept.get("env"):
         return options
-    return replace(options, env=env, env_kwargs={**(kept.get("env_kwargs") or {}), **(options.env_kwargs or {})})
+    given = {key: value for key in TASK if (value := getattr(options, key)) is not None}
+    together = {**(kept.get("env_kwargs") or {}), **(options.env_kwargs or {})}
+    return replace(options, **{**kept, **given, "env_kwargs": together or None})
 
 
-def _folder(run: Path) -> Path:
+def _task_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run's `eval` that say what its episodes and their scores are, as far as they are of their type; with
+    `data.tasks` the lanes have environments of their own."""
+    kept, data = config.get("eval"), config.get("data")
+    if not isinstance(kept, dict) or (isinstance(data, dict) and data.get("tasks")):
+        return {}
+    number = int | float
+    types: dict[str, Any] = {
+        "env": str,
+        "env_kwargs": dict,
+        "max_episode_steps": int,
+        "ref_min": number,
+        "ref_max": number,
+    }
+    return {key: kept[key] for key in TASK if isinstance(kept.get(key), types[key])}
+
+
+def run_folder(run: Path) -> Path:
     """The run's folder of a checkpoint's file."""
     if not run.is_file():
         return run
@@ -77,12 +94,13 @@ def _folder(run: Path) -> Path:
 def keep(run: Path, options: EvalConfig, seeds: list[int], info: DatasetInfo, played: Episodes) -> str:
     """Append what `evaluate` returned to the run's rows; returns what was done, in a sentence.
 
-    Episodes that are there already (same update, lane and environment seed) are not added twice, and neither are those of
-    another environment than the run's rows have: a report would mix them.
+    Episodes that are there already (same update, lane and environment seed) are not added twice. Those of another task than
+    the run's rows are of (another environment, other arguments of it, time limit or references) are never added: a report
+    would mix them.
     """
     import polars as pl
 
-    folder = _folder(run)
+    folder = run_folder(run)
     try:
         config = read_config(folder)
         record: RunRecord = checkpoint.metadata(run if run.is_file() else run / checkpoint.NAME, RunRecord)
@@ -92,6 +110,8 @@ def keep(run: Path, options: EvalConfig, seeds: list[int], info: DatasetInfo, pl
             envs = {one.env_id for one in lane_infos(info, len(seeds))}
             if known and not envs <= known:
                 return f"not kept: the run's rows are of {', '.join(sorted(known))}"
+            if known and (other := _other_task(record.info, config, info)):
+                return f"not kept: {other}"
             old = there.filter(pl.col("step") == record.step)
             lanes = old.partition_by("lane")
             done = set.intersection(*(set(lane["eval_seed"]) for lane in lanes)) if lanes else set()
@@ -99,13 +119,30 @@ def keep(run: Path, options: EvalConfig, seeds: list[int], info: DatasetInfo, pl
             if new:
                 _append(folder, config, record, seeds, info, played, new)
                 _sum_up(folder, record.step, len(seeds))
-            if not known and options.env and not config.get("online"):  # the next evaluation plays there, too
-                chosen = {key: value for key, value in asdict(options).items() if key in TASK}
+            given = any(getattr(options, key) is not None for key in TASK)
+            if not known and given and not config.get("online"):  # the next evaluation is of this task, too
+                whole = _with_config(run, options)
+                chosen = {key: getattr(whole, key) for key in TASK}
                 write_json(folder / "config.json", {**config, "eval": {**(config.get("eval") or {}), **chosen}})
     except OffrlError as error:
         return f"not kept: {error}"
     before = f" ({len(played.seeds) - len(new)} were there)" if len(new) < len(played.seeds) else ""
     return f"{len(new)} new episodes a lane kept in {folder}{before}, where `offrl report` reads them"
+
+
+def _other_task(recorded: DatasetInfo, config: dict[str, Any], played: DatasetInfo) -> str:
+    """What differs between the task of a run's rows and the one that was played; nothing where they are the same.
+
+    Args:
+        recorded: the dataset's info in the run's checkpoint.
+        config: of the run.
+    """
+    scored = evaluation_info(recorded, EvalConfig(**_task_of(config)))
+    for key in ("env_kwargs", "max_episode_steps", "ref_min", "ref_max"):
+        theirs, ours = (json.loads(json.dumps(getattr(one, key), default=str)) for one in (scored, played))
+        if theirs != ours:
+            return f"the run's rows were scored with {key}={theirs}, these episodes with {ours}"
+    return ""
 
 
 def _append(

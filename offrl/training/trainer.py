@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from offrl.training.runs import (
     Result,
     _spec_to,
     as_recorded,
+    check_data,
     done_before,
     located,
     make_agent,
@@ -90,14 +91,14 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
 
 
 class Trainer:
-    """One run, from its last checkpoint (if there is one) to its last update."""
+    """One run, from its last checkpoint (if there is one) to its last update; `source`: of the run that it goes on from."""
 
-    def __init__(self, job: RunConfig, folder: Path, hooks: Hooks | None = None) -> None:
+    def __init__(self, job: RunConfig, folder: Path, hooks: Hooks | None = None, source: Path | None = None) -> None:
         self.job, self.cfg, self.folder, self.hooks = job, job.train, folder, hooks or Hooks()
         tune_process(self.cfg.threads)
         self.device = pick_device(self.cfg.device)
         names = [self.cfg.dataset, *further_datasets(job.sampler)]
-        found = [located(name, folder) for name in names]
+        found = [located(located(name, folder), source or folder) for name in names]
         self.files = {name: str(Path(path).absolute()) for name, path in zip(names, found) if Path(path).exists()}
         parts = [read_data(replace(self.cfg, dataset=path), self.device) for path in found]
         recorded = parts[0] if len(parts) == 1 else concatenate(parts)
@@ -160,11 +161,15 @@ class Trainer:
 
     # ---- the run ----------------------------------------------------------------------------------------------
 
-    def run(self) -> Result:
+    def run(self, take_over: tuple[Path, Callable[[], None]] | None = None) -> Result:
+        """The result; `take_over`: the folder whose checkpoint it begins with, and what copies it here once all is checked."""
         # A missing simulator shows before the first update.
         self.evaluations = Evaluations(self.cfg, self.store.info, self.spec, self._keep_evaluation)
         check_tracker(self.cfg.tracker)
-        resumed = self._restore()
+        resumed = self._restore(take_over[0] if take_over else self.folder)
+        if take_over:
+            take_over[1]()
+            self._describe()  # at once, so that whatever fails from here on leaves a run that can be resumed
         if resumed:
             check_rows(self.folder, self.step, needed=True)
             if self.online and self.kept_online:
@@ -361,21 +366,17 @@ class Trainer:
             self.synthetic.sweep()
         self.hooks.saved(self.step, self.folder / checkpoint.NAME)
 
-    def _restore(self) -> bool:
-        """Take up the last checkpoint; False when there is none, or the run is to start over.
+    def _restore(self, folder: Path) -> bool:
+        """Take up a folder's last checkpoint; False when there is none, or the run is to start over.
 
         Raises:
             OffrlError: the checkpoint is damaged, or of other data or another agent; nothing has been written then.
         """
-        path = self.folder / checkpoint.NAME
+        path = folder / checkpoint.NAME
         if self.cfg.fresh or not path.exists():
             return False
         tensors, kept = checkpoint.load(path, RunRecord)
-        if kept.fingerprint != self.store.fingerprint:
-            raise OffrlError(
-                f"{self.folder}: the run was made on other data than {self.cfg.dataset} holds now; restore the dataset, "
-                "or start over with fresh=true."
-            )
+        check_data(folder, kept, self.store.fingerprint, self.spec, self.cfg.dataset)
         learnt = checkpoint.of_sampler(tensors)
         checkpoint.check_fits(self.sampler.tensors(), learnt, path, "sampler")
         restore_agent(self.agent, tensors, path)

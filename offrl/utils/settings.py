@@ -237,6 +237,28 @@ def check_lane_lists(cfg: Any, group: str, lanes: int) -> None:
             raise OffrlError(f"{group}.{name} has {len(value)} values for {lanes} lanes; give one per lane.")
 
 
+def check_repeated_seeds(seeds: Sequence[int], settings: Any) -> None:
+    """Raise OffrlError where two lanes have the same seed and no list that tells them apart: they would be one run twice."""
+    lists = _lists_of_length(settings, len(seeds))
+    lanes: dict[str, int] = {}
+    for lane, seed in enumerate(seeds):
+        first = lanes.setdefault(repr([seed, *(values[lane] for values in lists)]), lane)
+        if first != lane:
+            raise OffrlError(
+                f"seeds: lanes {first} and {lane} have seed {seed} and the same settings, so that they would train the same "
+                "policy; give each lane another seed, or a list of settings with one per lane."
+            )
+
+
+def _lists_of_length(settings: Any, length: int) -> list[list[Any]]:
+    """The lists of that length in settings, at any depth: the ones with a value per lane, and maybe others."""
+    inner = list(settings.values()) if isinstance(settings, Mapping) else settings
+    if not isinstance(inner, list):
+        return []
+    numbers = len(inner) == length and all(isinstance(value, int | float) for value in inner)
+    return [inner] if numbers else [found for value in inner for found in _lists_of_length(value, length)]
+
+
 def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     """Set `values["eval"]["every"]` for the key `eval.every`; tables on the way are copied, and made where there is none.
 
@@ -291,11 +313,15 @@ ENVIRONMENT = ("env", "env_kwargs", "max_episode_steps")
 NAMES = {"method", "agent_name"}
 
 
-def training_environment(config: Mapping[str, Any]) -> dict[str, Any]:
+def training_environment(config: Mapping[str, Any], ends_rollouts: bool = False) -> dict[str, Any]:
     """The options `ENVIRONMENT` of a run's kept configuration that change its training, by dotted key; None: not given.
 
     Empty without an online phase: the environment is then one of evaluation alone.
+
+    Args:
+        ends_rollouts: whether a model's rollouts terminate as in the environment that `eval.env` names.
     """
     options = config.get("eval")
     given = options if isinstance(options, Mapping) else {}
-    return {f"eval.{key}": given.get(key) or None for key in ENVIRONMENT} if config.get("online") else {}
+    keys = ENVIRONMENT if config.get("online") else ENVIRONMENT[:1] if ends_rollouts else ()
+    return {f"eval.{key}": given.get(key) or None for key in keys}

@@ -12,8 +12,18 @@ from torch import Tensor
 
 from offrl.agents.base import Spec
 from offrl.augment.base import make_augmentation
-from offrl.augment.world_model import EliteDynamics, Ensemble, EnsembleConfig, EnsembleFit, WorldModelConfig
-from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.augment.fitting import model_path
+from offrl.augment.world_model import (
+    EliteDynamics,
+    Ensemble,
+    EnsembleConfig,
+    EnsembleFit,
+    WorldModelConfig,
+    targets,
+)
+from offrl.data.arrays import from_arrays
+from offrl.data.checks import ReadOptions
+from offrl.data.dataset import MADE_UP, DatasetInfo, OfflineDataset
 from offrl.training.runs import make_agent
 from offrl.utils.errors import OffrlError
 
@@ -127,6 +137,55 @@ def test_held_out_transitions_choose_the_elites_and_teach_nothing() -> None:
     assert torch.equal(fit.validation_errors(), errors)
 
 
+@pytest.mark.parametrize("semantics", ["exact", "d4rl"])
+def test_successors_that_a_source_does_not_have_are_neither_learnt_nor_measured(semantics: Any) -> None:
+    """Whatever stands behind a termination without `next_observations`, the model and its errors are the same."""
+    full = linear_system(200)
+    ends = np.arange(200) % 20 == 19
+    columns = {key: getattr(full, key).numpy() for key in ("observations", "actions", "rewards")}
+    columns["observations"][1:][~ends[:-1]] = full.next_observations.numpy()[:-1][~ends[:-1]]
+    flat = from_arrays(columns | {"terminals": ends}, options=ReadOptions(semantics=semantics))
+    terminal = flat.terminations > 0
+    assert terminal.sum() == (10 if semantics == "exact" else 9)  # d4rl: the file's last row is no transition
+    other = OfflineDataset(**flat.tensors() | {"next_observations": flat.next_observations.clone()}, info=flat.info)
+    other.next_observations[terminal] = 1e3
+    cfg = EnsembleConfig(hidden=(8,), members=3, elites=2, updates=10, batch_size=32)
+    fits = [EnsembleFit(store, cfg) for store in (flat, other)]
+    for fit in fits:
+        for fit.step in range(1, 11):
+            fit.update()
+        assert not terminal[torch.cat([fit.held, fit.learned])].any()
+        assert len(fit.held) == round(0.2 * int((~terminal).sum()))
+    for name, tensor in fits[0].state_dict().items():
+        if name not in (
+            "model.low",
+            "model.high",
+        ):  # the range of states, which no made-up one can widen when they are read
+            assert torch.equal(tensor, fits[1].state_dict()[name]), name
+    assert torch.equal(fits[0].validation_errors(), fits[1].validation_errors())
+    torch.testing.assert_close(fits[0].model.out_mean, targets(flat)[~terminal].mean(0))
+
+
+def test_a_model_of_made_up_successors_is_fitted_anew() -> None:
+    """One of the same numbers was fitted with them by earlier versions; other datasets keep their models."""
+    store = linear_system(40)
+    noted = store.with_info(provenance={MADE_UP: True})
+    wanted = {**MODEL, "updates": 2}
+    paths = []
+    for each in (store, noted):
+        model = make_augmentation({"_target_": WORLD, "model": wanted}, each, (0,))
+        model.prepare()
+        paths.append(model.path)
+    assert paths[0] == model_path("world_model", 3, store, model.cfg.model) != paths[1]
+
+
+def test_a_dataset_of_nothing_but_made_up_successors_is_refused() -> None:
+    n = 5
+    values = {"observations": np.eye(n), "actions": np.zeros((n, 1)), "rewards": np.zeros(n), "terminals": np.ones(n)}
+    with pytest.raises(OffrlError, match=r"terminate at once.*give next_observations, or set augment=none"):
+        EnsembleFit(from_arrays(values), EnsembleConfig(members=2, elites=1))
+
+
 def test_elites_are_the_best_members() -> None:
     fit = EnsembleFit(linear_system(500), EnsembleConfig(hidden=(8,), members=5, elites=2))
     tensors, metadata = fit.result()
@@ -172,12 +231,14 @@ def test_states_stay_in_the_datasets_range() -> None:
 # ---- rollouts ----------------------------------------------------------------------------------------------------------
 
 
-def rolled(seeds: tuple[int, ...], policy: bool = True, **changes: Any) -> tuple[OfflineDataset, Any]:
+def rolled(
+    seeds: tuple[int, ...], policy: bool = True, name: str = "td3_bc.TD3BC", **changes: Any
+) -> tuple[OfflineDataset, Any]:
     store = linear_system(1000)
     settings = {"_target_": WORLD, "transitions": 24, "length": 4, "model": MODEL, **changes}
     augmentation = make_augmentation(settings, store, seeds)
     augmentation.prepare()
-    agent = make_agent({"_target_": "offrl.agents.td3_bc.TD3BC", "hidden": [16]}, Spec(2, 2, seeds))
+    agent = make_agent({"_target_": f"offrl.agents.{name}", "hidden": [16]}, Spec(2, 2, seeds))
     return augmentation.generate(agent if policy else None, 7), agent
 
 
@@ -247,10 +308,11 @@ def test_a_gaussian_policy_draws_its_actions(name: str) -> None:
     assert abs(np.corrcoef(noise.T)[0, 1]) < 0.1
 
 
-def test_lanes_roll_out_apart() -> None:
-    together, _ = rolled((3, 9))
+@pytest.mark.parametrize("name", ["td3_bc.TD3BC", "fql.FQL", "dql.DQL"])
+def test_lanes_roll_out_apart(name: str) -> None:
+    together, _ = rolled((3, 9), name=name)
     for lane, seed in enumerate((3, 9)):
-        alone, _ = rolled((seed,))
+        alone, _ = rolled((seed,), name=name)
         rows = slice(24 * lane, 24 * lane + 24)
         torch.testing.assert_close(together.observations[rows], alone.observations, rtol=0, atol=1e-5)
         torch.testing.assert_close(together.rewards[rows], alone.rewards, rtol=0, atol=1e-5)

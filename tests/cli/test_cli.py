@@ -119,6 +119,7 @@ def test_every_setting_of_an_agent_is_explained(name: str, capsys: pytest.Captur
         (["-m", "suite=gim9"], "suite=gim9 is unknown; did you mean suite=gym9?"),
         (["agent=td3bc"], "agent=td3bc is unknown; did you mean agent=td3_bc?"),
         (["preset=big"], "preset=big is unknown; there are d4rl, demo, laptop, ogbench, paper."),
+        (["resume=gone", "resume=other"], "resume=other is one run too many; continue one after the other."),
         (["resume=gone", "-m"], "-m can't stand beside resume=RUN"),
         (["resume=gone", "fresh"], "fresh can't stand beside resume=RUN"),
         (["resume=gone", "updates=["], "[ can't be read as a value"),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from made import trajectories, write_hdf5, write_npz
 
-from offrl.data import DatasetInfo, from_arrays
+from offrl.data import DatasetInfo, ReadOptions, catalogue, from_arrays
 from offrl.datasets import load
+from offrl.forge import registry
 from offrl.utils.errors import OffrlError
 
 CLASSES = np.random.default_rng(0).integers(0, 3, 40)
@@ -122,6 +123,32 @@ def test_a_files_name_changes_nothing_of_how_it_is_read(tmp_path: Path, kind: st
     with pytest.raises(OffrlError, match=r"actions holds 1.4 in row 3"):
         load(path)
     assert load(path, family="kitchen").info.provenance["clipped_actions"] == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "hint"),
+    [
+        ("AntMaze", "did you mean antmaze?"),
+        ("ant-maze", "did you mean antmaze?"),
+        ("kichen", "did you mean kitchen?"),
+        ("x", "known are adroit, antmaze, .*unknown"),
+        ("", "known are"),
+    ],
+)
+def test_a_family_that_has_no_rules_is_refused(family: str, hint: str, tmp_path: Path) -> None:
+    """A misspelt one would be read by the rules of none."""
+    path = write_npz(tmp_path / "a.npz", data(CLASSES))
+    with pytest.raises(OffrlError, match=rf"^family={family} is no family of datasets; {hint}"):
+        load(path, family=family)
+
+
+def test_every_family_of_a_dataset_can_be_named() -> None:
+    mine = {entry.family for entry in catalogue.d4rl().values()} | {registry.family(name) for name in registry.names()}
+    mine |= {catalogue.family_of(entry.env_id) for entry in catalogue.minari().values()} | {
+        DatasetInfo().family,
+        "ogbench",
+    }
+    assert {ReadOptions(family=family).family for family in mine} == mine
 
 
 @pytest.mark.parametrize("name", ["a.pkl", "a.npz", "a.h5", "a", "données.npz", "run=3,step=10.npz", "data (1).npz"])

@@ -12,9 +12,10 @@ import torch
 
 from offrl.data import OfflineDataset, ReadOptions, from_arrays
 from offrl.data.arrays import read_npz, to_arrays, write_npz
+from offrl.data.cache import write_flat
 from offrl.data.d4rl import read_d4rl
-from offrl.data.dataset import DatasetInfo
-from offrl.data.writers import write_hdf5
+from offrl.data.dataset import DatasetInfo, concatenate
+from offrl.data.writers import write_hdf5, writer
 from offrl.datasets import load
 from offrl.utils.errors import OffrlError
 
@@ -111,6 +112,40 @@ def test_files_written_from_a_store_read_back_the_same(
         if semantics == "d4rl":
             other.next_observations = store.next_observations
         assert same(store, other)
+
+
+def test_made_up_successors_are_noted_wherever_the_dataset_goes(tmp_path: Path) -> None:
+    """Those behind a termination, where the source has none."""
+    options = [ReadOptions(semantics=semantics) for semantics in ("exact", "d4rl")]
+    stored = arrays(with_next=True)
+    assert from_arrays(stored).known_successors is None
+    assert (
+        from_arrays(arrays() | {"terminals": np.zeros(60), "timeouts": np.arange(60) % 20 == 19}).known_successors
+        is None
+    )
+    for made, has in ((arrays(), options), (stored, options[1:])):
+        for each in has:
+            store = from_arrays(made, options=each)
+            known = store.known_successors
+            assert known is not None
+            ends = torch.zeros(len(store), dtype=torch.bool)
+            ends[store.offsets[1:] - 1] = True
+            left_out = ends & (store.terminations > 0) & ~store.has_tail[store.episode_of_row]
+            assert left_out.any()
+            assert known.tolist() == (~left_out).nonzero()[:, 0].tolist()
+    write_flat(store, tmp_path / "a.safetensors")
+    write_npz(store, tmp_path / "a.npz")
+    write_hdf5(store, tmp_path / "a.hdf5")
+    writer(tmp_path / "a-v0")(store)
+    for name in ("a.safetensors", "a.npz", "a.hdf5", "a-v0"):
+        for _ in range(2):  # from its source and from its cache
+            found = load(tmp_path / name).known_successors
+            assert found is not None, name
+            assert found.tolist() == known.tolist()
+    other = from_arrays(stored)
+    assert store.select_episodes(torch.tensor([0])).known_successors is not None
+    for pair in ([store, other], [other, store]):
+        assert concatenate(pair).known_successors is not None
 
 
 @pytest.mark.parametrize("write", [write_npz, write_hdf5])

@@ -99,6 +99,9 @@ def test_each_dimension_is_checked_and_clipped_by_its_own_bounds() -> None:
     ("low", "high", "message"),
     [
         ([0, 0, -1], [1, 1, 1], "the actions have 2 dimensions but their bounds 3"),
+        ([-1, -1, -1], 1, "the actions have 2 dimensions but their bounds 3"),  # also where they are all the same
+        (-1e300, 1e300, "must be finite as float32"),
+        (0, 1e-50, "low must be below high"),  # as float32
         ([0, 1], [1, 1], "action_low is 1 and action_high 1 in dimension 1; low must be below high"),
         ([0, -np.inf], [1, 1], "must be finite"),
         (0, np.nan, "must be finite"),
@@ -141,6 +144,12 @@ def test_the_box_of_several_datasets_holds_them_all() -> None:
     other = from_arrays(scaled(-2, 2), DatasetInfo(action_low=-2.0, action_high=2.0))
     assert box_of(concatenate([one, other])) == (-2.0, (5.0, 2.0))
     assert box_of(concatenate([one, one])) == box_of(one)
+
+
+@pytest.mark.parametrize("bound", [np.inf, 1e39, 1e-50, 0.0, -1.0], ids=str)
+def test_a_bound_is_a_positive_number_of_float32(bound: float) -> None:
+    with pytest.raises(OffrlError, match=r"^action_bound=.* must be positive and finite as float32"):
+        ReadOptions(action_bound=bound)
 
 
 def test_an_option_is_given_once() -> None:

@@ -49,13 +49,14 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def test_bounds_and_family_may_be_given(source: Path, tmp_path: Path) -> None:
+def test_bounds_and_family_may_be_given(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "copy.npz"
     run("convert", str(source), str(copy), "--action-low=-1,-2", "--action-high=2,1", "--as-family", "antmaze")
     info = load(copy).info
     assert (info.action_low, info.action_high, info.family) == ((-1.0, -2.0), (2.0, 1.0), "antmaze")
     with pytest.raises(SystemExit):
         run("convert", str(source), str(copy), "--action-low=a")
+    assert "--action-low: a should be a number, or numbers separated by commas" in capsys.readouterr().err
 
 
 def test_list_by_family_and_source(capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,15 @@ def test_goals_on_the_way_are_no_ends() -> None:
     assert describe(antmaze)["terminal_share"] == 0.25
 
 
+def test_names_with_brackets_are_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "run=3 [a].npz"
+    print_info(describe(dataset(id=name, env_id="[red]Env-v0", source=f"/data/{name}")))
+    shown = capsys.readouterr().out
+    assert name in shown
+    assert f"/data/{name}" in shown
+    assert "[red]Env-v0" in shown
+
+
 def test_everything_is_json_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
     description = describe(dataset(id="mine", ref_min=0.0, ref_max=10.0))
     assert json.loads(json.dumps(description)) == description

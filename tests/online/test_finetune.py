@@ -17,6 +17,7 @@ from offrl.augment.termination import termination
 from offrl.cli import main as cli
 from offrl.data.arrays import write_npz
 from offrl.envs.lanes import LaneEnvs
+from offrl.results.rows import folders
 from offrl.training.finetune import finetune
 from offrl.training.online import OnlinePhase
 from offrl.training.run_config import resolve_config
@@ -102,6 +103,56 @@ def test_a_fine_tuning_that_is_refused_leaves_the_one_before_as_it_is() -> None:
     with pytest.raises(OffrlError, match="is no row of results"):
         finetune(run, {**TUNE, "fresh": True})
     assert contents(tuned) == before
+
+
+def test_a_fine_tuning_finds_the_datasets_of_its_run_from_another_folder(
+    world: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the sampler, too; the configuration names them as before, so that the folder is the same one."""
+    write_npz(make_toy(64, seed=1).with_info(env_id="Drift-v0"), world / "more.npz")
+    sampler = {"_target_": "offrl.sampling.Mixture", "datasets": ["more.npz"], "shares": [0.5]}
+    run = offline(sampler=sampler).resolve()
+    here = finetune(run, {"online.steps": 5, "out": str(world / "here")}).folder
+    (world / "elsewhere").mkdir()
+    monkeypatch.chdir(world / "elsewhere")
+    there = finetune(run, {"online.steps": 5, "out": "there"}).folder.resolve()
+    assert there.relative_to(world / "elsewhere" / "there") == here.relative_to(world / "here")
+    assert same(here, there)
+    assert resume(there, {"eval.final_episodes": 3}).status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"device": "cuda"}, "sees no GPU"),
+        ({"tracker": "wandb"}, "wandb"),
+        ({"eval.env": "Nowhere-v0"}, "Nowhere"),
+        ({"missing": True}, "no such file"),
+        ({"replaced": True}, "made on other data"),
+    ],
+    ids=str,
+)
+def test_a_fine_tuning_that_is_refused_leaves_no_run(
+    changes: dict[str, Any],
+    sentence: str,
+    world: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A report would show what it leaves as a finished run of both halves."""
+    run, data = offline(), world / "toy.npz"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    kept = data.read_bytes()
+    if changes.pop("missing", False):
+        data.unlink()
+    elif changes.pop("replaced", False):
+        write_npz(make_toy(40, seed=1).with_info(env_id="Drift-v0"), data)
+    with pytest.raises(OffrlError, match=sentence):
+        finetune(run, {**TUNE, **changes})
+    assert folders(["tuned"]) == []
+    data.write_bytes(kept)
+    assert finetune(run, TUNE).status == "finished"
 
 
 # ---- an online phase that comes or goes ----------------------------------------------------------------------------------
@@ -195,6 +246,48 @@ def test_rollouts_of_a_model_end_as_in_the_environment_of_the_dataset(world: Pat
         assert trainer.synthetic is not None
         assert bool(termination(trainer.synthetic.augmentation.store.info)(fallen)) is ends
         assert trainer.store.info.env_id == chosen
+
+
+def test_the_environment_of_a_models_rollouts_is_one_of_its_settings(world: Path) -> None:  # noqa: F811
+    """Where the dataset's id names one it is that of evaluation alone, and so it is for models without an environment."""
+    model = {"_target_": "offrl.augment.world_model.WorldModel"}
+    diffusion = {"_target_": "offrl.augment.diffusion.Diffusion"}
+    agent = {"_target_": "offrl.agents.td3_bc.TD3BC", "hidden": [8, 8]}
+    for dataset, augment, same_run in (
+        ("toy.npz", model, False),
+        ("given/0123456789ab/mine", model, False),
+        ("toy.npz", diffusion, True),
+        ("toy.npz", {}, True),
+        *((name, model, True) for name in ("forge/hopper/medium-v0", "hopper-medium-v2", "D4RL/pen/human-v2")),
+    ):
+        values = {**options(), "agent": agent, "dataset": dataset, "online": {}, "augment": augment}
+        jobs = [resolve_config({**values, "eval": {**EVAL, "env": env}}) for env in (None, "Hopper-v5", "Walker2d-v5")]
+        assert len({job.config_hash() for job in jobs}) == (1 if same_run else 3), dataset
+
+
+@pytest.mark.parametrize("recorded", [None, "Drift-v0"])
+def test_a_models_rollouts_do_not_end_otherwise_on_the_way(
+    recorded: str | None,
+    world: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a file that names an environment they end as there, and the run may go on under another evaluation."""
+    monkeypatch.setitem(gymnasium.registry, "Other-v0", gymnasium.spec("Drift-v0"))
+    write_npz(make_toy(400).with_info(env_id=recorded), world / "own.npz")
+    model = {"_target_": "offrl.augment.world_model.WorldModel", "transitions": 20}
+    model["model"] = {"members": 2, "elites": 1, "hidden": [4], "updates": 2}
+    values = {**options(), "dataset": "own.npz", "online": {}, "augment": model, "name": "mine", "updates": 10}
+    first, other = ({**values, "eval": {**EVAL, "env": env}} for env in ("Other-v0", "Drift-v0"))
+    run = train(first).folder
+    if recorded:
+        assert resume(run, {"eval.env": "Drift-v0", "updates": 20}).status == "finished"
+        return
+    sentence = r"other settings \(eval.env Other-v0, now Drift-v0\)"
+    for updates in (10, 20):
+        with pytest.raises(OffrlError, match=sentence):
+            train({**other, "updates": updates})
+    with pytest.raises(OffrlError, match=sentence):
+        resume(run, {"eval.env": "Drift-v0", "updates": 20})
 
 
 # ---- what is refused before the first update -----------------------------------------------------------------------------

@@ -637,6 +637,14 @@ def test_a_lane_equals_a_run_of_its_own() -> None:
             "online.agent.discount: the returns that calibrate CalQL .*online.agent.calibrate=false",
         ),
         (
+            {
+                "agent": {"_target_": "offrl.agents.iql.IQL", "dropout": [0.0, 0.5]},
+                "lanes": 2,
+                "online": {"steps": 5, "anneal": {"dropout": 2.0}},
+            },
+            "online.anneal.dropout=2: at the end of the online phase dropout=1 should be at least 0 and below 1",
+        ),
+        (
             {"agent": {"_target_": "offrl.agents.cal_ql.CalQL"}, "online": {"steps": 5, "anneal": {"discount": 0.9}}},
             "online.anneal.discount: the returns that calibrate CalQL",
         ),

@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ import offrl
 from offrl.cli import main as cli
 from offrl.data import DatasetInfo, OfflineDataset, ReadOptions, from_arrays, from_episodes, from_frame
 from offrl.data.arrays import write_npz
+from offrl.data.dataset import MADE_UP
+from offrl.data.given import name_of
 from offrl.datasets import load
 from offrl.envs import chosen
 from offrl.results import read
@@ -135,6 +138,81 @@ def test_bad_episodes_are_refused(change: dict[str, Any], sentence: str) -> None
         from_episodes(parts)
 
 
+OBS = np.zeros((STEPS + 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        (None, "^episodes is of type NoneType; give a list of dictionaries"),
+        (episodes()[0], "^episodes is of type dict; give a list of dictionaries"),
+        ([1], "^episode 0 is of type int; give a dictionary with observations"),
+        ([(OBS, OBS, OBS)], "^episode 0 is of type tuple; give a dictionary with observations"),
+        ({"observations": [*OBS[:-1], (OBS[-1], {})]}, "^episode 0: observations has dtype object; .* the same shape"),
+        ({"observations": [*OBS[:-1], None]}, "^episode 0: observations has dtype object; .* the same shape"),
+        ({"observations": [[1.0], *OBS[1:]]}, "^episode 0: observations has dtype object; .* the same shape"),
+        ({"observations": torch.zeros(STEPS + 1, 2, device="meta")}, "^episode 0: observations has dtype object"),
+        (
+            {"rewards": 1.0},
+            "^episode 0: observations, actions or rewards is a single value; give one row for each step",
+        ),
+        ({"terminals": [[0], [0, 1]]}, "^episode 0: terminals has dtype object"),
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_episodes_gets_a_sentence(made: Any, sentence: str) -> None:
+    with pytest.raises(OffrlError, match=sentence):
+        from_episodes([episodes()[0] | made] if isinstance(made, dict) and "actions" not in made else made)
+
+
+def test_tensors_of_any_kind_are_arrays() -> None:
+    """With a gradient, of half the width, and in lists."""
+    parts = episodes()
+    usual = from_episodes(parts)
+    for change in (
+        lambda obs: torch.tensor(obs, requires_grad=True),
+        lambda obs: [torch.tensor(row, requires_grad=True) for row in obs],
+    ):
+        assert (
+            from_episodes([p | {"observations": change(p["observations"])} for p in parts]).fingerprint
+            == usual.fingerprint
+        )
+    columns = {key: value for key, value in flat().items() if key != "episode"}
+    half = torch.tensor(columns["observations"]).bfloat16()
+    assert torch.equal(from_arrays(columns | {"observations": half}).observations[:4], half[:4].float())
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: from_arrays([1]), "^arrays is of type list; give a dictionary"),
+        (
+            lambda: from_episodes(episodes(), "cart"),
+            r'^info is of type str; give an offrl.data.DatasetInfo, .*id="cart"',
+        ),
+        (
+            lambda: from_arrays(flat(), options={"family": "x"}),
+            "^options is of type dict; give an offrl.data.ReadOptions",
+        ),
+        (lambda: from_frame(5, "x", "a"), "^frame is of type int; give a frame of pandas or polars"),
+        (
+            lambda: from_frame(pl.LazyFrame({"x": [1.0]}), "x", "a"),
+            r"^the frame is a lazy one, .*give frame.collect\(\)",
+        ),
+        (lambda: offrl.load_data(None), "^a dataset's name is of type NoneType; give an id"),
+        (lambda: offrl.load_data(5), "^a dataset's name is of type int; give an id"),
+        (lambda: offrl.load_data("mine.npz", device="x"), "^device=x is unknown"),
+        (lambda: offrl.load_data("mine.npz", device="cuda"), "^device=cuda: this PyTorch sees no GPU"),
+        (lambda: offrl.load_agent("run", device="tpu"), "^device=tpu is unknown"),
+        (lambda: offrl.load_agent("run", device="cuda"), "^device=cuda: this PyTorch sees no GPU"),
+    ],
+)
+def test_other_arguments_of_python_get_a_sentence(call: Any, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OffrlError, match=sentence):
+        call()
+
+
 def test_gymnasiums_flags_end_episodes_too() -> None:
     """One flag, or one for each step; a truncation leaves the value of the next state."""
     parts = episodes(4)
@@ -155,8 +233,6 @@ def flat() -> dict[str, np.ndarray]:
 
 
 def test_a_frame_of_polars_is_the_flat_columns() -> None:
-    import polars as pl
-
     columns = flat()
     frame = pl.DataFrame(
         {
@@ -233,6 +309,18 @@ def test_other_numbers_or_another_info_are_another_run() -> None:
     assert len(folders) == 4
 
 
+def test_kept_data_gets_a_later_note_under_its_old_name() -> None:
+    """So that the runs on it keep their folders; an earlier version noted no made-up successors."""
+    arrays = {key: value for key, value in flat().items() if key != "episode"}
+    store = from_arrays(arrays)
+    assert store.known_successors is not None
+    without = {key: value for key, value in store.info.provenance.items() if key != MADE_UP}
+    old = name_of(store.with_info(provenance=without), ReadOptions())
+    assert load(old).known_successors is None
+    assert name_of(store, ReadOptions()) == old
+    assert load(old).known_successors is not None
+
+
 def test_the_kept_data_is_the_data(tmp_path: Path) -> None:
     store = from_episodes(episodes(), DatasetInfo(id="mine/first set", action_low=-1, action_high=1))
     result = fit(store, eval={"every": 0, "final_episodes": 0})
@@ -296,6 +384,12 @@ def test_a_minari_dataset_and_a_filtered_one(tmp_path: Path, monkeypatch: pytest
 
 
 # ---- the environment ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", ["on_evaluation", "on_checkpoint"])
+def test_what_can_not_be_called_is_refused_before_any_update(hook: str) -> None:
+    with pytest.raises(OffrlError, match=f"{hook} is of type int; give a function"):
+        fit(from_episodes(episodes()), **{hook: 3})
 
 
 def test_a_function_makes_the_environment_and_callbacks_see_what_happens() -> None:
@@ -376,6 +470,12 @@ def test_a_class_of_a_module_and_its_arguments(mine: OfflineDataset, tmp_path: P
     assert cli.main(words(*more)) == 0
     assert "return 6.0" in capsys.readouterr().out
     gymnasium.registry.pop("Count")
+    probe = ["probe", "runs/two", "--episodes", "2", "--updates", "0"]
+    assert cli.main(probe) == 2
+    assert f"name it yourself: --env {name}:Count" in capsys.readouterr().err
+    assert cli.main([*probe, "--env", f"{name}:Count"]) == 0
+    assert "6.000" in capsys.readouterr().out  # its arguments and its limit are the run's
+    gymnasium.registry.pop("Count")
 
 
 @pytest.mark.parametrize(
@@ -386,12 +486,16 @@ def test_a_class_of_a_module_and_its_arguments(mine: OfflineDataset, tmp_path: P
         ("eval.env=Nothing-v0", "name the module that registers it: eval.env=MODULE:Nothing-v0"),
         ("eval.env_kwargs.scale=2", "names no environment; give eval.env=ID as well"),
         ("eval.ref_min=2", "eval.ref_min=2.0 and eval.ref_max=None are the returns that score 0 and 100"),
+        (
+            "eval.ref_min=0 eval.ref_max=inf",
+            "eval.ref_max=inf are the returns that score 0 and 100; give two different",
+        ),
     ],
 )
 def test_a_wrong_environment_gets_a_sentence(
     given: str, sentence: str, mine: OfflineDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(words(given)) == 2
+    assert cli.main(words(*given.split())) == 2
     assert sentence in capsys.readouterr().err
 
 
@@ -451,6 +555,58 @@ def test_a_run_without_a_simulator_is_scored_later(
     assert f"not kept: the run's rows are of {name}:Count" in capsys.readouterr().out
     gymnasium.registry.pop("Other-v0")
     gymnasium.registry.pop("Count")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--env-kwargs", "scale=7"), "env_kwargs={'scale': 5}, these episodes with {'scale': 7}"),
+        (("--max-episode-steps", "3"), "max_episode_steps=2, these episodes with 3"),
+        (("--ref-min", "5"), "ref_min=0.0, these episodes with 5.0"),
+        (("--ref-max", "40"), "ref_max=20.0, these episodes with 40.0"),
+    ],
+)
+@pytest.mark.parametrize("seed", ["1000000", "5"], ids=["same seeds", "other seeds"])
+@pytest.mark.parametrize("trained", [True, False], ids=["scored in training", "scored later"])
+def test_episodes_of_another_task_or_scale_are_never_added(
+    trained: bool, seed: str, more: tuple[str, ...], said: str, mine: OfflineDataset, tmp_path: Path, capsys: Any
+) -> None:
+    env = f"{module_of(tmp_path)}:Count"
+    task = [
+        f"eval.env={env}",
+        "eval.env_kwargs.scale=5",
+        "eval.max_episode_steps=2",
+        "eval.ref_min=0",
+        "eval.ref_max=20",
+    ]
+    score = ["evaluate", "runs/one", "--episodes", "2", "--workers", "1", "--env", env]
+    if trained:
+        assert cli.main(words("name=one", *task)) == 0
+    else:
+        assert cli.main([*(w for w in words("name=one") if "final" not in w), "eval.final_episodes=0"]) == 0
+        options = ["--env-kwargs", "scale=5", "--max-episode-steps", "2", "--ref-min", "0", "--ref-max", "20"]
+        assert cli.main([*score, *options]) == 0
+    files = [Path("runs/one") / name for name in ("result.json", "episodes.jsonl", "config.json")]
+    before = [file.read_bytes() for file in files]
+    capsys.readouterr()
+    assert cli.main([*score, "--seed", seed, *more]) == 0
+    assert f"not kept: the run's rows were scored with {said}" in capsys.readouterr().out
+    assert [file.read_bytes() for file in files] == before
+    assert cli.main([*score, "--seed", "77"]) == 0  # what the run was scored with need not be repeated
+    assert "2 new episodes a lane kept" in capsys.readouterr().out
+    assert set(read([tmp_path / "runs/one"])["normalized"]) == {50.0}
+    gymnasium.registry.pop("Count")
+
+
+def test_references_that_are_given_later_hold_for_later_episodes_too(mine: OfflineDataset, tmp_path: Path) -> None:
+    name = module_of(tmp_path)
+    write_npz(mine.with_info(env_id=f"{name}-v0"), tmp_path / "mine.npz")
+    chosen.import_environment(f"{name}:{name}-v0")
+    assert cli.main([*(w for w in words("name=one") if "final" not in w), "eval.final_episodes=0"]) == 0
+    score = ["evaluate", "runs/one", "--episodes", "1", "--workers", "1"]
+    assert cli.main([*score, "--ref-min", "0", "--ref-max", "6"]) == 0
+    assert cli.main([*score, "--seed", "5"]) == 0
+    assert read([tmp_path / "runs/one"])["normalized"].to_list() == [50.0, 50.0]
 
 
 def test_episodes_that_are_kept_later_are_of_the_same_task() -> None:
