@@ -195,3 +195,21 @@ def test_the_command(toy_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(one) == 0
     assert "actions differ by at most" in capsys.readouterr().out
     assert (folder / "policy.pt").is_file()
+
+
+@pytest.mark.usefixtures("_untraced")
+def test_a_kept_checkpoint_is_exported_to_its_runs_folder(toy_file: Path, tmp_path: Path) -> None:
+    quiet = {
+        "progress": False,
+        "eval": {"every": 0, "final_episodes": 0},
+        "out": str(tmp_path),
+        "keep_checkpoints": True,
+    }
+    settings = {"_target_": "offrl.agents.bc.BC", "hidden": [8]}
+    folder = train({"agent": settings, "dataset": str(toy_file), "updates": 4, "batch_size": 8, **quiet}).folder
+    kept = folder / "checkpoints" / "00000004.safetensors"
+    assert main(["export", str(kept), "--format", "torchscript"]) == 0
+    assert not (folder / "checkpoints" / "policy.pt").exists()
+    extra = {METADATA: ""}
+    torch.jit.load(str(folder / "policy.pt"), _extra_files=extra)
+    assert json.loads(extra[METADATA])["run"] == folder.name

@@ -267,3 +267,11 @@ def test_policies_with_a_memory_are_refused() -> None:
     agent.initial_state = lambda envs: torch.zeros(envs)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="of the observation alone"):
         fitted_q(random_data(100), [agent], QUICK)
+
+
+@pytest.mark.parametrize("reward", [0.1, -0.01])
+def test_constant_rewards_have_the_scale_of_one(reward: float) -> None:
+    """Of their float32 rounding alone std is some 1e-8, by which values would be that of a network's errors."""
+    store = random_data(2000).with_rewards(0.0, reward)
+    estimates = fitted_q(store, [Fixed(POLICIES)], replace(QUICK, discount=0.0, updates=400))
+    torch.testing.assert_close(estimates.value, torch.full((4,), reward), atol=2e-3, rtol=0)

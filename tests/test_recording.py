@@ -18,10 +18,12 @@ from offrl.agents.base import Agent, Spec
 from offrl.agents.bc import BC, BCConfig
 from offrl.cli.main import main
 from offrl.data.dataset import DatasetInfo
+from offrl.data.partial import Partial, partial_of
 from offrl.datasets import load
 from offrl.envs import make_env
 from offrl.evaluation import recording
 from offrl.evaluation.evaluator import Evaluator
+from offrl.training.runs import dataset_info
 from offrl.training.trainer import train
 from offrl.utils.errors import OffrlError
 
@@ -34,6 +36,10 @@ def policy(lanes: int = 1) -> Agent:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
+    return trained(tmp_path, {"_target_": "offrl.agents.bc.BC", "hidden": [8]})
+
+
+def trained(tmp_path: Path, agent: dict[str, Any], **more: Any) -> Path:
     """A run of two lanes on episodes of the pendulum under random torques."""
     rng, steps = np.random.default_rng(0), 200
     ends = np.zeros(steps, dtype=bool)
@@ -47,10 +53,9 @@ def run(tmp_path: Path) -> Path:
         timeouts=ends,
         offrl_info=json.dumps({"env_id": "Pendulum-v1", "max_episode_steps": 30, "action_low": -2, "action_high": 2}),
     )
-    settings: dict[str, Any] = {"_target_": "offrl.agents.bc.BC", "hidden": [8]}
     options = {"updates": 3, "batch_size": 8, "lanes": 2, "progress": False, "out": str(tmp_path / "runs")}
     quiet = {"every": 0, "final_episodes": 0}
-    return train({"agent": settings, "dataset": str(tmp_path / "mine.npz"), "eval": quiet, **options}).folder
+    return train({"agent": agent, "dataset": str(tmp_path / "mine.npz"), "eval": quiet, **options, **more}).folder
 
 
 def test_episodes_are_the_evaluators() -> None:
@@ -86,6 +91,21 @@ def test_recorded_episodes_are_a_dataset_of_minaris(run: Path, tmp_path: Path) -
     assert theirs.action_space.high == 2
     assert ours.info.env_id == "Pendulum-v1"
     assert main(["evaluate", str(run), "--record", str(folder)]) == 2  # nothing is written over
+
+
+@pytest.mark.parametrize("hidden", [{"flicker": 0.5}, {"mask": [2]}], ids=str)
+def test_what_a_partially_observed_run_records_is_so_too(hidden: dict[str, Any], tmp_path: Path) -> None:
+    run = trained(tmp_path, {"_target_": "offrl.agents.bc.BC", "hidden": [8]}, data=hidden)
+    folder = tmp_path / "mine-v0"
+    assert main(["evaluate", str(run), "--episodes", "2", "--workers", "1", "--record", str(folder)]) == 0
+    store = load(folder)
+    assert partial_of(store.info) == partial_of(dataset_info(run)) != Partial()
+    lost = (store.observations == 0).all(1).float().mean()
+    assert (0.3 < lost < 0.7) if "flicker" in hidden else lost == 0  # 60 draws
+    assert make_env(store.info).observation_space.shape == (store.obs_dim,)
+    assert "env_spec" not in json.loads(
+        (folder / "data" / "metadata.json").read_text()
+    )  # Minari's environment loses nothing
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
@@ -234,3 +254,33 @@ def test_a_lane_is_evaluated_alone(run: Path, capsys: pytest.CaptureFixture[str]
     assert one["lane_seeds"] == both["lane_seeds"][1:]
     np.testing.assert_allclose(one["returns"][0], both["returns"][1], rtol=1e-9)
     assert torch.tensor(one["returns"]).shape == (1, 2)
+
+
+def test_a_lane_that_sees_histories_is_evaluated_and_recorded_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings of the agent and of the encoder have a value per lane."""
+    history = {"encoder": "gru", "hidden": 8, "latent": 4, "length": 3, "bisimulation": [0.0, 0.5]}
+    run = trained(
+        tmp_path,
+        {"_target_": "offrl.agents.dql.DQL", "hidden": [8], "candidates": 4, "eta": [0.1, 1.0]},
+        history=history,
+    )
+    words = ["evaluate", str(run), "--episodes", "2", "--workers", "1", "--json"]
+    assert main(words) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert main([*words, "--lane", "1"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    np.testing.assert_allclose(one["returns"][0], both["returns"][1], rtol=1e-6)  # acting is in float32
+    folder = tmp_path / "mine-v0"
+    assert main([*words[:-1], "--record", str(folder)]) == 0
+    assert load(str(folder)).episodes == 2
+
+
+def test_a_run_whose_name_has_brackets_is_named_whole(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run.rename("r[a]")
+    assert main(["evaluate", "r[a]", "--episodes", "1", "--workers", "1"]) == 0
+    assert "r[a] on Pendulum-v1" in capsys.readouterr().out

@@ -63,6 +63,16 @@ class DenoiserConfig:
             raise OffrlError(f"augment.denoiser.blocks={self.blocks} should be from 1 to 16.")
         if self.lr <= 0 or not 0 <= self.ema_decay < 1 or not 0 <= self.holdout < 1:
             raise OffrlError("augment.denoiser: lr should be above 0, ema_decay and holdout from 0 to below 1.")
+        if self.window < self.shortest:
+            raise OffrlError(
+                f"augment.denoiser.window={self.window}: {self.blocks} blocks need windows of at least {self.shortest} steps; "
+                "lengthen it, or take fewer augment.denoiser.blocks."
+            )
+
+    @property
+    def shortest(self) -> int:
+        """The fewest steps of a trajectory that the U-Net can halve on each of its levels."""
+        return 2 ** (self.blocks - 1)
 
 
 class Denoiser(nn.Module):
@@ -221,6 +231,14 @@ def denoiser_path(store: OfflineDataset, cfg: DenoiserConfig) -> Path:
 class DiffusionConfig(SyntheticConfig):
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     sampling: edm.SamplerConfig = field(default_factory=edm.SamplerConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length + 1 < self.denoiser.shortest:  # the last row has the state that the last transition reaches
+            raise OffrlError(
+                f"augment.length={self.length}: {self.denoiser.blocks} blocks need trajectories of at least "
+                f"{self.denoiser.shortest - 1} transitions; lengthen them, or take fewer augment.denoiser.blocks."
+            )
 
 
 class Diffusion(Augmentation):

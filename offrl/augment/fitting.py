@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,16 +79,20 @@ class FitLoop:
         raise NotImplementedError
 
     def run(self, path: Path, progress: bool, title: str) -> None:
-        """Make the remaining updates, by the kernels where there are some; the state is saved to `path` every `SAVE_EVERY`."""
+        """Make the remaining updates, by the kernels where there are some; the state is saved to `path` every `SAVE_EVERY`.
+
+        Raises:
+            OffrlError: the loss is no longer finite; `path` is then removed.
+        """
         self._restore(path)
         with kernels.in_use(), Bar(progress, title, self.step, self.updates) as bar:
             while self.step < self.updates:
                 self.step += 1
                 loss = self.update()
+                if self.step % SAVE_EVERY == 0 or self.step == self.updates:
+                    _check_finite({"loss": loss}, path, title)
                 if self.step % SAVE_EVERY == 0:
                     bar.note(f"loss {float(loss):.3f}")
-                    if not bool(loss.isfinite()):
-                        raise OffrlError(f"{title}: the loss is no longer finite; lower the learning rate (lr).")
                     write(path, self.state_dict(), {"step": self.step})
                 bar.update(self.step)
 
@@ -108,18 +112,32 @@ def fit_or_load(
     """The result of a fit from the cache; if it is not there it is fitted (or the interrupted fit resumed) and cached.
 
     If another process fits the same model, wait for that.
+
+    Raises:
+        OffrlError: the fit diverged, of which no file is kept.
     """
     with one_at_a_time(path.with_suffix(".lock")):
         try:
-            return checkpoint.load(path)
+            tensors, metadata = checkpoint.load(path)
+            if not checkpoint.first_not_finite(tensors):  # earlier versions kept fits that had diverged
+                return tensors, metadata
         except OffrlError:
             pass  # none, or a damaged one
         loop = start()
         unfinished = path.with_suffix(".training.safetensors")
         loop.run(unfinished, progress, title)
-        write(path, *loop.result())
+        tensors, metadata = loop.result()
+        _check_finite(tensors, unfinished, title)
+        write(path, tensors, metadata)
         unfinished.unlink(missing_ok=True)
         return checkpoint.load(path)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path, title: str) -> None:
+    """Raise OffrlError where a fit has diverged, and remove its state: repeated from there it would diverge again."""
+    if broken := checkpoint.first_not_finite(tensors):
+        path.unlink(missing_ok=True)
+        raise OffrlError(f"{title}: its {broken} is no longer finite; lower the learning rate (lr).")
 
 
 def model_path(kind: str, version: int, store: OfflineDataset, cfg: Any, *more: Any) -> Path:

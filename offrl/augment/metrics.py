@@ -13,7 +13,7 @@ The measures of Jackson et al. 2024 as this project defines them (their code for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from torch import Tensor
 from offrl.agents.base import Agent
 from offrl.augment.policy_guided import policy_gaussian
 from offrl.data.dataset import DatasetInfo, OfflineDataset
-from offrl.envs.adapters import make_env
+from offrl.envs import NOISY_IDS, make_env
+from offrl.envs.noisy import ROBOTS, NoiseModel
 from offrl.utils.errors import OffrlError
 
 
@@ -32,13 +33,16 @@ class Simulator:
 
     Observations hold all positions (except the first ones, on which nothing depends) and velocities. Hopper's and Walker2d's
     velocities are clipped at 10, so states beyond are not determined. A maze's goal is that of one reset (Gymnasium's moves by
-    up to a quarter of a cell with every reset, so its rewards have a floor above rounding).
+    up to a quarter of a cell with every reset, so its rewards have a floor above rounding). A robot with noise
+    (`offrl/NoisyHopper-v0` and its kin) is stepped without it, as no state tells the draw: the error of real transitions is
+    then that of the noise.
 
     Raises:
         OffrlError: the dataset's environment is no such robot.
     """
 
     def __init__(self, info: DatasetInfo) -> None:
+        info = _without_noise(info)
         self.env = make_env(info)
         task: Any = self.env.unwrapped
         self.robot: Any = getattr(task, "point_env", task)  # Gymnasium-Robotics' mazes hold their point mass
@@ -67,6 +71,15 @@ class Simulator:
 
     def close(self) -> None:
         self.env.close()
+
+
+def _without_noise(info: DatasetInfo) -> DatasetInfo:
+    """The info with the robot itself in place of a robot with noise."""
+    robots = {noisy: ROBOTS[name] for name, noisy in NOISY_IDS.items()}
+    if info.env_id not in robots:
+        return info
+    kwargs = {key: value for key, value in info.env_kwargs.items() if key not in NoiseModel.__dataclass_fields__}
+    return replace(info, env_id=robots[info.env_id], env_kwargs=kwargs)
 
 
 @dataclass

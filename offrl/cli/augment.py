@@ -103,8 +103,9 @@ def run_sample(arguments: argparse.Namespace) -> int:
     """Write trajectories, guided by a run's policy or unguided, as a dataset."""
     write = writer(arguments.dest)
     job = _job(arguments.words, arguments.policy)
-    policy = _policy(arguments.policy, arguments.lane) if arguments.policy else None
-    augmentation = make_augmentation(job.augment, as_recorded(_recorded(job)), (arguments.seed,))
+    real = _recorded(job)
+    augmentation = make_augmentation(_of_lane(job.augment, arguments.lane), as_recorded(real), (arguments.seed,))
+    policy = _policy(arguments.policy, arguments.lane, real) if arguments.policy else None
     augmentation.prepare(progress=True)
     made = augmentation.generate(policy, 1)
     write(made)
@@ -125,20 +126,21 @@ def run_metrics(arguments: argparse.Namespace) -> int:
     job = _job([*words, count], arguments.policy)
     tune_process(job.train.threads)
     real, seeds = _recorded(job), (arguments.seed,)
-    policies = {"policy": (_policy(arguments.policy, arguments.lane), job.augment.get("policy_std", 1.0))}
+    augment = _of_lane(job.augment, arguments.lane)
+    shape = make_augmentation(augment, real, seeds).cfg
+    policies = {"policy": (_policy(arguments.policy, arguments.lane, real), augment.get("policy_std", 1.0))}
     if arguments.behaviour:
-        policies["behaviour"] = (_policy(arguments.behaviour, 0), arguments.behaviour_std)
+        policies["behaviour"] = (_policy(arguments.behaviour, 0, real), arguments.behaviour_std)
 
     kinds: dict[str, dict[str, Any]] = {}
     for coefficient in coefficients:
         name = f"guided, {coefficient:g}" if coefficient else "unguided"
-        kinds[name] = {**job.augment, "coefficient": coefficient}
-    shape = make_augmentation(job.augment, real, seeds).cfg
+        kinds[name] = {**augment, "coefficient": coefficient}
     if not arguments.no_world_model:
         settings = [f"augment.{word}" for word in world_words]
         rest = [word for word in words if not word.startswith("augment")]
         named = ["augment=world_model", *rest, *settings, count, f"augment.length={shape.length}"]
-        kinds["world model"] = _job(named, arguments.policy).augment
+        kinds["world model"] = _of_lane(_job(named, arguments.policy).augment, arguments.lane)
 
     simulator = metrics.Simulator(real.info)
     found = {}
@@ -185,13 +187,47 @@ def _job(words: Sequence[str], run: Path | None = None) -> RunConfig:
     return job
 
 
+def _of_lane(augment: dict[str, Any], lane: int) -> dict[str, Any]:
+    """An augmentation's settings with the values of one lane where there is a list of them; of one value, that.
+
+    Raises:
+        OffrlError: the list has none for this lane.
+    """
+    lists = {key: value for key, value in augment.items() if isinstance(value, list)}
+    for key, value in lists.items():
+        if len(value) > 1 and not 0 <= lane < len(value):
+            raise OffrlError(
+                f"augment.{key}={value} has no value for lane {lane}; give one per lane, or a single number."
+            )
+    return augment | {key: value[lane if len(value) > 1 else 0] for key, value in lists.items()}
+
+
 def _recorded(job: RunConfig) -> OfflineDataset:
     """The dataset with rewards as recorded."""
     return read_data(job.train, pick_device(job.train.device))
 
 
-def _policy(run: Path, lane: int) -> Agent:
-    return load_agent(run, str(pick_device("auto"))).lane(lane)
+def _policy(run: Path, lane: int, store: OfflineDataset) -> Agent:
+    """The policy of one lane of a run, on the device of the dataset that it is asked about.
+
+    Raises:
+        OffrlError: there is no such lane, or the policy is of other observations or actions, or of whole episodes.
+    """
+    policy = load_agent(run, str(store.device)).lane(lane)
+    spec = policy.spec
+    theirs, ours = (spec.obs_dim, spec.action_dim, spec.discrete), (store.obs_dim, store.action_dim, False)
+    if theirs != ours:
+        kind = "choices of action" if spec.discrete else "action numbers"
+        raise OffrlError(
+            f"{run}: its policy has {spec.obs_dim} observation numbers and {spec.action_dim} {kind}, {store.info.id} has "
+            f"{store.obs_dim} and {store.action_dim} action numbers; name a run on this dataset."
+        )
+    if getattr(policy, "uses_history", False):
+        name = type(policy).__name__
+        raise OffrlError(
+            f"{run}: {name} acts on the episode so far, which synthetic states don't have; name another run."
+        )
+    return policy
 
 
 # ---- table and figure ----------------------------------------------------------------------------------------------------

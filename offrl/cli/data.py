@@ -102,7 +102,10 @@ def _load(arguments: argparse.Namespace) -> OfflineDataset:
 
 def _numbers(text: str) -> tuple[float, ...]:
     """Numbers between commas."""
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} should be a number, or numbers separated by commas") from error
 
 
 # ---- list --------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def print_info(description: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, d = Console(), description
+    console, d = Console(markup=False), description  # a name may have brackets
     metadata = Table(title=d["id"], title_style="bold", title_justify="left", show_header=False, box=None)
     metadata.add_column(no_wrap=True)
     metadata.add_column(overflow="fold")
@@ -146,7 +146,7 @@ def print_info(description: dict[str, Any]) -> None:
 
     console.print(draws_table(d["samplers"]))
     for line in fallbacks(d["samplers"]):
-        console.print(line, style="dim", markup=False, highlight=False)
+        console.print(line, style="dim", highlight=False)
 
     ranges = Table("dimension", "min", "mean", "std", "max", "")
     groups = {"reward": [d["rewards"]], "action": d["actions"], "observation": d["observations"]}

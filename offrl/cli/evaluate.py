@@ -20,7 +20,7 @@ from offrl.data.dataset import DatasetInfo
 from offrl.envs import make_env
 from offrl.evaluation.recording import check_record, check_video, film, play, record
 from offrl.training.schema import EvalConfig
-from offrl.training.scoring import evaluate, keep, policy_of
+from offrl.training.scoring import evaluate, keep, policy_of, run_folder
 from offrl.utils.errors import OffrlError
 from offrl.utils.process import tune_process
 from offrl.utils.progress import Bar
@@ -104,7 +104,7 @@ def _command(arguments: argparse.Namespace) -> int:
     for lane, seed in enumerate(seeds):
         numbers = (scores[lane].mean(), scores[lane].std(), played.returns[lane].mean(), played.lengths[lane].mean())
         table.add_row(str(seed), *(f"{number:.1f}" for number in numbers))
-    Console().print(table)
+    Console(markup=False).print(table)  # a name may have brackets
     print(*filter(None, [kept, *noted]), sep="\n", end="\n" * bool(kept or noted))
     return 0
 
@@ -126,7 +126,8 @@ def _keep(arguments: argparse.Namespace, agent: Agent, info: DatasetInfo, scores
     if arguments.video:
         noted.append(f"video: {arguments.video}")
     if arguments.record:
-        record(arguments.record, episodes, info, one, f"{type(one).__name__} of {arguments.run_folder.name}")
+        name = run_folder(arguments.run_folder).resolve().name
+        record(arguments.record, episodes, info, one, f"{type(one).__name__} of {name}")
         noted.append(
             f"dataset: {arguments.record} ({sum(map(len, episodes)):,} steps; offrl train dataset={arguments.record})"
         )

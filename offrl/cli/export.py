@@ -9,6 +9,7 @@ from typing import Any
 from offrl.agents.acting import best_lane, lane_named
 from offrl.evaluation.export import SUFFIXES, export
 from offrl.training.runs import dataset_info, load_agent
+from offrl.training.scoring import run_folder
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
 def _command(arguments: argparse.Namespace) -> int:
     agent, info = load_agent(arguments.run_folder), dataset_info(arguments.run_folder)
     lane = best_lane(agent) if arguments.lane is None else lane_named(agent, arguments.lane)
-    folder = arguments.run_folder.parent if arguments.run_folder.is_file() else arguments.run_folder
+    folder = run_folder(arguments.run_folder)
     path = arguments.out or folder / f"policy{SUFFIXES[arguments.format]}"
     facts = {"run": folder.resolve().name, "updates": int(agent.random.step)}
     made = export(agent, lane, info, path, arguments.format, facts)

@@ -17,7 +17,9 @@ from offrl.evaluation.evaluator import Evaluator
 from offrl.evaluation.probes import Probe, label_leakage, noise_features, reward_and_state
 from offrl.results import style, tables
 from offrl.training.run_config import resolve_config
-from offrl.training.runs import load_agent, load_data, read_config
+from offrl.training.runs import load_data, read_config
+from offrl.training.schema import EvalConfig
+from offrl.training.scoring import policy_of
 from offrl.utils.errors import OffrlError
 from offrl.utils.process import tune_process
 
@@ -36,13 +38,21 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--sampled", action="store_true", help="sample discrete actions instead of taking the likeliest"
     )
+    parser.add_argument(
+        "--env", metavar="ID", help="environment: ID or MODULE:ID (default: the run's or the dataset's)"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="achieved against predicted returns as PNG")
     parser.add_argument("--json", action="store_true", help="print JSON with every lane")
     parser.set_defaults(run=_command)
 
 
 def probe(
-    folder: Path | str, episodes: int = 100, updates: int = 1000, sampled: bool = False, seed: int = 1_000_000
+    folder: Path | str,
+    episodes: int = 100,
+    updates: int = 1000,
+    sampled: bool = False,
+    seed: int = 1_000_000,
+    env: str | None = None,
 ) -> Probe:
     """Probe the policy of a run.
 
@@ -50,9 +60,11 @@ def probe(
         episodes: episodes per lane, from environment seed `seed` on; 0: no returns.
         updates: updates of the contrastive networks; 0: no leakage.
         sampled: whether to sample discrete actions instead of taking the likeliest.
+        env: environment of the episodes, as for `offrl evaluate`; a `MODULE:ID` is imported.
     """
     tune_process(1)
-    agent, job = load_agent(folder), resolve_config(read_config(Path(folder)), trusted=False)
+    agent, info = policy_of(Path(folder), EvalConfig(env=env))
+    job = resolve_config(read_config(Path(folder)), trusted=False)
     if sampled:
         if not (agent.spec.discrete and hasattr(agent.cfg, "sample_actions")):
             raise OffrlError(f"{folder}: its policy does not sample discrete actions; leave --sampled out.")
@@ -65,12 +77,12 @@ def probe(
     store = load_data(job.train, agent.spec.device, Path(folder))
     predicted = achieved = outcome = noise = None
     if episodes:
-        with Evaluator(store.info, agent.spec.lanes) as evaluator:
+        with Evaluator(info, agent.spec.lanes) as evaluator:
             played = evaluator.run(agent, episodes, seed)
         achieved = played.returns.mean(1).tolist()
         predicted = None if played.predicted is None else played.predicted.mean(1).tolist()
     if updates:
-        outcome = label_leakage(agent, store, reward_and_state(agent, store), updates)
+        outcome = label_leakage(agent, store, reward_and_state(store), updates)
         with contextlib.suppress(OffrlError):  # most datasets record no noise
             noise = label_leakage(agent, store, noise_features(exogenous_noise(store)), updates)
     method = job.train.label or job.method
@@ -128,7 +140,8 @@ def draw(found: Sequence[Probe]) -> Figure:
 def _command(arguments: argparse.Namespace) -> int:
     if min(arguments.episodes, arguments.updates) < 0:
         raise OffrlError("--episodes and --updates should be at least 0.")
-    found = [probe(run, arguments.episodes, arguments.updates, arguments.sampled) for run in arguments.runs]
+    options = (arguments.episodes, arguments.updates, arguments.sampled)
+    found = [probe(run, *options, env=arguments.env) for run in arguments.runs]
     if arguments.plot:
         try:
             style.save(draw(found), arguments.plot)

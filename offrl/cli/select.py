@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from offrl import results
@@ -22,11 +21,11 @@ from offrl.results import budget, style, tables
 from offrl.results.cells import scored
 from offrl.results.labels import scale_of
 from offrl.training.run_config import resolve_config
-from offrl.training.runs import load_agent, read_data
+from offrl.training.runs import load_agent, read_data, reward_transform, transform_rewards
 from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing
-from offrl.utils.process import tune_process
+from offrl.utils.process import pick_device, tune_process
 from offrl.utils.progress import Bar
 
 if TYPE_CHECKING:
@@ -115,6 +114,7 @@ def _rank(
     store: OfflineDataset | None = None
     agents: list[tuple[results.Run, int, Agent]] = []
     notes = []
+    fingerprints: dict[tuple[float, float], str] = {}  # by the transform of rewards that methods train with
     for run in runs:
         for path in _checkpoints(run.folder, all_checkpoints):
             metadata, agent = checkpoint.metadata(path), load_agent(path, device)
@@ -132,7 +132,10 @@ def _rank(
             # Rewards as recorded: methods transform them differently.
             train = resolve_config(metadata["config"], trusted=False).train
             store = store or read_data(train, device, run.folder)
-            if metadata["fingerprint"] != store.fingerprint:
+            transform = reward_transform(store, train.data)
+            if transform not in fingerprints:
+                fingerprints[transform] = transform_rewards(store, train.data).fingerprint
+            if metadata["fingerprint"] != fingerprints[transform]:
                 notes.append(f"Left out, trained on other data than {dataset} holds: {run.folder.name}.")
                 break
             agents.append((run, int(metadata["step"]), agent))
@@ -149,6 +152,11 @@ def _rank(
             numbers = {name: float(getattr(estimates, name)[at]) for name in ("value", "soft_opc", "td_error")}
             episodes = scores.get((*key, step), np.empty(0))
             policies.append(Policy(label, seed, step, run.folder, **numbers, episodes=episodes))
+    if lost := sum(not math.isfinite(policy.value) for policy in policies):
+        notes.append(
+            f"No estimate for {lost} of {len(policies)} policies of {dataset} (fitted Q evaluation diverged): they are ranked "
+            "last; lower --lr."
+        )
     return judge(dataset, scale, policies, cfg.seed), notes
 
 
@@ -274,7 +282,7 @@ def add_parser(subparsers: Any) -> None:
         "--out", type=Path, help="where to write (default: `select` in the folder, or here for several)"
     )
     parser.add_argument("--all-checkpoints", action="store_true", help="rank those of keep_checkpoints=true too")
-    parser.add_argument("--device", help="of fitted Q evaluation (default: a GPU where there is one)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto: a GPU where there is one)")
     for option, kind in FQE_OPTIONS.items():  # FQEConfig has their defaults
         parser.add_argument(
             f"--{option}", type=kind, default=argparse.SUPPRESS, help="see FQEConfig in offrl/evaluation/fqe.py"
@@ -295,6 +303,5 @@ def _command(arguments: argparse.Namespace) -> int:
     if not (0 < cfg.lr < math.inf and 0 <= cfg.discount <= 1):
         raise OffrlError(f"--lr {cfg.lr} --discount {cfg.discount}: lr should be above 0, discount from 0 to 1.")
     out = arguments.out or (arguments.runs[0] / "select" if len(arguments.runs) == 1 else Path("select"))
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    select(arguments.runs, out, cfg, arguments.all_checkpoints, device)
+    select(arguments.runs, out, cfg, arguments.all_checkpoints, str(pick_device(arguments.device or "auto")))
     return 0

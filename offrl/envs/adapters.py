@@ -22,7 +22,7 @@ from offrl.envs.chosen import is_chosen
 from offrl.envs.generators import OwnGenerators
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
 from offrl.envs.partial import PartialObservation
-from offrl.envs.registered import make_gymnasium
+from offrl.envs.registered import make_gymnasium, make_vector
 from offrl.envs.robots import ROBOT_IDS, TIME_LIMIT
 from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError, one_line
@@ -62,6 +62,11 @@ def _fully_observed(info: DatasetInfo, render: bool) -> gymnasium.Env:
             f"{info.id}: D4RL's AntMaze robot is in no maintained package (Gymnasium's ant has other motors), so its "
             "policies can't be scored; train on Minari's D4RL/antmaze/*-v2 instead."
         )
+    if name and info.family in ("maze2d", "kitchen") and info.env_kwargs:
+        raise OffrlError(
+            f"{name}: D4RL's environment takes no arguments, so env_kwargs={one_line(info.env_kwargs)} should be left out; or "
+            f"name another environment with {option('eval.env', 'ID')}."
+        )
     if name and info.family == "maze2d":
         env: gymnasium.Env = Maze2D(name)
         return gymnasium.wrappers.TimeLimit(ClipAction(env), info.max_episode_steps or 300)
@@ -94,9 +99,10 @@ def make_vector_env(info: DatasetInfo, count: int) -> gymnasium.vector.VectorEnv
     """`count` environments of a dataset that step in one call; None where there is no such version of them."""
     if info.env_id is None or not info.env_id.startswith("offrl/") or partial_of(info) != Partial():
         return None
-    if gymnasium.spec(info.env_id).vector_entry_point is None:
+    spec = gymnasium.registry.get(info.env_id)
+    if spec is None or spec.vector_entry_point is None:
         return None
-    return gymnasium.make_vec(info.env_id, count, **_kwargs(info))
+    return make_vector(info.env_id, count, **_kwargs(info))
 
 
 def plain_robot(info: DatasetInfo) -> tuple[str, int] | None:

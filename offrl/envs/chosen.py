@@ -7,6 +7,7 @@ that everything behind it knows environments by their ids alone.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import sys
@@ -163,10 +164,11 @@ def with_environment(
         env_kwargs: arguments of the environment; without `env` they are added to the dataset's.
 
     Raises:
-        OffrlError: arguments or a limit without an environment, one reference without the other, two that are equal.
+        OffrlError: arguments or a limit without an environment, one reference without the other, two that are equal or not
+            finite.
     """
     ref_min, ref_max = references
-    if (ref_min is None) != (ref_max is None) or (ref_min is not None and ref_min == ref_max):
+    if (ref_min, ref_max) != (None, None) and not _spans(ref_min, ref_max):
         raise OffrlError(
             f"eval.ref_min={ref_min} and eval.ref_max={ref_max} are the returns that score 0 and 100; give two "
             "different numbers."
@@ -190,6 +192,13 @@ def with_environment(
     if ref_min is not None:
         changes |= {"ref_min": ref_min, "ref_max": ref_max}
     return replace(info, **changes) if changes else info
+
+
+def _spans(ref_min: float | None, ref_max: float | None) -> bool:
+    """Whether two references are a scale."""
+    if ref_min is None or ref_max is None:
+        return False
+    return math.isfinite(ref_min) and math.isfinite(ref_max) and ref_min != ref_max
 
 
 def is_chosen(info: DatasetInfo) -> bool:

@@ -62,8 +62,22 @@ def make_gymnasium(env_id: str, entry_point: str | None = None, **kwargs: Any) -
     except (OffrlError, MemoryError):
         raise
     except Exception as error:  # whatever the environment raises at arguments that it does not like
-        reason = one_line(f"{type(error).__name__}: {error}")
-        raise OffrlError(f"{env_id} cannot be made ({reason}); check env_kwargs={one_line(kwargs)}.") from error
+        raise _not_made(env_id, kwargs, error) from error
+
+
+def make_vector(env_id: str, count: int, **kwargs: Any) -> gymnasium.vector.VectorEnv:
+    """`gymnasium.make_vec` of an id that is registered; arguments that it does not like are an OffrlError."""
+    try:
+        return gymnasium.make_vec(env_id, count, **kwargs)
+    except (OffrlError, MemoryError):
+        raise
+    except Exception as error:
+        raise _not_made(env_id, kwargs, error) from error
+
+
+def _not_made(env_id: str, kwargs: dict[str, Any], error: Exception) -> OffrlError:
+    reason = one_line(f"{type(error).__name__}: {error}")
+    return OffrlError(f"{env_id} cannot be made ({reason}); check env_kwargs={one_line(kwargs)}.")
 
 
 def _with_spaces(env_id: str, env: gymnasium.Env) -> gymnasium.Env:

@@ -94,8 +94,7 @@ def _fit(store: OfflineDataset, agents: list[Agent], cfg: FQEConfig, track: Call
     lanes = sum(agent.spec.lanes for agent in agents)
     train, held = _split(store, cfg.held_out, generator)
     mean, std = store.observation_statistics()
-    scale = float(store.rewards.std())  # networks see rewards of standard deviation 1
-    scale = scale if scale > 0 else 1.0
+    scale = 1.0 if store.constant_rewards else float(store.rewards.std())  # networks see rewards of std 1
 
     def normalize(obs: Tensor) -> Tensor:
         """`[n, O]` to the networks' `[lanes, n, O]`."""

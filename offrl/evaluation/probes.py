@@ -98,11 +98,19 @@ def labels(agent: Agent, store: OfflineDataset, rows: Tensor) -> Tensor | None:
     return agent.label(agent.prepare(batch))
 
 
-def reward_and_state(agent: Agent, store: OfflineDataset) -> Tensor:
-    """`[N, O + 1]`: reward and next state of every row, standardised; constant rewards are 0."""
-    std = store.rewards.std(correction=0)
-    reward = torch.zeros_like(store.rewards) if store.constant_rewards else store.rewards / (std + 1e-6)
-    return torch.cat([reward.unsqueeze(1), agent.normalize(store.next_observations)], 1)
+def reward_and_state(store: OfflineDataset) -> Tensor:
+    """`[N, O + 1]`: reward and next state of every row, standardised by the dataset; what is constant is 0."""
+    reward = torch.zeros_like(store.rewards) if store.constant_rewards else store.rewards
+    return _standardised(torch.cat([reward.unsqueeze(1), store.next_observations], 1))
+
+
+def _standardised(values: Tensor) -> Tensor:
+    """`[N, n]`: columns of mean 0 and standard deviation 1 (float64 sums), so that clipping cuts tails alone."""
+    made = torch.empty_like(values)
+    for column, target in zip(values.unbind(1), made.unbind(1)):
+        centred = column.double() - column.double().mean()
+        target.copy_(centred / (centred.square().mean().sqrt() + 1e-6))
+    return made
 
 
 def noise_features(noise: Tensor) -> Tensor:
@@ -130,7 +138,7 @@ def label_leakage(
     if labels(agent, store, torch.zeros(len(seeds), 1, dtype=torch.int64, device=device)) is None:
         return None
     train, held = _split(store)
-    context = _context(agent, store)
+    context = _context(store).to(agent.obs_mean)
     outcome = outcome.to(context).clamp(-CLIP, CLIP)
     standardised = _standardised_labels(agent, store, _draw(random, train, 0, 4096))
     width = standardised(_draw(random, train, 0, 1), 0).shape[-1]
@@ -174,11 +182,11 @@ def _split(store: OfflineDataset) -> tuple[Tensor, Tensor]:
     return (~of_row).nonzero().squeeze(1), of_row.nonzero().squeeze(1)
 
 
-def _context(agent: Agent, store: OfflineDataset) -> Tensor:
+def _context(store: OfflineDataset) -> Tensor:
     """`[N, O + A + 1]`: standardised state, action, and timestep as a share of the longest episode."""
     action = one_hot(store.actions, store.action_dim, store.rewards.dtype) if store.info.discrete else store.actions
     time = (store.timesteps / store.steps.max()).to(store.rewards.dtype).unsqueeze(1)
-    return torch.cat([agent.normalize(store.observations), action, time], 1).clamp(-CLIP, CLIP)
+    return torch.cat([_standardised(store.observations).clamp(-CLIP, CLIP), action, time], 1)
 
 
 def _standardised_labels(agent: Agent, store: OfflineDataset, some: Tensor) -> Callable[[Tensor, int], Tensor]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from offrl.agents.base import Agent
 from offrl.data.dataset import DatasetInfo
 from offrl.data.minari_write import Episode, write_minari
+from offrl.data.partial import KEY, Partial, partial_of
 from offrl.data.writers import space_of_actions
 from offrl.datasets import load
 from offrl.envs import make_env
@@ -34,6 +35,7 @@ FRAMES_PER_SECOND = 30  # of a video, about; simulators make up to 125 steps a s
 GIF_WIDTH = 320  # pixels: a GIF is an order of magnitude larger than an MP4
 SUFFIXES = (".mp4", ".gif")
 CAMERA_OPTIONS = {"camera_id", "camera_name", "default_camera_config"}  # of Gymnasium's MuJoCo environments
+SHOWN_BY = (KEY, "observation_keys")  # of provenance: what the environment shows of its observations
 Frame = NDArray[np.uint8]
 
 
@@ -262,7 +264,9 @@ def record(folder: Path, episodes: list[Episode], info: DatasetInfo, agent: Agen
         agent: the policy, of one lane.
     """
     check_record(folder)
-    own = replace(info, id=folder.name, source="offrl", provenance={"policy": description, "recorded_on": info.id})
+    shown = {key: info.provenance[key] for key in SHOWN_BY if key in info.provenance}
+    provenance = {"policy": description, "recorded_on": info.id, **shown}
+    own = replace(info, id=folder.name, source="offrl", provenance=provenance)
     write_minari(
         folder,
         episodes,
@@ -278,7 +282,10 @@ def record(folder: Path, episodes: list[Episode], info: DatasetInfo, agent: Agen
 
 
 def _env_spec(info: DatasetInfo, agent: Agent) -> str | None:
-    """JSON of the environment's Gymnasium spec where its own observations are those of the dataset; None elsewhere."""
+    """JSON of the environment's Gymnasium spec where its own observations are those of the dataset; None elsewhere, such as
+    where observations are lost at random."""
+    if partial_of(info) != Partial():
+        return None
     with closing(make_env(info)) as env:
         plain = env.unwrapped
         if plain.spec is None or getattr(plain.observation_space, "shape", None) != (agent.spec.obs_dim,):

@@ -39,6 +39,11 @@ class Policy:
     def score(self) -> float:
         return float(self.episodes.mean()) if len(self.episodes) else math.nan
 
+    @property
+    def merit(self) -> float:
+        """The estimate by which policies are ranked: one that is not finite (the evaluation diverged) is the worst."""
+        return self.value if math.isfinite(self.value) else -math.inf
+
 
 @dataclass
 class Selection:
@@ -70,21 +75,21 @@ def judge(dataset: str, scale: str, policies: Sequence[Policy], seed: int = 0) -
     """Order policies by their estimates, and compare with true scores where there are some.
 
     A configuration of the best-of-k curves is a method with its settings at a checkpoint. Its estimate and its score are
-    averages over seeds.
+    averages over seeds. Policies whose estimate is not finite come last.
     """
-    ranked = sorted(policies, key=lambda p: -p.value)
+    ranked = sorted(policies, key=lambda p: -p.merit)
     known = [p for p in ranked if not math.isnan(p.score)]
     nothing = np.empty(0)
     made = Selection(dataset, scale, ranked, known, math.nan, {}, [], nothing, nothing, nothing, None)
     if len(known) < 2:
         return made
-    value, score = np.array([p.value for p in known]), np.array([p.score for p in known])
+    value, score = np.array([p.merit for p in known]), np.array([p.score for p in known])
     made.spearman = budget.spearman(value, score)
     made.regret = {k: budget.regret_at(value, score, k) for k in budget.KS if k <= len(known)}
     groups: dict[tuple[str, int], list[Policy]] = {}
     for policy in known:
         groups.setdefault((policy.method, policy.step), []).append(policy)
-    values, scores = np.array([np.mean([(p.value, p.score) for p in g], axis=0) for g in groups.values()]).T
+    values, scores = np.array([np.mean([(p.merit, p.score) for p in g], axis=0) for g in groups.values()]).T
     made.ks = list(range(1, len(scores) + 1))
     made.uniform, made.spread = budget.expected_best(scores, made.ks)
     made.selected = budget.offline_best(values, scores)

@@ -112,6 +112,24 @@ def test_states_that_cannot_be_told_are_counted(hopper: OfflineDataset) -> None:
     simulator.close()
 
 
+def test_a_robot_with_noise_is_stepped_without_it() -> None:
+    info = DatasetInfo(
+        id="x", env_id="offrl/NoisyHopper-v0", env_kwargs={"iid": 0.3, "sticky": 0.5, "reward_sigma": 1.0}
+    )
+    obs, action = np.zeros(11), np.array([0.3, -0.2, 0.1])
+    obs[0] = 1.25
+    noisy, plain = Simulator(info), Simulator(DatasetInfo(id="x", env_id="Hopper-v5"))
+    wanted, reward, _ = plain.step(obs, action)
+    for _ in range(3):
+        following, got, _ = noisy.step(obs, action)
+        np.testing.assert_array_equal(following, wanted)
+        assert got == reward
+    obs[5] = 10.0  # a velocity at its cut-off
+    assert not noisy.determines(obs[None])
+    noisy.close()
+    plain.close()
+
+
 def test_robots_that_cannot_be_set_are_refused() -> None:
     with pytest.raises(OffrlError, match=r"can't be read from its observation"):
         Simulator(DatasetInfo(id="x", env_id="Humanoid-v5"))
@@ -202,8 +220,24 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert store.episodes == 5
     assert len(store) <= 35
 
-    words = ["--transitions", "42", "--coefficients", "0,2", "--behaviour", run, "world_model.model.updates=5"]
+    words = [
+        "augment.policy_std=[0.5]",
+        "--transitions",
+        "42",
+        "--coefficients",
+        "0,2",
+        "--behaviour",
+        run,
+        "world_model.model.updates=5",
+    ]
     assert main(["augment", "metrics", run, *words, "world_model.model.hidden=[8]", *TINY]) == 0
+    capsys.readouterr()
+    assert main(["augment", "sample", str(made), "--policy", run, "dataset=forge/halfcheetah/random-v0", *TINY]) == 2
+    assert "has 11 observation numbers and 3 action numbers" in capsys.readouterr().err
+    conditioned = ["agent=rvs", "agent.hidden=[8]", *small[1:], f"out={tmp_path}", "name=rvs"]
+    assert main(["train", *data, *conditioned]) == 0
+    assert main(["augment", "sample", str(made), "--policy", str(tmp_path / "rvs"), *TINY]) == 2
+    assert "RvS acts on the episode so far" in capsys.readouterr().err
     out = tmp_path / "run" / "augment"
     kinds = json.loads((out / "metrics.json").read_text())["kinds"]
     assert list(kinds) == ["real", "unguided", "guided, 2", "world model"]

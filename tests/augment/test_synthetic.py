@@ -381,6 +381,11 @@ def test_neighbours_of_synthetic_states() -> None:
         ),
         ({"_target_": PGD, "denoiser": {"updates": 0}}, "augment.denoiser.updates=0 should be at least 1."),
         ({"_target_": PGD, "sampling": {"steps": 1}}, "augment.sampling.steps=1 should be at least 2."),
+        ({"_target_": PGD, "length": 2}, "augment.length=2: 3 blocks need trajectories of at least 3 transitions"),
+        (
+            {"_target_": PGD, "denoiser": {"window": 3}},
+            "augment.denoiser.window=3: 3 blocks need windows of at least 4",
+        ),
     ],
     ids=str,
 )
@@ -495,6 +500,39 @@ def test_held_out_episodes_are_for_the_validation_loss_alone() -> None:
         assert torch.equal(whole.update(), poor.update())
     assert math.isfinite(whole.validation_loss() or math.nan)
     assert math.isnan(poor.validation_loss() or 0)
+
+
+@pytest.mark.parametrize("updates", [3, 12], ids=["before a check", "behind a check"])
+def test_a_fit_that_diverges_leaves_no_file(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offrl.augment.fitting.SAVE_EVERY", 10)
+    store = make_toy(512, seed=11)
+    cfg = DenoiserConfig(features=16, blocks=2, window=4, updates=updates, batch_size=8, lr=1e-3)
+    real = Training.update
+
+    def diverging(self: Training) -> Tensor:
+        loss = real(self)
+        return loss * torch.nan if self.step > 10 or updates < 10 else loss
+
+    path = denoiser_path(store, cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "update", diverging)
+        with pytest.raises(OffrlError, match="loss is no longer finite; lower the learning rate"):
+            trained_denoiser(store, cfg)
+    assert [file.suffix for file in path.parent.glob(f"{path.stem}*")] in ([], [".lock"])
+    result = Training.result
+
+    def spoilt(self: Training) -> Any:
+        tensors, metadata = result(self)
+        return {name: tensor * torch.nan for name, tensor in tensors.items()}, metadata
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "result", spoilt)
+        with pytest.raises(OffrlError, match="is no longer finite"):
+            trained_denoiser(store, cfg)
+    assert not path.exists()
+    tensors, metadata = spoilt(Training(store, cfg))
+    checkpoint.write(path, tensors, metadata)  # as earlier versions kept it
+    assert checkpoint.first_not_finite(trained_denoiser(store, cfg).denoiser.state_dict()) is None
 
 
 def test_training_goes_on_where_it_was_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -96,6 +96,40 @@ def test_the_command(
     assert "nothing to rank: Left out, trained on other data than" in capsys.readouterr().err
     with pytest.raises(OffrlError, match="no checkpoint in"):
         select([], "out")
+    assert main(*given, "--device", "gpu") == 2
+    assert "device=gpu is unknown; choose auto, cpu, cuda or cuda:N." in capsys.readouterr().err
+
+
+def test_runs_of_transformed_rewards_are_ranked_by_the_recorded_ones(
+    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, data in (
+        ("plain", {}),
+        ("scaled", {"reward_scale": 2.0, "reward_shift": -1.0}),
+        ("normal", {"reward_normalize": True}),
+    ):
+        train(options(toy_file, 4, name=name, data=data))
+    (made,) = select(["runs"], "out", FQEConfig(updates=3, hidden=(8,)), show=False)
+    assert {p.folder.name for p in made.policies} == {"plain", "scaled", "normal"}
+    assert "Left out" not in Path("out/select.md").read_text()
+
+
+def test_policies_without_an_estimate_come_last(
+    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [policy("a", 0, math.nan, 10), policy("b", 0, 1, 20), policy("c", 0, math.inf, 15), policy("d", 0, 5, 30)]
+    made = judge("d", "score", found)
+    assert [p.method for p in made.policies] == ["d", "b", "a", "c"]
+    assert made.spearman == pytest.approx(
+        judge("d", "score", [policy(p.method, 0, p.merit, p.score) for p in found]).spearman
+    )
+    assert made.regret[1] == 0
+    assert made.selected.tolist() == [30, 30, 30, 30]
+    monkeypatch.chdir(tmp_path)
+    train(options(toy_file, 4, name="one"))
+    select(["runs"], "out", FQEConfig(updates=60, hidden=(8,), lr=1e30), show=False)
+    assert "No estimate for 2 of 2 policies" in Path("out/select.md").read_text()
 
 
 @pytest.mark.parametrize(

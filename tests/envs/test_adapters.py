@@ -16,9 +16,11 @@ pytest.importorskip("mujoco")
 from offrl.data.catalogue import d4rl, flat_keys
 from offrl.data.dataset import DatasetInfo
 from offrl.data.minari import read_minari
-from offrl.envs import make_env, make_gymnasium
+from offrl.envs import TABULAR_IDS, make_env, make_gymnasium
 from offrl.envs.adapters import D4RLKitchen, Maze2D
+from offrl.envs.chosen import with_environment
 from offrl.envs.mazes import LAYOUTS
+from offrl.evaluation.evaluator import Evaluator
 from offrl.forge import registry as forge
 from offrl.utils.errors import OffrlError
 
@@ -364,6 +366,27 @@ def test_mazes_leave_no_files_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_clear_refusals(info: DatasetInfo, message: str) -> None:
     with pytest.raises(OffrlError, match=message):
         make_env(info)
+
+
+FAMILIES = [
+    *(DatasetInfo(id="mine", env_id=name) for name in TABULAR_IDS.values()),
+    *(DatasetInfo(id="mine", env_id=name) for name in ("offrl/NoisyHopper-v0", "Hopper-v5", "Pendulum-v1")),
+    *(d4rl()[name].info() for name in ("hopper-medium-v2", "maze2d-umaze-v1", "kitchen-complete-v0", "pen-human-v1")),
+    DatasetInfo(id="mine", env_id="PointMaze_UMaze-v3"),
+]
+
+
+@robotics
+@pytest.mark.parametrize("info", FAMILIES, ids=lambda info: f"{info.id} {info.env_id}")
+@pytest.mark.parametrize("kwargs", [{"nonsense": 1}, {"sigma": "abc", "p": "abc", "frame_skip": "abc"}], ids=str)
+def test_unknown_arguments_of_an_environment_are_refused(info: DatasetInfo, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(OffrlError, match="env_kwargs="):
+        Evaluator(with_environment(info, env_kwargs=kwargs), 1, workers=1)
+
+
+def test_an_id_of_ours_that_there_is_not() -> None:
+    with pytest.raises(OffrlError, match="Gymnasium doesn't know"):
+        Evaluator(DatasetInfo(id="mine", env_id="offrl/Nothing-v0"), 1, workers=1)
 
 
 @pytest.mark.parametrize(

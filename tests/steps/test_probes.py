@@ -31,7 +31,7 @@ def entropy(p: float) -> float:
 
 
 def in_bandit(agent: Any, store: OfflineDataset, updates: int = 250) -> Leakage:
-    found = label_leakage(agent, store, reward_and_state(agent, store), updates, hidden=(32,))
+    found = label_leakage(agent, store, reward_and_state(store), updates, hidden=(32,))
     assert found is not None
     return found
 
@@ -85,6 +85,31 @@ def test_whole_numbers_are_kinds_and_others_are_standardised() -> None:
     assert noise_features(torch.tensor([0, 2, 1])).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
     numbers = noise_features(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     torch.testing.assert_close(numbers, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+
+
+def test_estimates_depend_on_no_origin_of_rewards_and_states() -> None:
+    """The noise of a reward of 0 or 1 leaks whole, wherever rewards and states lie; float32 keeps 1e-4 of a state at 1000."""
+    generator = torch.Generator().manual_seed(0)
+    store = make_bandit(0.5, 0.5, 1000)
+    states = torch.randn(len(store), 2, generator=generator)
+    found = []
+    for reward, state in ((0.0, 0.0), (100.0, 0.0), (0.0, 1000.0)):
+        moved = {"rewards": store.rewards + reward, "observations": states + state}
+        moved["next_observations"] = moved["observations"].roll(-1, 0)
+        there = OfflineDataset(**{**store.tensors(), **moved}, info=store.info)
+        agent = make_rvs(there, hidden=(8,))
+        agent.obs_mean.zero_()  # normalize_obs=false
+        agent.obs_scale.fill_(1)
+        found.append(in_bandit(agent, there, updates=100).label[0])
+    assert abs(found[0] - entropy(0.5)) < 0.1
+    assert found == pytest.approx(found[:1] * 3, abs=0.01)
+
+
+def test_columns_that_are_constant_are_zero() -> None:
+    store = make_bandit(0.3, 0.7, 100)
+    moved = {**store.tensors(), "next_observations": torch.full_like(store.observations, 7.3)}
+    store = OfflineDataset(**moved, info=store.info)
+    torch.testing.assert_close(reward_and_state(store)[:, 1:], torch.zeros_like(store.observations), rtol=0, atol=1e-6)
 
 
 def test_too_few_episodes_are_refused() -> None:
