@@ -27,9 +27,10 @@ from offrl.data.d4rl import read_d4rl, read_d4rl_package
 from offrl.data.dataset import Bound, OfflineDataset
 from offrl.data.given import GIVEN, READ_WITH, path_of
 from offrl.data.minari import data_folder, local_datasets, local_folder, read_minari, read_noise
-from offrl.data.mixtures import D4RL_MIXTURE, d4rl_mixture
+from offrl.data.mixtures import d4rl_mixture
 from offrl.data.ogbench import holds_trajectories, read_ogbench, with_success_timing
 from offrl.forge import registry
+from offrl.utils.dataset_names import D4RL_MIXTURE
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import cache_dir
 from offrl.utils.process import pick_device

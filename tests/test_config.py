@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 from offrl.agents.base import Spec
 from offrl.agents.td3_bc import TD3BC as TD3BC_CLASS
 from offrl.data import catalogue, ogbench_names
-from offrl.data.mixtures import D4RL_MIXTURE
 from offrl.forge import registry as forge
 from offrl.results import published
 from offrl.training.compose import (
@@ -34,6 +33,7 @@ from offrl.training.compose import (
 from offrl.training.schema import TrainConfig
 from offrl.training.sweep import _jobs_of
 from offrl.training.trainer import RunConfig, make_agent, resolve_config
+from offrl.utils.dataset_names import D4RL_MIXTURE
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
 from offrl.utils.settings import build, chosen_settings

@@ -44,14 +44,14 @@ def collect(source: Path, into: Path) -> tuple[list[Path], list[Path]]:
             unfinished.append(inner)
             continue
         if found := sorted(run.folder.glob(PROBES), key=size_of):
-            told = json.loads(found[-1].read_text())
-            probes.setdefault(into / inner.parts[0], {})[str(Path(*inner.parts[1:]))] = without_paths(told)
+            probe = json.loads(found[-1].read_text())
+            probes.setdefault(into / inner.parts[0], {})[str(Path(*inner.parts[1:]))] = without_paths(probe)
         else:
             copy_run(run, into / inner)
         copied.append(inner)
-    for folder, told in probes.items():
+    for folder, of_runs in probes.items():
         path = folder / "probes.json"
-        write_json(path, dict(sorted((kept_in(path) | told).items())))
+        write_json(path, dict(sorted((kept_in(path) | of_runs).items())))
     for path in sorted(source.rglob("peers_*.json")):
         write_json(into / path.relative_to(source), without_paths(json.loads(path.read_text())))
     for path in sorted(source.rglob("histories_*.json")):

@@ -174,9 +174,9 @@ def compared(name: str, what: str, ours: Scores, other: Scores, margin: float, s
     found = difference(ours, other)
     if found is None:
         return Line(name, what)
-    told = f"{found}; {len(ours)} and {len(other)} seeds"
+    text = f"{found}; {len(ours)} and {len(other)} seeds"
     early = "so far: " if min(len(ours), len(other)) < seeds else ""
-    return Line(name, what, told, early + found.verdict(margin))
+    return Line(name, what, text, early + found.verdict(margin))
 
 
 def counted(name: str, what: str, verdicts: Sequence[bool | None], needed: int) -> Line:
@@ -185,11 +185,11 @@ def counted(name: str, what: str, verdicts: Sequence[bool | None], needed: int) 
     if not done:
         return Line(name, what)
     open_ = len(verdicts) - len(done)
-    told = f"{sum(done)} of {len(verdicts)}" + (f", {open_} not run yet" if open_ else "")
+    text = f"{sum(done)} of {len(verdicts)}" + (f", {open_} not run yet" if open_ else "")
     if sum(done) >= needed:
-        return Line(name, what, told, "shown")
+        return Line(name, what, text, "shown")
     too_few = sum(done) + open_ < needed
-    return Line(name, what, told, "not shown at this budget" if too_few else NOT_YET)
+    return Line(name, what, text, "not shown at this budget" if too_few else NOT_YET)
 
 
 def is_shown(ours: Scores, other: Scores, margin: float, seeds: int) -> bool | None:

@@ -63,8 +63,8 @@ def table(scores: dict[float, list[float]], found: dict[float, dict[str, float]]
     for coefficient in sorted({*scores, *found}):
         lanes, made = scores.get(coefficient), found.get(coefficient)
         score = f"{np.mean(lanes):.1f} ± {np.std(lanes, ddof=1):.1f}" if lanes else ""
-        told = f"{made['dynamics_error']:.3f} | {made['log_likelihood_policy']:.2f}" if made else " | "
-        lines.append(f"| {coefficient:g} | {score} | {told} |")
+        numbers = f"{made['dynamics_error']:.3f} | {made['log_likelihood_policy']:.2f}" if made else " | "
+        lines.append(f"| {coefficient:g} | {score} | {numbers} |")
     return "\n".join(lines)
 
 

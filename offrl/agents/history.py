@@ -111,7 +111,6 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
         check_agent(self.agent)
         self.agent.random = self.random  # its `step` is the engine's
         self.period, self.batch_fields = self.agent.period, self.agent.batch_fields
-        self.pretrain_updates = self.agent.pretrain_updates
         self.uses_reward = getattr(self.agent, "uses_history", False) and getattr(self.agent, "uses_reward", False)
         self.burn_in = cfg.burn_in if cfg.encoder == "gru" else cfg.context - 1
         self.window = self.burn_in + cfg.length

@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from offrl.data.dataset import DatasetInfo
-from offrl.data.mixtures import D4RL_MIXTURE
 from offrl.data.ogbench_names import names as ogbench_ids
 from offrl.data.ogbench_names import parse
+from offrl.utils.dataset_names import D4RL_MIXTURE
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import cache_dir
 

@@ -7,7 +7,6 @@ Theirs were drawn without a seed and can't be made again; these can.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +16,8 @@ from numpy.typing import NDArray
 
 from offrl.data.dataset import OfflineDataset, concatenate
 from offrl.data.statistics import positive_sided_variance
+from offrl.utils.dataset_names import D4RL_MIXTURE
 from offrl.utils.errors import OffrlError
-
-D4RL_MIXTURE = re.compile(r"(hopper|halfcheetah|walker2d|ant)-random-(medium|expert)-(0\.\d+)-v2")
 
 
 def d4rl_mixture(name: str, load: Callable[[str], OfflineDataset]) -> OfflineDataset:

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from offrl.utils.dataset_names import FORGE_OGBENCH, OGBENCH
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import PACKAGE, cache_dir
 
 FAMILY = "ogbench"
 BASE = "https://rail.eecs.berkeley.edu/datasets/ogbench/"
-FORGE = "forge/ogbench/"  # before the name of a set that was built here
+FORGE = FORGE_OGBENCH
 KINDS = {
     "pointmaze": ("navigate", "stitch"),
     "antmaze": ("navigate", "stitch", "explore"),
@@ -30,11 +30,6 @@ KINDS = {
     "antsoccer": ("navigate", "stitch"),
     **dict.fromkeys(("cube", "scene", "puzzle"), ("play", "noisy")),
 }
-FORM = re.compile(
-    r"(?P<environment>(?:visual-)?(?:pointmaze|antmaze|humanoidmaze|antsoccer|cube|scene|puzzle|powderworld)(?:-\w+)?)"
-    r"-(?P<kind>navigate|stitch|explore|play|noisy)"
-    r"(?P<single>-singletask(?:-task(?P<task>\d+))?)?(?P<oracle>-oraclerep)?-v0(?P<validation>-val)?"
-)
 
 
 @dataclass(frozen=True)
@@ -153,7 +148,7 @@ def parse(text: str) -> Name | None:
         OffrlError: a dataset of OGBench that is out of scope, or a task that there is not.
     """
     prefix = FORGE if text.startswith(FORGE) else ""
-    match = FORM.fullmatch(text.removeprefix(prefix))
+    match = OGBENCH.fullmatch(text.removeprefix(prefix))
     if match is None:
         return None
     environment, kind = match["environment"], match["kind"]

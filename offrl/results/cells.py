@@ -199,12 +199,12 @@ def _in_one_environment(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
 
     ends = rows.filter(pl.col("env_id").is_not_null()).sort("step", maintain_order=True)
     last = ends.group_by("folder", "lane", "dataset").agg(pl.col("env_id").last().alias("last_env"))
-    told = rows.join(last, on=["folder", "lane", "dataset"], how="left", maintain_order="left")
+    joined = rows.join(last, on=["folder", "lane", "dataset"], how="left", maintain_order="left")
     other = pl.col("env_id").is_not_null() & (pl.col("env_id") != pl.col("last_env"))
     names = sorted(
-        f"{Path(folder).name} ({env})" for folder, env in told.filter(other)["folder", "env_id"].unique().iter_rows()
+        f"{Path(folder).name} ({env})" for folder, env in joined.filter(other)["folder", "env_id"].unique().iter_rows()
     )
-    return (told.filter(~other) if names else told).drop("last_env"), names
+    return (joined.filter(~other) if names else joined).drop("last_env"), names
 
 
 def _without_repeated_seeds(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:

@@ -11,8 +11,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from offrl import results
+from offrl.utils.dataset_names import D4RL_MIXTURE, FORGE_OGBENCH, OGBENCH
 from offrl.utils.paths import PACKAGE
-from offrl.utils.settings import ENVIRONMENT, FREE, NAMES, canonical
+from offrl.utils.settings import FREE, NAMES, TASK, canonical
 
 if TYPE_CHECKING:
     import polars as pl
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 SUCCESS = "success rate, %"
 OWN = "normalised score"  # by references of one's own: two datasets may have nothing in common
-_OGBENCH = re.compile(
-    r"(forge/ogbench/)?(pointmaze|antmaze|humanoidmaze|antsoccer|cube|scene|puzzle)-[\w-]*-singletask-task\d+-v0"
-)
 
 
 def scale_of(dataset: str) -> str:
@@ -30,11 +28,12 @@ def scale_of(dataset: str) -> str:
 
     D4RL's and Minari's are those of the catalogue's ids, and of D4RL's mixtures; a name of that form alone is somebody's own.
     """
-    if _OGBENCH.match(dataset):
+    task = OGBENCH.fullmatch(dataset.removeprefix(FORGE_OGBENCH))
+    if task and task["task"]:
         return SUCCESS
     if dataset.startswith("forge/"):
         return "forge-normalised score"
-    mixture = re.fullmatch(r"(\w+)-random-(medium|expert)-0\.\d+-v2", dataset)  # scored as the better source
+    mixture = D4RL_MIXTURE.fullmatch(dataset)  # scored as the better source
     if (f"{mixture[1]}-{mixture[2]}-v2" if mixture else dataset) in _ids("d4rl"):
         return "D4RL-normalised score"
     return "Minari-normalised score" if dataset in _ids("minari") else OWN
@@ -52,7 +51,6 @@ ONLINE = "+online"  # of the method's name where a run has an online phase
 # Options that do not change what is learned, that a cell averages over, or that the dataset's name tells.
 NOT_SETTINGS = FREE - {"updates"} | NAMES
 _NOT_SETTINGS_IN = {"data": {"cache", "task", "tasks"}, "online": {"eval_every"}}
-TASK = (*ENVIRONMENT, "ref_min", "ref_max")  # options of `eval` that say what an episode is, and what scores 0 and 100
 _GIVEN_DATA = ("data.seed", "data.size")  # which numbers a dataset built here has: nothing that one would tune
 # A run that lacks one of these had no such thing; other gaps may be those of an earlier version.
 _CHOICES = ("augment._target_", "history.encoder")
@@ -245,8 +243,9 @@ def _differs(key: str, group: Sequence[_Entry]) -> bool:
     Runs of earlier versions wrote down only what differed from the method's defaults: what such a run lacks had its default,
     and is the same as a setting that a later run counts among its defaults.
     """
-    told = key in _CHOICES or key.startswith("eval.")  # whether a run's configuration tells that it had no such thing
-    known = [entry for entry in group if entry.run.config] if told else group
+    # Of these a run's configuration says that it had no such thing, by leaving it out.
+    complete = key in _CHOICES or key.startswith("eval.")
+    known = [entry for entry in group if entry.run.config] if complete else group
     lacks = any(key not in entry.settings for entry in known)
     return len({DEFAULT if lacks and _may_be_default(key, e) else repr(e.settings[key]) for e in known}) > 1
 

@@ -13,9 +13,7 @@ from offrl import results
 from offrl.training.schema import EvalConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
-from offrl.utils.settings import ENVIRONMENT
-
-TASK = (*ENVIRONMENT, "ref_min", "ref_max")  # options that say what an episode and its score are
+from offrl.utils.settings import TASK
 
 
 class _Config(BaseModel):

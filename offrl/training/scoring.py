@@ -17,7 +17,6 @@ from offrl.data.lane_tasks import lane_infos
 from offrl.data.partial import title
 from offrl.envs.chosen import import_environment
 from offrl.evaluation.evaluator import Episodes, Evaluator
-from offrl.training.answered import TASK
 from offrl.training.records import ResultRecord, RunRecord
 from offrl.training.runs import dataset_info, evaluation_info, load_agent, read_config
 from offrl.training.schema import EvalConfig
@@ -26,6 +25,7 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
 from offrl.utils.paths import write_json
 from offrl.utils.process import _locked
+from offrl.utils.settings import TASK
 
 EVERYTHING = 2**62  # later than any update: a writer of rows that goes on there drops none
 

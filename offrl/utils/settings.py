@@ -309,6 +309,7 @@ FREE = {"updates", "device", "engine", "updates_per_launch", "threads", "log_eve
 FREE |= {"keep_checkpoints", "out", "name", "label", "fresh", "progress", "tracker", "eval", "lanes", "seed", "seeds"}
 # Options of `eval` that say what an episode is. An online phase learns in the same environment, where they are not free.
 ENVIRONMENT = ("env", "env_kwargs", "max_episode_steps")
+TASK = (*ENVIRONMENT, "ref_min", "ref_max")  # and those that say what scores 0 and 100
 # What names a run's method in reports; no setting.
 NAMES = {"method", "agent_name"}
 

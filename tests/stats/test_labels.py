@@ -14,8 +14,8 @@ from test_report import D4RL, STEPS, cell, make, make_run, markdown, methods
 from offrl import results
 from offrl.results import labels, stats
 from offrl.results import report as reporting
-from offrl.training.answered import TASK
 from offrl.training.schema import DataConfig, TrainConfig
+from offrl.utils.settings import TASK
 
 CUBE = "cube-single-play-singletask-task2-v0"
 
