@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from absl import logging as absl_logging
 
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.nets import kernels
@@ -19,6 +21,8 @@ from offrl.training import trainer
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CC"] = "none"  # no kernels but in their own tests: every folder of caches would ask the compiler for them
 torch.set_num_threads(1)
+# dm_control's logger, when Hydra replaces it, closes the stream that was stderr at its import: here one of pytest's own.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="module")
