@@ -1,6 +1,7 @@
-"""The public home of the base classes, for agents outside this package; they live in `offrl.agents.base`."""
+"""The public home of the base classes, for agents outside this package; `offrl.agents` is where they live."""
 
-from offrl.agents.base import ActingState, Agent, Batch, RecurrentAgent, Spec, WindowBatch
+from offrl.agents.base import Agent, Batch, Spec, WindowBatch
+from offrl.agents.recurrent import ActingState, RecurrentAgent
 
 RememberingAgent = RecurrentAgent  # its name in version 0.1
 

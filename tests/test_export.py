@@ -15,9 +15,10 @@ from conftest import tiny
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from offrl.agents.base import Agent, RecurrentAgent, Spec
+from offrl.agents.base import Agent, Spec
 from offrl.agents.bc import BC, BCConfig
 from offrl.agents.iql import IQL, IQLConfig
+from offrl.agents.recurrent import RecurrentAgent
 from offrl.cli.main import main
 from offrl.data.dataset import DatasetInfo
 from offrl.evaluation import export as module

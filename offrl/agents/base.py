@@ -1,4 +1,4 @@
-"""What all methods share: the Spec they are built from, and the base classes Agent and RecurrentAgent.
+"""What all methods share: the Spec they are built from, and the base class Agent.
 
 An agent knows nothing of environments, files, loggers or the number of updates left. Every tensor has a leading lane axis,
 `[lanes, batch, ...]`; one seed is one lane. A loss is one number per lane.
@@ -7,7 +7,7 @@ An agent knows nothing of environments, files, loggers or the number of updates 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from offrl.agents.acting import PredictState, lane_settings, one_lane, predict
 from offrl.data.batch import Batch, WindowBatch
-from offrl.nets.actors import choose, normal_log_prob
+from offrl.nets.actors import normal_log_prob
 from offrl.nets.box import ActionBox
 from offrl.nets.spec import Spec
 from offrl.utils.errors import OffrlError
@@ -25,7 +25,7 @@ from offrl.utils.random import LaneRandom
 if TYPE_CHECKING:
     from offrl.data.dataset import OfflineDataset
 
-__all__ = ["ActingState", "Agent", "Batch", "Dynamics", "Metrics", "RecurrentAgent", "Spec", "WindowBatch"]
+__all__ = ["Agent", "Batch", "Dynamics", "Metrics", "Spec", "WindowBatch"]
 
 Metrics = dict[str, Tensor]
 ConfigT = TypeVar("ConfigT")
@@ -331,96 +331,6 @@ class Agent(nn.Module, Generic[ConfigT]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "dataset_index": None, "dynamics": None}
-
-
-@dataclass(kw_only=True)
-class ActingState:
-    """What a policy carries through a batch of episodes that run side by side.
-
-    Attributes:
-        timestep: number of timesteps behind.
-        stream: name of the random numbers of these episodes; empty: sample nothing, take the most likely action.
-    """
-
-    timestep: int = 0
-    stream: str = ""
-
-    def without_samples(self) -> Self:
-        """The state of a policy that samples nothing."""
-        return replace(self, stream="")
-
-
-class RecurrentAgent(Agent[ConfigT]):
-    """Base of policies whose action depends on more than the observation: on the episode so far, or on random numbers.
-
-    At every timestep `select_action(obs, state)` comes first and `update_state(state, action, reward)` second; `act` may
-    write what it computed into the state. A subclass implements `act`, and has `sample_actions` in its `Config` if it
-    supports discrete actions. One that carries more than an `ActingState` also implements `init` and `update_state`.
-
-    Attributes:
-        stream: prefix of the names of random numbers.
-        uses_history: whether the action depends on the episode so far; if False, only sampling actions needs a state.
-        samples_continuous: whether the setting `sample_actions` holds for continuous actions too.
-        uses_reward: whether `update_state` of a policy with a history reads the reward.
-        episode_batches: number of batches of episodes so far, which have different random numbers.
-    """
-
-    stream: ClassVar[str]
-    uses_history: bool = True
-    samples_continuous: ClassVar[bool] = False
-    uses_reward: bool = True
-    episode_batches: int = 0
-
-    def act(self, obs: Tensor, state: Any = None) -> Tensor:
-        """The action for normalised observations `[lanes, envs, O]`; without a state, that at the start of an episode."""
-        raise NotImplementedError
-
-    def init(self, envs: int) -> ActingState:
-        """The state at the start of `envs` episodes."""
-        return ActingState()
-
-    def initial_state(self, envs: int) -> Any:
-        if not self.uses_history and not self.samples_actions:
-            return None
-        self.episode_batches += 1
-        return replace(self.init(envs), stream=f"{self.stream}/act/{self.episode_batches}")
-
-    def update_state(self, state: Any, action: Tensor, reward: Tensor) -> Any:
-        return state and replace(state, timestep=state.timestep + 1)
-
-    def discrete_action(self, logits: Tensor, state: ActingState | None) -> Tensor:
-        """An action of logits `[lanes, envs, actions]`: a sample if the settings say so, else the most likely one."""
-        if not self.samples_actions or state is None or not state.stream:
-            return choose(logits)
-        return choose(logits, self.random.uniform(f"{state.stream}/{state.timestep}", logits.shape[1:2]))
-
-    def acting_noise(self, obs: Tensor, state: ActingState | None, width: int) -> Tensor | None:
-        """Standard normals `[lanes, envs, width]` of the timestep; None where the policy samples nothing.
-
-        An episode's numbers depend on its lane, its place and its timestep, and not on how many others run beside it.
-        """
-        if not self.samples_actions or state is None or not state.stream:
-            return None
-        return self.random.normal_rows(f"{state.stream}/{state.timestep}", obs.shape[1], width).to(obs.dtype)
-
-    def candidate_noise(self, obs: Tensor, state: ActingState | None, candidates: int, width: int) -> Tensor:
-        """Standard normals `[lanes, envs, candidates, width]`: of the timestep, or without a state the same everywhere."""
-        noise = self.acting_noise(obs, state, candidates * width)
-        if noise is None:
-            fixed = torch.zeros((), dtype=torch.int64, device=obs.device)  # no update's number
-            noise = self.random.normal_rows(f"{self.stream}/act", 1, candidates * width, fixed).to(obs.dtype)
-            noise = noise.expand(-1, obs.shape[1], -1)
-        return noise.unflatten(-1, (candidates, width))
-
-    @property
-    def samples_actions(self) -> bool:
-        """Whether actions are drawn at random when the agent is evaluated."""
-        return (self.spec.discrete or self.samples_continuous) and getattr(self.cfg, "sample_actions", False)
-
-    @torch.no_grad()
-    def select_action(self, obs: Tensor, state: Any = None) -> Tensor:
-        """The action for raw observations; without a state, that at the start of an episode."""
-        return self.within_bounds(self.act(self.normalize(self._checked(obs)), state))
 
 
 def lane_coefficients(config: Any, spec: Spec) -> Any:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from offrl.agents.base import ActingState, Batch, RecurrentAgent
+from offrl.agents.base import Batch
+from offrl.agents.recurrent import ActingState, RecurrentAgent
 from offrl.nets import MLP, Adam, DeterministicActor, categorical_log_prob
 
 

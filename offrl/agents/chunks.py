@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from offrl.agents.base import ActingState, Batch, Spec, WindowBatch
+from offrl.agents.base import Batch, Spec, WindowBatch
+from offrl.agents.recurrent import ActingState
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from offrl.agents.base import ActingState, Batch, RecurrentAgent
+from offrl.agents.base import Batch
+from offrl.agents.recurrent import ActingState, RecurrentAgent
 from offrl.nets import Adam, Critics, DenoisingPolicy, choose, make_target, per_lane, polyak
 from offrl.utils.random import LaneRandom
 

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from offrl.agents.base import ActingState, RecurrentAgent, Spec, WindowBatch
+from offrl.agents.base import Spec, WindowBatch
+from offrl.agents.recurrent import ActingState, RecurrentAgent
 from offrl.nets import Adam, Drop, categorical_log_prob, check_dropout, dropout, lane_generators, one_hot, per_lane
 from offrl.nets.lanes import normal_
 from offrl.nets.transformer import Block, LayerNorm, Linear

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from offrl.agents.base import ActingState, Batch, RecurrentAgent, WindowBatch
+from offrl.agents.base import Batch, WindowBatch
 from offrl.agents.chunks import ChunkBatch, ChunkState, chunk_spec, chunked
+from offrl.agents.recurrent import ActingState, RecurrentAgent
 from offrl.nets import Adam, FlowPolicy
 from offrl.nets.box import ActionBox
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from offrl.agents.acting import lane_settings
-from offrl.agents.base import ActingState, Agent, Batch, RecurrentAgent, Spec, WindowBatch
+from offrl.agents.base import Agent, Batch, Spec, WindowBatch
+from offrl.agents.recurrent import ActingState, RecurrentAgent
 from offrl.nets import Adam, Critics, make_target, one_hot, per_lane, polyak
 from offrl.nets.bisimulation import EncodingModels, Metric, Step, bisimulation_loss, pairs, with_events
 from offrl.nets.history import Encoder, GRUEncoder, WindowEncoder, memories

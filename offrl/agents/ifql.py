@@ -24,8 +24,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from offrl.agents.base import ActingState, Batch, RecurrentAgent
+from offrl.agents.base import Batch
 from offrl.agents.iql import expectile_loss
+from offrl.agents.recurrent import ActingState, RecurrentAgent
 from offrl.nets import MLP, Adam, Critics, DenoisingPolicy, FlowPolicy, make_target, per_lane, polyak
 from offrl.utils.random import LaneRandom
 

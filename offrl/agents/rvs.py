@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from offrl.agents.base import ActingState, Batch, RecurrentAgent
+from offrl.agents.base import Batch
+from offrl.agents.recurrent import ActingState, RecurrentAgent
 from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, normal_log_prob, orthogonal_, per_lane
 
 if TYPE_CHECKING:

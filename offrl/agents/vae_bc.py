@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from offrl.agents.base import ActingState, RecurrentAgent, WindowBatch
+from offrl.agents.base import WindowBatch
+from offrl.agents.recurrent import ActingState, RecurrentAgent
 from offrl.nets import MLP, Adam, GaussianActor, categorical_log_prob, normal_log_prob, one_hot
 from offrl.nets.latents import Categorical, Gaussian
 

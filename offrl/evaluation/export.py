@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from offrl.agents.base import Agent, RecurrentAgent
+from offrl.agents.base import Agent
+from offrl.agents.recurrent import RecurrentAgent
 from offrl.data.dataset import DatasetInfo
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import replacing
