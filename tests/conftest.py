@@ -20,6 +20,7 @@ from offrl.training import trainer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CC"] = "none"  # no kernels but in their own tests: every folder of caches would ask the compiler for them
+KERNELS_CC = os.environ.get("KERNELS_CC", "cc")  # the compiler of those tests, with its options
 torch.set_num_threads(1)
 # dm_control's logger, when Hydra replaces it, closes the stream that was stderr at its import: here one of pytest's own.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
@@ -30,7 +31,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The kernels, compiled by the system's compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OFFRL_HOME", str(tmp_path_factory.getbasetemp() / "offrl-home"))  # the session's, as in each test
-        patch.delenv("CC", raising=False)
+        patch.setenv("CC", KERNELS_CC)
         kernels._library.cache_clear()
         if kernels.problem():
             pytest.skip(kernels.problem())

@@ -114,7 +114,7 @@ def _built() -> Path:
     if compiler is None:
         raise OSError("no compiler")
     key = hashlib.sha256(b"".join(file.read_bytes() for file in (SOURCE, *_INCLUDED)))
-    for word in (*words, compiler, *FLAGS, platform.machine(), _processor()):
+    for word in (compiler, *FLAGS, *words, platform.machine(), _processor()):
         key.update(b"\0" + word.encode())
     path = cache_dir() / "kernels" / f"{key.hexdigest()[:32]}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,8 @@ def _built() -> Path:
         with one_at_a_time(path.with_suffix(".lock")):
             if not path.exists():
                 with replacing(path) as temporary:
-                    command = [compiler, *words[1:], *FLAGS, str(SOURCE), "-o", str(temporary), "-lm"]
+                    own = words[1:]  # behind ours, so that CC="cc -march=x86-64-v3" compiles for another processor
+                    command = [compiler, *FLAGS, *own, str(SOURCE), "-o", str(temporary), "-lm"]
                     subprocess.run(command, check=True, capture_output=True, timeout=120)
                     temporary.chmod(0o600)
     return path
