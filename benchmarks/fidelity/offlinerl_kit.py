@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -33,17 +32,15 @@ from offrl.agents.mopo import MOPO, MOPOConfig
 from offrl.augment.world_model import EliteDynamics, Ensemble, EnsembleConfig
 from offrl.utils.random import LaneRandom
 
-REPOSITORY = "yihaosun1124/OfflineRL-Kit"
+sys.path.append(str(Path(__file__).parents[1]))
+from kit import REPOSITORY, make_importable
+
 SYNTHETIC, DRAWS, NAMES = 0.9, 3, ("observations", "actions", "rewards", "next_observations", "terminals")
 
 
 def kit(checkout: Path) -> Any:
-    """The kit's policies and networks, without the simulators and loggers that its modules import."""
-    if not (checkout / "offlinerlkit").is_dir():
-        raise SystemExit(f"{checkout}: there is no offlinerlkit; name a checkout of {REPOSITORY}.")
-    sys.path.insert(0, str(checkout))
-    for name in ("gym", "gym.envs", "gym.envs.mujoco", "torch.utils.tensorboard"):
-        sys.modules[name] = MagicMock()
+    """The kit's policies and networks."""
+    make_importable(checkout)
     from offlinerlkit import policy
     from offlinerlkit.modules import actor_module, critic_module, dist_module
     from offlinerlkit.nets import MLP

@@ -39,6 +39,7 @@ from offrl.utils.paths import replacing
 
 sys.path.append(str(Path(__file__).parents[1]))
 import corl
+from peer_policy import PeerPolicy
 
 TURN = 500  # updates of each side before the other's turn
 
@@ -194,7 +195,7 @@ def replay_buffer(module: Any, store: OfflineDataset, normalize: bool) -> tuple[
     return buffer, mean, std
 
 
-class Policies(nn.Module):
+class Policies(PeerPolicy):
     """The actors of CORL's seeds as lanes of one policy, for the evaluator."""
 
     def __init__(self, method: str, spec: Spec, actors: Sequence[nn.Module], mean: Any, std: Any) -> None:
@@ -210,15 +211,6 @@ class Policies(nn.Module):
         largest = self.spec.action_high
         rows = [mean_action(self.method, actor, o, largest) for actor, o in zip(self.actors, obs)]
         return torch.stack(rows).clamp(-largest, largest)
-
-    def initial_state(self, envs: int) -> None:
-        return None
-
-    def predicted_return(self, obs: Tensor, state: Any) -> None:
-        return None
-
-    def update_state(self, state: Any, action: Tensor, reward: Tensor) -> None:
-        return None
 
 
 class Theirs:

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from peer_policy import PeerPolicy
+from torch import Tensor
 
 from offrl.data.dataset import OfflineDataset
 from offrl.evaluation.evaluator import Evaluator
@@ -43,7 +44,7 @@ def settings(agent: str, cfg: Any) -> dict[str, Any]:
     return {**shared, "alpha_actor": cfg.actor_bc, "alpha_critic": cfg.critic_bc, "lr": cfg.actor_lr}
 
 
-class Policy(nn.Module):
+class Policy(PeerPolicy):
     """Their agent for the evaluator, one lane."""
 
     def __init__(self, spec: Any) -> None:
@@ -60,15 +61,6 @@ class Policy(nn.Module):
         assert self.agent is not None
         action = self.agent.sample_actions(obs[0].float().numpy(), seed=jax.random.PRNGKey(self.draws), temperature=0.0)
         return torch.from_numpy(np.asarray(action).copy())[None].clamp(-1, 1)
-
-    def initial_state(self, envs: int) -> None:
-        return None
-
-    def predicted_return(self, obs: Tensor, state: Any) -> None:
-        return None
-
-    def update_state(self, state: Any, action: Tensor, reward: Tensor) -> None:
-        return None
 
 
 def fields_of(store: OfflineDataset) -> Fields:

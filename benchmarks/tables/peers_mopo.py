@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from peer_policy import PeerPolicy
+from torch import Tensor
 
 from offrl.augment.termination import termination
 from offrl.data.dataset import OfflineDataset
@@ -32,18 +32,17 @@ from offrl.training.run_config import resolve_config
 from offrl.training.trainer import Trainer
 from offrl.utils.paths import replacing
 
+sys.path.append(str(Path(__file__).parents[1]))
+from kit import make_importable
+
 DECAYS = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]  # weight decay of the ensemble's layers, as in run_mopo.py
 HIDDEN, MEMBERS, ELITES, MODEL_LR, EPOCHS = [200] * 4, 7, 5, 1e-3, 3000
 SAMPLE = 5000  # rows on which the penalty is told
 
 
 def kit(checkout: Path) -> Any:
-    """The kit's classes, without the simulators and loggers that its modules import."""
-    if not (checkout / "offlinerlkit").is_dir():
-        raise SystemExit(f"{checkout}: there is no offlinerlkit; name a checkout of yihaosun1124/OfflineRL-Kit.")
-    sys.path.insert(0, str(checkout))
-    for name in ("gym", "gym.envs", "gym.envs.mujoco", "torch.utils.tensorboard"):
-        sys.modules[name] = MagicMock()
+    """The kit's classes."""
+    make_importable(checkout)
     from offlinerlkit import buffer, dynamics, modules, nets, policy
     from offlinerlkit.utils.scaler import StandardScaler
 
@@ -127,7 +126,7 @@ def ours(run: Path, steps: Sequence[int]) -> dict[str, Any]:
     return told
 
 
-class Policy(nn.Module):
+class Policy(PeerPolicy):
     """Their agent for the evaluator, one lane."""
 
     def __init__(self, spec: Any, agent: Any) -> None:
@@ -139,15 +138,6 @@ class Policy(nn.Module):
 
     def select_action(self, obs: Tensor, state: Any = None) -> Tensor:
         return torch.from_numpy(self.act(obs[0].float().numpy(), deterministic=True))[None].clamp(-1, 1)
-
-    def initial_state(self, envs: int) -> None:
-        return None
-
-    def predicted_return(self, obs: Tensor, state: Any) -> None:
-        return None
-
-    def update_state(self, state: Any, action: Tensor, reward: Tensor) -> None:
-        return None
 
 
 def buffers(offline: Any, store: OfflineDataset, augment: Any) -> tuple[Any, Any]:
