@@ -37,7 +37,7 @@ from kit import make_importable
 
 DECAYS = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]  # weight decay of the ensemble's layers, as in run_mopo.py
 HIDDEN, MEMBERS, ELITES, MODEL_LR, EPOCHS = [200] * 4, 7, 5, 1e-3, 3000
-SAMPLE = 5000  # rows on which the penalty is told
+SAMPLE = 5000  # rows on which the penalty is reported
 
 
 def kit(checkout: Path) -> Any:
@@ -51,7 +51,7 @@ def kit(checkout: Path) -> Any:
     )
 
 
-class Told:
+class EpochLogger:
     """The kit's logger: prints an epoch's losses, and names the folder for the ensemble's file."""
 
     def __init__(self, folder: str) -> None:
@@ -82,7 +82,7 @@ def fitted(offline: Any, store: OfflineDataset, real: Any, penalty: float, epoch
     optimizer = torch.optim.Adam(model.parameters(), MODEL_LR)
     dynamics = offline.dynamics.EnsembleDynamics(model, optimizer, offline.Scaler(), done, penalty_coef=penalty)
     with tempfile.TemporaryDirectory() as folder:
-        dynamics.train(real.sample_all(), Told(folder), max_epochs=epochs, max_epochs_since_update=5)
+        dynamics.train(real.sample_all(), EpochLogger(folder), max_epochs=epochs, max_epochs_since_update=5)
     return dynamics
 
 
@@ -115,15 +115,15 @@ def learner(offline: Any, dynamics: Any, spec: Any, cfg: Any) -> Any:
 
 def ours(run: Path, steps: Sequence[int]) -> dict[str, Any]:
     """What a run of ours has of the same numbers: its model's uncertainty, and by update and metric one number per lane."""
-    told: dict[str, Any] = {
+    results: dict[str, Any] = {
         "uncertainty": json.loads((run / "manifest.json").read_text())["augment"]["uncertainty"],
         "after": {},
     }
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         if row["lane"] is not None and row["step"] in steps and row["metric"] in ("alpha", "q_data"):
-            told["after"].setdefault(row["step"], {}).setdefault(row["metric"], []).append(row["value"])
-    return told
+            results["after"].setdefault(row["step"], {}).setdefault(row["metric"], []).append(row["value"])
+    return results
 
 
 class Policy(PeerPolicy):
@@ -177,7 +177,7 @@ def main() -> None:
     dynamics = fitted(offline, store, real, float(augment.penalty), arguments.epochs)
     agent, rate = learner(offline, dynamics, trainer.spec, trainer.agent.cfg)
     about = {k: v for k, v in vars(arguments).items() if k not in ("checkout", "ours", "out")}
-    told: dict[str, Any] = {
+    results: dict[str, Any] = {
         **about,
         "fingerprint": store.fingerprint,
         "uncertainty": penalty_of(dynamics, store),
@@ -198,17 +198,17 @@ def main() -> None:
             with torch.no_grad():
                 value = float(agent.critic1(rows["observations"], rows["actions"]).mean())
             played = evaluator.run(Policy(trainer.spec, agent), arguments.episodes)
-            told["after"][step] = {
+            results["after"][step] = {
                 "score": float(played.normalized.mean()),
                 "alpha": float(agent._alpha),
                 "q_data": value,
             }
-            print(step, told["after"][step], flush=True)
+            print(step, results["after"][step], flush=True)
             if arguments.ours:
-                told["ours"] = ours(arguments.ours, list(told["after"]))
+                results["ours"] = ours(arguments.ours, list(results["after"]))
             if arguments.out:
                 with replacing(arguments.out) as temporary:
-                    temporary.write_text(json.dumps(told, indent=1) + "\n")
+                    temporary.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
