@@ -26,7 +26,6 @@ import multiprocessing
 import os
 import platform
 import queue
-import shutil
 import statistics
 import subprocess
 import sys
@@ -225,8 +224,10 @@ def matmul_burst(who: Contestant) -> Callable[[int], None]:
 
 def peak_burst(who: Contestant) -> Callable[[int], None]:
     """Nothing but multiply-adds in registers; an "update" is 10^9 operations."""
+    from offrl.nets import kernels
+
     with tempfile.TemporaryDirectory() as folder:
-        compiler, *own = (os.environ.get("CC") or "cc").split()
+        compiler, own = kernels.compiler()
         flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", *own]
         source, library = str(Path(__file__).with_name("peak.c")), f"{folder}/peak.so"
         subprocess.run([compiler, *flags, source, "-o", library], check=True)
@@ -323,7 +324,13 @@ def flop_per_update(agent: str) -> float:
 
 def peaks(processes: Iterable[int]) -> list[Contestant]:
     """The multiply-add peak of that many cores; it is not measured without a C compiler."""
-    return [Contestant("peak", processes=n) for n in dict.fromkeys(processes)] if shutil.which("cc") else []
+    from offrl.nets import kernels
+
+    try:
+        kernels.compiler()
+    except OSError:
+        return []
+    return [Contestant("peak", processes=n) for n in dict.fromkeys(processes)]
 
 
 def contestants(arguments: argparse.Namespace) -> list[Contestant]:

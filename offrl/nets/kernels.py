@@ -107,14 +107,24 @@ def _library() -> ctypes.CDLL | None:
     return library if _computes_right(library) else None
 
 
+def compiler() -> tuple[str, list[str]]:
+    """The C compiler that `CC` names, or cc, and its options there, which belong behind ours: `CC="cc -march=x86-64-v3"`.
+
+    Raises:
+        OSError: it is not on the path.
+    """
+    words = (os.environ.get("CC") or "cc").split()
+    path = shutil.which(words[0]) if words else None
+    if path is None:
+        raise OSError("no compiler")
+    return path, words[1:]
+
+
 def _built() -> Path:
     """The compiled file, one for each source, compiler and kind of processor, beside the cached datasets."""
-    words = (os.environ.get("CC") or "cc").split()
-    compiler = shutil.which(words[0]) if words else None
-    if compiler is None:
-        raise OSError("no compiler")
+    path_to_cc, own = compiler()
     key = hashlib.sha256(b"".join(file.read_bytes() for file in (SOURCE, *_INCLUDED)))
-    for word in (compiler, *FLAGS, *words, platform.machine(), _processor()):
+    for word in (path_to_cc, *FLAGS, *own, platform.machine(), _processor()):
         key.update(b"\0" + word.encode())
     path = cache_dir() / "kernels" / f"{key.hexdigest()[:32]}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +133,7 @@ def _built() -> Path:
         with one_at_a_time(path.with_suffix(".lock")):
             if not path.exists():
                 with replacing(path) as temporary:
-                    own = words[1:]  # behind ours, so that CC="cc -march=x86-64-v3" compiles for another processor
-                    command = [compiler, *FLAGS, *own, str(SOURCE), "-o", str(temporary), "-lm"]
+                    command = [path_to_cc, *FLAGS, *own, str(SOURCE), "-o", str(temporary), "-lm"]
                     subprocess.run(command, check=True, capture_output=True, timeout=120)
                     temporary.chmod(0o600)
     return path
