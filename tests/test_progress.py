@@ -52,6 +52,13 @@ def test_bytes_of_an_unknown_total(clock: Clock, capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_no_time_is_left_to_tell_before_anything_is_done(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar(True, "job", 0, 3000) as bar:
+        clock.now = 120
+        bar.update(0)
+    assert capsys.readouterr().err.splitlines() == ["job: 0/3,000 updates, 0/s"]
+
+
 def test_a_terminal_has_a_bar_and_an_unwanted_one_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

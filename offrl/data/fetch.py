@@ -134,11 +134,13 @@ def _fetch_file(name: str, publisher: Publisher, urls: list[str], target: Path, 
         publisher.check(part)
     except OffrlError as error:
         part.unlink()
+        _version_file(part).unlink(missing_ok=True)
         reason = str(error).removeprefix(f"{part}: ")
         raise OffrlError(f"{name}: what {url} sent is not the dataset: {reason}") from error
     digest, sums = sha256(part), target.with_name(target.name + ".sha256")
     sums.unlink(missing_ok=True)  # a kill before the new one is written leaves a file that is checked by reading
     os.replace(part, target)
+    _version_file(part).unlink(missing_ok=True)
     with replacing(sums) as temporary:
         temporary.write_text(f"{digest}  {target.name}\n")
 
@@ -214,11 +216,16 @@ def _refusal(url: str, error: HTTPError, way_out: str) -> str:
     return f"{url}: {what or f'the server says {responses.get(error.code)}'} (HTTP {error.code}); {way_out}."
 
 
-def _open(url: str, start: int) -> HTTPResponse:
-    """Ask for the bytes of `url` from `start` on. Redirects lead to http(s) alone: the opener knows nothing else."""
+def _open(url: str, start: int, version: str) -> HTTPResponse:
+    """Ask for the bytes of `url` from `start` on, or for all of them where the server has another `version` by now.
+
+    Redirects lead to http(s) alone: the opener knows nothing else.
+    """
     asked = request.Request(url, headers={"User-Agent": "offrl", "Accept-Encoding": "identity"})
     if start:
         asked.add_header("Range", f"bytes={start}-")
+        if version:
+            asked.add_header("If-Range", version)
     opener = request.OpenerDirector()
     for handler in (
         *(request.ProxyHandler, request.HTTPHandler, request.HTTPSHandler, request.UnknownHandler),
@@ -229,6 +236,26 @@ def _open(url: str, start: int) -> HTTPResponse:
         return opener.open(asked, timeout=TIMEOUT)
 
 
+def _version_file(part: Path) -> Path:
+    """Where it stands of which version of the server's file `part` holds the beginning."""
+    return part.with_name(part.name + ".version")
+
+
+def _recorded_version(part: Path) -> str:
+    path = _version_file(part)
+    if not path.is_file():  # nothing, or something to read from which would wait for ever
+        return ""
+    with open(path, "rb") as file:
+        recorded = file.read(300).decode("latin-1")
+    return recorded if re.fullmatch("[ -~]{1,200}", recorded) else ""
+
+
+def _version(response: HTTPResponse) -> str:
+    """A strong ETag or a date, by which `If-Range` may ask (RFC 9110, 13.1.5); empty where the server tells neither."""
+    tag = response.headers.get("ETag") or ""
+    return tag if re.fullmatch('"[!-~]*"', tag) else response.headers.get("Last-Modified") or ""
+
+
 def _receive(url: str, part: Path, bar: Bar) -> None:
     """Ask once for what is missing of `part` and append it.
 
@@ -237,7 +264,7 @@ def _receive(url: str, part: Path, bar: Bar) -> None:
     """
     done = _size(part)
     try:
-        response = _open(url, done)
+        response = _open(url, done, _recorded_version(part))
     except HTTPError as error:
         if error.code != 416 or not done:
             raise
@@ -257,6 +284,9 @@ def _receive(url: str, part: Path, bar: Bar) -> None:
         if total is not None and shutil.disk_usage(part.parent).free < total - done:
             raise OffrlError(f"{part}: the disk has no room for {total - done:,} more bytes; free some or use --dest.")
         with open(part, "ab" if resumed else "wb") as file:
+            if not resumed:  # after the old bytes are gone, so that a version never stands beside another's bytes
+                with replacing(_version_file(part)) as temporary:
+                    temporary.write_text(_version(response), encoding="latin-1")
             while total is None or done < total:
                 bar.update(done, total)
                 with _network():

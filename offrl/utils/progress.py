@@ -68,7 +68,7 @@ class Bar:
             self.progress.update(self.task, completed=step, total=self.total, **shown)
         else:
             end = f"{self.total:,}" if self.total else "?"
-            left = f", {(self.total - step) / max(per_second, 1e-9):.0f} s left" if self.total else ""
+            left = f", {(self.total - step) / per_second:.0f} s left" if self.total and per_second else ""
             line = f"{self.title}: {step:,}/{end} {self.unit}, {self._amount(per_second)}/s{left}"
             print(line, file=sys.stderr, flush=True)
         self.shown = now

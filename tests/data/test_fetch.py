@@ -33,6 +33,7 @@ class Host:
 
     files: dict[str, bytes] = field(default_factory=dict)
     ranges: bool = True  # honours Range
+    version: dict[str, str] = field(default_factory=dict)  # the header by which it tells the file's version
     cut: int | None = None  # bytes a response sends before the connection breaks
     cuts: int = 10**9  # responses that break
     status: int = 200
@@ -43,6 +44,7 @@ class Host:
     delay: float = 0.0  # seconds before an answer
     closing: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, str | None]] = field(default_factory=list)
+    conditions: list[str | None] = field(default_factory=list)  # If-Range of each
     url: str = ""
 
 
@@ -67,7 +69,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if host.status != 200 or path not in host.files:
             return self.send_error(host.status if host.status != 200 else 404)
         body, start = host.files[path], 0
-        if wanted and host.ranges:
+        condition = self.headers.get("If-Range")
+        host.conditions.append(condition)
+        if wanted and host.ranges and condition in {None, *host.version.values()}:
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
             if start >= len(body):
                 self.send_response(416)
@@ -78,6 +82,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         else:
             self.send_response(200)
+        for header, value in host.version.items():
+            self.send_header(header, value)
         for length in [str(len(body) - start)] if host.lengths is None else host.lengths:
             self.send_header("Content-Length", length)
         self.end_headers()
@@ -213,6 +219,43 @@ def test_what_has_come_is_kept_and_the_next_call_continues(host: Host, tmp_path:
     host.ranges, host.cut, host.requests = True, None, []
     assert fetch(NAME, progress=False).read_bytes() == CONTENT
     assert host.requests == [(PUBLISHED, "bytes=100000-")]
+
+
+@pytest.mark.parametrize(
+    ("header", "old", "new", "condition"),
+    [
+        ("ETag", '"a1"', '"b2"', '"a1"'),
+        ("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT", "Tue, 02 Jan 2024 00:00:00 GMT", "Mon, 01 Jan 2024 00:00:00 GMT"),
+        ("ETag", 'W/"a1"', 'W/"b2"', None),  # weak: equal bytes are not promised, so it is never asked by
+    ],
+)
+def test_a_file_that_the_server_replaced_is_fetched_anew(
+    host: Host, tmp_path: Path, header: str, old: str, new: str, condition: str | None
+) -> None:
+    """Its bytes after those of the old version would make a file that nobody published."""
+    path, part = place(tmp_path)
+    before = CONTENT[:50_000] + bytes(50_000) + CONTENT[100_000:]
+    host.files[PUBLISHED], host.version, host.cut, host.ranges = before, {header: old}, 100_000, False
+    refused()
+    assert part.read_bytes() == before[:100_000]
+    host.files[PUBLISHED], host.version, host.cut, host.ranges = CONTENT, {header: new}, None, True
+    host.conditions = []
+    if condition is None:  # nothing to ask by: the bytes are taken as those of one version, and reading them decides
+        refused()
+    else:
+        assert fetch(NAME, progress=False).read_bytes() == CONTENT
+        assert sorted(one.name for one in path.parent.iterdir() if not one.name.startswith(".")) == [
+            path.name,
+            path.name + ".sha256",
+        ]
+    assert host.conditions == [condition]
+
+
+def test_a_version_that_is_still_the_servers_continues(host: Host, tmp_path: Path) -> None:
+    host.version, host.cut, host.cuts = {"ETag": '"a1"'}, 100_000, 1
+    assert fetch(NAME, progress=False).read_bytes() == CONTENT
+    assert host.requests == [(PUBLISHED, None), (PUBLISHED, "bytes=100000-")]
+    assert host.conditions == [None, '"a1"']
 
 
 def test_a_part_that_is_whole_already(host: Host, tmp_path: Path) -> None:

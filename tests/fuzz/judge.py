@@ -168,7 +168,9 @@ def _child(case: Case, folder: Path, outputs: list[Path]) -> NoReturn:
             resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
         warnings.simplefilter("ignore")
         from offrl.cli.main import main
+        from offrl.utils import progress
 
+        progress.SECONDS_TO_FIRST_LINE = progress.SECONDS_BETWEEN_LINES = 1e9  # lines that a slow machine alone would show
         status = main(case.words)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1

@@ -186,6 +186,7 @@ def _before(target: Path, honest: bytes, rng: Rng, outside: tuple[Path, ...]) ->
             "garbage sum",
             "damaged file",
             "odd part",
+            "odd version",
             "odd sum",
             "odd file",
         ]
@@ -204,7 +205,8 @@ def _before(target: Path, honest: bytes, rng: Rng, outside: tuple[Path, ...]) ->
     elif kind == "damaged file":
         target.write_bytes(bytes_of(honest, rng)[0])
     else:
-        path = {"odd part": part, "odd file": target}.get(kind, sums)
+        version = part.with_name(f"{part.name}.version")
+        path = {"odd part": part, "odd version": version, "odd file": target}.get(kind, sums)
         path.write_bytes(b"x")
         kind += f" {as_file(path, rng, outside)}"
     return kind
