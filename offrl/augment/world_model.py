@@ -8,10 +8,10 @@ EmptyJackson/unifloral: seven Gaussian members, the best five by validation erro
 
 Deviations: inputs and targets are standardised (the uncertainty is in raw units of states and reward all the same, so that
 published penalties carry over), and states are clipped to the range of the dataset's states (off the data the model would
-diverge within a long rollout), unless `clip_states` is false. The penalty on the width of the variance's bounds ends where the
-bounds meet: nothing but the penalty moves the upper one below the lower one, and u would then be the same everywhere. AdamW's
-eps is 1e-8 (unifloral: 1e-5). A terminal row whose successor the file does not have is left out (`known_successors`), with its
-reward. Where rollouts terminate: `termination.py`.
+diverge within a long rollout), unless `clip_states` is false; whether a state is terminal is asked before it is clipped. The
+penalty on the width of the variance's bounds ends where the bounds meet: nothing but the penalty moves the upper one below the
+lower one, and u would then be the same everywhere. AdamW's eps is 1e-8 (unifloral: 1e-5). A terminal row whose successor the
+file does not have is left out (`known_successors`), with its reward. Where rollouts terminate: `termination.py`.
 """
 
 from __future__ import annotations
@@ -310,7 +310,8 @@ class WorldModel(Augmentation):
             chunks = zip(*(part.split(_CHUNK) for part in flat))
             following, reward, unsure = map(torch.cat, zip(*(self.step(*chunk) for chunk in chunks)))
             reward = reward - (per_lane(cfg.penalty) * unsure.unflatten(0, (lanes, -1))).flatten()
-            done = self.terminates(following)
+            done = self.terminates(following)  # before states are clipped: data may hold none that terminates
+            following = self.model.clip(following) if cfg.clip_states else following
             kept_rows.append((*flat[:2], reward, done))
             obs = following.unflatten(0, (lanes, cfg.trajectories))
         end = obs.flatten(0, 1)
@@ -318,9 +319,12 @@ class WorldModel(Augmentation):
         return synthetic_store(Rows(*(torch.stack(parts, 1) for parts in zip(*kept_rows))), store, self.name)
 
     def step(self, obs: Tensor, action: Tensor, member: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Next states `[n, O]`, rewards `[n]` before the penalty, and uncertainties `[n]`; arguments as in `Ensemble.draw`."""
+        """Next states `[n, O]` before they are clipped, rewards `[n]` before the penalty, and uncertainties `[n]`.
+
+        Arguments as in `Ensemble.draw`.
+        """
         predicted = self.model(obs, action)
-        following, reward = self.model.draw_from(predicted, obs, member, noise, self.cfg.clip_states)
+        following, reward = self.model.draw_from(predicted, obs, member, noise, clip=False)
         return following, reward, self.model.uncertainty(predicted, self.cfg.uncertainty)
 
     def act(self, policy: Agent, obs: Tensor, random: LaneRandom, t: int) -> Tensor:

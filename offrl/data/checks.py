@@ -116,8 +116,12 @@ def as_array(key: str, value: Any, where: str) -> np.ndarray:
     """A caller's array, nested list or tensor (of any device, bfloat16 as float32) as a numpy array.
 
     Raises:
-        OffrlError: rows of different shapes or kinds, such as `(observation, info)` or None among observations.
+        OffrlError: rows of different shapes or kinds, such as `(observation, info)` or None among observations; numbers
+            that are masked, whose place holds whatever stood there before.
     """
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        masked = int(np.argwhere(np.ma.getmaskarray(value))[0][0]) if value.ndim else 0
+        raise OffrlError(f"{where}: {key} is masked in row {masked}; fill in or leave out what is missing.")
     try:
         if isinstance(value, Sequence) and not isinstance(value, str) and len(value) and isinstance(value[0], Tensor):
             return np.stack([as_array(key, row, where) for row in value])

@@ -253,6 +253,28 @@ def test_rollouts_start_in_the_dataset_and_follow_the_policy() -> None:
     torch.testing.assert_close(made.actions.view(2, 24, 2), agent.act(agent.normalize(obs)))
 
 
+def test_a_rollout_terminates_where_no_state_of_the_dataset_is() -> None:
+    """As with an expert's episodes, none of which falls: the flag is that of the state before it is clipped."""
+    augmentation: Any = make_augmentation(
+        {"_target_": WORLD, "transitions": 400, "length": 4, "model": MODEL}, linear_system(1000), (3,)
+    )
+    augmentation.prepare()
+    low, high = augmentation.model.low, augmentation.model.high
+    high.copy_(linear_system(1000).observations.quantile(0.7, dim=0))  # some rollouts leave this range
+
+    def beyond(obs: torch.Tensor) -> torch.Tensor:
+        return ((obs < low) | (obs > high)).any(-1)
+
+    augmentation.terminates = beyond
+    agent = make_agent({"_target_": "offrl.agents.td3_bc.TD3BC", "hidden": [16]}, Spec(2, 2, (3,)))
+    made = augmentation.generate(agent, 7)
+    ended = made.terminations > 0
+    assert 10 < ended.sum() < made.episodes
+    assert not beyond(made.next_observations).any()
+    at_bound = ((made.next_observations == low) | (made.next_observations == high)).any(-1)
+    assert torch.equal(at_bound, ended)
+
+
 STOCHASTIC = {"sac_n.SACN": {"members": 2}, "cql.CQL": {}}
 
 

@@ -216,6 +216,16 @@ def test_bad_arrays(tmp_path: Path, changes: dict[str, Any], message: str) -> No
     assert str(path) in str(caught.value)
 
 
+def test_masked_numbers_are_no_data() -> None:
+    """Numpy would read what stands below the mask; a masked array that masks nothing is an array."""
+    data = arrays()
+    data["rewards"] = np.ma.masked_array(data["rewards"], mask=np.zeros(60, bool))
+    assert same(from_arrays(data), from_arrays(arrays()))
+    data["rewards"][7] = np.ma.masked
+    with pytest.raises(OffrlError, match=r"rewards is masked in row 7; fill in or leave out what is missing\.$"):
+        from_arrays(data)
+
+
 def test_zero_transitions() -> None:
     with pytest.raises(OffrlError, match="no transition"):
         from_arrays({key: value[:0] for key, value in arrays().items()})

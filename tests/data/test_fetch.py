@@ -225,7 +225,12 @@ def test_what_has_come_is_kept_and_the_next_call_continues(host: Host, tmp_path:
     ("header", "old", "new", "condition"),
     [
         ("ETag", '"a1"', '"b2"', '"a1"'),
-        ("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT", "Tue, 02 Jan 2024 00:00:00 GMT", "Mon, 01 Jan 2024 00:00:00 GMT"),
+        (
+            "Last-Modified",
+            "Mon, 01 Jan 2024 00:00:00 GMT",
+            "Tue, 02 Jan 2024 00:00:00 GMT",
+            "Mon, 01 Jan 2024 00:00:00 GMT",
+        ),
         ("ETag", 'W/"a1"', 'W/"b2"', None),  # weak: equal bytes are not promised, so it is never asked by
     ],
 )

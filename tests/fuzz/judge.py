@@ -170,7 +170,8 @@ def _child(case: Case, folder: Path, outputs: list[Path]) -> NoReturn:
         from offrl.cli.main import main
         from offrl.utils import progress
 
-        progress.SECONDS_TO_FIRST_LINE = progress.SECONDS_BETWEEN_LINES = 1e9  # lines that a slow machine alone would show
+        # No lines that a slow machine alone would show.
+        progress.SECONDS_TO_FIRST_LINE = progress.SECONDS_BETWEEN_LINES = 1e9
         status = main(case.words)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
