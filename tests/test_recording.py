@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from offrl.agents.acting import lane_named
 from offrl.agents.base import Agent, Spec
 from offrl.agents.bc import BC, BCConfig
 from offrl.cli.main import main
+from offrl.data.catalogue import d4rl
 from offrl.data.dataset import DatasetInfo
 from offrl.data.partial import Partial, partial_of
 from offrl.datasets import load
@@ -91,6 +93,28 @@ def test_recorded_episodes_are_a_dataset_of_minaris(run: Path, tmp_path: Path) -
     assert theirs.action_space.high == 2
     assert ours.info.env_id == "Pendulum-v1"
     assert main(["evaluate", str(run), "--record", str(folder)]) == 2  # nothing is written over
+
+
+@pytest.mark.parametrize("name", ["pen-human-v1", "maze2d-umaze-v1"])
+def test_a_recording_has_the_task_of_its_d4rl_set(name: str, tmp_path: Path) -> None:
+    """Minari would make Gymnasium's environment, whose pen may lie on the floor, or none: it is told nothing."""
+    pytest.importorskip("gymnasium_robotics")
+    info = d4rl()[name].info()
+    with closing(make_env(info)) as env:
+        obs, actions = (space.shape[0] for space in (env.observation_space, env.action_space))
+        agent = BC(Spec(obs, actions, (7,)), BCConfig(hidden=(8,)))
+        episodes = list(recording.play(agent, env, [11, 12]))
+    folder = tmp_path / "mine-v0"
+    recording.record(folder, episodes, info, agent, "a policy")
+    again = load(folder)
+    assert again.info.id == "mine-v0"
+    assert again.lengths.tolist() == [len(episode) for episode in episodes]
+    with closing(make_env(again.info)) as env:
+        replayed = list(recording.play(agent, env, [11, 12]))
+    for one, other in zip(episodes, replayed):
+        np.testing.assert_array_equal(one.observations, other.observations)
+        assert one.terminated == other.terminated
+    assert "env_spec" not in json.loads((folder / "data" / "metadata.json").read_text())
 
 
 @pytest.mark.parametrize("hidden", [{"flicker": 0.5}, {"mask": [2]}], ids=str)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from offrl.data.catalogue import d4rl_task
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.partial import partial_of
 from offrl.utils.errors import OffrlError
@@ -62,7 +63,7 @@ def termination(info: DatasetInfo) -> Termination:
     """
     env_id = (info.env_id or "").rsplit(":", 1)[-1]
     known = [found for pattern, found in _KNOWN.items() if re.match(pattern, env_id)]
-    if re.fullmatch(r"pen-\w+-v\d+", info.id):
+    if (d4rl_task(info) or "").startswith("pen-"):
         known = [(_pen, (_PEN_HEIGHT,))]
     if not known:
         return _never

@@ -40,6 +40,10 @@ FAMILIES = {
     "ALE/": "atari",
 }
 
+# How the ids of D4RL's tasks begin that are no environment of Gymnasium's (`offrl/envs/adapters.py` makes most of one).
+OWN_TASKS = ("pen-", "ant-", "antmaze-", "maze2d-", "kitchen-")
+TASK_OF = "task_of"  # key of provenance: the D4RL set of whose task a dataset of another id is
+
 # Ids with the task's and the level's name in them, and the version of the D4RL sets that have both.
 NAMESAKES = {
     r"forge/(hopper|halfcheetah|walker2d)/([\w.-]+)-v\d+": "v2",
@@ -91,7 +95,10 @@ class D4RLEntry:
             ref_min=self.ref_min,
             ref_max=self.ref_max,
             max_episode_steps=self.max_episode_steps,
-            provenance={} if self.ref_min is None else {"references": "D4RL (infos.py)"},
+            provenance={
+                **({} if self.ref_min is None else {"references": "D4RL (infos.py)"}),
+                **({TASK_OF: self.id} if self.id.startswith(OWN_TASKS) else {}),
+            },
         )
 
 
@@ -204,6 +211,12 @@ def entry_of_file(path: Path) -> D4RLEntry | None:
         return d4rl()[stem]
     same = [entry for entry in d4rl().values() if entry.filename == name]
     return same[0] if len(same) == 1 else None
+
+
+def d4rl_task(info: DatasetInfo) -> str | None:
+    """The D4RL set of whose task a dataset is, by its id or its provenance; None where a plain environment has the task."""
+    named = [str(name) for name in (info.id, info.provenance.get(TASK_OF))]
+    return next((name for name in named if name.startswith(OWN_TASKS) and name in d4rl()), None)
 
 
 def namesake(dataset: str) -> str | None:

@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from offrl.data.catalogue import d4rl, flat_keys
+from offrl.data.catalogue import d4rl_task, flat_keys
 from offrl.data.dataset import DatasetInfo
 from offrl.data.partial import Partial, partial_of
 from offrl.envs.chosen import is_chosen
@@ -56,7 +56,7 @@ def make_env(info: DatasetInfo, render: bool = False) -> gymnasium.Env:
 
 
 def _fully_observed(info: DatasetInfo, render: bool) -> gymnasium.Env:
-    name = info.id if info.id in d4rl() and not is_chosen(info) else None
+    name = None if is_chosen(info) else d4rl_task(info)
     if not is_chosen(info) and info.family == "antmaze" and (name or info.env_id is None):
         raise OffrlError(
             f"{info.id}: D4RL's AntMaze robot is in no maintained package (Gymnasium's ant has other motors), so its "

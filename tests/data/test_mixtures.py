@@ -117,6 +117,7 @@ def test_published_names_mix_two_d4rl_files(name: str, tmp_path: Path, monkeypat
     references = catalogue.d4rl()[f"{env}-{level}-v2"].info()
     assert (store.info.ref_min, store.info.env_id) == (references.ref_min, references.env_id)
     assert store.info.family == "gym-mujoco"
+    assert catalogue.d4rl_task(store.info) == (f"ant-{level}-v2" if env == "ant" else None)
     made = store.info.provenance["mixture"]
     assert sigma < made["realised_sigma"] <= sigma + 10 / 1000
     assert float((store.returns > 0).double().mean()) == pytest.approx(made["share"])

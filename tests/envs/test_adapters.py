@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -13,7 +14,7 @@ import pytest
 
 pytest.importorskip("mujoco")
 
-from offrl.data.catalogue import d4rl, flat_keys
+from offrl.data.catalogue import TASK_OF, d4rl, d4rl_task, flat_keys
 from offrl.data.dataset import DatasetInfo
 from offrl.data.minari import read_minari
 from offrl.envs import TABULAR_IDS, make_env, make_gymnasium
@@ -184,6 +185,25 @@ def test_pen_ends_when_it_drops() -> None:
     assert min(lengths) < 100  # some fell
     other = make_env(DatasetInfo(id="D4RL/pen/human-v2", env_id="AdroitHandPen-v1", family="adroit"))
     assert play(other, seed=int(np.argmin(lengths)))[1:] == (200, False, True)
+
+
+@robotics
+@pytest.mark.parametrize("name", ["pen-human-v1", "ant-medium-v2", "maze2d-umaze-v1", "kitchen-mixed-v0"])
+def test_a_dataset_of_another_id_keeps_its_task(name: str) -> None:
+    """Of a mixture, a recording, a copy: the environment's wrappers and numbers are those of the D4RL set."""
+    info = d4rl()[name].info()
+    theirs, ours = make_env(info), make_env(replace(info, id="mine-v0"))
+    assert str(ours) == str(theirs)
+    assert play(ours, seed=3) == play(theirs, seed=3)
+    chosen = with_environment(replace(info, id="mine-v0"), env="Pendulum-v1")
+    assert make_env(chosen).unwrapped.spec.id == "Pendulum-v1"
+
+
+@pytest.mark.parametrize("told", ["hopper-medium-v2", "nothing-v0", 3, ["pen-human-v1"], None])
+def test_a_task_that_is_none_is_ignored(told: Any) -> None:
+    info = DatasetInfo(id="mine", env_id="Pendulum-v1", provenance={TASK_OF: told})
+    assert d4rl_task(info) is None
+    assert str(make_env(info)) == str(make_env(replace(info, provenance={})))
 
 
 # ---- Maze2D --------------------------------------------------------------------------------------------------------
