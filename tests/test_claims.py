@@ -93,6 +93,22 @@ def test_counts_wait_for_what_can_still_change_them() -> None:
     assert comparisons.counted("", "", [False, False, None], 2).verdict == "not shown at this budget"
 
 
+def test_undecided_cells_leave_a_count_undecided() -> None:
+    """As long as they could make it: three of four are needed, and what is undecided may be shown with more seeds."""
+    doubt = comparisons.UNDECIDED
+    line = comparisons.counted("", "", [True, True, doubt, doubt], 3)
+    assert (line.found, line.verdict) == ("2 of 4, 2 undecided", doubt)
+    assert comparisons.counted("", "", [True, doubt, doubt, None], 3).verdict == doubt
+    assert comparisons.counted("", "", [True, doubt, None, None], 3).verdict == comparisons.NOT_YET
+    assert comparisons.counted("", "", [True, doubt, False, False], 3).verdict == "not shown at this budget"
+    assert comparisons.counted("", "", [True, True, True, doubt], 3).verdict == "shown"
+    low, high = np.array([0.0, 1.0, 2.0]), np.array([9.0, 10.0, 11.0])
+    assert comparisons.is_shown(high, low, 5, 3) is True
+    assert comparisons.is_shown(low, high, 5, 3) is False
+    assert comparisons.is_shown(high, low, 10, 3) == doubt  # 9 points with an interval of two and more on both sides
+    assert comparisons.is_shown(high, low, 5, 4) is None
+
+
 def make_run(folder: Path, seed: int = 0, **result: Any) -> None:
     step = result.get("step", 10)
     with RunWriter(folder, {"method": "bc", "dataset": "d", "updates": step}, None) as writer:

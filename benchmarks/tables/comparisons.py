@@ -18,6 +18,7 @@ from offrl import results
 
 Scores = NDArray[np.float64]
 NOT_YET = "not run yet"
+UNDECIDED = "undecided"
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------------
@@ -34,7 +35,12 @@ class Difference:
     def verdict(self, margin: float) -> str:
         if self.mean >= margin and self.low > 0:
             return "shown"
-        return "not shown at this budget" if self.high < margin else "undecided"
+        return "not shown at this budget" if self.high < margin else UNDECIDED
+
+    def shown(self, margin: float) -> bool | str:
+        """Whether it is shown, or `UNDECIDED`."""
+        verdict = self.verdict(margin)
+        return verdict if verdict == UNDECIDED else verdict == "shown"
 
     def __str__(self) -> str:
         return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
@@ -68,7 +74,7 @@ def equality(wide: Difference, narrow: Difference, margin: float) -> str:
     if -margin < narrow.low and narrow.high < margin:
         return "equal"
     apart = abs(wide.mean) >= margin and (wide.low > 0 or wide.high < 0)
-    return "unequal" if apart else "undecided"
+    return "unequal" if apart else UNDECIDED
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------------
@@ -179,20 +185,27 @@ def compared(name: str, what: str, ours: Scores, other: Scores, margin: float, s
     return Line(name, what, text, early + found.verdict(margin))
 
 
-def counted(name: str, what: str, verdicts: Sequence[bool | None], needed: int) -> Line:
-    """A claim on several cells: shown when enough of them are, not shown when too few can be."""
+def counted(name: str, what: str, verdicts: Sequence[bool | str | None], needed: int) -> Line:
+    """A claim on several cells: shown when enough of them are, not shown when too few can be, whatever the others say.
+
+    Args:
+        verdicts: of each cell, whether it is shown; `UNDECIDED`; None as long as it is not run.
+    """
     done = [verdict for verdict in verdicts if verdict is not None]
     if not done:
         return Line(name, what)
-    open_ = len(verdicts) - len(done)
-    text = f"{sum(done)} of {len(verdicts)}" + (f", {open_} not run yet" if open_ else "")
-    if sum(done) >= needed:
+    open_, doubtful, shown = len(verdicts) - len(done), done.count(UNDECIDED), done.count(True)
+    text = f"{shown} of {len(verdicts)}"
+    text += f", {doubtful} undecided" if doubtful else ""
+    text += f", {open_} not run yet" if open_ else ""
+    if shown >= needed:
         return Line(name, what, text, "shown")
-    too_few = sum(done) + open_ < needed
-    return Line(name, what, text, "not shown at this budget" if too_few else NOT_YET)
+    if shown + doubtful + open_ < needed:
+        return Line(name, what, text, "not shown at this budget")
+    return Line(name, what, text, NOT_YET if shown + open_ >= needed else UNDECIDED)
 
 
-def is_shown(ours: Scores, other: Scores, margin: float, seeds: int) -> bool | None:
-    """None as long as seeds are missing."""
+def is_shown(ours: Scores, other: Scores, margin: float, seeds: int) -> bool | str | None:
+    """Whether two cells' difference is shown, `UNDECIDED`, or None as long as seeds are missing: as `counted` takes it."""
     found = difference(ours, other)
-    return None if found is None or min(len(ours), len(other)) < seeds else found.verdict(margin) == "shown"
+    return None if found is None or min(len(ours), len(other)) < seeds else found.shown(margin)

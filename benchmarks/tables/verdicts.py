@@ -124,7 +124,7 @@ def claim_d(rows: Path) -> list[Line]:
     luck = [task for task in tasks if "lake_p1-" not in task]
     gap = {key: float(np.mean(values)) for key, values in gaps.items()}
 
-    def above(task: str) -> bool | None:
+    def above(task: str) -> bool | str | None:
         ours, other = (np.array(returns.get((method, task), [])) for method in ("doc", "dt"))
         return is_shown(ours, other, 0.1, 15)
 
@@ -254,7 +254,7 @@ def claim_h(rows: Path) -> list[Line]:
     """Success of a method on each task, paired by task."""
     h = Rows(rows / "h")
 
-    def against(ours: str, other: str, tasks: Sequence[str], name: str, margin: float) -> tuple[Line, bool | None]:
+    def against(ours: str, other: str, tasks: Sequence[str], name: str, margin: float) -> tuple[Line, bool | str | None]:
         pairs = [(h.scores(ours, task), h.scores(other, task)) for task in tasks]
         line = Line(name, f"{ours} - {other}, {tasks[0].split('/')[2].split('-singletask')[0]}")
         complete = [(a.mean(), b.mean()) for a, b in pairs if len(a) and len(b)]
@@ -262,7 +262,7 @@ def claim_h(rows: Path) -> list[Line]:
         if found is None:
             return line, None
         line.found, line.verdict = str(found), found.verdict(margin)
-        return line, line.verdict == "shown"
+        return line, found.shown(margin)
 
     lines = []
     for name, tasks in (("H1", CUBE_TASKS), ("H2", MAZE_TASKS)):
@@ -291,7 +291,7 @@ def claim_i(rows: Path) -> list[Line]:
             small = by_itself <= 2 * minimised
             line.found += f"; J {by_itself:.3g} and {minimised:.3g}"
         lines.append(line)
-        either.append(None if helps is None else helps or bool(small))
+        either.append(True if small else helps)
         if task != "hopper":
             stitched.append(helps)
         remembered.append(is_shown(plain, memoryless, 5, 5))
