@@ -254,7 +254,9 @@ def claim_h(rows: Path) -> list[Line]:
     """Success of a method on each task, paired by task."""
     h = Rows(rows / "h")
 
-    def against(ours: str, other: str, tasks: Sequence[str], name: str, margin: float) -> tuple[Line, bool | str | None]:
+    def against(
+        ours: str, other: str, tasks: Sequence[str], name: str, margin: float
+    ) -> tuple[Line, bool | str | None]:
         pairs = [(h.scores(ours, task), h.scores(other, task)) for task in tasks]
         line = Line(name, f"{ours} - {other}, {tasks[0].split('/')[2].split('-singletask')[0]}")
         complete = [(a.mean(), b.mean()) for a, b in pairs if len(a) and len(b)]
