@@ -22,7 +22,7 @@ from offrl.agents.base import Agent, Spec
 from offrl.cli.probe import probe
 from offrl.cli.select import select
 from offrl.data import ogbench_names
-from offrl.data.dataset import DatasetInfo
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.lane_tasks import LaneTasks, with_tasks
 from offrl.datasets import load
 from offrl.envs import make_env
@@ -222,6 +222,16 @@ def test_a_run_with_a_task_for_each_lane(tmp_path: Path) -> None:
 def test_what_does_not_go_with_tasks_per_lane(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(OffrlError, match=message):
         resolve_config(compose({"agent": "td3_bc", "data.tasks": [1, 2, 3], **FORGE, **changes}))
+
+
+@pytest.mark.filterwarnings("ignore:.*no row is a success")
+def test_tasks_per_lane_refuse_steps_that_are_no_rows() -> None:
+    """Such a step's reward would be the first task's in every lane's returns."""
+    one = load(FORGE["dataset"], task=1, size=2000, progress=False)
+    some = torch.arange(one.episodes) == 1
+    cut = OfflineDataset(**one.tensors() | {"has_tail": some, "tail_rewards": some.float()}, info=one.info)
+    with pytest.raises(OffrlError, match=r"last step has no successor.*train one task at a time with data\.task\.$"):
+        with_tasks(lambda task: cut, [1, 2])
 
 
 @pytest.mark.filterwarnings("ignore:.*no row is a success")

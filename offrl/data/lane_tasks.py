@@ -113,6 +113,11 @@ def with_tasks(read: Callable[[int], OfflineDataset], tasks: Sequence[int]) -> L
         shared = shared or dataset
         rewards[task], terminations[task] = dataset.rewards, dataset.terminations
     assert shared is not None
+    if shared.has_tail.any():  # one reward an episode, which would be the first task's
+        raise OffrlError(
+            f"{shared.info.id}: an episode's last step has no successor, so its reward belongs to no row; with data.tasks that "
+            "can't be; train one task at a time with data.task."
+        )
     name = parse(shared.info.id)
     assert name is not None
     info = replace(
