@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,28 @@ def test_kernels_are_off_unless_switched_on_and_for_what_they_do_not_cover(compi
         assert kernels.mlp(x, parameters, activation="gelu", norm_first=True) is None
         assert kernels.mlp(x, [p.transpose(-1, -2).contiguous().transpose(-1, -2) for p in parameters]) is None
     assert kernels.mlp(x, parameters) is None
+
+
+@pytest.mark.parametrize(
+    ("unknown", "last"),
+    [
+        ("nothing", "-march=native -ffp-contract=fast-honor-pragmas"),
+        ("*-honor-pragmas*", "-march=native -ffp-contract=fast"),
+        ("*-march=native*", "-ffp-contract=fast-honor-pragmas"),
+        ("*", None),
+    ],
+)
+def test_a_compiler_gets_options_that_it_knows(tmp_path: Path, unknown: str, last: str | None) -> None:
+    """What a compiler refuses here, gcc, or a clang on ARM refuses; where none is left the error is the compiler's."""
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in {unknown}) exit 1;; esac\n')
+    compiler.chmod(0o700)
+    if last is None:
+        with pytest.raises(subprocess.CalledProcessError):
+            kernels._compile([str(compiler), "-O3"], ["-own"])
+    else:
+        kernels._compile([str(compiler), "-O3"], ["-own"])
+        assert log.read_text().splitlines()[-1] == f"-O3 {last} -own"
 
 
 # ---- engines --------------------------------------------------------------------------------------------------

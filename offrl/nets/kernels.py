@@ -40,8 +40,15 @@ from offrl.utils.paths import cache_dir, one_at_a_time, replacing
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _INCLUDED = [Path(__file__).with_name(name) for name in ("products.h", "rows.h", "recurrent.h", "program.h", "codes.h")]
-# No -ffast-math: infinities and NaNs keep their meaning. Products may be fused into sums; roots need set no error code.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+# No -ffast-math: infinities and NaNs keep their meaning. Roots need set no error code.
+FLAGS = ("-O3", "-fno-math-errno", "-shared", "-fPIC")
+# The first of these that the compiler knows. Products may be fused into sums, but not where the source asks clang: its plain
+# `fast` does not listen, and gcc knows no other. Some clangs have no `native` on ARM, where every processor has vectors.
+_CHOICES = (
+    ("-march=native", "-ffp-contract=fast-honor-pragmas"),
+    ("-march=native", "-ffp-contract=fast"),
+    ("-ffp-contract=fast-honor-pragmas",),
+)
 _NONE = "no C compiler built them (gcc or clang, as cc on the path or named by CC), or others may write to their file"
 # The source's functions and what they take.
 _N, _P = ctypes.c_int64, ctypes.c_void_p
@@ -124,7 +131,7 @@ def _built() -> Path:
     """The compiled file, one for each source, compiler and kind of processor, beside the cached datasets."""
     path_to_cc, own = compiler()
     key = hashlib.sha256(b"".join(file.read_bytes() for file in (SOURCE, *_INCLUDED)))
-    for word in (path_to_cc, *FLAGS, *own, platform.machine(), _processor()):
+    for word in (path_to_cc, *FLAGS, *sum(_CHOICES, ()), *own, platform.machine(), _processor()):
         key.update(b"\0" + word.encode())
     path = cache_dir() / "kernels" / f"{key.hexdigest()[:32]}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,10 +140,18 @@ def _built() -> Path:
         with one_at_a_time(path.with_suffix(".lock")):
             if not path.exists():
                 with replacing(path) as temporary:
-                    command = [path_to_cc, *FLAGS, *own, str(SOURCE), "-o", str(temporary), "-lm"]
-                    subprocess.run(command, check=True, capture_output=True, timeout=120)
+                    _compile([path_to_cc, *FLAGS], [*own, str(SOURCE), "-o", str(temporary), "-lm"])
                     temporary.chmod(0o600)
     return path
+
+
+def _compile(begin: list[str], end: list[str]) -> None:
+    """Run the compiler with the first of `_CHOICES` that it takes; raises CalledProcessError if it takes none."""
+    for choice in _CHOICES:
+        done = subprocess.run([*begin, *choice, *end], capture_output=True, timeout=120)
+        if done.returncode == 0:
+            return
+    done.check_returncode()
 
 
 def _ours_alone(path: Path) -> bool:
