@@ -7,7 +7,9 @@ every batch, which conf/agent/combo.yaml chooses and sets) are known by their in
 
 Deviations from OfflineRL-Kit: its log-sum-exp runs over 3 values (one action of each kind), since a reshape is lost there, and
 is averaged over the draws; here it runs over all 3 n, unless `pooled` is false. The log-density is exact where it adds 1e-6
-inside a logarithm. The multiplier of `lagrange` and `max_backup` are those of `cql.py`; no published setting uses them.
+inside a logarithm. The policy's learning rate is constant unless `actor_decay` lets it fall at every update, where the kit's
+takes the same cosine to 0 in stairs of 1,000. The multiplier of `lagrange` and `max_backup` are those of `cql.py`; no
+published setting uses them.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class COMBOConfig(CQLConfig):
         True  # one log-sum-exp over all sampled actions of a state; false: OfflineRL-Kit's, over one of each kind
     )
     actor_lr: float = 1e-4  # learning rate of the policy and of log alpha
+    actor_decay: int = 0  # updates of the policy's cosine decay to a learning rate of zero (0 = constant)
     normalize_obs: bool = False  # standardise observations with the dataset's statistics
 
 
@@ -50,7 +53,7 @@ class COMBO(CQL):
         self.critics = Critics.of(spec, cfg.hidden if cfg.critic_hidden is None else cfg.critic_hidden, members=2)
         self.critics_target = make_target(self.critics)
         self.log_alpha_prime = nn.Parameter(torch.zeros(spec.lanes))
-        self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
+        self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr, decay=cfg.actor_decay)
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
         self.alpha_prime_optimizer = Adam([self.log_alpha_prime], cfg.critic_lr)
 

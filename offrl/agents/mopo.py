@@ -8,8 +8,8 @@ the dataset, rewards r - c u(s, a), u the ensemble's uncertainty in raw units, i
 is soft actor-critic on the dataset alone, without any pessimism.
 
 Deviations from OfflineRL-Kit: the log-density is exact where it adds 1e-6 inside a logarithm; the actor's learning rate is
-constant where its runs take a cosine to 0; the first generation replays the dataset's actions, where its initial policy rolls
-out. What differs in the model: docs/mopo.md.
+constant unless `actor_decay` lets it fall at every update, where the kit's takes the same cosine to 0 in stairs of 1,000; the
+first generation replays the dataset's actions, where its initial policy rolls out. What differs in the model: docs/mopo.md.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class MOPOConfig:
     discount: float = 0.99  # gamma
     tau: float = 0.005  # step size of the target critics
     actor_lr: float = 1e-4  # learning rate of the actor
+    actor_decay: int = 0  # updates of the actor's cosine decay to a learning rate of zero (0 = constant)
     critic_lr: float = 3e-4  # learning rate of the critics
     alpha_lr: float = 1e-4  # learning rate of log alpha
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
@@ -53,7 +54,7 @@ class MOPO(SACN):
         self.critics = Critics.of(spec, cfg.hidden, members=cfg.members)
         self.critics_target = make_target(self.critics)
         self.log_alpha = nn.Parameter(torch.zeros(spec.lanes))
-        self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr)
+        self.actor_optimizer = Adam(self.actor.parameters(), cfg.actor_lr, decay=cfg.actor_decay)
         self.critic_optimizer = Adam(self.critics.parameters(), cfg.critic_lr)
         self.alpha_optimizer = Adam([self.log_alpha], cfg.alpha_lr)
         self.target_entropy = -float(spec.action_dim) if cfg.target_entropy is None else cfg.target_entropy

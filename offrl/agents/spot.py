@@ -7,8 +7,8 @@ density is fitted first and then fixed. The update is that of corl-team/CORL `fi
 Training has two stages: `vae_updates` updates of the autoencoder, which count among the run's updates, then TD3's critics and
 delayed actor. In an online phase lambda falls linearly and the optimisers begin anew (conf/agent/spot.yaml).
 
-Deviations, none of which changes the mathematics: those of `td3_bc.py`; one latent sample per action, as in every published
-setting (the importance-weighted bound is left out).
+Deviations: those of `td3_bc.py`; one latent sample per action, as in every published setting (the importance-weighted bound is
+left out); no dropout in the actor, of which the authors' locomotion runs have a tenth.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ IFQL = {"policy": "flow", "candidates": 32, "expectile": 0.9, "denoising_steps":
 
 # yihaosun1124/OfflineRL-Kit, `run_example/run_mopo.py`, and `run_mobile.py` with the clamp of `mobile.py`; its c is one set's.
 MOPO = {"members": 2, "alpha": None, "target_entropy": None, **BACKUP, "actor_lr": 1e-4, "critic_lr": 3e-4}
-MOPO |= {"alpha_lr": 1e-4, "hidden": TWO, "normalize_obs": False}
+MOPO |= {"actor_decay": 0, "alpha_lr": 1e-4, "hidden": TWO, "normalize_obs": False}
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "mopo": MOPO,
@@ -219,6 +219,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "bc_steps": 0,
         **BACKUP,
         "actor_lr": 1e-4,
+        "actor_decay": 0,
         "critic_lr": 3e-4,
         "hidden": THREE,
         "critic_hidden": None,
@@ -372,7 +373,9 @@ CLONED = [f"{hand}-cloned-v1" for hand in ("pen", "door", "hammer", "relocate")]
 CAL_QL_ROWS = [*[(1e-4, 5.0, True, 0.8, True, -200.0, True, False, THREE, [256] * 5, 10.0, -5.0)] * 6]
 CAL_QL_ROWS += [*[(1e-4, 1.0, False, 5.0, True, -200.0, False, False, THREE, None, 1.0, 0.0)] * 4]
 # corl-team/CORL `configs/finetune/spot`: lambda, its last share, the discount online; the shift is that of `spot.py`.
+# thuml/SPOT `configs/offline` and `main.py` on locomotion.
 SPOT = ["weight", "online.anneal.weight", "online.agent.discount", "data.reward_shift"]
+SPOT_GYM = [(w, 3e-4, True) for w in (0.05, 0.05, 1.0, 0.1, 0.1, 0.2, 0.2, 0.2, 0.5)]
 SPOT_ROWS = [*[(w, 0.2, 0.995, -1.0) for w in (0.25, 0.25, 0.05, 0.025, 0.025, 0.025)], *[(1.0, 0.5, 0.99, 0.0)] * 4]
 # ikostrikov/rlpd, commands of its README: locomotion, AntMaze, Adroit (its sparse sets).
 RLPD_ROWS = [*[(TWO, 2, True)] * 9, *[([256] * 3, 1, False)] * 6, *[(TWO, 2, True)] * 3, *[([256] * 3, 2, False)] * 12]
@@ -383,7 +386,8 @@ A2PR_ROWS += [(2.5, 0.8, 1.0, 0.99)]
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "cal_ql": tabled([*ANTMAZE, *CLONED], CAL_QL, CAL_QL_ROWS),
-    "spot": tabled([*ANTMAZE, *CLONED], SPOT, SPOT_ROWS),
+    "spot": tabled([*ANTMAZE, *CLONED], SPOT, SPOT_ROWS)
+    | tabled(GYM, ["weight", "actor_lr", "normalize_obs"], SPOT_GYM),
     "rlpd": tabled(CORL, ["hidden", "subset", "backup_entropy"], RLPD_ROWS),
     "a2pr": tabled(GYM, ["alpha", "bc_weight", "vae_weight", "discount"], A2PR_ROWS),
     "awac": tabled(CORL, ["temperature"], LAMBDA),

@@ -30,6 +30,9 @@ class Plain:
         self.critic_adams = [torch.optim.Adam(critic.parameters(), lr=self.cfg.critic_lr) for critic in self.critics]
         self.actor_adam = torch.optim.Adam(self.actor.network.parameters(), lr=self.cfg.actor_lr)
         self.alpha_adam = torch.optim.Adam([self.log_alpha], lr=self.cfg.actor_lr)
+        # Annealed after every step; so long a decay is none.
+        length = self.cfg.actor_decay or 10**12
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_adam, length)
 
     def many(self, s: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """n actions of the policy in each state `[batch, n, A]`, and their log-densities."""
@@ -43,6 +46,7 @@ class Plain:
         alpha = self.log_alpha.detach().exp()
         action, log_pi = self.actor.sample(s, "policy")
         minimise(self.actor_adam, (alpha * log_pi - q_of(self.critics, s, action).min(0).values).mean())
+        self.schedule.step()
         minimise(self.alpha_adam, -(self.log_alpha * (log_pi.detach() - 2)).mean())
         with torch.no_grad():
             noise = self.random.normal("target", torch.zeros(1, len(s), 1, 2).double())[0, :, 0]
@@ -89,6 +93,7 @@ def make(box: Bounds = (-1, 1), **settings: Any) -> COMBO:
         ({}, 1, (-1, 1), 1e-10),
         ({"cql_alpha": 5.0, "normalize_obs": True, "temperature": 0.8}, 1, (-1, 1), 1e-10),
         ({"pooled": False, "temperature": 0.7}, 3, (-1, 1), 1e-10),
+        ({"actor_decay": 4}, 3, (-1, 1), 1e-10),
         ({"pooled": False, "lowered": "model"}, 3, (-1, 1), 1e-10),
         ({"lowered": "model"}, 10, (-1, 1), 1e-8),  # rounding differences grow with the updates
         *(({"cql_alpha": 2.0}, 3, box, 1e-10) for box in BOXES),

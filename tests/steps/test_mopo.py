@@ -33,6 +33,9 @@ class Plain:
         self.critic_adams = [torch.optim.Adam(critic.parameters(), lr=self.cfg.critic_lr) for critic in self.critics]
         self.actor_adam = torch.optim.Adam(self.actor.network.parameters(), lr=self.cfg.actor_lr)
         self.alpha_adam = torch.optim.Adam([self.log_alpha], lr=self.cfg.alpha_lr)
+        # Annealed after every step; so long a decay is none.
+        length = self.cfg.actor_decay or 10**12
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_adam, length)
 
     def target(self, rows: Rows, s2: Tensor) -> Tensor:
         a2, log_pi2 = self.actor.sample(s2, "target")
@@ -46,6 +49,7 @@ class Plain:
             minimise(adam, ((q_of([critic], s, rows.a)[0] - y) ** 2).mean())
         action, log_pi = self.actor.sample(s, "policy")
         minimise(self.actor_adam, -q_of(self.critics, s, action).min(0).values.mean() + self.alpha * log_pi.mean())
+        self.schedule.step()
         if self.cfg.alpha is None:
             minimise(self.alpha_adam, -(self.log_alpha * (log_pi.detach() - 2)).mean())
             self.alpha = torch.clamp(self.log_alpha.detach().exp(), 0.0, 1.0)
@@ -74,6 +78,7 @@ def compare(agent: Any, plain_class: Any, updates: int, box: Bounds, log_alpha: 
         ({}, 1, (-1, 1), 1e-10),
         ({}, 3, (-1, 1), 1e-10),
         ({"alpha": 0.2, "normalize_obs": True}, 3, (-1, 1), 1e-10),
+        ({"actor_decay": 4}, 3, (-1, 1), 1e-10),
         ({"members": 3}, 10, (-1, 1), 1e-8),  # rounding differences grow with the updates
         *(({}, 3, box, 1e-10) for box in BOXES),
     ],
