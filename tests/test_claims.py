@@ -93,6 +93,22 @@ def test_counts_wait_for_what_can_still_change_them() -> None:
     assert comparisons.counted("", "", [False, False, None], 2).verdict == "not shown at this budget"
 
 
+def test_an_episode_without_a_score_leaves_its_seed_without_one(tmp_path: Path) -> None:
+    """The mean of the others would flatter; and two lanes of a seed are no sample, whatever tells them apart."""
+    normalized = {"a": ([0, 1], [[80.0, np.nan], [60.0, 60.0]]), "b": ([7, 7], [[10.0, 10.0], [90.0, 90.0]])}
+    for name, (seeds, scores) in normalized.items():
+        make_run(tmp_path / name / "run", step=10)
+        for rows in (tmp_path / name / "run").glob("episodes.*"):
+            rows.unlink()
+        with RunWriter(tmp_path / name / "run", {"method": "bc", "dataset": "d", "updates": 10}, None) as writer:
+            writer.episodes(10, seeds, scores, [[3, 3]] * 2, scores, [1, 2])
+    first, second = comparisons.Rows(tmp_path / "a").scores("bc", "d")
+    assert np.isnan(first)
+    assert second == 60.0
+    with pytest.raises(SystemExit, match="seeds 7 stand in"):
+        comparisons.Rows(tmp_path / "b").scores("bc", "d")
+
+
 def test_undecided_cells_leave_a_count_undecided() -> None:
     """As long as they could make it: three of four are needed, and what is undecided may be shown with more seeds."""
     doubt = comparisons.UNDECIDED
@@ -152,7 +168,7 @@ def test_a_seed_that_stands_twice_and_runs_of_other_budgets_are_no_sample(tmp_pa
     make_run(tmp_path / "second", 8, step=30)
     assert comparisons.Rows(tmp_path).scores("bc", "d", seeds=[7, 8]).tolist() == [50.0, 50.0]
     make_run(tmp_path / "again", 7, step=30)
-    with pytest.raises(SystemExit, match=r"bc on d: seeds 7 stand in .*again and .*first; remove one"):
+    with pytest.raises(SystemExit, match=r"bc on d: seeds 7 stand in .*again and .*first; keep one"):
         comparisons.Rows(tmp_path).scores("bc", "d", seeds=[7, 8])
     make_run(tmp_path / "longer", 9, step=60)
     with pytest.raises(SystemExit, match=r"bc on d: last evaluations after different numbers of updates, 30 .*, 60 "):

@@ -94,7 +94,7 @@ def offrl_engine(who: Contestant) -> tuple[Any, int]:
     agent = make_agent({"_target_": OmegaConf.load(conf_dir() / "agent" / f"{who.agent}.yaml")._target_}, spec)
     agent.setup(store)
     batch = BATCHES.get(who.agent, BATCH)
-    loader = BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields)
+    loader = BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields, agent.window_before)
     return make_engine(who.engine, agent, loader, who.precision), agent.period
 
 

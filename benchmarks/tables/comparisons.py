@@ -93,8 +93,10 @@ class Rows:
         rows = results.read([run.folder for run in runs])
         self.evaluations = (
             rows.with_columns(method=pl.col("folder").replace(self.labels))
-            .group_by("method", "dataset", "folder", "seed", "step")
-            .agg(pl.col("normalized").mean().alias("score"))
+            .group_by("method", "dataset", "folder", "lane", "seed", "step")
+            .agg(
+                pl.col("normalized").fill_null(np.nan).mean().alias("score")
+            )  # one episode without a score leaves none
             .sort("seed", "step")
         )
 
@@ -111,7 +113,7 @@ class Rows:
         """Last score of each seed, `[S]`; `settings`: only of runs that have these, as `{"agent.alpha": 2.5}`.
 
         Raises:
-            SystemExit: two runs of one seed, or runs of different budgets, which are no sample of one thing.
+            SystemExit: two lanes of one seed, or runs of different budgets, which are no sample of one thing.
         """
         found = self.curves(method, dataset)
         if seeds is not None:
@@ -119,14 +121,14 @@ class Rows:
         if settings:
             having = [str(run.folder) for run in self.runs if has_settings(run.config, settings)]
             found = found.filter(pl.col("folder").is_in(having))
-        last = found.group_by("folder", "seed", maintain_order=True).last().sort("seed")
+        last = found.group_by("folder", "lane", "seed", maintain_order=True).last().sort("seed")
         check_alike(last, f"{method} on {dataset}")
         return last["score"].to_numpy()
 
     def means(self, method: str, dataset: str) -> dict[int, float]:
         """Mean score over seeds by update."""
         curves = self.curves(method, dataset)
-        check_alike(curves.group_by("folder", "seed", maintain_order=True).last(), f"{method} on {dataset}")
+        check_alike(curves.group_by("folder", "lane", "seed", maintain_order=True).last(), f"{method} on {dataset}")
         found = curves.group_by("step").agg(pl.col("score").mean()).sort("step")
         return dict(found.select("step", "score").iter_rows())
 
@@ -137,7 +139,7 @@ def check_alike(last: pl.DataFrame, cell: str) -> None:
     if len(twice):
         seeds = ", ".join(map(str, twice["seed"].unique().sort()))
         folders = " and ".join(twice["folder"].unique().sort())
-        raise SystemExit(f"{cell}: seeds {seeds} stand in {folders}; remove one of the folders.")
+        raise SystemExit(f"{cell}: seeds {seeds} stand in {folders}; keep one of each seed.")
     if last["step"].n_unique() > 1:
         steps = ", ".join(
             f"{step} ({folder})" for step, folder in last.select("step", "folder").unique().sort("step").rows()

@@ -58,6 +58,7 @@ class Agent(nn.Module, Generic[ConfigT]):
         random: random numbers, by name; see `offrl.utils.random`.
         period: number of updates after which the pattern of an update repeats; engines capture whole periods.
         window: length of the windows that the agent learns from; None: it learns from transitions.
+        window_before: how many timesteps of a window lie before the drawn row, at least and at most (`BatchLoader`).
         batch_fields: further fields of the batch: `next_action`, `return_to_go`, `timestep`.
         critic_optimizers: names of the optimisers of critics and values alone, whose gradient an encoder of the
             observations gets; an agent lacks some of them.
@@ -86,6 +87,7 @@ class Agent(nn.Module, Generic[ConfigT]):
     explore_noise: float = 0.1
     explore_clip: ClassVar[float] = 0.5
     window: int | None = None
+    window_before: tuple[int, int] = (0, 0)
     pretrain_updates: int = 0
     dataset_index: Any = None
     lane_scores: Sequence[float] | None = None

@@ -9,8 +9,10 @@ The agent is not changed: it is built for observations z_t = phi(o_0, a_0, ..., 
 gradient by z_t, which goes on into phi; the actor's does not. z'_{t+1} comes from a target encoder, a moving average. phi may
 be regularised by a bisimulation loss (`offrl.nets.bisimulation`), whose value is logged in any case.
 
-Windows begin with `burn_in` timesteps from which nothing is learnt but the state of the encoder, except at an episode's start,
-where the empty state is the true one (as in R2D2, Kapturowski et al., ICLR 2019).
+Windows begin with `burn_in` timesteps from which nothing is learnt but the state of the encoder (as in R2D2, Kapturowski et
+al., ICLR 2019), as far as their episode has them: at its start the empty state is the true one. The sampler draws a row that
+is learnt from, and the window around it, so that rows are learnt from as often as the sampler chooses them, wherever in an
+episode they are.
 """
 
 from __future__ import annotations
@@ -115,6 +117,7 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
         self.uses_reward = getattr(self.agent, "uses_history", False) and getattr(self.agent, "uses_reward", False)
         self.burn_in = cfg.burn_in if cfg.encoder == "gru" else cfg.context - 1
         self.window = self.burn_in + cfg.length
+        self.window_before = (self.burn_in, self.window - 1)
         if not getattr(self.agent.cfg, "normalize_obs", True):
             self.obs_mean.zero_()
             self.obs_scale.fill_(1)
@@ -171,23 +174,30 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
 
     # ---- learning ---------------------------------------------------------------------------------------------
 
-    def learnable(self, batch: WindowBatch) -> Tensor:
-        """`[lanes, batch, T]` bool: timesteps behind the burn-in, or of a window that begins its episode."""
-        behind = torch.arange(batch.valid.shape[2], device=batch.valid.device) >= self.burn_in
-        return (batch.valid > 0) & (behind | (batch.timestep[:, :, :1] == 0))
+    def learnable(self, batch: WindowBatch) -> tuple[Tensor, Tensor]:
+        """First timestep to learn from in each window, and how many there are, `[lanes, batch]` int64.
+
+        They are those behind the burn-in. A window that its episode's start cuts short has as much less of a burn-in, and
+        then of these, as is missing: the others are learnt from in windows that begin at the same place.
+        """
+        # Windows of one timestep are the drawn rows.
+        cut: Tensor = batch.cut if hasattr(batch, "cut") else torch.zeros_like(batch.index)
+        first = (self.burn_in - cut).clamp(min=0)
+        end = torch.minimum(self.burn_in + self.cfg.length - cut, batch.valid.sum(-1).long())
+        return first, end - first
 
     def chosen(self, batch: WindowBatch) -> Tensor:
         """`[lanes, batch * length]` int64: the timesteps to learn from, as places in the flattened windows.
 
-        They are all learnable ones in random order, from the start again where there are fewer than that: so the agent's
-        batch has one size. Windows of which nothing is learnable give nothing.
+        `length` of each window: those to learn from in turn, from a random one on, and over again where there are fewer. So
+        a row is learnt from as often as the sampler chooses it, on average and if its neighbours are as likely as it is.
         """
-        learnable, valid = (x.flatten(1) for x in (self.learnable(batch), batch.valid > 0))
-        uniform = self.random.uniform("history/order", learnable.shape[1:])
-        order = (uniform + ~learnable + 1.0 * ~valid).argsort(-1)
-        count = learnable.sum(-1, keepdim=True).clamp(min=1)
-        size = batch.valid.shape[1] * self.cfg.length
-        return order.gather(1, torch.arange(size, device=order.device) % count)
+        first, count = self.learnable(batch)
+        turn = (self.random.uniform("history/turn", count.shape[1:]) * count).long()
+        steps = torch.arange(self.cfg.length, device=count.device)
+        position = first.unsqueeze(-1) + (turn.unsqueeze(-1) + steps) % count.unsqueeze(-1)
+        window = torch.arange(count.shape[1], device=count.device).unsqueeze(-1)
+        return (window * batch.valid.shape[2] + position).flatten(1)
 
     def encodings(self, batch: WindowBatch, at: Tensor) -> tuple[Tensor, Tensor]:
         """z_t, with its gradient, and z'_{t+1} of the target encoder, at places `at` `[lanes, n]` of the windows."""

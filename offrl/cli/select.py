@@ -161,9 +161,13 @@ def _rank(
 
 
 def _checkpoints(folder: Path, every: bool) -> list[Path]:
-    """Files of a run's checkpoints; the kept ones include the last."""
+    """Files of a run's checkpoints, each once: the last is among the kept ones if these were kept to the end."""
+    last = folder / checkpoint.NAME
     kept = sorted((folder / "checkpoints").glob("*.safetensors")) if every else []
-    return kept or [folder / checkpoint.NAME]
+    if not kept:
+        return [last]
+    among = f"{int(checkpoint.metadata(last)['step']):08d}" in {path.stem for path in kept}
+    return kept if among else [*kept, last]
 
 
 def _scores(
@@ -177,7 +181,8 @@ def _scores(
         return {}, {}, scale_of(dataset)
     here = scored(here, runs)
     labels = {(folder, lane): label for folder, lane, label in here.select("folder", "lane", "label").iter_rows()}
-    episodes = here.filter(pl.col("value").is_not_nan()).partition_by(["folder", "lane", "step"], as_dict=True)
+    finite = pl.col("value").is_not_nan().all().over("folder", "lane", "step")  # the mean of the others would flatter
+    episodes = here.filter(finite).partition_by(["folder", "lane", "step"], as_dict=True)
     return labels, {key: group["value"].to_numpy() for key, group in episodes.items()}, here["scale"][0]
 
 

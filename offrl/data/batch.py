@@ -63,6 +63,9 @@ class WindowBatch(Batch):
         index: `[lanes, batch]` int64 row of the window's first timestep; -1 in a synthetic window.
         valid: float, 1 where a timestep exists and 0 in the padding after the episode's end.
         timestep: always there.
+        cut: `[lanes, batch]` int64, timesteps that are missing before the window, since its episode begins with it; only of
+            windows around drawn rows (`BatchLoader`'s `before`).
     """
 
     valid: Tensor = field(init=False)
+    cut: Tensor = field(init=False)

@@ -55,6 +55,7 @@ class Cell:
         episodes, steps: smallest and largest number over lanes, at the last evaluation.
         budget: configured updates, 0 when unknown. short: number of lanes that have made fewer.
         critic: whether the agent learns a critic.
+        comparable: whether the scores are of the dataset's own task and references, as published ones are.
         enough_evaluations: whether the last k evaluations are at most half of all, so that they describe the end of training.
         successes, trials: successful episodes, and all, of all lanes at their last evaluation; successes is None where scores
             are no success rates, or one is not finite.
@@ -77,6 +78,7 @@ class Cell:
     budget: int
     short: int
     critic: bool
+    comparable: bool
     enough_evaluations: bool
     curve: Curve
     published: list[Published]
@@ -289,7 +291,10 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
         here = [by_folder[folder] for folder in lanes["folder"]]
         budgets = [ConfigRecord.model_validate(run.config).budget for run in here]
         k, average = int(lanes["k"].to_numpy().min()), lanes["average"].to_numpy()
-        comparable = success or (lanes["scale"][0].endswith("score") and lanes["scale"][0] != OWN)
+        of_dataset = not any(
+            given_task(run) for run in here
+        )  # another task has the dataset's name, and no published score
+        comparable = of_dataset and (success or (lanes["scale"][0].endswith("score") and lanes["scale"][0] != OWN))
         finite = not np.isnan(lanes["value"].to_numpy()).any()
         cells.append(
             Cell(
@@ -311,6 +316,7 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
                 critic=any(learns_critic[str(run.folder)] for run in here),
                 enough_evaluations=int(lanes["evaluations"].to_numpy().min()) >= 2 * k,
                 curve=_curve(group),
+                comparable=comparable,
                 published=lookup(_method(here[0]) or label, dataset) if comparable else [],
                 successes=round(float((lanes["value"] * lanes["episodes"]).sum()) / 100)
                 if success and finite

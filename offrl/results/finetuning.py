@@ -114,7 +114,7 @@ def _fine_tuning(cell: Cell, rows: pl.DataFrame, runs: dict[str, results.Run]) -
         all(told),
         min(ends),
         replace(cell, curve=curve, published=[]),
-        lookup_online(base, cell.dataset) if cell.normalized else None,
+        lookup_online(base, cell.dataset) if cell.comparable else None,
     )
 
 
@@ -156,10 +156,10 @@ def regret_of(episodes: Sequence[OnlineRow], lane: int) -> tuple[float, bool]:
 
 
 def collapsed(tuned: Sequence[FineTuning]) -> str | None:
-    """A sentence where a mean hides seeds that collapsed: after the phase below half of what they had before it."""
+    """A sentence where a mean hides seeds that collapsed: after the phase below half of what they had before it, above 0."""
     hidden = [
-        f"{t.method} on {t.dataset} (seeds {', '.join(str(s) for s, b, a in zip(t.seeds, t.before, t.after) if 2 * a < b)})"
+        f"{t.method} on {t.dataset} (seeds {', '.join(map(str, seeds))})"
         for t in tuned
-        if t.cell.normalized and any(2 * a < b for b, a in zip(t.before, t.after))
+        if t.cell.normalized and (seeds := [s for s, b, a in zip(t.seeds, t.before, t.after) if b > 0 and 2 * a < b])
     ]
     return f"Collapsed while fine-tuned, below half of the score before: {'; '.join(hidden)}." if hidden else None

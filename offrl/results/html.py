@@ -34,7 +34,9 @@ img { max-width: 100%; height: auto } li { margin: .2em 0 } .note { color: #555;
 # A click sorts by a column, the next click reverses; numbers by value, other cells alphabetically, empty cells last.
 SCRIPT = """
 const valueOf = cell => {
-  const text = cell.textContent.trim(), number = parseFloat(text.replace(/,/g, '').replace('\\u2212', '-'));
+  const text = cell.textContent.trim(), plain = text.replace(/,/g, '').replace('\\u2212', '-');
+  const [, digits, unit] = /^(-?[\\d.]+)([kM](?!\\w))?/.exec(plain) || [];
+  const number = parseFloat(digits) * ({k: 1e3, M: 1e6}[unit] || 1);
   return text === '' || text === '\\u2013' ? null : Number.isNaN(number) ? text.toLowerCase() : number;
 };
 const before = (a, b) => typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === 'number' ? -1 : 1;

@@ -54,6 +54,10 @@ _NOT_SETTINGS_IN = {"data": {"cache", "task", "tasks"}, "online": {"eval_every"}
 _GIVEN_DATA = ("data.seed", "data.size")  # which numbers a dataset built here has: nothing that one would tune
 # A run that lacks one of these had no such thing; other gaps may be those of an earlier version.
 _CHOICES = ("augment._target_", "history.encoder")
+_CHANGES = (
+    "online.agent.",
+    "online.anneal.",
+)  # how options begin that change a setting, of which a run has what was changed
 # Defaults of other options that an earlier version may not have written down; where there is none here, it is null, false or 0.
 _USUAL = {
     **{"precision": "float32", "batch_size": 256, "data.cache": True, "data.reward_scale": 1.0},
@@ -123,9 +127,8 @@ def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
     """Whether a setting is a list with one coefficient per lane (and not, say, the sizes of layers)."""
     if not isinstance(value, list) or len(value) != lanes or re.search("hidden|dims|sizes|layers|betas|shares", key):
         return False
-    return key.startswith(("agent.", "sampler.", "augment.", "history.")) and all(
-        isinstance(v, int | float) for v in value
-    )
+    settings = ("agent.", "sampler.", "augment.", "history.", *_CHANGES)
+    return key.startswith(settings) and all(isinstance(v, int | float) for v in value)
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ def _differs(key: str, group: Sequence[_Entry]) -> bool:
     and is the same as a setting that a later run counts among its defaults.
     """
     # Of these a run's configuration says that it had no such thing, by leaving it out.
-    complete = key in _CHOICES or key.startswith("eval.")
+    complete = key in _CHOICES or key.startswith(("eval.", *_CHANGES))
     known = [entry for entry in group if entry.run.config] if complete else group
     lacks = any(key not in entry.settings for entry in known)
     return len({DEFAULT if lacks and _may_be_default(key, e) else repr(e.settings[key]) for e in known}) > 1
@@ -258,7 +261,7 @@ def _may_be_default(key: str, entry: _Entry) -> bool:
         return key.removeprefix("eval.") not in given_task(entry.run)
     if (named := entry.run.manifest.get("non_default")) is None:
         return False
-    if key in _CHOICES:
+    if key in _CHOICES or key.startswith(_CHANGES):
         return False
     if key in _USUAL or key.startswith("data."):
         return is_usual(key, entry.settings[key])

@@ -242,6 +242,8 @@ def _below(top: Path) -> Iterator[Path]:
         if not {"manifest.json", "episodes.jsonl", FAILURE}.isdisjoint(files):
             children.clear()  # checkpoints and reports inside a run are no runs
             yield Path(folder)
+        if ".sweep" in children:  # a sweep's own notes, its failed jobs among them
+            children.remove(".sweep")
 
 
 def _read_rows(paths: Iterable[Path | str], kind: str, columns: dict[str, str], key: list[str]) -> pl.DataFrame:

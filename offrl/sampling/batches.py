@@ -28,6 +28,8 @@ class BatchLoader:
         batch: rows per lane and update.
         window: length of windows; None for transitions.
         fields: further fields of the batch.
+        before: how many timesteps of a window lie before the row that the sampler drew, at least and at most; as many as are
+            drawn uniformly, or those that the episode has. (0, 0): windows begin with the drawn rows.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class BatchLoader:
         batch: int,
         window: int | None = None,
         fields: tuple[str, ...] = (),
+        before: tuple[int, int] = (0, 0),
     ) -> None:
         self.sources, self.batch, self.window, self.fields = list(sources), batch, window, fields
+        self.before = before
         shares = [share for _, _, share in self.sources[1:]]
         self.counts = shared_out(shares, batch)
         if min(self.counts) < 0:
@@ -56,7 +60,13 @@ class BatchLoader:
         parts = []
         for i, ((store, sampler, _), count) in enumerate(zip(self.sources, self.counts)):
             if count:
-                parts.append(self._gather(store, sampler.draw(random, steps, count, f"sampler/{i}")))
+                index = sampler.draw(random, steps, count, f"sampler/{i}")
+                if self.before == (0, 0):
+                    parts.append(self._gather(store, index))
+                else:
+                    least, most = self.before
+                    before = random.integers(f"before/{i}", most - least + 1, (count,), steps) + least
+                    parts.append(self._around(store, index, before))
                 if i:
                     parts[-1].index = torch.full_like(parts[-1].index, -1)
         return parts[0] if len(parts) == 1 else _join(parts)
@@ -66,6 +76,14 @@ class BatchLoader:
             batch: Batch = store.transitions(index, self.fields)
         else:
             batch = store.windows(index, self.window, self.fields)
+        return batch
+
+    def _around(self, store: Any, index: Tensor, before: Tensor) -> Batch:
+        """Windows that begin `before` timesteps before the rows `index`, or with their episodes."""
+        wanted = index - before
+        start = torch.maximum(wanted, store.offsets[store.episode_of_row[index]])
+        batch = self._gather(store, start)
+        batch.cut = start - wanted  # type: ignore[attr-defined]
         return batch
 
 

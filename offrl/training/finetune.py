@@ -26,7 +26,7 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_bytes
 from offrl.utils.paths import replacing
 from offrl.utils.process import _locked
-from offrl.utils.settings import FREE, set_dotted
+from offrl.utils.settings import FREE, TASK, set_dotted
 
 STEPS = 250_000  # environment steps where none are given
 
@@ -60,7 +60,10 @@ def finetune(folder: Path | str, changes: Mapping[str, Any] | None = None, confi
             return done
         fresh, begins = job.train.fresh, job.train.fresh or not (new / checkpoint.NAME).exists()
         job.train.fresh = False
-        take_over = folder, partial(_take_over, folder, new, job, fresh)
+        retold = any(
+            key.removeprefix("eval.").split(".")[0] in TASK for key in changes or {} if key.startswith("eval.")
+        )
+        take_over = folder, partial(_take_over, folder, new, job, fresh, retold)
         return Trainer(job, new, source=folder).run(take_over if begins else None)
 
 
@@ -95,10 +98,11 @@ def _job(folder: Path, values: dict[str, Any], changes: dict[str, Any], config_d
     return resolve_config({**values, "agent": agent}, trusted=False)
 
 
-def _take_over(folder: Path, new: Path, job: RunConfig, fresh: bool) -> None:
+def _take_over(folder: Path, new: Path, job: RunConfig, fresh: bool, other_task: bool) -> None:
     """Copy rows and checkpoint of the offline half, the checkpoint last: without it the copy begins again.
 
-    What an earlier fine-tuning left in the folder is removed before, its checkpoint ahead of the rows that this needs.
+    Evaluations at the switch stay behind where they were of another task than those to come. What an earlier fine-
+    tuning left in the folder is removed before, its checkpoint ahead of the rows that this needs.
     """
     tensors, _ = checkpoint.load(folder / checkpoint.NAME)
     kept: RunRecord = checkpoint.metadata(folder / checkpoint.NAME, RunRecord)
@@ -109,10 +113,10 @@ def _take_over(folder: Path, new: Path, job: RunConfig, fresh: bool) -> None:
         )
     check_rows(folder, kept.step, needed=True)
     names = {"run_id": new.name, "method": job.to_dict()["method"]}
-    paths = [folder / f"{kind}.jsonl" for kind in ("episodes", "metrics")]
+    until = {"episodes.jsonl": kept.step - other_task, "metrics.jsonl": kept.step}
     copies = {
-        path.name: _renamed(_rows_until(read_bytes(path, "restore it", MOST_BYTES), kept.step, path), names)
-        for path in paths
+        name: _renamed(_rows_until(read_bytes(folder / name, "restore it", MOST_BYTES), step, folder / name), names)
+        for name, step in until.items()
     }
     _clear(new, fresh)
     for name, data in copies.items():

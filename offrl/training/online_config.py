@@ -106,6 +106,11 @@ def _check_agent(online: OnlineConfig, settings: type[Any], agent: Mapping[str, 
     own = {key: value for key, value in agent.items() if key != "_target_"}
     after = build(settings, {**own, **online.agent}, "online.agent.", per_lane=True)
     types_of = types_in(settings)
+    if "normalize_obs" in online.agent:
+        raise OffrlError(
+            "online.agent.normalize_obs has no effect, since networks go on with the inputs that they know; leave it out, or "
+            "set agent.normalize_obs."
+        )
     for key, factor in online.anneal.items():
         if types_of.get(key) is not float:
             raise OffrlError(

@@ -129,7 +129,8 @@ class Trainer:
         self.sampler = make_sampler(job.sampler, parts, self.seeds)  # by the rewards as recorded
         self.synthetic = self._synthetic(recorded)
         sources = self.synthetic.sources if self.synthetic else [(self.store, self.sampler, 1.0)]
-        self.loader = BatchLoader(sources, self.cfg.batch_size, self.agent.window, self.agent.batch_fields)
+        shape = self.agent.window, self.agent.batch_fields, self.agent.window_before
+        self.loader = BatchLoader(sources, self.cfg.batch_size, *shape)
         self.engine = make_engine(
             self.cfg.engine, self.agent, self.loader, self.cfg.precision, self.cfg.updates_per_launch
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,12 +53,12 @@ def history_of(
 
 
 def advance(agent: Any, store: OfflineDataset, updates: int, start: int = 0, batch: int = 8) -> dict[str, Tensor]:
-    loader = BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields)
+    loader = BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields, agent.window_before)
     return Eager(agent, loader).run(start, updates)
 
 
 def windows(agent: Any, store: OfflineDataset, batch: int = 8, step: int = 1) -> WindowBatch:
-    loader = BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields)
+    loader = BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields, agent.window_before)
     agent.random.step.fill_(step)
     return agent.prepare(loader.draw(agent.random, torch.tensor([step])))[0]
 
@@ -125,22 +126,50 @@ def test_the_gated_unit_is_pytorchs() -> None:
 # ---- what is learnt from --------------------------------------------------------------------------------------
 
 
-def test_learnable_timesteps_are_behind_the_burn_in_or_at_an_episodes_start() -> None:
+def test_learnable_timesteps_are_those_behind_the_burn_in_of_a_whole_window() -> None:
+    """A window of 2 + 3 timesteps around a drawn row, whose episode may begin within it: places by hand."""
     store = make_toy(64, **double)  # episodes of four
     agent = history_of(store, GRU)
-    batch = windows(agent, store, batch=40)
-    learnable, at = agent.learnable(batch), agent.chosen(batch)
-    for row, first in enumerate(batch.index[0].tolist()):
-        left = 4 - first % 4
-        expected = [t < left and (t >= 2 or first % 4 == 0) for t in range(5)]
-        assert learnable[0, row].tolist() == expected
-    assert at.shape == (1, 40 * 3)
-    assert learnable.flatten(1).gather(1, at).all()
-    counts = at[0].bincount(minlength=200)[learnable.flatten()]
-    assert counts.max() - counts.min() <= 1  # all of them, alike
+    batch = windows(agent, store, batch=200)
+    first, count = agent.learnable(batch)
+    for row, start in enumerate(batch.index[0].tolist()):
+        wanted = start - int(batch.cut[0, row])  # where a whole window would begin
+        expected = [t for t in range(start, start // 4 * 4 + 4) if wanted + 2 <= t < wanted + 5]
+        assert list(range(start + int(first[0, row]), start + int(first[0, row] + count[0, row]))) == expected
+        assert expected
+        assert batch.cut[0, row] == 0 or start % 4 == 0
+    at = agent.chosen(batch)
+    assert at.shape == (1, 200 * 3)
     made = agent.transitions(batch, at, batch.obs.flatten(1, 2)[:, :1], batch.obs.flatten(1, 2)[:, :1])
+    by_window = made.index.view(200, 3)
+    for row, rows in enumerate(by_window.tolist()):
+        of_window = range(int(batch.index[0, row] + first[0, row]), int(batch.index[0, row] + (first + count)[0, row]))
+        assert set(rows) <= set(of_window)
+        assert len(set(rows)) == min(3, len(of_window))
     assert torch.equal(made.reward, store.rewards[made.index])  # the rows are those of the dataset
     assert torch.equal(made.action, store.actions[made.index])
+
+
+@pytest.mark.parametrize("history", [GRU, {**WINDOW, "length": 6}, {**STACK, "length": 5}], ids=str)
+def test_rows_are_learnt_from_as_often_as_the_sampler_draws_them(history: dict[str, Any]) -> None:
+    """In episodes shorter and longer than a window, at their starts and ends too; and twice as often where its law says so."""
+    lengths = [1, 3, 30, 2, 4]
+    plain, n = make_toy(40, **double), sum(lengths)
+    parts = {name: getattr(plain, name)[:n] for name in OfflineDataset.ROW_FIELDS}
+    store = OfflineDataset(**parts, offsets=torch.tensor([0, *lengths]).cumsum(0), info=plain.info)
+    agent = history_of(store, history)
+    twice = torch.tensor([2.0, 1, 2, 1, 1]).repeat_interleave(torch.tensor(lengths)).double()
+    for weight in (torch.ones(n).double(), twice):
+        drawn = torch.multinomial(weight, 120_000, replacement=True, generator=torch.Generator().manual_seed(0))
+        sampler: Any = SimpleNamespace(draw=lambda *_, rows=drawn: rows.view(1, 1, -1))
+        loader = BatchLoader([(store, sampler, 1.0)], len(drawn), agent.window, agent.batch_fields, agent.window_before)
+        agent.random.step.fill_(1)
+        batch = agent.prepare(loader.draw(agent.random, torch.tensor([1])))[0]
+        z = batch.obs.flatten(1, 2)[:, :1]
+        counts = agent.transitions(batch, agent.chosen(batch), z, z).index[0].bincount(minlength=n)
+        expected = weight / weight.sum() * counts.sum()
+        # `length` rows a window come together: as many times the variance of single draws, at most.
+        assert ((counts - expected).abs() < 5 * (agent.cfg.length * expected).sqrt()).all()
 
 
 def test_padding_changes_nothing() -> None:
@@ -161,7 +190,7 @@ def test_padding_changes_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["iql", "discrete_cql"])
 def test_a_stack_of_one_is_the_agent_without_histories(name: str) -> None:
-    """k = 1 and no network: the same rows in another order, so that sums differ by rounding."""
+    """k = 1 and no network: the same rows, whose sums differ by rounding at most."""
     store = (make_discrete_toy if name == "discrete_cql" else make_toy)(512, **double)
     agent, plain = history_of(store, STACK, name), history_of(store, {}, name)
     assert not isinstance(plain, HistoryAgent)

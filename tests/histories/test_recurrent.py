@@ -69,7 +69,7 @@ def test_an_agents_updates_from_a_tape_are_those_of_plain_operations(compiled: N
     """IQL on encodings, with every loss: parameters differ by float32's rounding, which Adam's division enlarges."""
     store = make_toy(400, seed=2)
     mine, theirs = (history_of(store, GRU | {"bisimulation": 0.5, "hidden": 40}) for _ in range(2))
-    loader = BatchLoader([(store, Uniform(store), 1.0)], 16, mine.window, mine.batch_fields)
+    loader = BatchLoader([(store, Uniform(store), 1.0)], 16, mine.window, mine.batch_fields, mine.window_before)
     make_engine("native", mine, loader).run(0, 10)
     Eager(theirs, loader).run(0, 10)
     for (name, parameter), other in zip(mine.named_parameters(), theirs.parameters()):

@@ -81,7 +81,10 @@ def distances(weight: float, updates: int = 400) -> list[float]:
     settings = {"_target_": "offrl.agents.discrete_cql.DiscreteCQL", "hidden": [32]}
     agent = make_agent(settings, spec, history | {"bisimulation": weight, "warmup": 50, "model_hidden": 32})
     agent.setup(dataset)
-    engine = Eager(agent, BatchLoader([(dataset, Uniform(dataset), 1.0)], 16, agent.window, agent.batch_fields))
+    engine = Eager(
+        agent,
+        BatchLoader([(dataset, Uniform(dataset), 1.0)], 16, agent.window, agent.batch_fields, agent.window_before),
+    )
     return [engine.run(step, 10)["bisimulation"].item() for step in range(0, updates, 10)]
 
 

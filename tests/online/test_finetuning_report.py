@@ -104,6 +104,60 @@ def test_a_label_tells_a_fine_tuned_run_from_its_offline_half(tmp_path: Path) ->
     assert "same settings and seed" not in (tmp_path / "report/report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("online", "label"),
+    [
+        ({"agent": {"discount": 0.9}}, "discount=0.9"),
+        ({"anneal": {"actor_bc": 0.0}}, "actor_bc=0.0"),
+    ],
+)
+def test_runs_whose_online_half_had_other_settings_are_not_pooled(
+    online: dict[str, Any], label: str, tmp_path: Path
+) -> None:
+    """A run has of `online.agent` and `online.anneal` what was changed, so a key that it lacks was not."""
+    make_run(tmp_path / "runs/a", "rebrac+online", [70.0, 68.0], [88.0, 90.0])
+    make_run(tmp_path / "runs/b", "rebrac+online", [70.0, 68.0], [10.0, 12.0], online={**ONLINE, **online})
+    for run in ("a", "b"):
+        (tmp_path / "runs" / run / "manifest.json").write_text(
+            json.dumps({"method": "rebrac+online", "non_default": []})
+        )
+    made = report([tmp_path / "runs"], tmp_path / "report", show=False)
+    name = label.partition("=")[0]
+    assert sorted((c.method, c.mean) for c in made.cells) == [
+        (f"rebrac+online ({label})", 11.0),
+        (f"rebrac+online ({name}=default)", 89.0),
+    ]
+    assert not any("same settings and seed" in note for note in made.notes)
+
+
+def test_a_number_for_each_lane_of_the_online_half_makes_variants(tmp_path: Path) -> None:
+    make_run(
+        tmp_path / "runs/a", "rebrac+online", [9.0] * 3, [10.0, 50.0, 90.0],
+        online={**ONLINE, "agent": {"discount": [0.9, 0.95, 0.99]}},
+    )  # fmt: skip
+    made = report([tmp_path / "runs"], tmp_path / "report", show=False)
+    assert [(c.method, c.mean) for c in made.cells] == [
+        (f"rebrac+online (discount={value})", score) for value, score in ((0.9, 10), (0.95, 50), (0.99, 90))
+    ]
+
+
+def test_seeds_collapse_from_scores_above_zero_alone(tmp_path: Path) -> None:
+    """Half of -3 is above it."""
+    make_run(tmp_path / "runs/a", "cal_ql+online", [-3.0, -3.0, 40.0], [-3.0, -2.0, 19.0])
+    made = report([tmp_path / "runs"], tmp_path / "report", show=False)
+    (note,) = [note for note in made.notes if note.startswith("Collapsed")]
+    assert "(seeds 2)" in note
+
+
+@pytest.mark.parametrize("task", [{"ref_min": 0.0, "ref_max": 7.0}, {"max_episode_steps": 50}], ids=str)
+def test_published_scores_stand_beside_none_of_another_task(task: dict[str, Any], tmp_path: Path) -> None:
+    make_run(tmp_path / "runs/a", "iql+online", [40.0, 40.0], [60.0, 60.0])
+    make_run(tmp_path / "other/a", "iql+online", [40.0, 40.0], [60.0, 60.0], eval=task)
+    ours, others = (report([tmp_path / name], tmp_path / "report", show=False) for name in ("runs", "other"))
+    assert ours.fine_tunings[0].published is not None
+    assert others.fine_tunings[0].published is None
+
+
 def test_published_scores_are_those_of_the_file() -> None:
     found = lookup_online("cal_ql", "antmaze-large-play-v2")
     assert found is not None

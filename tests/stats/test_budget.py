@@ -88,6 +88,13 @@ def test_first_pull_is_the_mean_and_the_kth_the_best_when_episodes_are_exact():
     assert curve.limit == pytest.approx(expected_best(x[:, 0], [5], replace=False)[0][0])
 
 
+def test_each_policy_is_tried_before_any_is_tried_again():
+    """However large the returns are: a bonus of fixed size would leave policies untried."""
+    x = np.array([[1e5], [2e5], [3e5], [4e5]]) * np.ones((1, 3))
+    curve = bandit_curve(x, k=4, pulls=6, trials=50, pools=0)
+    assert curve.mean[3:].tolist() == [4e5] * 3
+
+
 def test_limit_is_that_of_all_subsets():
     x = noisy(6, 3)
     brute = np.mean([max(x[list(rows)].mean(1)) for rows in itertools.combinations(range(6), 3)])

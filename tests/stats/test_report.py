@@ -23,6 +23,7 @@ from offrl.results import figures, tables
 from offrl.results import report as reporting
 from offrl.results.labels import scale_of
 from offrl.results.published import lookup
+from offrl.results.rows import folders
 from offrl.utils.errors import OffrlError
 
 D4RL = "hopper-medium-v2"
@@ -452,6 +453,21 @@ def test_published_number_stands_beside_ours_with_its_source(tmp_path):
     text = markdown(made)
     assert "48.1 ± 0.2 [1]" in text
     assert re.search(r"1\. corl-team/CORL:README\.md \(Offline/Last Scores\) .*final checkpoint", text)
+
+
+@pytest.mark.parametrize("task", [{"env": "Swimmer-v5"}, {"max_episode_steps": 50}], ids=str)
+def test_published_numbers_stand_beside_none_of_another_task(task, tmp_path):
+    make_run(tmp_path / "runs" / "a", "td3_bc")
+    assert cell(make(tmp_path), "td3_bc").published
+    make_run(tmp_path / "other" / "runs" / "a", "td3_bc", config={"eval": task})
+    assert not make(tmp_path / "other").cells[0].published
+
+
+def test_a_sweeps_notes_are_no_run(tmp_path):
+    make_run(tmp_path / "runs" / "a", "td3_bc")
+    (tmp_path / "runs" / ".sweep").mkdir()
+    (tmp_path / "runs" / ".sweep" / "failed.json").write_text("{}")
+    assert [run.name for run in folders([tmp_path / "runs"])] == ["a"]
 
 
 def test_published_numbers_are_those_of_a_last_checkpoint():
