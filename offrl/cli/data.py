@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,14 @@ def run_build(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Write any dataset in the format that the destination's suffix names."""
-    write = writer(arguments.dest)
-    write(_load(arguments))
+    write, dataset = writer(arguments.dest), _load(arguments)
+    write(dataset)
+    again = load(arguments.dest, cache=False, unfinished=arguments.unfinished)
+    if lost := int(dataset.has_tail.sum()) - int(again.has_tail.sum()):
+        print(
+            f"{arguments.dest}: this layout has no room for the last steps of {lost:,} episodes, whose successors are unknown, "
+            "so returns differ by their rewards; .safetensors keeps them.",
+            file=sys.stderr,
+        )
     print(arguments.dest)
     return 0

@@ -30,7 +30,7 @@ from offrl.utils.locks import READ_ONLY
 from offrl.utils.paths import cache_dir, replacing
 
 # Raise it when a reader gives other numbers or other `info` for the same file.
-LOADER_VERSION = 3
+LOADER_VERSION = 4
 MOST_HEADER = 64 << 20  # bytes of a flat file's header, which holds the dataset's `info`
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype(np.float32), "I64": np.dtype(np.int64), "BOOL": np.dtype(np.bool_)}
 

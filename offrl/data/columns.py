@@ -54,7 +54,7 @@ class Rows:
         observations: `[N, O]` float32. next_observations: the same, or None when the source has none.
         actions: `[N, A]` float32, or `[N]` int64 when discrete. rewards: `[N]` float32.
         terminals, timeouts: `[N]` bool: terminations, and ends that are none; timeouts None when the source has none.
-        ends: `[N]` bool: last rows of episodes where these are not the rows of terminals and timeouts.
+        ends: `[N]` bool: last rows of episodes, of whatever kind, where the source tells them.
         unknown: `[N]` bool: ends whose row of `next_observations` means nothing.
         checked: whether the rows were written by offrl, which wrote every end.
     """
@@ -210,7 +210,7 @@ def meaning(read: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | No
         ends = ends | timeouts
     elif np.array_equal(ends, terminated):
         return terminated, None, None  # they tell no more than the terminations
-    return terminated, ends & ~terminated, ends if (terminated & ~ends).any() else None
+    return terminated, ends & ~terminated, ends
 
 
 def _without_states(rows: Rows, valid: np.ndarray, where: str) -> Rows:

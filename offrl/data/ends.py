@@ -98,6 +98,12 @@ def find_ends(rows: Rows, info: DatasetInfo, options: ReadOptions, where: str) -
                 f"termination (first: row {reset[0]}), so the successor is unknown there; these steps count in returns "
                 "but are no transitions"
             )
+        if resets := _steps_of_resets(rows, successors, ends):
+            notices.append(
+                f"each of the {resets:,} ends is followed by a step with reward 0 that begins in the state where the episode "
+                "ended, as environments record it that reset in the step after an end (Gymnasium's vector environments): these "
+                "steps count as transitions of the next episode; leave them out of the file"
+            )
     complete, ends[-1] = bool(ends[-1]), True
     return Ends(np.flatnonzero(ends), timeouts, unknown, complete, notices)
 
@@ -121,6 +127,17 @@ def _resets(observations: Tensor, successors: Tensor, rows: np.ndarray) -> np.nd
     after = observations[index + 1]
     same = (successors[index] == after).all(1) & (observations[index] != after).any(1)
     return rows[same.numpy()]
+
+
+def _steps_of_resets(rows: Rows, successors: Tensor, ends: np.ndarray) -> int:
+    """How many ends are followed by the step of a reset; 0 where one is not, or rewards of 0 are too common to tell."""
+    last = torch.from_numpy(np.flatnonzero(ends[:-1]))
+    behind, usual = rows.rewards[last + 1], (rows.rewards != 0).double().mean()
+    if len(last) < 3 or usual < 0.5 or (behind != 0).any():
+        return 0
+    begins_there = (successors[last] == rows.observations[last + 1]).all(1)
+    stays = (rows.observations[last] == successors[last]).all(1)  # of a made-up successor equality tells nothing
+    return len(last) if bool(begins_there.all()) and not bool(stays.any()) else 0
 
 
 def _lost(lost: np.ndarray, ends: np.ndarray, jumps: np.ndarray, where: str) -> str:

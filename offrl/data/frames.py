@@ -79,6 +79,7 @@ def _episode(number: int, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
     terminated[-1] = _flagged("terminals", episode, steps, where)
     _flagged("timeouts", episode, steps, where)  # an episode without a termination was cut, with or without a 1
     columns = {"actions": actions, "rewards": rewards, "terminals": terminated, "timeouts": ends & ~terminated}
+    columns["dones"] = ends  # of a family whose terminations end no episode by themselves, too
     if len(observations) == steps:
         return {"observations": observations, **columns}
     return {"observations": observations[:-1], "next_observations": observations[1:], **columns}
@@ -178,4 +179,5 @@ def from_frame(
             )
         cut = last & (np.asarray(ended) != 1)
         arrays["timeouts"] = cut | (np.asarray(arrays["timeouts"]) == 1) if "timeouts" in arrays else cut
+        arrays["dones"] = last
     return from_arrays(arrays, info, options)

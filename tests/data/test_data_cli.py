@@ -104,9 +104,11 @@ def test_convert_writes_the_same_dataset(source: Path, tmp_path: Path, suffix: s
     assert (copy.info.id, copy.info.env_id) == ("hopper-medium-v2", "Hopper-v4")
 
 
-def test_convert_to_a_minari_folder(source: Path, tmp_path: Path) -> None:
+def test_convert_to_a_minari_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("minari")
     assert run("convert", str(source), str(tmp_path / "minari/copy-v0")) == 0
+    lost = int(load(source).has_tail.sum())
+    assert (f"no room for the last steps of {lost} episodes" in capsys.readouterr().err) is (lost > 0)
     copy, original = load("copy-v0"), load(source)
     np.testing.assert_array_equal(copy.observations, original.observations)
     np.testing.assert_array_equal(copy.actions, original.actions)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from made import trajectories, without, write_hdf5, write_npz
 
-from offrl.data import DatasetInfo, OfflineDataset, ReadOptions, from_arrays
+from offrl.data import DatasetInfo, OfflineDataset, ReadOptions, from_arrays, from_episodes
 from offrl.datasets import load
 from offrl.utils.errors import OffrlError
 
@@ -181,3 +183,53 @@ def test_ends_of_random_files_are_found_again(seed: int) -> None:
         store = from_arrays(data)
     assert store.lengths.tolist() == lengths
     np.testing.assert_array_equal(store.terminations, data["terminals"].astype("f4"))
+
+
+# ---- marks of both kinds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["timeouts", "dones", "both", "episodes", "d3rlpy"])
+def test_terminated_episodes_of_antmaze_stay_apart_where_their_ends_are_told(way: str, tmp_path: Path) -> None:
+    """Its terminals end no episode by themselves; ends told by the source do, whichever way it tells them."""
+    data = trajectories([5, 5, 5], [True, True, False])
+    ends = np.isin(np.arange(15), [4, 9, 14])
+    base = {key: data[key] for key in ("observations", "actions", "rewards", "terminals")}
+    options = ReadOptions(family="antmaze")
+    if way == "episodes":
+        parts = [{key: value[i : i + 5] for key, value in base.items()} for i in (0, 5, 10)]
+        store = from_episodes(parts, options=options)
+    elif way == "d3rlpy":
+        path = tmp_path / "antmaze-umaze-v2.h5"
+        with h5py.File(path, "w") as file:
+            for number, i in enumerate((0, 5, 10)):
+                for key in ("observations", "actions", "rewards"):
+                    file[f"{key}_{number}"] = base[key][i : i + 5]
+                file[f"terminated_{number}"] = bool(base["terminals"][i + 4])
+        store = load(path)
+    else:
+        marks = {"timeouts": {"timeouts": ends}, "dones": {"dones": ends}, "both": {"timeouts": ends, "dones": ends}}
+        store = from_arrays(base | marks[way], options=options)
+    assert (store.lengths + store.has_tail).tolist() == [5, 5, 5]
+    assert store.terminations.nonzero().flatten().tolist() == [4, 9]
+
+
+def test_steps_of_resets_are_told() -> None:
+    """Gymnasium's vector environments reset in the step after an end: its action is ignored and its reward is 0."""
+    data = trajectories([6, 4, 7, 5], [True, True, False, True])
+    data["rewards"] += 5  # none is 0 by itself
+    parts = np.split(np.arange(22), [6, 10, 17])
+    for logged in (True, False):
+        columns: dict[str, list[np.ndarray]] = {key: [] for key in data}
+        for rows in parts:
+            for key in data:
+                columns[key].append(data[key][rows])
+            if logged and rows[-1] < 21:  # from the last state to the next episode's first
+                last, first = data["next_observations"][rows[-1]], data["observations"][rows[-1] + 1]
+                step = {"observations": last, "next_observations": first, "actions": data["actions"][0]}
+                for key in data:
+                    columns[key].append(np.asarray(step.get(key, 0))[None].astype(data[key].dtype))
+        arrays = {key: np.concatenate(value) for key, value in columns.items()}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            from_arrays(arrays)
+        assert any("each of the 3 ends is followed by a step with reward 0" in str(w.message) for w in said) is logged
