@@ -22,6 +22,9 @@ from offrl.data.batch import Batch, WindowBatch
 from offrl.utils.errors import OffrlError
 
 Bound = float | tuple[float, ...]
+RECORDED_MAZE = (
+    "recorded_maze"  # of provenance: the map of the maze that a dataset was recorded in, where another one scores
+)
 MADE_UP = "made_up_terminal_successors"  # of provenance: whether the source has no successors where episodes terminate
 
 

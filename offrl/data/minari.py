@@ -28,7 +28,7 @@ from offrl.data.actions import check_actions, whole
 from offrl.data.catalogue import environment_references, family_of
 from offrl.data.catalogue import minari as minari_catalogue
 from offrl.data.checks import ReadOptions, check_dtype, check_finite, empty, flags
-from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.dataset import RECORDED_MAZE, DatasetInfo, OfflineDataset
 from offrl.data.hdf5 import DENSEST, check_file, check_inside, keys, open_hdf5, reading, unreadable
 from offrl.data.memory import check_memory
 from offrl.data.schema import Box, EnvSpec, MinariMetadata, from_json, minari_metadata, own_info
@@ -104,6 +104,8 @@ def dataset_info(metadata: MinariMetadata, asked: str | None, path: Path, where:
         provenance["entry_point"] = one_line(spec.entry_point)
     if entry and entry.note:
         provenance["note"] = entry.note
+    if len(specs) == 2 and (maze := (specs[1].kwargs or {}).get("maze_map")) is not None:
+        provenance[RECORDED_MAZE] = maze
     ref_min, ref_max = metadata.ref_min_score, metadata.ref_max_score
     if ref_min is not None and ref_max is not None and ref_min != ref_max:
         provenance["references"] = "the dataset's metadata"

@@ -23,7 +23,7 @@ import gymnasium
 import numpy as np
 
 from offrl.data.catalogue import environment_references
-from offrl.data.dataset import DatasetInfo
+from offrl.data.dataset import RECORDED_MAZE, DatasetInfo
 from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError, one_line
 
@@ -253,6 +253,23 @@ def warn_of_no_limit(info: DatasetInfo, env: Any) -> None:
     if is_chosen(info) and limit is None:
         warnings.warn(
             f"{info.env_id} has no time limit; if its episodes may go on for ever, give eval.max_episode_steps=N.",
+            stacklevel=4,
+        )
+
+
+def warn_of_other_maze(info: DatasetInfo) -> None:
+    """Warn where an online phase learns in a maze whose walls are not those of the dataset's, as in Minari's AntMaze umaze."""
+
+    def walls(maze: Any) -> list[list[bool]] | None:
+        rows = maze if isinstance(maze, list) and all(isinstance(row, list) for row in maze) else None
+        return None if rows is None else [[cell == 1 for cell in row] for row in rows]
+
+    recorded, here = (walls(maze) for maze in (info.provenance.get(RECORDED_MAZE), info.env_kwargs.get("maze_map")))
+    if None not in (recorded, here) and recorded != here:
+        told = option("eval.env_kwargs.maze_map", re.sub("[' ]", "", str(info.provenance[RECORDED_MAZE])))
+        warnings.warn(
+            f"{info.id}: its episodes are of a maze with other walls than the one that scores policies, in which the online "
+            f"phase learns; to learn and score in the dataset's, give {told}.",
             stacklevel=4,
         )
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from offrl.agents.base import Agent, Metrics
 from offrl.data.dataset import OfflineDataset
 from offrl.data.replay import Replay, ReplayFiles
+from offrl.envs.chosen import warn_of_other_maze
 from offrl.envs.lanes import EndedEpisode, LaneEnvs, Step
 from offrl.nets import Adam, Critics
 from offrl.sampling import BatchLoader, Sampler
@@ -72,6 +73,7 @@ class OnlinePhase:
         self.store, self.spec = source[0], agent.spec
         spec = self.spec
         self.device = torch.device(spec.device)
+        warn_of_other_maze(self.store.info)
         self.envs = LaneEnvs(self.store.info, spec.seeds, spec.obs_dim, spec.action_dim)
         self.replay = Replay(spec.lanes, self.cfg.steps, spec.obs_dim, spec.action_dim, spec.discrete, self.device)
         self.files = ReplayFiles(folder / FOLDER)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 
 from offrl.data.minari import observation_leaves, read_minari
 from offrl.datasets import load
+from offrl.envs.chosen import warn_of_other_maze
 from offrl.forge import registry
 from offrl.utils.errors import OffrlError
 
@@ -236,6 +240,28 @@ def test_environment_and_references_come_from_the_metadata_then_from_our_table(t
     assert "measured on gym v2" in info.provenance["references"]
     unknown = write(tmp_path / "c-v0", observation, action, data)
     assert load(unknown).info.normalized(1.0) is None
+
+
+def test_a_maze_of_the_dataset_with_other_walls_than_the_one_that_scores_is_told(tmp_path: Path) -> None:
+    """As of AntMaze umaze; marks of goals and resets are no walls. An online phase would learn there."""
+    observation, action = box(4), box(2, bound=1.0)
+    data = episodes(observation, action)
+    maze, mirrored = [[1, 1, 1], [1, 0, 0], [1, 1, 1]], [[1, 1, 1], [0, "g", 1], [1, 1, 1]]
+    for name, scored, words in (
+        ("other", mirrored, r"\[\[1,1,1\],\[1,0,0\],\[1,1,1\]\]"),
+        ("same", [[1, 1, 1], [1, "r", "g"], [1, 1, 1]], None),
+    ):
+        given = {
+            "env_spec": spec("PointMaze_UMaze-v3", 9, maze_map=maze),
+            "eval_env_spec": spec("PointMaze_UMaze-v3", 9, maze_map=scored),
+        }
+        info = load(write(tmp_path / f"{name}-v0", observation, action, data, **given)).info
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            warn_of_other_maze(info)
+            warn_of_other_maze(replace(info, env_kwargs={"maze_map": maze}))  # given, as the sentence says
+        assert len(said) == (words is not None)
+        assert words is None or re.search(f"maze_map={words}", str(said[0].message))
 
 
 def test_a_datasets_own_info_is_honoured(root: Path) -> None:

@@ -60,6 +60,18 @@ def test_rows_without_a_checkpoint_do_not_stand_in_the_way_of_later_ones(monkeyp
     assert same(quiet.folder, folder)
 
 
+@pytest.mark.parametrize(("changes", "kept"), [({}, 4), ({"eval.max_episode_steps": 3}, 0)], ids=str)
+def test_scores_before_are_of_the_task_of_those_after(changes: dict[str, Any], kept: int) -> None:
+    """An offline half of six final episodes, fine-tuned with two: four more of the same task stay, and none of another."""
+    run = offline(eval={**EVAL, "final_episodes": 6})
+    tuned = finetune(run, {"online.steps": 60, "out": "tuned", "eval.final_episodes": 2, **changes}).folder
+    switch = max(row["step"] for row in rows(run, "episodes"))
+    before = [row for row in rows(tuned, "episodes") if row["step"] == switch]
+    lanes = len({row["lane"] for row in before})
+    assert len(before) == lanes * (kept + 2)
+    assert all(row["length"] <= changes.get("eval.max_episode_steps", 7) for row in before)
+
+
 TUNE = {"online.steps": 60, "online.eval_every": 30, "out": "tuned", "keep_checkpoints": True}
 
 

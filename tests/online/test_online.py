@@ -625,6 +625,13 @@ def test_a_lane_equals_a_run_of_its_own() -> None:
             "online.noise=0.3 has no effect, since FQL explores",
         ),
         (
+            {
+                "agent": {"_target_": "offrl.agents.td3_bc.TD3BC"},
+                "online": {"steps": 5, "agent": {"normalize_obs": False}},
+            },
+            r"online.agent.normalize_obs has no effect.*set agent.normalize_obs\.$",
+        ),
+        (
             {"agent": {"_target_": "offrl.agents.spot.SPOT"}, "online": {"steps": 5, "recompute_every": 2}},
             "online.recompute_every=2 has no effect where SPOT does not normalise observations; leave it out",
         ),
