@@ -22,9 +22,7 @@ from offrl.data.batch import Batch, WindowBatch
 from offrl.utils.errors import OffrlError
 
 Bound = float | tuple[float, ...]
-RECORDED_MAZE = (
-    "recorded_maze"  # of provenance: the map of the maze that a dataset was recorded in, where another one scores
-)
+RECORDED_MAZE = "recorded_maze"  # of provenance: map of the maze of a dataset that is scored in one of its own
 MADE_UP = "made_up_terminal_successors"  # of provenance: whether the source has no successors where episodes terminate
 
 

@@ -134,9 +134,7 @@ def _simulate(
     curve = np.empty((pulls, pools))
     for t in range(1, pulls + 1):
         bonus = np.sqrt(alpha * math.log(t) / np.maximum(count, 1))
-        bound = np.where(
-            count > 0, total / np.maximum(count, 1) + bonus, np.inf
-        )  # each arm once before any is drawn again
+        bound = np.where(count > 0, total / np.maximum(count, 1) + bonus, np.inf)  # each arm once before others again
         j = ((bound == bound.max(-1, keepdims=True)) * (1 + rng.random(bound.shape))).argmax(-1)  # ties at random
         episode = (rng.random(len(arms)) * length[each, j]).astype(np.int64)
         total[each, j] += table[pool[:, 0], arms[each, j], episode]

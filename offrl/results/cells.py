@@ -291,9 +291,7 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
         here = [by_folder[folder] for folder in lanes["folder"]]
         budgets = [ConfigRecord.model_validate(run.config).budget for run in here]
         k, average = int(lanes["k"].to_numpy().min()), lanes["average"].to_numpy()
-        of_dataset = not any(
-            given_task(run) for run in here
-        )  # another task has the dataset's name, and no published score
+        of_dataset = not any(given_task(run) for run in here)  # no published score is of another task
         comparable = of_dataset and (success or (lanes["scale"][0].endswith("score") and lanes["scale"][0] != OWN))
         finite = not np.isnan(lanes["value"].to_numpy()).any()
         cells.append(

@@ -54,10 +54,8 @@ _NOT_SETTINGS_IN = {"data": {"cache", "task", "tasks"}, "online": {"eval_every"}
 _GIVEN_DATA = ("data.seed", "data.size")  # which numbers a dataset built here has: nothing that one would tune
 # A run that lacks one of these had no such thing; other gaps may be those of an earlier version.
 _CHOICES = ("augment._target_", "history.encoder")
-_CHANGES = (
-    "online.agent.",
-    "online.anneal.",
-)  # how options begin that change a setting, of which a run has what was changed
+# How options begin that change a setting at the switch: a run has what was changed.
+_CHANGES = ("online.agent.", "online.anneal.")
 # Defaults of other options that an earlier version may not have written down; where there is none here, it is null, false or 0.
 _USUAL = {
     **{"precision": "float32", "batch_size": 256, "data.cache": True, "data.reward_scale": 1.0},

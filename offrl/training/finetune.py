@@ -60,10 +60,8 @@ def finetune(folder: Path | str, changes: Mapping[str, Any] | None = None, confi
             return done
         fresh, begins = job.train.fresh, job.train.fresh or not (new / checkpoint.NAME).exists()
         job.train.fresh = False
-        retold = any(
-            key.removeprefix("eval.").split(".")[0] in TASK for key in changes or {} if key.startswith("eval.")
-        )
-        take_over = folder, partial(_take_over, folder, new, job, fresh, retold)
+        told = [key.split(".")[1] for key in changes or {} if key.startswith("eval.")]
+        take_over = folder, partial(_take_over, folder, new, job, fresh, bool({*told} & {*TASK}))
         return Trainer(job, new, source=folder).run(take_over if begins else None)
 
 
