@@ -179,5 +179,8 @@ def from_frame(
             )
         cut = last & (np.asarray(ended) != 1)
         arrays["timeouts"] = cut | (np.asarray(arrays["timeouts"]) == 1) if "timeouts" in arrays else cut
-        arrays["dones"] = last
+        if not (
+            (np.asarray(ended) == 1) & ~last
+        ).any():  # else a termination ends an episode that goes on under its number
+            arrays["dones"] = last
     return from_arrays(arrays, info, options)

@@ -8,11 +8,12 @@ from typing import Any
 
 import h5py
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from made import trajectories, without, write_hdf5, write_npz
 
-from offrl.data import DatasetInfo, OfflineDataset, ReadOptions, from_arrays, from_episodes
+from offrl.data import DatasetInfo, OfflineDataset, ReadOptions, from_arrays, from_episodes, from_frame
 from offrl.datasets import load
 from offrl.utils.errors import OffrlError
 
@@ -188,7 +189,7 @@ def test_ends_of_random_files_are_found_again(seed: int) -> None:
 # ---- marks of both kinds -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["timeouts", "dones", "both", "episodes", "d3rlpy"])
+@pytest.mark.parametrize("way", ["timeouts", "dones", "both", "episodes", "frame", "d3rlpy"])
 def test_terminated_episodes_of_antmaze_stay_apart_where_their_ends_are_told(way: str, tmp_path: Path) -> None:
     """Its terminals end no episode by themselves; ends told by the source do, whichever way it tells them."""
     data = trajectories([5, 5, 5], [True, True, False])
@@ -198,6 +199,12 @@ def test_terminated_episodes_of_antmaze_stay_apart_where_their_ends_are_told(way
     if way == "episodes":
         parts = [{key: value[i : i + 5] for key, value in base.items()} for i in (0, 5, 10)]
         store = from_episodes(parts, options=options)
+    elif way == "frame":
+        states = {f"s{i}": column for i, column in enumerate(base["observations"].T)}
+        pushes = {f"a{i}": column for i, column in enumerate(base["actions"].T)}
+        told = {"reward": base["rewards"], "terminal": base["terminals"], "episode": np.repeat([0, 1, 2], 5)}
+        frame = pl.DataFrame({**states, **pushes, **told})
+        store = from_frame(frame, [*states], [*pushes], episode="episode", options=options)
     elif way == "d3rlpy":
         path = tmp_path / "antmaze-umaze-v2.h5"
         with h5py.File(path, "w") as file:
