@@ -92,7 +92,7 @@ def small(name: str) -> dict[str, Any]:
 
 
 def loader(agent: Agent, store: OfflineDataset, batch: int = 32) -> BatchLoader:
-    return BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields)
+    return BatchLoader([(store, Uniform(store), 1.0)], batch, agent.window, agent.batch_fields, agent.window_before)
 
 
 def advance(
@@ -382,7 +382,7 @@ def test_learns_from_synthetic_rows_too(name: str, toy: OfflineDataset, tmp_path
     settings = {"_target_": guided, "transitions": 24, "length": 3, "denoiser": denoiser, "sampling": {"steps": 4}}
     source = (toy, Uniform(toy))
     synthetic = Synthetic(make_augmentation(settings, toy, (0, 1)), source, (1.0, 0.0), tmp_path)
-    data = BatchLoader(synthetic.sources, 32, agent.window, agent.batch_fields)
+    data = BatchLoader(synthetic.sources, 32, agent.window, agent.batch_fields, agent.window_before)
     synthetic.begin(data, agent, 0)
     engine = Eager(agent, data)
     engine.run(0, 5)
