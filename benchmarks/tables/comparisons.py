@@ -94,9 +94,7 @@ class Rows:
         self.evaluations = (
             rows.with_columns(method=pl.col("folder").replace(self.labels))
             .group_by("method", "dataset", "folder", "lane", "seed", "step")
-            .agg(
-                pl.col("normalized").fill_null(np.nan).mean().alias("score")
-            )  # one episode without a score leaves none
+            .agg(score=pl.col("normalized").fill_null(np.nan).mean())  # one episode without a score leaves none
             .sort("seed", "step")
         )
 

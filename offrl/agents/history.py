@@ -180,10 +180,8 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
         They are those behind the burn-in. A window that its episode's start cuts short has as much less of a burn-in, and
         then of these, as is missing: the others are learnt from in windows that begin at the same place.
         """
-        # Windows of one timestep are the drawn rows.
-        cut: Tensor = batch.cut if hasattr(batch, "cut") else torch.zeros_like(batch.index)
-        first = (self.burn_in - cut).clamp(min=0)
-        end = torch.minimum(self.burn_in + self.cfg.length - cut, batch.valid.sum(-1).long())
+        first = (self.burn_in - batch.cut).clamp(min=0)
+        end = torch.minimum(self.burn_in + self.cfg.length - batch.cut, batch.valid.sum(-1).long())
         return first, end - first
 
     def chosen(self, batch: WindowBatch) -> Tensor:

@@ -63,7 +63,7 @@ class WindowBatch(Batch):
         index: `[lanes, batch]` int64 row of the window's first timestep; -1 in a synthetic window.
         valid: float, 1 where a timestep exists and 0 in the padding after the episode's end.
         timestep: always there.
-        cut: `[lanes, batch]` int64, timesteps that are missing before the window, since its episode begins with it; only of
+        cut: `[lanes, batch]` int64, timesteps that are missing before the window, since its episode begins with it: 0 but in
             windows around drawn rows (`BatchLoader`'s `before`).
     """
 

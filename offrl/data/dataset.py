@@ -330,7 +330,9 @@ class OfflineDataset:
             return torch.where(keep, tensor, torch.zeros_like(tensor))
 
         steps_of = vars(batch.map(padded))
-        return WindowBatch.of({**steps_of, "index": index, "valid": valid.to(self.rewards.dtype)})
+        return WindowBatch.of(
+            {**steps_of, "index": index, "valid": valid.to(self.rewards.dtype), "cut": torch.zeros_like(index)}
+        )
 
     # ---- whole-store operations -------------------------------------------------------------------------------
 

@@ -15,10 +15,10 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from offrl.data.catalogue import d4rl_task, flat_keys
+from offrl.data.catalogue import flat_keys
 from offrl.data.dataset import DatasetInfo
 from offrl.data.partial import Partial, partial_of
-from offrl.envs.chosen import is_chosen
+from offrl.envs.chosen import adapted_task, is_chosen
 from offrl.envs.generators import OwnGenerators
 from offrl.envs.mazes import LAYOUTS, free_cells, goal_cell, maze_map
 from offrl.envs.partial import PartialObservation
@@ -56,7 +56,7 @@ def make_env(info: DatasetInfo, render: bool = False) -> gymnasium.Env:
 
 
 def _fully_observed(info: DatasetInfo, render: bool) -> gymnasium.Env:
-    name = None if is_chosen(info) else d4rl_task(info)
+    name = adapted_task(info)
     if not is_chosen(info) and info.family == "antmaze" and (name or info.env_id is None):
         raise OffrlError(
             f"{info.id}: D4RL's AntMaze robot is in no maintained package (Gymnasium's ant has other motors), so its "

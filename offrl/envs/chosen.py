@@ -22,7 +22,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from offrl.data.catalogue import environment_references
+from offrl.data.catalogue import d4rl_task, environment_references
 from offrl.data.dataset import RECORDED_MAZE, DatasetInfo
 from offrl.utils.advice import option
 from offrl.utils.errors import OffrlError, one_line
@@ -206,6 +206,11 @@ def is_chosen(info: DatasetInfo) -> bool:
     return info.provenance.get(CHOSEN) == BY_USER
 
 
+def adapted_task(info: DatasetInfo) -> str | None:
+    """The D4RL set whose own task is played with a dataset; None where a plain environment has it, or a user chose another."""
+    return None if is_chosen(info) else d4rl_task(info)
+
+
 def check_interface(info: DatasetInfo, env: Any) -> None:
     """Play the first step of a user's environment: what is wrong with it would end a training at its first evaluation, or
     make false scores.
@@ -266,10 +271,10 @@ def warn_of_other_maze(info: DatasetInfo) -> None:
 
     recorded, here = (walls(maze) for maze in (info.provenance.get(RECORDED_MAZE), info.env_kwargs.get("maze_map")))
     if None not in (recorded, here) and recorded != here:
-        told = option("eval.env_kwargs.maze_map", re.sub("[' ]", "", str(info.provenance[RECORDED_MAZE])))
+        choice = option("eval.env_kwargs.maze_map", re.sub("[' ]", "", str(info.provenance[RECORDED_MAZE])))
         warnings.warn(
             f"{info.id}: its episodes are of a maze with other walls than the one that scores policies, in which the online "
-            f"phase learns; to learn and score in the dataset's, give {told}.",
+            f"phase learns; to learn and score in the dataset's, give {choice}.",
             stacklevel=4,
         )
 

@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 
 from offrl.agents.base import Agent
-from offrl.data.catalogue import TASK_OF, d4rl_task
+from offrl.data.catalogue import TASK_OF
 from offrl.data.dataset import DatasetInfo
 from offrl.data.minari_write import Episode, write_minari
 from offrl.data.partial import KEY, Partial, partial_of
 from offrl.data.writers import space_of_actions
 from offrl.datasets import load
 from offrl.envs import make_env
-from offrl.envs.chosen import is_chosen
+from offrl.envs.chosen import adapted_task
 from offrl.utils.errors import OffrlError, one_line
 from offrl.utils.paths import replacing
 
@@ -267,7 +267,7 @@ def record(folder: Path, episodes: list[Episode], info: DatasetInfo, agent: Agen
     """
     check_record(folder)
     shown = {key: info.provenance[key] for key in SHOWN_BY if key in info.provenance}
-    if task := _d4rl_task(info):
+    if task := adapted_task(info):
         shown[TASK_OF] = task
     provenance = {"policy": description, "recorded_on": info.id, **shown}
     own = replace(info, id=folder.name, source="offrl", provenance=provenance)
@@ -285,14 +285,10 @@ def record(folder: Path, episodes: list[Episode], info: DatasetInfo, agent: Agen
         raise OffrlError(f"--record {folder}: what was read back differs from what was written; remove it.")
 
 
-def _d4rl_task(info: DatasetInfo) -> str | None:
-    return None if is_chosen(info) else d4rl_task(info)
-
-
 def _env_spec(info: DatasetInfo, agent: Agent) -> str | None:
     """JSON of the environment's Gymnasium spec where its own observations are those of the dataset; None elsewhere, such as
     where observations are lost at random, and where the task is D4RL's own."""
-    if partial_of(info) != Partial() or _d4rl_task(info):
+    if partial_of(info) != Partial() or adapted_task(info):
         return None
     with closing(make_env(info)) as env:
         plain = env.unwrapped

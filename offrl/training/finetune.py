@@ -60,8 +60,8 @@ def finetune(folder: Path | str, changes: Mapping[str, Any] | None = None, confi
             return done
         fresh, begins = job.train.fresh, job.train.fresh or not (new / checkpoint.NAME).exists()
         job.train.fresh = False
-        told = [key.split(".")[1] for key in changes or {} if key.startswith("eval.")]
-        take_over = folder, partial(_take_over, folder, new, job, fresh, bool({*told} & {*TASK}))
+        evaluation = {key.split(".")[1] for key in changes or {} if key.startswith("eval.")}
+        take_over = folder, partial(_take_over, folder, new, job, fresh, not evaluation.isdisjoint(TASK))
         return Trainer(job, new, source=folder).run(take_over if begins else None)
 
 

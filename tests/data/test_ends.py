@@ -202,8 +202,8 @@ def test_terminated_episodes_of_antmaze_stay_apart_where_their_ends_are_told(way
     elif way == "frame":
         states = {f"s{i}": column for i, column in enumerate(base["observations"].T)}
         pushes = {f"a{i}": column for i, column in enumerate(base["actions"].T)}
-        told = {"reward": base["rewards"], "terminal": base["terminals"], "episode": np.repeat([0, 1, 2], 5)}
-        frame = pl.DataFrame({**states, **pushes, **told})
+        others = {"reward": base["rewards"], "terminal": base["terminals"], "episode": np.repeat([0, 1, 2], 5)}
+        frame = pl.DataFrame({**states, **pushes, **others})
         store = from_frame(frame, [*states], [*pushes], episode="episode", options=options)
     elif way == "d3rlpy":
         path = tmp_path / "antmaze-umaze-v2.h5"

@@ -199,9 +199,9 @@ def test_a_dataset_of_another_id_keeps_its_task(name: str) -> None:
     assert make_env(chosen).unwrapped.spec.id == "Pendulum-v1"
 
 
-@pytest.mark.parametrize("told", ["hopper-medium-v2", "nothing-v0", 3, ["pen-human-v1"], None])
-def test_a_task_that_is_none_is_ignored(told: Any) -> None:
-    info = DatasetInfo(id="mine", env_id="Pendulum-v1", provenance={TASK_OF: told})
+@pytest.mark.parametrize("recorded", ["hopper-medium-v2", "nothing-v0", 3, ["pen-human-v1"], None])
+def test_a_task_that_is_none_is_ignored(recorded: Any) -> None:
+    info = DatasetInfo(id="mine", env_id="Pendulum-v1", provenance={TASK_OF: recorded})
     assert d4rl_task(info) is None
     assert str(make_env(info)) == str(make_env(replace(info, provenance={})))
 
