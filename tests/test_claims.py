@@ -229,6 +229,24 @@ def test_cells_are_told_apart_by_their_settings(tmp_path: Path) -> None:
     assert lines["model - nothing"].verdict == comparisons.NOT_YET
 
 
+def test_claim_j_refuses_two_settings_of_a_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    numbers = np.arange(3.0)
+
+    def tuned(method: str) -> Any:
+        cell = SimpleNamespace(base="iql+online", method=method)
+        return SimpleNamespace(
+            cell=cell, method=method, dataset=verdicts.ROBOTS[0], before=numbers, after=numbers, regret=numbers
+        )
+
+    found = [tuned("iql+online")]
+    monkeypatch.setattr(verdicts, "summary", lambda *_: (SimpleNamespace(fine_tunings=found), None))
+    monkeypatch.setattr(verdicts, "Rows", lambda _: SimpleNamespace(runs=[SimpleNamespace(folder=tmp_path)]))
+    assert [line.what for line in verdicts.claim_j(tmp_path)][0] == f"iql, {verdicts.ROBOTS[0]}"
+    found.append(tuned("iql+online (beta 10)"))
+    with pytest.raises(SystemExit, match=r"iql\+online and iql\+online \(beta 10\) on forge/hopper"):
+        verdicts.claim_j(tmp_path)
+
+
 @pytest.mark.parametrize(("finished", "what"), [(("mopo",), ""), (("mopo", "mobile"), ", MOBILE,")])
 def test_the_better_of_two_is_not_told_before_both_are_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: tuple[str, ...], what: str

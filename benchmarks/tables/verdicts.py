@@ -307,7 +307,14 @@ def claim_j(rows: Path) -> list[Line]:
     methods = ("iql", "td3_bc", "rebrac", "cal_ql")
     finished = [run.folder for run in Rows(rows / "j").runs]
     made = summary(finished, rows)[0].fine_tunings if finished else []
-    by_cell = {(tuned.cell.base.removesuffix(ONLINE), tuned.dataset): tuned for tuned in made}
+    by_cell: dict[tuple[str, str], FineTuning] = {}
+    for tuned in made:
+        key = (tuned.cell.base.removesuffix(ONLINE), tuned.dataset)
+        if key in by_cell:
+            raise SystemExit(
+                f"claim J has one setting of a method: {by_cell[key].method} and {tuned.method} on {key[1]}."
+            )
+        by_cell[key] = tuned
     cells = [(method, robot, by_cell.get((method, robot))) for method in methods for robot in ROBOTS]
     lines = [Line("", f"{method}, {robot}", gain_of(tuned), "") for method, robot, tuned in cells if tuned]
     keeps = [None if tuned is None else bool(tuned.after.mean() >= tuned.before.mean()) for *_, tuned in cells]

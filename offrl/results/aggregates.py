@@ -60,7 +60,10 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Method `better` (the higher IQM) against `other`, on the datasets that all methods of the family have."""
+    """Method `better` (the higher IQM) against `other`, on the datasets that all methods of the family have.
+
+    `short`: whether a seed of one of them has not reached its budget of updates.
+    """
 
     family: str
     better: str
@@ -71,13 +74,16 @@ class Comparison:
     probability_interval: tuple[float, float]
     difference: float
     difference_interval: tuple[float, float]
+    short: bool = False
 
     @property
     def verdict(self) -> str:
         low, _ = self.difference_interval
-        if not low > 0:
-            return "no difference detected"
-        return "higher" if self.seeds >= ENOUGH_SEEDS else f"higher, but fewer than {ENOUGH_SEEDS} seeds"
+        found = "higher" if low > 0 else "no difference detected"
+        doubts = ["unfinished runs (†)"] if self.short else []
+        if low > 0 and self.seeds < ENOUGH_SEEDS:
+            doubts.append(f"fewer than {ENOUGH_SEEDS} seeds")
+        return found + (f", but {' and '.join(doubts)}" if doubts else "")
 
 
 @dataclass
@@ -214,11 +220,14 @@ def _comparisons(cells: list[Cell]) -> list[Comparison]:
         if len(tasks) < 2 or _fewest_seeds(*tasks.values()) < 2:
             continue
         best = max(tasks, key=lambda method: float(stats.iqm(tasks[method])))
-        made += [_compare(family, best, other, tasks[best], tasks[other]) for other in sorted(tasks.keys() - {best})]
+        unfinished = {cell.method for cell in group if cell.short}
+        for other in sorted(tasks.keys() - {best}):
+            short = not unfinished.isdisjoint({best, other})
+            made.append(_compare(family, best, other, tasks[best], tasks[other], short))
     return made
 
 
-def _compare(family: str, better: str, other: str, x: list[Array], y: list[Array]) -> Comparison:
+def _compare(family: str, better: str, other: str, x: list[Array], y: list[Array], short: bool) -> Comparison:
     def difference(x: stats.Tasks, y: stats.Tasks) -> Array:
         return stats.iqm(x) - stats.iqm(y)
 
@@ -232,6 +241,7 @@ def _compare(family: str, better: str, other: str, x: list[Array], y: list[Array
         probability_interval=stats.stratified_bootstrap(stats.probability_of_improvement, x, y),
         difference=float(difference(x, y)),
         difference_interval=stats.stratified_bootstrap(difference, x, y),
+        short=short,
     )
 
 

@@ -50,6 +50,7 @@ class Cell:
         method: label with the settings that tell variants of a method apart; `base`: label without them.
         family: family of the dataset. scale: unit of all scores.
         last, average: `[S]` score at the last evaluation and mean over the last `k` evaluations, one per lane.
+        spans: smallest and largest number of updates, over lanes, from the first to the last of the last k evaluations.
         best: `[S]` best evaluation of each lane. It is selected by online scores, so it is no final number.
         online: episodes of a lane over all its evaluations, the price of that selection.
         episodes, steps: smallest and largest number over lanes, at the last evaluation.
@@ -75,6 +76,7 @@ class Cell:
     seeds: list[int]
     episodes: tuple[int, int]
     steps: tuple[int, int]
+    spans: tuple[int, int]
     budget: int
     short: int
     critic: bool
@@ -169,7 +171,7 @@ def build(
     notes += _different_data(rows, runs)
     cells = _cells(rows, runs, last_k)
     _mark_best(cells)
-    return cells, rows, [*notes, *_not_finite(cells)]
+    return cells, rows, [*notes, *_not_finite(cells), *_different_spans(cells)]
 
 
 def scored(rows: pl.DataFrame, runs: list[results.Run], metric: str = "score") -> pl.DataFrame:
@@ -261,6 +263,22 @@ def _not_finite(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
+def _different_spans(cells: Sequence[Cell]) -> list[str]:
+    """A sentence where the means of the last evaluations are of different stretches of training, by lane."""
+    found = [
+        f"{cell.method} on {cell.dataset} ({count(low)} to {count(high)} updates)"
+        for cell in cells
+        for low, high in [cell.spans]
+        if low < high
+    ]
+    if not found:
+        return []
+    return [
+        "By seed, the last evaluations lie over stretches of different length, since the runs were evaluated at other "
+        f"intervals or have not all got as far: {_enumerate(found)}. Means of them are no means of one thing."
+    ]
+
+
 def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cell]:
     import polars as pl
 
@@ -286,6 +304,7 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
             best=pl.col("value").max(),
             online=pl.col("episodes").sum(),
             k=pl.col("value").tail(last).len(),
+            span=pl.col("step").last() - pl.col("step").tail(last).first(),
             evaluations=pl.len(),
         )
         here = [by_folder[folder] for folder in lanes["folder"]]
@@ -309,6 +328,7 @@ def _cells(rows: pl.DataFrame, runs: list[results.Run], last_k: int) -> list[Cel
                 seeds=lanes["seed"].to_list(),
                 episodes=_range(lanes["episodes"]),
                 steps=_range(lanes["step"]),
+                spans=_range(lanes["span"]),
                 budget=max(budgets),
                 short=sum(step < budget for step, budget in zip(lanes["step"], budgets)),
                 critic=any(learns_critic[str(run.folder)] for run in here),

@@ -364,11 +364,34 @@ def test_comparison_claims_a_difference_only_with_seeds_enough(tmp_path):
         assert found.verdict == verdict
 
 
+@pytest.mark.parametrize("seeds", [10, 5])
+def test_comparison_tells_of_unfinished_runs(tmp_path, seeds):
+    for agent, level, updates in (("bc", 20, 80), ("td3_bc", 60, 40), ("iql", 40, 40)):
+        for dataset in ("hopper-medium-v2", "walker2d-medium-v2"):
+            folder = tmp_path / "runs" / agent / dataset
+            make_run(folder, agent, dataset, seeds=range(seeds), level=level, updates=updates)
+    few = "fewer than 10 seeds"
+    expected = {10: ("higher, but unfinished runs (†)", "higher")}
+    expected[5] = (f"higher, but unfinished runs (†) and {few}", f"higher, but {few}")
+    assert {c.other: c.verdict for c in make(tmp_path).comparisons} == dict(zip(("bc", "iql"), expected[seeds]))
+
+
 def test_no_difference_between_the_same_scores(tmp_path):
     for agent in ("aa", "bb"):
         for dataset in ("hopper-medium-v2", "walker2d-medium-v2"):
             make_run(tmp_path / "runs" / agent / dataset, agent, dataset, seeds=range(10))
     assert make(tmp_path).comparisons[0].verdict == "no difference detected"
+
+
+def test_last_evaluations_at_other_intervals_are_told(tmp_path):
+    make_run(tmp_path / "runs" / "a", seeds=(0, 1))
+    make_run(tmp_path / "runs" / "b", seeds=(2,), steps=(5, 10, 15, 20, 25, 30, 35, 40))
+    make_run(tmp_path / "runs" / "c", "bc", seeds=(0, 1))
+    made = make(tmp_path, last_k=4)
+    assert (cell(made, "td3_bc").spans, cell(made, "bc").spans) == ((15, 30), (30, 30))
+    (note,) = [note for note in made.notes if "stretches" in note]
+    assert f"td3_bc on {D4RL} (15 to 30 updates)" in note and f"bc on {D4RL} (30" not in note
+    assert not [note for note in make(tmp_path, last_k=1).notes if "stretches" in note]  # of one evaluation each
 
 
 def test_jump_at_the_end_is_flagged(tmp_path):
