@@ -241,7 +241,7 @@ def test_claim_j_refuses_two_settings_of_a_method(monkeypatch: pytest.MonkeyPatc
     found = [tuned("iql+online")]
     monkeypatch.setattr(verdicts, "summary", lambda *_: (SimpleNamespace(fine_tunings=found), None))
     monkeypatch.setattr(verdicts, "Rows", lambda _: SimpleNamespace(runs=[SimpleNamespace(folder=tmp_path)]))
-    assert [line.what for line in verdicts.claim_j(tmp_path)][0] == f"iql, {verdicts.ROBOTS[0]}"
+    assert next(line.what for line in verdicts.claim_j(tmp_path)) == f"iql, {verdicts.ROBOTS[0]}"
     found.append(tuned("iql+online (beta 10)"))
     with pytest.raises(SystemExit, match=r"iql\+online and iql\+online \(beta 10\) on forge/hopper"):
         verdicts.claim_j(tmp_path)
