@@ -229,8 +229,15 @@ class OfflineDataset:
 
     @property
     def best_return(self) -> float:
-        """The best return among the episodes that ended; among all where the file cut every one off."""
-        return float((self.returns[self.complete] if bool(self.complete.any()) else self.returns).max())
+        """The best return among the episodes that ended; among all where the file cut every one off.
+
+        Of a recording that stopped by its number of steps the last episode may be marked as truncated, though it neither
+        terminated nor reached the time limit: with negative rewards the few steps of it would be the best.
+        """
+        returns, ended, limit = self.returns, self.complete.clone(), self.info.max_episode_steps
+        if limit and not self.terminations[-1] and int(self.lengths[-1] + self.has_tail[-1]) < limit:
+            ended[-1] = False
+        return float((returns[ended] if bool(ended.any()) else returns).max())
 
     @property
     def constant_rewards(self) -> bool:

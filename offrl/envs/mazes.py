@@ -8,7 +8,7 @@ LAYOUTS = {
     "open": ("#######", "#.....#", "#..G..#", "#.....#", "#######"),
     "umaze": ("#####", "#G..#", "###.#", "#...#", "#####"),
     "eval-umaze": ("#####", "#..G#", "#.###", "#...#", "#####"),
-    "medium": ("########", "#..##..#", "#..#...#", "##...###", "#..#...#", "#.#..#.#", "#...#G.#", "########"),
+    "medium": ("########", "#..##..#", "#..#...#", "##...###", "#..#...#", "#.#..#.#", "#...#.G#", "########"),
     "eval-medium": ("########", "#.....G#", "#.#.##.#", "#....#.#", "###..###", "#......#", "#..##..#", "########"),
     "large": (
         *("############", "#....#.....#", "#.##.#.#.#.#", "#......#...#", "#.####.###.#"),
@@ -22,10 +22,12 @@ LAYOUTS = {
 Cell = tuple[int, int]
 
 
-def maze_map(name: str) -> list[list[int | str]]:
-    """The layout as Gymnasium-Robotics takes it: 1 wall, 0 free, "g" the goal."""
-    symbols: dict[str, int | str] = {"#": 1, ".": 0, "G": "g"}
-    return [[symbols[tile] for tile in row] for row in LAYOUTS[name]]
+def maze_map(name: str, goal: Cell | None = None) -> list[list[int | str]]:
+    """The layout as Gymnasium-Robotics takes it: 1 wall, 0 free, "g" the goal, D4RL's or the given cell."""
+    made: list[list[int | str]] = [[int(tile == "#") for tile in row] for row in LAYOUTS[name]]
+    row, column = goal or goal_cell(name)
+    made[row][column] = "g"
+    return made
 
 
 def free_cells(name: str) -> list[Cell]:

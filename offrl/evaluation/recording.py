@@ -47,6 +47,8 @@ def play(
 ) -> Iterator[Episode]:
     """One episode for each environment seed, as the evaluator plays them.
 
+    A policy that samples its actions draws others here than in the evaluator, which plays episodes side by side.
+
     Args:
         agent: has one lane.
         env: as `make_env` gives it.

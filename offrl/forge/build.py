@@ -147,7 +147,7 @@ def _build_maze(folder: Path, name: str, level: str, size: int, seed: int, advan
         dataset_info(name, spec.id, spec.kwargs, references, spec.max_episode_steps, provenance),
         env_spec=spec.to_json(),
         action_space=box([-1.0, -1.0], [1.0, 1.0]),
-        description=f"{spec.id}, goal fixed as in D4RL: a noisy waypoint controller walks between random places.",
+        description=f"{spec.id}, one fixed goal: a noisy waypoint controller walks between random places.",
     )
 
 

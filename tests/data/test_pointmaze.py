@@ -34,6 +34,15 @@ def test_steps_follow_shortest_paths(maze: str) -> None:
         assert step == (0 if cell == target else 1)
 
 
+def test_goals_are_d4rls() -> None:
+    """`G` in the mazes of D4RL's d4rl/pointmaze/maze_model.py, as (row, column); the forge's medium sets have their own."""
+    d4rl = {"open": (2, 3), "umaze": (1, 1), "eval-umaze": (1, 3), "medium": (6, 6), "eval-medium": (1, 6)}
+    d4rl |= {"large": (7, 9), "eval-large": (1, 9)}
+    assert {maze: goal_cell(maze) for maze in LAYOUTS} == d4rl
+    assert pointmaze.GOALS == {"medium": (6, 5)}
+    assert pointmaze.make_maze("medium", dense=False).unwrapped.maze.maze_map[6][5:7] == ["g", 0]
+
+
 @pytest.mark.parametrize("maze", pointmaze.MAZES)
 def test_driver_reaches_the_goal_and_stays(maze: str) -> None:
     env, driver = pointmaze.make_maze(maze, dense=False), pointmaze.Driver(maze)
@@ -42,7 +51,7 @@ def test_driver_reaches_the_goal_and_stays(maze: str) -> None:
         obs, _ = env.reset(seed=seed)
         path, cell = 0, driver.cell(*obs["achieved_goal"])
         goal = driver.cell(*obs["desired_goal"])
-        assert goal == goal_cell(maze)
+        assert goal == pointmaze.GOALS.get(maze, goal_cell(maze))
         while cell != goal:
             path, cell = path + 1, driver.following[goal][cell]
         rewards, truncated = [], False

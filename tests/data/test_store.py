@@ -117,6 +117,34 @@ def test_select_episodes_keeps_whole_episodes_in_the_given_order() -> None:
     torch.testing.assert_close(concatenate([alone, store]).lengths, torch.tensor([7, *LENGTHS]))
 
 
+@pytest.mark.parametrize(("limit", "steps", "terminal", "counts"), [(5, 4, 0, False), (4, 4, 0, True), (5, 4, 1, True)])
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_last_episode_that_stopped_midway_is_not_the_best(
+    limit: int, steps: int, terminal: int, counts: bool, tail: bool
+) -> None:
+    """Every step costs 1, so the shortest episode has the best return; the last is as long as the limit, terminal, or neither."""
+    if tail:
+        limit, terminal = limit + 1, 0
+        counts = limit == steps + 1
+    n = 10 + steps
+    obs = torch.zeros(n, 1)
+    terminations = torch.zeros(n)
+    terminations[-1] = terminal
+    store = OfflineDataset(
+        obs,
+        obs,
+        -torch.ones(n),
+        obs,
+        terminations,
+        torch.tensor([0, 5, 10, n]),
+        DatasetInfo(max_episode_steps=limit),
+        tail_rewards=torch.tensor([0.0, 0.0, -float(tail)]),
+        tail_actions=torch.zeros(3, 1),
+        has_tail=torch.tensor([False, False, tail]),
+    )
+    assert store.best_return == (-steps - tail if counts else -5)
+
+
 def test_with_rewards_moves_tails_along() -> None:
     store = make_store()
     moved = store.with_rewards(scale=2.0, shift=-1.0)
