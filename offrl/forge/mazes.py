@@ -1,9 +1,9 @@
 """Point mass in a maze, driven from place to place: D4RL's Maze2D protocol on Gymnasium-Robotics' PointMaze.
 
 The task's goal stays in one cell, D4RL's but for the medium maze (`GOALS`), and never ends an episode: the sparse reward is 1
-within 0.45 of it, the dense one exp(-distance). (In every episode the environment moves the goal up to 0.25 off the cell's centre; a ball in the
-centre is always within reach.) The driver does not know the goal. It goes from one random place to the next, so the data cover
-the maze, and a good policy must be stitched from pieces of trajectories (Fu et al. 2020).
+within 0.45 of it, the dense one exp(-distance). (In every episode the environment moves the goal up to 0.25 off the cell's
+centre; a ball in the centre is always within reach.) The driver does not know the goal. It goes from one random place to the
+next, so the data cover the maze, and a good policy must be stitched from pieces of trajectories (Fu et al. 2020).
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def test_select_episodes_keeps_whole_episodes_in_the_given_order() -> None:
 def test_a_last_episode_that_stopped_midway_is_not_the_best(
     limit: int, steps: int, terminal: int, counts: bool, tail: bool
 ) -> None:
-    """Every step costs 1, so the shortest episode has the best return; the last is as long as the limit, terminal, or neither."""
+    """Every step costs 1; the last episode, the shortest, is as long as the limit, terminal, or neither."""
     if tail:
         limit, terminal = limit + 1, 0
         counts = limit == steps + 1
