@@ -252,15 +252,29 @@ def make_augmentation(settings: Mapping[str, Any], store: OfflineDataset, seeds:
     return cls(store, cfg, seeds)
 
 
-def check_agent(agent: Agent, augmentation: type[Augmentation] | None = None) -> None:
-    """Raise OffrlError for an agent that cannot learn from pieces of trajectories, or needs a model that there is not."""
+def check_agent(agent: Agent, augmentation: type[Augmentation] | None = None, length: int | None = None) -> None:
+    """Raise OffrlError for an agent that cannot learn from pieces of trajectories, or needs a model that there is not.
+
+    Args:
+        length: transitions of a piece, at most.
+    """
+    name = type(agent).__name__
+    if agent.window and length is not None and length < agent.window:
+        raise OffrlError(
+            f"{name} learns from {agent.window} timesteps in a row, and augment.length={length}; raise augment.length."
+        )
+    if augmentation is not None and augmentation.has_dynamics and getattr(agent, "uses_history", False):
+        raise OffrlError(
+            f"{name} acts on the episode so far, and the model's rollouts ask for each action anew; leave out what makes it so "
+            "(such as agent.action_chunk), or set augment=none."
+        )
     if agent.needs_dynamics and augmentation is not None and not augmentation.has_dynamics:
         raise OffrlError(
-            f"{type(agent).__name__} asks a model of the environment in its updates, which {augmentation.__name__} doesn't "
+            f"{name} asks a model of the environment in its updates, which {augmentation.__name__} doesn't "
             "have; set augment=world_model."
         )
     if "return_to_go" in agent.batch_fields:
         raise OffrlError(
-            f"{type(agent).__name__} needs the return from each step to an episode's end, which synthetic pieces of episodes "
+            f"{name} needs the return from each step to an episode's end, which synthetic pieces of episodes "
             "don't have; set augment=none."
         )

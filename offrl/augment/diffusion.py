@@ -16,7 +16,8 @@ first observation; lengths of training and sampling agree by default (theirs: 32
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+import warnings
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +36,7 @@ from offrl.utils.errors import OffrlError
 from offrl.utils.random import LaneRandom
 
 _VERSION = 2  # raise it when the same settings give other weights
+_FEW_ROWS = 0.5  # share of the rows in windows, below which a warning says so
 _CHUNK = 8192  # steps of each lane that go through the network at once
 
 
@@ -193,6 +195,7 @@ class Training(FitLoop):
             "fingerprint": self.store.fingerprint,
             "settings": asdict(self.cfg),
             "windows": len(self.windows),
+            "share_of_rows": self.windows.share_of_rows(),
             "validation_loss": self.validation_loss(),
             "parameters": sum(p.numel() for p in self.average.parameters()),
         }
@@ -250,6 +253,13 @@ class Diffusion(Augmentation):
     def prepare(self, progress: bool = False) -> None:
         self.trained = trained_denoiser(self.store, self.cfg.denoiser, progress)
         self.denoiser = self.trained.denoiser
+        share = self.trained.metadata.get("share_of_rows", 1.0)  # files of earlier versions don't say
+        if share < _FEW_ROWS and self.cfg.denoiser.stride <= self.cfg.denoiser.window:
+            warnings.warn(
+                f"{self.store.info.id}: the denoiser learns from {share:.0%} of the rows: the others are of episodes shorter "
+                f"than augment.denoiser.window={self.cfg.denoiser.window} steps, or one longer where a time limit ends them.",
+                stacklevel=2,
+            )
 
     def guide(self, policy: Agent | None) -> edm.Guide | None:
         """Guidance of samples by the policy; None: none."""
@@ -258,6 +268,8 @@ class Diffusion(Augmentation):
     @torch.no_grad()
     def generate(self, policy: Agent | None, step: int) -> OfflineDataset:
         rows = self.denoiser.codec.decode(self.sample(policy, step).flatten(0, 1))
+        if not bool((self.store.terminations > 0).any()):  # a short fit may draw flags that no row has
+            rows = replace(rows, terminations=torch.zeros_like(rows.terminations))
         return synthetic_store(rows, self.store, self.name)
 
     @torch.no_grad()

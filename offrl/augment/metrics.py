@@ -23,6 +23,7 @@ from torch import Tensor
 from offrl.agents.base import Agent
 from offrl.augment.policy_guided import policy_gaussian
 from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.partial import Partial, partial_of
 from offrl.envs import NOISY_IDS, make_env
 from offrl.envs.noisy import ROBOTS, NoiseModel
 from offrl.utils.errors import OffrlError
@@ -38,11 +39,16 @@ class Simulator:
     then that of the noise.
 
     Raises:
-        OffrlError: the dataset's environment is no such robot.
+        OffrlError: the dataset's environment is no such robot, or its observations are partial.
     """
 
     def __init__(self, info: DatasetInfo) -> None:
         info = _without_noise(info)
+        if partial_of(info) != Partial():
+            raise OffrlError(
+                f"{info.id}: the simulator can't be set to a state of which data.mask or data.flicker hides a part; leave them "
+                "out to measure dynamics errors."
+            )
         self.env = make_env(info)
         task: Any = self.env.unwrapped
         self.robot: Any = getattr(task, "point_env", task)  # Gymnasium-Robotics' mazes hold their point mass
@@ -91,7 +97,7 @@ class DynamicsError:
         states: `[n]` mean over dimensions, in units of the dataset's variance.
         rewards: `[n]` in units of the variance of the dataset's rewards.
         flags: `[n]` whether the termination agrees.
-        left_out: number of rows whose observation does not determine the state.
+        left_out: number of rows whose observation does not determine the state, or whose next one was not recorded.
     """
 
     rows: Tensor
@@ -116,7 +122,10 @@ def dynamics_error(simulator: Simulator, synthetic: OfflineDataset, real: Offlin
     _, std = real.observation_statistics()
     unit = np.where(std.cpu().numpy() > 1e-6, std.cpu().numpy(), 1.0)
     reward_unit = max(float(real.rewards.double().std(correction=0)), 1e-6)
-    rows = np.flatnonzero(simulator.determines(obs))
+    usable = simulator.determines(obs)
+    if (known := synthetic.known_successors) is not None:
+        usable &= np.isin(np.arange(len(obs)), known.cpu().numpy())
+    rows = np.flatnonzero(usable)
     states, rewards, flags = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
     for i, row in enumerate(rows):
         following, got, done = simulator.step(obs[row], action[row])

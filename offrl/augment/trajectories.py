@@ -130,7 +130,8 @@ class Windows:
         self.starts = self._starts(chosen.lengths, offsets[:-1], terminated, padding, stride)
         if not len(self.starts):
             raise OffrlError(
-                f"{store.info.id}: no episode has a window of {length} steps; set a smaller augment.denoiser.window."
+                f"{store.info.id}: no episode has a window of {length} steps, and one more where a time limit ends it; set a "
+                "smaller augment.denoiser.window."
             )
         self.episode = torch.repeat_interleave(torch.arange(len(padded), device=raw.device), offsets.diff())
         self.raw, self.codec = raw, codec
@@ -150,8 +151,16 @@ class Windows:
 
     def fit(self) -> None:
         """Standardise the codec by these windows."""
+        self.codec.fit(self.raw, self._counts())
+
+    def share_of_rows(self) -> float:
+        """Share of the table's rows that lie in a window."""
+        return float((self._counts() > 0).double().mean())
+
+    def _counts(self) -> Tensor:
+        """`[N']`: in how many windows each row lies."""
         rows = torch.cat([self._rows(starts).reshape(-1) for starts in self.starts.split(65_536)])
-        self.codec.fit(self.raw, torch.bincount(rows, minlength=len(self.raw)))
+        return torch.bincount(rows, minlength=len(self.raw))
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from offrl.agents.base import Agent
 from offrl.augment.base import Augmentation, SyntheticConfig
 from offrl.augment.fitting import Drawn, FitLoop, fit_or_load, model_path
-from offrl.augment.termination import disagreement, termination
+from offrl.augment.termination import disagreement, termination, warn_of_disagreement
 from offrl.augment.trajectories import Rows, synthetic_store
 from offrl.data.dataset import OfflineDataset
 from offrl.nets import MLP, Adam, kernels, per_lane
@@ -288,6 +288,7 @@ class WorldModel(Augmentation):
         self.model.load_state_dict(tensors)
         self.model.to(self.store.device).requires_grad_(False)
         self.terminates = termination(self.store.info)
+        warn_of_disagreement(self.store)
         self.dynamics = EliteDynamics(self.model, self.cfg.clip_states)
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from offrl.results.tables import Table
 from offrl.training.compose import compose_words
 from offrl.training.run_config import RunConfig, resolve_config
 from offrl.training.runs import as_recorded, load_agent, read_config, read_data
+from offrl.training.scoring import with_task_of
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import replacing, write_json
 from offrl.utils.process import pick_device, tune_process
@@ -170,7 +171,7 @@ def run_metrics(arguments: argparse.Namespace) -> int:
 
 
 def _job(words: Sequence[str], run: Path | None = None) -> RunConfig:
-    """The checked configuration of `key=value` words; a run gives `dataset` and `data` where the words do not."""
+    """The checked configuration of `key=value` words; a run gives `dataset`, `data` and its task where the words do not."""
     if odd := [word for word in words if "=" not in word or word.startswith("-")]:
         raise OffrlError(f"{odd[0]} is no option; {WORDS}.")
     kept = read_config(run) if run else {}
@@ -184,6 +185,8 @@ def _job(words: Sequence[str], run: Path | None = None) -> RunConfig:
     job = resolve_config(values)
     if not job.augment:
         raise OffrlError("augment=none makes no trajectories; choose another, `offrl train --help` lists them.")
+    if run:
+        job.train.eval = with_task_of(run, job.train.eval)  # rollouts terminate as in the run's environment
     return job
 
 

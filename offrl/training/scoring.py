@@ -44,7 +44,7 @@ def policy_of(run: Path, options: EvalConfig, lane: str | None = None) -> tuple[
     agent = load_agent(run)
     if options.env:
         import_environment(options.env)
-    info = evaluation_info(dataset_info(run), _with_config(run, options))
+    info = evaluation_info(dataset_info(run), with_task_of(run, options))
     return (agent if lane is None else agent.lane(lane_named(agent, lane))), info
 
 
@@ -54,8 +54,8 @@ def evaluate(agent: Agent, info: DatasetInfo, options: EvalConfig) -> Episodes:
         return evaluator.run(agent, options.episodes, options.seed)
 
 
-def _with_config(run: Path, options: EvalConfig) -> EvalConfig:
-    """The options with what earlier evaluations of a run took for its task, unless another environment is given."""
+def with_task_of(run: Path, options: EvalConfig) -> EvalConfig:
+    """The options with what a run took for its task, unless another environment is given; nothing is imported."""
     try:
         kept = _task_of(read_config(run_folder(run)))
     except OffrlError:
@@ -121,7 +121,7 @@ def keep(run: Path, options: EvalConfig, seeds: list[int], info: DatasetInfo, pl
                 _sum_up(folder, record.step, len(seeds))
             given = any(getattr(options, key) is not None for key in TASK)
             if not known and given and not config.get("online"):  # the next evaluation is of this task, too
-                whole = _with_config(run, options)
+                whole = with_task_of(run, options)
                 chosen = {key: getattr(whole, key) for key in TASK}
                 write_json(folder / "config.json", {**config, "eval": {**(config.get("eval") or {}), **chosen}})
     except OffrlError as error:

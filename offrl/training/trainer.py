@@ -149,7 +149,7 @@ class Trainer:
         if not self.job.augment:
             return None
         augmentation = make_augmentation(self.job.augment, as_recorded(recorded), self.seeds)
-        check_agent(self.agent, type(augmentation))
+        check_agent(self.agent, type(augmentation), augmentation.cfg.length)
         rewards = reward_transform(recorded, self.cfg.data)
         return Synthetic(augmentation, (self.store, self.sampler), rewards, self.folder)
 

@@ -13,9 +13,10 @@ import torch
 
 from offrl.augment import metrics
 from offrl.augment.metrics import Simulator, along_horizon, coverage, dynamics_error, real_pieces
-from offrl.cli.augment import draw
+from offrl.cli.augment import _job, draw
 from offrl.cli.main import main
-from offrl.data.dataset import DatasetInfo, OfflineDataset
+from offrl.data.dataset import MADE_UP, DatasetInfo, OfflineDataset
+from offrl.data.partial import partially_observed
 from offrl.datasets import load as load_dataset
 from offrl.envs.adapters import make_env
 from offrl.forge import registry as forge
@@ -135,6 +136,41 @@ def test_robots_that_cannot_be_set_are_refused() -> None:
         Simulator(DatasetInfo(id="x", env_id="Humanoid-v5"))
     with pytest.raises(OffrlError, match=r"can't be read from its observation"):
         Simulator(DatasetInfo(id="x", env_id="Pendulum-v1"))
+
+
+@pytest.mark.parametrize("options", [{"mask": [3]}, {"mask": "velocity"}, {"flicker": 0.3}], ids=str)
+def test_partial_observations_are_refused(hopper: OfflineDataset, options: dict[str, Any]) -> None:
+    """A dimension that was left out would pass for a hidden position, and a lost observation for a state."""
+    with pytest.raises(OffrlError, match=r"data\.mask or data\.flicker hides a part"):
+        Simulator(partially_observed(hopper, **options).info)
+
+
+def test_successors_that_were_made_up_are_left_out(hopper: OfflineDataset) -> None:
+    """They stand where an episode terminates and its source has no next observations."""
+    some = real_pieces(hopper, 30, 10)
+    last = some.offsets[1:] - 1
+    ended = last[some.terminations[last] > 0]
+    assert len(ended) > 0
+    following = some.next_observations.clone()
+    following[ended] = 0
+    made_up = changed(some, next_observations=following).with_info(provenance={MADE_UP: True})
+    simulator = Simulator(hopper.info)
+    found, whole = (dynamics_error(simulator, store, hopper) for store in (made_up, some))
+    simulator.close()
+    assert found.left_out == whole.left_out + len(ended)
+    assert not torch.isin(ended, found.rows).any()
+    assert float(found.states.mean()) < 1e-3
+
+
+def test_a_runs_environment_ends_its_rollouts(tmp_path: Path) -> None:
+    """`--policy RUN` takes what an episode is from the run, unless the words say so; nothing is imported."""
+    kept = {"dataset": "mine.npz", "data": {}, "eval": {"env": "gone_module:Hopper-v5", "max_episode_steps": 7}}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    options = _job(["augment=world_model"], tmp_path).train.eval
+    assert (options.env, options.max_episode_steps) == ("gone_module:Hopper-v5", 7)
+    options = _job(["augment=world_model", "eval.env=Walker2d-v5"], tmp_path).train.eval
+    assert (options.env, options.max_episode_steps) == ("Walker2d-v5", None)
+    assert _job(["augment=world_model", "dataset=mine.npz"]).train.eval.env is None
 
 
 def pieces(*lengths: int) -> OfflineDataset:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offrl.agents.base import Agent, Spec
 from offrl.agents.prdc import PRDC, PRDCConfig
-from offrl.augment.base import Augmentation, LaneSegments, Synthetic, SyntheticConfig, make_augmentation
+from offrl.augment.base import Augmentation, LaneSegments, Synthetic, SyntheticConfig, check_agent, make_augmentation
 from offrl.augment.diffusion import DenoiserConfig, Training, denoiser_path, trained_denoiser
 from offrl.augment.trajectories import split_episodes
 from offrl.data.batch import Batch
@@ -417,6 +417,23 @@ def test_who_cannot_use_it(toy_file: Path, tmp_path: Path) -> None:
         make_augmentation(TINY, discrete, (0,))
 
 
+def test_pieces_shorter_than_an_agents_windows_are_refused() -> None:
+    """Chunks of K actions are learnt from windows of K timesteps; and a model asks for each action anew."""
+    spec, model = (
+        Spec(3, 2, (0,)),
+        make_augmentation({"_target_": "offrl.augment.world_model.WorldModel"}, make_toy(64), (0,)),
+    )
+    agent = make_agent({"_target_": "offrl.agents.fql.FQL", "hidden": [8], "action_chunk": 5}, spec)
+    with pytest.raises(
+        OffrlError, match=r"FQL learns from 5 timesteps in a row, and augment\.length=4; raise augment\.length"
+    ):
+        check_agent(agent, length=4)
+    check_agent(agent, length=5)
+    with pytest.raises(OffrlError, match=r"FQL acts on the episode so far"):
+        check_agent(agent, type(model), 5)
+    check_agent(make_agent({"_target_": "offrl.agents.fql.FQL", "hidden": [8]}, spec), type(model), 5)
+
+
 # ---- generating --------------------------------------------------------------------------------------------------------
 
 
@@ -500,6 +517,34 @@ def test_held_out_episodes_are_for_the_validation_loss_alone() -> None:
         assert torch.equal(whole.update(), poor.update())
     assert math.isfinite(whole.validation_loss() or math.nan)
     assert math.isnan(poor.validation_loss() or 0)
+
+
+def episodes(lengths: list[int], terminated: bool) -> OfflineDataset:
+    """Episodes with the toy's numbers, all ended by time limits, or the last one by a termination."""
+    toy, n = make_toy(64), sum(lengths)
+    rows = {name: getattr(toy, name)[:n] for name in OfflineDataset.ROW_FIELDS}
+    rows["terminations"] = torch.zeros(n)
+    rows["terminations"][-1] = float(terminated)
+    return OfflineDataset(**rows, offsets=torch.tensor([0, *lengths]).cumsum(0), info=toy.info)
+
+
+def test_rows_that_no_window_holds_are_told() -> None:
+    """Windows of four steps in an episode of 20 steps, whose last row is in none, and ten of 3."""
+    tiny = {"features": 16, "blocks": 2, "window": 4, "stride": 1, "updates": 1, "holdout": 0.0}
+    augmentation = make_augmentation({**TINY, "denoiser": tiny}, episodes([20, *[3] * 10], False), (0,))
+    with pytest.warns(UserWarning, match=r"learns from 38% of the rows.*augment\.denoiser\.window=4 steps"):
+        augmentation.prepare()
+    assert augmentation.metadata()["denoiser"]["share_of_rows"] == 19 / 50
+
+
+@pytest.mark.parametrize("terminated", [False, True])
+def test_no_termination_is_drawn_where_no_row_has_one(terminated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an undertrained denoiser says: here that every step of three trajectories of seven is the last."""
+    augmentation: Any = make_augmentation(TINY, episodes([20, 20], terminated), (0,))
+    augmentation.prepare()
+    said = torch.full((1, 3, 8, augmentation.denoiser.codec.width), 0.5)
+    monkeypatch.setattr(augmentation, "sample", lambda *_: said)
+    assert augmentation.generate(None, 1).lengths.tolist() == ([1, 1, 1] if terminated else [7, 7, 7])
 
 
 @pytest.mark.parametrize("updates", [3, 12], ids=["before a check", "behind a check"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from offrl import datasets
-from offrl.augment.termination import disagreement, termination
-from offrl.data.dataset import DatasetInfo
+from offrl.augment.termination import disagreement, termination, warn_of_disagreement
+from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.data.partial import KEY
 from offrl.utils.errors import OffrlError
 
@@ -46,6 +47,56 @@ def test_terminations_are_gymnasiums(env_id: str) -> None:
     got: Tensor = termination(DatasetInfo(env_id=env_id))(torch.tensor(np.array(states)))
     assert got.tolist() == wanted
     assert env_id == "HalfCheetah-v5" or 30 < sum(wanted) < 290
+
+
+@pytest.mark.parametrize("env_id", ["Humanoid-v5", "InvertedPendulum-v5", "InvertedDoublePendulum-v5"])
+def test_terminations_are_those_of_episodes(env_id: str) -> None:
+    """Of robots whose flag is no function of the state alone that one could set: by steps of uniform actions."""
+    pytest.importorskip("mujoco")
+    store = steps_of(env_id, 400)
+    assert disagreement(store) == 0
+    assert store.terminations.sum() > 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_disagreement(store)
+
+
+def steps_of(env_id: str, count: int) -> OfflineDataset:
+    """Steps of uniform actions in an environment of Gymnasium's, as a dataset."""
+    import gymnasium
+
+    env = gymnasium.make(env_id)
+    env.action_space.seed(0)
+    rows: list[tuple[Any, Any, bool]] = []
+    offsets, obs = [0], env.reset(seed=0)[0]
+    while len(rows) < count or not rows[-1][2]:
+        following, _, terminated, _, _ = env.step(env.action_space.sample())
+        rows.append((obs, following, bool(terminated)))
+        obs = following
+        if terminated:
+            offsets.append(len(rows))
+            obs = env.reset(seed=len(rows))[0]
+    before, after, flags = (torch.tensor(np.array(part), dtype=torch.float32) for part in zip(*rows))
+    zeros = torch.zeros(len(rows))
+    return OfflineDataset(
+        before, zeros[:, None], zeros, after, flags, torch.tensor(offsets), DatasetInfo(id="x", env_id=env_id)
+    )
+
+
+def test_rows_that_end_elsewhere_are_told() -> None:
+    """Episodes of Hopper that end at a healthy state, and ones that go on from a state beyond the limits."""
+    obs = torch.zeros(400, 11)
+    obs[:, 0] = 1.2
+    flags = torch.zeros(400)
+    flags[-1] = 1
+    fields = obs, torch.zeros(400, 3), torch.zeros(400)
+    info, offsets = DatasetInfo(id="x", env_id="Hopper-v5"), torch.tensor([0, 400])
+    with pytest.warns(UserWarning, match=r"don't end where its episodes terminate: 1 of 1 terminal rows"):
+        warn_of_disagreement(OfflineDataset(*fields, obs, flags, offsets, info))
+    after = obs.clone()
+    after[-2:, 0] = 0.6
+    with pytest.warns(UserWarning, match=r"end at states from which its episodes go on: 1 of 400 rows"):
+        warn_of_disagreement(OfflineDataset(*fields, after, flags, offsets, info))
 
 
 @pytest.mark.parametrize("robot", ROBOTS)
