@@ -156,6 +156,15 @@ def test_a_list_per_lane_needs_as_many_values_as_lanes() -> None:
             {"agent": {"_target_": "offrl.agents.iql.IQL", "actor_decay": -3}},
             "agent.actor_decay=-3 should be at least 0.",
         ),
+        ({"agent": {"actor_lr": -1e-3}}, "agent.actor_lr=-0.001 should be at least 0."),
+        ({"agent": {"tau": 5}}, "agent.tau=5.0 should be at least 0 and at most 1."),
+        ({"agent": {"discount": [0.9, 1.5]}, "lanes": 2}, "agent.discount=1.5 should be at least 0 and at most 1."),
+        ({"agent": {"_target_": "offrl.agents.prdc.PRDC", "beta": -2.0}}, "agent.beta=-2.0 should be at least 0."),
+        ({"agent": {"alpha": [1, 2, 3]}, "lanes": 2}, "agent.alpha has 3 values for 2 lanes; give one per lane."),
+        (
+            {"agent": {"_target_": "offrl.agents.iql.IQL"}, "history": {"encoder": "gru", "bisimulation": -1.0}},
+            "history.bisimulation=-1.0 should be at least 0.",
+        ),
         ({"agent": {"hidden": 64}}, "agent.hidden=64 should be a list of whole numbers."),
         (
             {"agent": {"_target_": "offrl.agents.td3_bc.TD4"}},

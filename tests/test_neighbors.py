@@ -149,6 +149,17 @@ def test_a_row_that_plays_its_own_action_is_its_own_neighbour() -> None:
     assert (found.distance == 0).all()
 
 
+@pytest.mark.parametrize("beta", [-1.0, 3e19, float("nan"), float("inf")])
+def test_a_weight_of_states_that_float32_cannot_square_is_refused(beta: float) -> None:
+    """From 1.8e19 its square is infinite, and times a distance of 0 no number: a wrong row would be found silently."""
+    states, actions = walks(64)
+    rows = torch.arange(8).view(1, 8)
+    with pytest.raises(OffrlError, match=r"beta=.* should be between 0 and 1e\+15; set agent\.beta"):
+        Neighbors(states, actions).query(rows, actions[rows], beta)
+    found = Neighbors(states.repeat(3, 1), actions.repeat(3, 1)).query(rows, actions[rows], 1e15)
+    assert torch.equal(found.distance, torch.zeros(1, 8, dtype=torch.float64))
+
+
 def test_lanes_share_an_index_and_may_differ_in_beta() -> None:
     states, actions = DATASETS["walks"]
     index = Neighbors(states, actions, keep=False)

@@ -90,6 +90,16 @@ def test_gradients_equal_finite_differences() -> None:
     assert torch.autograd.gradcheck(_ReluMLP.apply, (x, *parameters))
 
 
+def test_biases_learn_beside_frozen_weights() -> None:
+    x, parameters = random_net(2, 6, (20, 30, 40))
+    for weight in (x, *parameters[0::2]):
+        weight.requires_grad_(False)
+    found = torch.autograd.grad(_ReluMLP.apply(x, *parameters).sum(), parameters[1::2])
+    expected = torch.autograd.grad(relu_mlp_reference(x, parameters).sum(), parameters[1::2])
+    for got, want in zip(found, expected):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("grad_of", ["input", "parameters", "both"])
 def test_only_what_is_asked_for_is_computed(grad_of: str) -> None:
     """Matrix products of a backward pass: one for each layer's weights, one for each layer's input, no other."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -474,6 +475,37 @@ def test_resume_takes_options_that_change_no_number(toy_file: Path) -> None:
     assert (folder / "checkpoints" / "00000150.safetensors").exists()
     assert same_tensors(folder, train(options(toy_file, 150, out="straight")).folder)
     assert json.loads((folder / "config.json").read_text())["updates"] == 150
+
+
+@pytest.mark.parametrize(
+    ("now", "sentence"),
+    [
+        ({"eval.ref_max": 30.0}, "the run was scored with eval.ref_max=20.0, not 30.0"),
+        ({"eval.max_episode_steps": 7}, "the run was scored with eval.max_episode_steps=None, not 7"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_one_curve_has_scores_of_one_scale(world: Path, now: dict[str, Any], sentence: str | None) -> None:
+    """A run with evaluations does not go on under another task; one without any may."""
+    values = options("toy.npz", 40, lanes=1)
+    values["eval"] = {"every": 20, "episodes": 1, "final_episodes": 1, "workers": 1, "ref_min": 0.0, "ref_max": 20.0}
+    folder = train(values).folder
+    changes = {"updates": 60, **now}
+    if sentence:
+        with pytest.raises(OffrlError, match=re.escape(sentence)):
+            resume(folder, changes)
+        (folder / "episodes.jsonl").write_text("")
+    assert resume(folder, changes).step == 60
+
+
+def test_a_run_behind_its_policys_schedule_says_so(toy_file: Path) -> None:
+    agent = {"_target_": "offrl.agents.iql.IQL", "actor_decay": 20}
+    folder = train(options(toy_file, 20, agent=agent)).folder
+    with pytest.warns(
+        UserWarning, match=r"learning rate is 0 from update 20 on.*updates up to 40 train the critics alone"
+    ):
+        resume(folder, {"updates": 40})
 
 
 @pytest.mark.parametrize(

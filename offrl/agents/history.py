@@ -54,7 +54,7 @@ class HistoryConfig:
     model_hidden: int = 256  # width of the models' hidden layer
     model_lr: float = 1e-3  # learning rate of the models
 
-    least: ClassVar[dict[str, int]] = {"length": 1, "context": 1, "hidden": 1, "model_hidden": 1}
+    least: ClassVar[dict[str, int]] = {"length": 1, "context": 1, "hidden": 1, "model_hidden": 1, "bisimulation": 0}
 
     @property
     def label(self) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class PRDCConfig(TD3BCConfig):
     beta: float = 2.0  # weight of states against actions in the distance of pairs
     k: int = 1  # rank of the neighbour (1 = the nearest)
-    least: ClassVar[dict[str, int]] = {"k": 1}
+    least: ClassVar[dict[str, int]] = {"k": 1, "beta": 0}
 
 
 class PRDC(TD3BC):

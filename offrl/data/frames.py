@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from offrl.data.arrays import from_arrays
-from offrl.data.checks import ReadOptions, as_array, flags
+from offrl.data.checks import ReadOptions, as_array, check_dtype, flags
 from offrl.data.columns import FLAGS
 from offrl.data.dataset import DatasetInfo, OfflineDataset
 from offrl.utils.errors import OffrlError
 
 Columns = str | Sequence[str]
+SINGLE = ("rewards", "terminals", "timeouts")  # arguments of `from_frame` that name one column
 
 
 def from_episodes(
@@ -125,62 +126,122 @@ def from_frame(
     rewards: str = "reward",
     terminals: str | None = "terminal",
     timeouts: str | None = None,
-    episode: str | None = None,
+    episode: Columns | None = None,
     info: DatasetInfo | None = None,
     options: ReadOptions | None = None,
 ) -> OfflineDataset:
     """A dataset of a pandas or polars frame with one row a step, the rows of an episode in order.
 
     Args:
+        frame: `N` rows; each name below is that of a column `[N]` (`[N, ...]` where cells are arrays of one shape).
         observations, actions: columns of numbers, one for each dimension; one column of integers is a discrete action.
-        terminals: column of flags, 1 where the task ended; None: it never does.
-        timeouts: column of flags, 1 where a time limit or a log's end cut the episode.
-        episode: column that tells episodes apart; where its value changes without a termination, the episode was cut.
+        rewards: one column of numbers `[N]`.
+        terminals: one column of flags `[N]`, 1 where the task ended; None: it never does.
+        timeouts: one column of flags `[N]`, 1 where a time limit or a log's end cut the episode.
+        episode: one or several columns `[N]` that tell episodes apart, such as `["run", "episode"]`; where the value of
+            any of them changes without a termination, the episode was cut.
         info, options: as of `from_arrays`.
 
     Raises:
-        OffrlError: a column that the frame lacks, or what `from_arrays` refuses.
+        OffrlError: a column that the frame lacks, no name or several where one is needed, a column of dates, texts or
+            other things than numbers, a row without a value of `episode`, rows of an episode that don't stand together,
+            or what `from_arrays` refuses.
     """
     if hasattr(frame, "collect"):
         raise OffrlError("the frame is a lazy one, which holds no numbers yet; give frame.collect().")
     if not hasattr(frame, "columns"):
         raise OffrlError(f"frame is of type {type(frame).__name__}; give a frame of pandas or polars.")
-    names = [str(name) for name in frame.columns]
-    lists = {"observations": observations, "actions": actions, "rewards": rewards, "terminals": terminals}
-    lists |= {"timeouts": timeouts, "episode": episode}
-    columns = {
-        key: [value] if isinstance(value, str) else list(value) for key, value in lists.items() if value is not None
-    }
-    for key, listed in columns.items():
-        if missing := [name for name in listed if name not in names]:
-            raise OffrlError(
-                f"the frame has no column {missing[0]}, which {key}= names; it has {', '.join(names[:20])}"
-                + (f" and {len(names) - 20} more." if len(names) > 20 else ".")
-            )
-
-    def array(key: str) -> np.ndarray:
-        return np.stack([frame[name].to_numpy() for name in columns[key]], axis=1)
-
-    arrays = {key: array(key) for key in ("observations", "actions")} | {"rewards": array("rewards")[:, 0]}
-    ended = array("terminals")[:, 0] if "terminals" in columns else np.zeros(len(frame), dtype=bool)
-    arrays["terminals"] = ended
-    if "timeouts" in columns:
-        arrays["timeouts"] = array("timeouts")[:, 0]
-    if "episode" in columns and len(frame):
-        number = array("episode")[:, 0]
-        last = np.append(number[1:] != number[:-1], True)
-        runs, values = int(last.sum()), len(np.unique(number))
-        if (
-            2 * runs > len(number) and runs > 2 * values
-        ):  # most are of one row; a counter that begins anew has long ones
-            raise OffrlError(
-                f"the rows of an episode don't stand together: {episode} changes {runs - 1} times between {values} values; "
-                "sort the frame by episode and step."
-            )
-        cut = last & (np.asarray(ended) != 1)
-        arrays["timeouts"] = cut | (np.asarray(arrays["timeouts"]) == 1) if "timeouts" in arrays else cut
-        if not (
-            (np.asarray(ended) == 1) & ~last
-        ).any():  # else a termination ends an episode that goes on under its number
-            arrays["dones"] = last
+    given = {"observations": observations, "actions": actions, "rewards": rewards}
+    optional = {"terminals": terminals, "timeouts": timeouts, "episode": episode}
+    given |= {key: value for key, value in optional.items() if value is not None}
+    names = {key: _names(frame, key, value) for key, value in given.items()}
+    arrays = {key: _numbers(frame, key, listed) for key, listed in names.items() if key != "episode"}
+    arrays |= {key: arrays[key][:, 0] for key in SINGLE if key in arrays}
+    arrays.setdefault("terminals", np.zeros(len(arrays["rewards"]), dtype=bool))
+    if "episode" in names and len(arrays["rewards"]):
+        arrays |= _marks(_last_rows(frame, names["episode"]), arrays)
     return from_arrays(arrays, info, options)
+
+
+def _names(frame: Any, key: str, value: Any) -> list[str]:
+    """The columns that an argument names, all of which the frame has."""
+    try:
+        names = [value] if isinstance(value, str) else list(value)
+    except TypeError:
+        names = [value]
+    if not names:
+        raise OffrlError(f"{key} names no column; give the name of a column of the frame.")
+    if wrong := [type(name).__name__ for name in names if not isinstance(name, str)]:
+        raise OffrlError(
+            f"{key} holds a value of type {wrong[0]} as a column's name; give a name as text, or a list of names."
+        )
+    if key in SINGLE and len(names) > 1:
+        raise OffrlError(f"{key} names {len(names)} columns ({', '.join(names[:20])}); give the name of one column.")
+    known = [str(name) for name in frame.columns]
+    if missing := [name for name in names if name not in known]:
+        raise OffrlError(
+            f"the frame has no column {missing[0]}, which {key}= names; it has {', '.join(known[:20])}"
+            + (f" and {len(known) - 20} more." if len(known) > 20 else ".")
+        )
+    return names
+
+
+def _numbers(frame: Any, key: str, names: list[str]) -> np.ndarray:
+    """`[N, len(names), ...]`: columns of numbers side by side."""
+    columns = [frame[name].to_numpy() for name in names]
+    for name, column in zip(names, columns, strict=True):
+        check_dtype(f"column {name} of {key}", column.dtype, "frame")
+        if column.shape != columns[0].shape:
+            raise OffrlError(f"{key}: columns {names[0]} and {name} have cells of different shapes; they must agree.")
+    return np.stack(columns, axis=1)
+
+
+def _last_rows(frame: Any, names: list[str]) -> np.ndarray:
+    """`[N]` bool: rows behind which the value of one of these columns changes, and the last row."""
+    columns = [_labels(frame, name) for name in names]
+    last = np.append(np.any([column[1:] != column[:-1] for column in columns], axis=0), True)
+    runs = int(last.sum())
+    values = len(set(zip(*(column[last].tolist() for column in columns), strict=True)))
+    # Rows that stand apart make most runs one row long; a counter that begins anew has long ones.
+    if 2 * runs > len(last) and runs > 2 * values:
+        change = f"{names[0]} changes" if len(names) == 1 else f"{' and '.join(names)} together change"
+        raise OffrlError(
+            f"the rows of an episode don't stand together: {change} {runs - 1} times between {values} values; "
+            f"sort the frame by {', '.join(names)} and step."
+        )
+    return last
+
+
+def _labels(frame: Any, name: str) -> np.ndarray:
+    """`[N]`: the column of this name, one number, text, date or the like a row."""
+    column = frame[name].to_numpy()
+    objects = column.dtype.kind == "O"
+    if column.ndim != 1 or (objects and not all(isinstance(value, Hashable) for value in column)):
+        raise OffrlError(
+            f"column {name}, which episode= names, holds more than one value a row; give a number or text."
+        )
+    empty = np.array([_is_missing(value) for value in column]) if objects else column != column
+    if empty.any():
+        raise OffrlError(
+            f"column {name}, which episode= names, has no value in {int(empty.sum())} of {len(empty)} rows "
+            f"(first: row {int(empty.argmax())}); fill in the episode of these rows, or leave them out."
+        )
+    return column
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether this is None, or NaN or the like, which differs from itself."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:  # pandas.NA is neither equal nor unequal to anything
+        return True
+
+
+def _marks(last: np.ndarray, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Flags `[N]` of the ends that the last rows of episodes `[N]` tell, beside those of the frame."""
+    ended = arrays["terminals"] == 1
+    cut = last & ~ended
+    marks = {"timeouts": cut | (arrays["timeouts"] == 1) if "timeouts" in arrays else cut}
+    if not (ended & ~last).any():  # else a termination ends an episode that goes on under its number
+        marks["dones"] = last
+    return marks

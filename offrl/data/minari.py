@@ -107,7 +107,7 @@ def dataset_info(metadata: MinariMetadata, asked: str | None, path: Path, where:
     if len(specs) == 2 and (maze := (specs[1].kwargs or {}).get("maze_map")) is not None:
         provenance[RECORDED_MAZE] = maze
     ref_min, ref_max = metadata.ref_min_score, metadata.ref_max_score
-    if ref_min is not None and ref_max is not None and ref_min != ref_max:
+    if ref_min is not None and ref_max is not None and ref_min < ref_max:
         provenance["references"] = "the dataset's metadata"
     elif env_id and (references := environment_references(env_id)):
         ref_min, ref_max, provenance["references"] = references

@@ -118,9 +118,9 @@ def partially_observed(
 
 def _kept(store: OfflineDataset, mask: str | Sequence[int]) -> tuple[int, ...]:
     width = store.obs_dim
-    gone = _velocities(store.info, width) if isinstance(mask, str) else tuple(mask)
     if isinstance(mask, str) and mask != "velocity":
         raise OffrlError(f"data.mask={mask} is unknown; give velocity, or a list of dimensions such as [5,6].")
+    gone = _velocities(store.info, width) if isinstance(mask, str) else tuple(mask)
     if not gone or min(gone) < 0 or max(gone) >= width or len(set(gone)) >= width:
         raise OffrlError(
             f"data.mask={list(gone)}: name some, and not all, of the dimensions 0 to {width - 1} of {store.info.id}."

@@ -266,8 +266,8 @@ def own_info(written: Any, base: DatasetInfo, where: str) -> DatasetInfo:
         raise OffrlError(f"{where}: offrl_info holds unknown fields {one_line(unknown)}; another version wrote it.")
     fields = parse(Info, values, f"{where}: offrl_info").model_dump(include=set(values))
     info = replace(base, **fields)
-    if info.ref_min is not None and info.ref_min == info.ref_max:
-        raise OffrlError(f"{where}: offrl_info: ref_min and ref_max are both {info.ref_min}; they must differ.")
+    if info.ref_min is not None and info.ref_max is not None and not info.ref_min < info.ref_max:
+        raise OffrlError(f"{where}: offrl_info: ref_min={info.ref_min} should be below ref_max={info.ref_max}.")
     if {"action_low", "action_high"} & set(fields):
         info = replace(info, **bounds(info.action_low, info.action_high, f"{where}: offrl_info"))
     # Notices are of the file that was read when this one was written.

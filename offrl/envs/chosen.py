@@ -164,14 +164,14 @@ def with_environment(
         env_kwargs: arguments of the environment; without `env` they are added to the dataset's.
 
     Raises:
-        OffrlError: arguments or a limit without an environment, one reference without the other, two that are equal or not
-            finite.
+        OffrlError: arguments or a limit without an environment, one reference without the other, two of which the first is
+            not below the second, or that are not finite.
     """
     ref_min, ref_max = references
     if (ref_min, ref_max) != (None, None) and not _spans(ref_min, ref_max):
         raise OffrlError(
-            f"eval.ref_min={ref_min} and eval.ref_max={ref_max} are the returns that score 0 and 100; give two "
-            "different numbers."
+            f"eval.ref_min={ref_min} and eval.ref_max={ref_max} are the returns that score 0 and 100; give two numbers, the "
+            "larger one for 100."
         )
     if not env and info.env_id is None and (env_kwargs or max_episode_steps):
         key = "env_kwargs" if env_kwargs else "max_episode_steps"
@@ -198,7 +198,7 @@ def _spans(ref_min: float | None, ref_max: float | None) -> bool:
     """Whether two references are a scale."""
     if ref_min is None or ref_max is None:
         return False
-    return math.isfinite(ref_min) and math.isfinite(ref_max) and ref_min != ref_max
+    return math.isfinite(ref_min) and math.isfinite(ref_max) and ref_min < ref_max
 
 
 def is_chosen(info: DatasetInfo) -> bool:

@@ -51,6 +51,7 @@ class _ReluMLP(torch.autograd.Function):
         for layer in reversed(range(layers)):
             if needed[1 + 2 * layer]:
                 result[1 + 2 * layer] = _weight_gradient(grad, hidden[layer])
+            if needed[2 + 2 * layer]:
                 result[2 + 2 * layer] = grad.sum(1)
             if layer == 0 and not needed[0]:
                 break

@@ -33,6 +33,7 @@ LIST_LENGTH = 8  # number of nearest states kept for each row
 _VERSION = "2"  # version of the cached file's layout and content
 _KEPT_FROM = 20_000  # smallest number of rows whose index is cached; below it, rebuilding is fast enough
 _CHUNK = 256  # number of rows whose lists are made in one call
+_LARGEST_BETA = 1e15  # so that its square is far below the largest float32
 _SHARE = 48  # smallest number of searches per thread: waking a thread costs as much as a few searches
 
 
@@ -174,6 +175,8 @@ class OnProcessor:
         self, rows: Tensor, actions: Tensor, betas: Tensor, k: int, states: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         asked, count = rows.numpy(), len(rows)
+        if not 0 <= float(betas.min()) <= float(betas.max()) <= _LARGEST_BETA:
+            raise OffrlError(f"beta={betas.tolist()[0]:g} should be between 0 and {_LARGEST_BETA:g}; set agent.beta.")
         places = np.where(asked >= 0, self.place[asked], -1)
         # Neighbouring leaves one after the other: what they share is then in the processor's cache.
         tour = np.argsort(places, kind="stable")

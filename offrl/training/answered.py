@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,35 @@ def is_answered(folder: Path, step: int, wanted: EvalConfig) -> bool:
     if not rows.height:
         return False
     if not same:
-        changed = next(key for key in TASK if kept[key] != now[key])
-        raise OffrlError(
-            f"{folder}: the run was scored with eval.{changed}={kept[changed]}, not {now[changed]}; play elsewhere with "
-            f"offrl evaluate RUN --env ID, or train again under another name=."
-        )
+        raise _scored_otherwise(folder, kept, now)
     seeds = set(range(wanted.seed, wanted.seed + wanted.final_episodes))
     return all(seeds <= set(lane["eval_seed"]) for lane in rows.partition_by("lane"))
+
+
+def check_task(folder: Path, kept: Mapping[str, Any], wanted: EvalConfig) -> None:
+    """Raise OffrlError where a run that goes on would have scores of two scales in one curve.
+
+    Of another environment rows say so themselves, and a report keeps them apart.
+
+    Args:
+        kept: the options of evaluation under which the run got as far as it is.
+    """
+    before, now = asdict(EvalConfig()) | dict(kept), asdict(wanted)
+    same = before["env"] != now["env"] or all((before[key] or None) == (now[key] or None) for key in _SCALE)
+    rows = folder / "episodes.jsonl"
+    if not same and rows.is_file() and rows.stat().st_size:
+        raise _scored_otherwise(folder, before, now)
+
+
+_SCALE = tuple(key for key in TASK if key != "env")
+
+
+def _scored_otherwise(folder: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) -> OffrlError:
+    changed = next(key for key in TASK if kept[key] != now[key])
+    return OffrlError(
+        f"{folder}: the run was scored with eval.{changed}={kept[changed]}, not {now[changed]}; play elsewhere with "
+        f"offrl evaluate RUN --env ID, or train again under another name=."
+    )
 
 
 def _covers(kept: dict[str, Any], wanted: EvalConfig) -> bool:

@@ -37,7 +37,8 @@ class Evaluations:
         self.cfg, self.keep = cfg.eval, keep
         self.updates, self.threads = cfg.updates, cfg.threads
         self.evaluator: Evaluator | None = None
-        if self.cfg.final_episodes or (self.cfg.every and self.cfg.episodes):
+        online = cfg.online.steps and cfg.online.eval_every
+        if self.cfg.final_episodes or (self.cfg.episodes and (self.cfg.every or online)):
             self.evaluator = Evaluator(info, spec.lanes, self.cfg.workers, self.cfg.slots)
             self.evaluator.check(spec)
             if self.cfg.asynchronous or self.evaluator.workers > 1:

@@ -34,7 +34,7 @@ from offrl.utils.settings import (
     build,
     canonical,
     check_lane_lists,
-    check_least,
+    check_ranges,
     check_repeated_seeds,
     chosen_settings,
     class_in,
@@ -187,7 +187,9 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     train = build(TrainConfig, {**values, "data": given_data, "online": online}, others=groups)
     check_train(train)
     lanes = len(train.lane_seeds())
-    agent = resolved(agent, agent_config(agent)[1])
+    settings = agent_config(agent)[1]
+    check_lane_lists(settings, "agent", lanes)
+    agent = resolved(agent, settings)
     sampler.setdefault("_target_", "offrl.sampling.Uniform")
     sampler = resolved(sampler, sampler_config(sampler, lanes)[1])
     if augment and "_target_" not in augment:
@@ -350,7 +352,7 @@ def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
 def history_config(settings: Mapping[str, Any], lanes: int) -> HistoryConfig:
     """The settings of an encoder of histories, checked."""
     cfg: HistoryConfig = build(HistoryConfig, settings, "history.", per_lane=True)
-    check_least(cfg, "history")
+    check_ranges(cfg, "history")
     check_lane_lists(cfg, "history", lanes)
     shares = cfg.events if isinstance(cfg.events, list) else [cfg.events]
     if odd := [share for share in shares if not 0 <= share <= 1]:

@@ -23,7 +23,7 @@ from offrl.data.lane_tasks import with_tasks
 from offrl.data.partial import partially_observed
 from offrl.datasets import load
 from offrl.envs.chosen import with_environment
-from offrl.training.answered import is_answered
+from offrl.training.answered import check_task, is_answered
 from offrl.training.compose import choice_file, choices
 from offrl.training.records import ManifestRecord, ResultRecord, RunRecord, SpecRecord, score_name
 from offrl.training.run_config import RARE, RunConfig, agent_config, history_config
@@ -89,11 +89,25 @@ def _check_same(job: RunConfig, folder: Path) -> None:
                 f"{folder}: the run was made with other settings ({key} {before[key]}, now {after[key]}); choose another "
                 "name=, or start over with fresh=true."
             )
+    if kept.step < job.train.updates:
+        check_task(folder, kept.config.get("eval") or {}, job.train.eval)
+        _warn_of_decay(job, folder)
     if lacking := sorted(after.keys() - before.keys()):
         values = ", ".join(f"{key}={after[key]}" for key in lacking)
         warnings.warn(
             f"{folder}: an earlier version made the run and did not write down {len(lacking)} of its settings; it goes on with "
             f"{values}.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_decay(job: RunConfig, folder: Path) -> None:
+    """Warn where a run goes on behind the end of its policy's schedule, in updates that leave the policy as it is."""
+    decay = job.agent.get("actor_decay")
+    if isinstance(decay, int) and 0 < decay < job.train.updates:
+        warnings.warn(
+            f"{folder}: the policy's learning rate is 0 from update {decay:,} on (agent.actor_decay), so that the updates up "
+            f"to {job.train.updates:,} train the critics alone; a run of another schedule has another name=.",
             stacklevel=2,
         )
 

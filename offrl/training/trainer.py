@@ -324,7 +324,7 @@ class Trainer:
         self.writer.episodes(step, self.seeds, played.returns, played.lengths, played.normalized, played.seeds)
         name, values = ("score", played.normalized) if played.normalized is not None else ("return", played.returns)
         self.tracker.log(step, by_lane("eval", {name: values.mean(1).tolist()}, self.seeds))
-        self.bar.say(step, f"{name} {values.mean():.1f}")
+        self.bar.say(self.online.step if self.online and self.online.begun else step, f"{name} {values.mean():.1f}")
         self.hooks.evaluated(Evaluation(step, played.returns, played.lengths, played.normalized, agent))
 
     def _log(self, values: dict[str, list[float]], rate: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import sys
 import types
 import typing
@@ -210,17 +211,30 @@ def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tup
     renamed = getattr(cls, "renamed_settings", {})  # names of earlier versions
     given = {renamed.get(k, k): v for k, v in settings.items() if k != "_target_"}
     cfg = build(cls.Config, given, f"{group}.", per_lane=True)
-    check_least(cfg, group)
+    check_ranges(cfg, group)
     return cls, cfg
 
 
-def check_least(cfg: Any, group: str) -> None:
-    """Raise OffrlError for a count below 0, or below what the dataclass's `least: ClassVar[dict[str, int]]` says of it."""
+# Settings by the last word of their name, and the numbers between which they make sense.
+_RANGES = {"lr": (0.0, math.inf), "tau": (0.0, 1.0), "discount": (0.0, 1.0)}
+
+
+def check_ranges(cfg: Any, group: str) -> None:
+    """Raise OffrlError for a setting outside of the numbers that make sense.
+
+    Counts are at least 0, learning rates too, step sizes of targets (`tau`) and discounts between 0 and 1. The dataclass's
+    `least: ClassVar[dict[str, int]]` says more of its own.
+    """
     least = getattr(cfg, "least", {})
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        if isinstance(value, int) and f.name != "seed" and value < least.get(f.name, 0):
-            raise OffrlError(f"{group}.{f.name}={value} should be at least {least.get(f.name, 0)}.")
+        counts = isinstance(value, int) and f.name != "seed"
+        low, high = _RANGES.get(f.name.rpartition("_")[2], (0 if counts else -math.inf, math.inf))
+        low = least.get(f.name, low)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not low <= number <= high:
+                most = "" if high == math.inf else f" and at most {high:g}"
+                raise OffrlError(f"{group}.{f.name}={number} should be at least {low:g}{most}.")
 
 
 def lane_lists(cfg: Any) -> dict[str, list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,134 @@ def test_terminated_episodes_of_antmaze_stay_apart_where_their_ends_are_told(way
         store = from_arrays(base | marks[way], options=options)
     assert (store.lengths + store.has_tail).tolist() == [5, 5, 5]
     assert store.terminations.nonzero().flatten().tolist() == [4, 9]
+
+
+# ---- episodes of a frame -------------------------------------------------------------------------------------
+
+
+def frame_of(lengths: list[int], ends: list[bool], **labels: Any) -> pl.DataFrame:
+    """The trajectories' first number of states and actions, rewards and terminals, and `labels`, one an episode."""
+    data = trajectories(lengths, ends)
+    columns = {"x": data["observations"][:, 0], "a": data["actions"][:, 0], "reward": data["rewards"]}
+    rows = {
+        key: [label for label, n in zip(value, lengths, strict=True) for _ in range(n)] for key, value in labels.items()
+    }
+    return pl.DataFrame(columns | {"terminal": data["terminals"]} | rows)
+
+
+def whole_lengths(store: OfflineDataset) -> list[int]:
+    return (store.lengths + store.has_tail).tolist()
+
+
+def test_several_columns_tell_episodes_apart_together() -> None:
+    """Each run counts its episodes from 0, so that only both columns show where one run's last episode ends."""
+    runs, numbers = ["a", "a", "b", "b", "c"], [0, 1, 1, 2, 2]
+    frame = frame_of([6, 4, 5, 3, 7], [False] * 5, run=runs, episode=numbers)
+    assert whole_lengths(from_frame(frame, "x", "a", episode="episode")) == [6, 9, 10]
+    assert whole_lengths(from_frame(frame, "x", "a", episode="run")) == [10, 8, 7]
+    both = from_frame(frame, "x", "a", episode=["run", "episode"])
+    assert whole_lengths(both) == [6, 4, 5, 3, 7]
+    for names in (["episode", "run"], ("run", "episode"), pl.Series(["run", "episode"])):
+        assert same(from_frame(frame, "x", "a", episode=names), both)
+    named = frame.with_columns(key=pl.format("{}/{}", "run", "episode"))
+    for names in ("key", ["key"]):
+        assert same(from_frame(named, "x", "a", episode=names), both)
+    # A termination where only one of the columns changes stays one.
+    terminated = frame_of([6, 4, 5, 3, 7], [False, True, False, True, False], run=runs, episode=numbers)
+    store = from_frame(terminated, "x", "a", episode=["run", "episode"])
+    assert whole_lengths(store) == [6, 4, 5, 3, 7]
+    assert store.terminations.sum() == 2
+
+
+def test_rows_of_an_episode_stand_together_by_all_its_columns() -> None:
+    """Of two runs that wrote their steps in turn."""
+    lengths = [6, 6, 6, 6]
+    frame = frame_of(lengths, [False] * 4, run=["a", "a", "b", "b"], episode=[0, 1, 0, 1])
+    turns = frame[np.arange(24).reshape(2, 12).T.flatten()]  # of run a, of run b, of run a, ...
+    assert whole_lengths(from_frame(turns, "x", "a", episode="episode")) == [12, 12]  # what one column cannot tell
+    with pytest.raises(
+        OffrlError, match=r"stand together: run changes 23 times between 2 values; sort .* by run and step"
+    ):
+        from_frame(turns, "x", "a", episode="run")
+    both = "stand together: run and episode together change 23 times between 4 values; sort .* by run, episode and step"
+    with pytest.raises(OffrlError, match=both):
+        from_frame(turns, "x", "a", episode=["run", "episode"])
+    again = turns.sort("run", "episode", maintain_order=True)
+    assert same(
+        from_frame(again, "x", "a", episode=["run", "episode"]), from_frame(frame, "x", "a", episode=["run", "episode"])
+    )
+
+
+@pytest.mark.parametrize("labels", [[7, 8, 9], [0.5, 1.5, 2.5], ["a", "b", "c"], [True, False, True], None], ids=str)
+def test_a_row_without_an_episode_is_refused(labels: list[Any] | None) -> None:
+    """Polars gives NaN, which differs from itself, or None; each such row would be an episode of one step."""
+    labels = labels or [datetime(2024, 1, day) for day in (1, 2, 3)]
+    frame = frame_of([4, 5, 6], [False] * 3, run=["r"] * 3, episode=labels)
+    assert whole_lengths(from_frame(frame, "x", "a", episode="episode")) == [4, 5, 6]
+    row = pl.int_range(pl.len())
+    holes = frame.with_columns(episode=pl.when((row == 2) | (row == 9)).then(None).otherwise("episode"))
+    sentence = (
+        r"^column episode, which episode= names, has no value in 2 of 15 rows \(first: row 2\); fill in the episode"
+    )
+    for names in ("episode", ["run", "episode"]):
+        with pytest.raises(OffrlError, match=sentence):
+            from_frame(holes, "x", "a", episode=names)
+    nothing = frame.with_columns(episode=pl.lit(None))
+    with pytest.raises(OffrlError, match="no value in 15 of 15 rows"):
+        from_frame(nothing, "x", "a", episode="episode")
+
+
+@pytest.mark.parametrize("label", [[1, 2], {"a": 1}, np.zeros(2)], ids=str)
+def test_an_episode_is_one_value_a_row(label: Any) -> None:
+    frame = frame_of([4, 5], [False] * 2, episode=[label, label])
+    with pytest.raises(OffrlError, match=r"^column episode, which episode= names, holds more than one value a row"):
+        from_frame(frame, "x", "a", episode="episode")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"observations": []}, "^observations names no column; give the name of a column"),
+        ({"actions": []}, "^actions names no column"),
+        ({"rewards": []}, "^rewards names no column"),
+        ({"terminals": []}, "^terminals names no column"),
+        ({"timeouts": ()}, "^timeouts names no column"),
+        ({"episode": []}, "^episode names no column"),
+        (
+            {"observations": 3},
+            "^observations holds a value of type int as a column's name; give a name as text, or a list",
+        ),
+        ({"observations": ["x", 3]}, "^observations holds a value of type int"),
+        ({"observations": pl.col("x")}, "^observations holds a value of type Expr"),
+        ({"rewards": None}, "^rewards holds a value of type NoneType"),
+        ({"episode": True}, "^episode holds a value of type bool"),
+        ({"rewards": ["reward", "x"]}, r"^rewards names 2 columns \(reward, x\); give the name of one column"),
+        ({"terminals": ["terminal", "x"]}, "^terminals names 2 columns"),
+        ({"timeouts": ("terminal", "x")}, "^timeouts names 2 columns"),
+        ({"episode": ["number", "z"]}, "^the frame has no column z, which episode= names"),
+        ({"observations": ["x", "time"]}, "^frame: column time of observations has dtype datetime64.*plain numbers"),
+        ({"observations": "time"}, "^frame: column time of observations has dtype datetime64"),
+        ({"actions": ["a", "text"]}, "^frame: column text of actions has dtype object"),
+        ({"rewards": "time"}, "^frame: column time of rewards has dtype datetime64"),
+        ({"terminals": "text", "episode": "number"}, "^frame: column text of terminals has dtype object"),
+        ({"observations": ["x", "pair"]}, "^observations: columns x and pair have cells of different shapes"),
+    ],
+)
+def test_what_names_no_columns_of_numbers_gets_a_sentence(given: dict[str, Any], sentence: str) -> None:
+    frame = frame_of([4, 5], [True, True], number=[0, 1], text=["p", "q"], time=[datetime(2024, 1, 1)] * 2)
+    frame = frame.with_columns(pair=pl.Series(np.zeros((9, 2))))
+    with pytest.raises(OffrlError, match=sentence):
+        from_frame(frame, **{"observations": "x", "actions": "a"} | given)
+
+
+def test_a_list_of_one_name_and_cells_of_arrays_are_read() -> None:
+    frame = frame_of([4, 5], [True, False], number=[0, 1]).with_columns(pair=pl.Series(np.ones((9, 2))))
+    lists = {"rewards": ["reward"], "terminals": ["terminal"], "episode": ["number"]}
+    assert same(from_frame(frame, ["x"], ["a"], **lists), from_frame(frame, "x", "a", episode="number"))
+    assert from_frame(frame, ["pair"], "a", episode="number").obs_dim == 2
+
+
+# ---- steps of resets -----------------------------------------------------------------------------------------
 
 
 def test_steps_of_resets_are_told() -> None:

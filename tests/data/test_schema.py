@@ -40,7 +40,7 @@ BAD_INFO: list[tuple[dict[str, Any], str]] = [
     ({"max_episode_steps": 1.5}, "max_episode_steps is 1.5"),
     ({"ref_min": "low"}, "ref_min is 'low'"),
     ({"ref_min": float("nan")}, "ref_min is nan"),
-    ({"ref_min": 1.0, "ref_max": 1.0}, "must differ"),
+    ({"ref_min": 1.0, "ref_max": 1.0}, "ref_min=1.0 should be below ref_max=1.0"),
     ({"discrete": -1}, "discrete is -1"),
     ({"discrete": 0}, "discrete is 0"),
     ({"provenance": []}, r"provenance is \[\]"),

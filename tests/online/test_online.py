@@ -580,6 +580,18 @@ def test_a_lane_equals_a_run_of_its_own() -> None:
     assert (together["actions"][1, :60] - alone["actions"][0, :60]).abs().max() < 1e-3
 
 
+def test_evaluations_of_the_online_phase_need_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """With `eval.every=0 eval.final_episodes=0` those of `online.eval_every` are played, and told by environment steps."""
+    quiet = {**EVAL, "every": 0, "episodes": 2, "final_episodes": 0}
+    cfg = options(eval=quiet, lanes=1, seed=0, progress=True)
+    played = [(row["step"], row["eval_seed"]) for row in rows(train(cfg).folder, "episodes")]
+    seeds = [EVAL.get("seed", 1_000_000) + number for number in range(2)]
+    middle = cfg["updates"] + 30
+    assert {step for step, _ in played} >= {middle}
+    assert [seed for step, seed in played if step == middle] == seeds
+    assert ": 30 of 60 environment steps: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

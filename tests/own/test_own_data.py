@@ -486,9 +486,10 @@ def test_a_class_of_a_module_and_its_arguments(mine: OfflineDataset, tmp_path: P
         ("eval.env=Nothing-v0", "name the module that registers it: eval.env=MODULE:Nothing-v0"),
         ("eval.env_kwargs.scale=2", "names no environment; give eval.env=ID as well"),
         ("eval.ref_min=2", "eval.ref_min=2.0 and eval.ref_max=None are the returns that score 0 and 100"),
+        ("eval.ref_min=0 eval.ref_max=-5", "give two numbers, the larger one for 100"),
         (
             "eval.ref_min=0 eval.ref_max=inf",
-            "eval.ref_max=inf are the returns that score 0 and 100; give two different",
+            "eval.ref_max=inf are the returns that score 0 and 100; give two numbers",
         ),
     ],
 )
