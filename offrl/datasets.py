@@ -89,11 +89,17 @@ def load(
     if ogbench is not None:
         built = not path and bool(ogbench.prefix)
         ogbench = ogbench.with_task(task)
+        _check_goals(options, ogbench.id)
         path = path or _ogbench_file(ogbench, size, seed, progress)
         read = partial(read_ogbench, path, ogbench, options)
         store = with_success_timing(_cached(path, ogbench.id, options, cache, read), success_timing)
     elif task is not None:
         raise OffrlError(f"{name}: data.task={task} chooses a task of an OGBench set, which this is not; leave it out.")
+    elif success_timing != "pre":
+        raise OffrlError(
+            f"{name}: data.success_timing={success_timing} is of OGBench's environments, and this is no set of theirs; leave "
+            "it out."
+        )
     elif isinstance(name, str) and GIVEN.fullmatch(name):
         store = _given(name, options)
     elif isinstance(name, str) and name.startswith("forge/"):
@@ -193,6 +199,7 @@ def exogenous_noise(store: OfflineDataset) -> torch.Tensor:
 
 
 def _load_d4rl(name: str, options: ReadOptions, cache: bool) -> OfflineDataset:
+    _check_goals(options, name)
     entry = catalogue.d4rl()[name]
     for path in entry.files():
         if path.is_file():
@@ -210,6 +217,7 @@ def _read_path(path: Path, name: str | None, options: ReadOptions, cache: bool) 
     """Read a file or folder by what it holds."""
     if path.is_dir():
         return _cached(path, name or str(path), options, cache, partial(read_minari, path, name, options))
+    _check_goals(options, str(path))
     kind, info = file_kind(path), catalogue.info_of_file(path)
     if kind == "safetensors":
         check_read_already(options, str(path))
@@ -217,6 +225,12 @@ def _read_path(path: Path, name: str | None, options: ReadOptions, cache: bool) 
     if kind == "npz":
         return _cached(path, str(path), options, cache, partial(read_npz, path, info, options))
     return _cached(path, str(path), options, cache, partial(read_d4rl, path, info, options))
+
+
+def _check_goals(options: ReadOptions, name: str) -> None:
+    """Refuse `goals` for a source that has none apart from its observations."""
+    if options.goals:
+        raise OffrlError(f"{name}: data.goals=true keeps the goals of Minari's mazes, and this is none; leave it out.")
 
 
 def _cached(

@@ -288,6 +288,23 @@ def test_names_that_are_refused(name: str, task: int | None, message: str) -> No
         load(name, task=task)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"success_timing": "post"}, "data.success_timing=post is of OGBench's environments"),
+        ({"goals": True}, "data.goals=true keeps the goals of Minari's mazes"),
+    ],
+)
+def test_options_of_other_sources_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.npz"
+    names = ("observations", "actions", "rewards", "terminals")
+    np.savez(path, **dict(zip(names, (np.zeros((4, 2)), np.zeros((4, 1)), np.zeros(4), np.array([0, 0, 0, 1])))))
+    assert len(load(path)) == 4
+    for name in (path, "hopper-medium-v2"):
+        with pytest.raises(OffrlError, match=message):
+            load(name, **options)
+
+
 def test_a_file_whose_name_tells_nothing_and_one_without_states(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
