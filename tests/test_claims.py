@@ -333,6 +333,31 @@ def test_runs_of_one_method_are_pooled() -> None:
     assert second["sampled"]["achieved"] == other["sampled"]["achieved"]
 
 
+def test_claim_i_keeps_the_two_weights_apart(tmp_path: Path) -> None:
+    """The fixed weight answers I1 and I2, the smaller one I4, which only the grid has."""
+    assert histories.planned("forge/hopper/medium-replay-v1") == ["k = 1", "GRU", "GRU, loss 0.5"]
+    assert histories.planned("forge/grid/cue-n2000-v0") == list(histories.METHODS)
+    (tmp_path / "i").mkdir()
+    seeds = np.arange(5.0)
+    for task in ("cue", "place"):
+        for agent in ("iql", "discrete_cql"):
+            levels = {
+                "k = 1": 0.0,
+                "GRU": 20.0,
+                "GRU, loss 0.5": 0.0,
+                "GRU, loss 0.001": 60.0 if task == "cue" else 20.0,
+            }
+            cell = {name: {"scores": (level + seeds).tolist(), "last": [9.0]} for name, level in levels.items()}
+            cell["GRU, loss 0.5"]["last"] = [1.0]
+            path = tmp_path / "i" / f"histories_{agent}_forge_grid_{task}-n2000-v0.json"
+            path.write_text(json.dumps(cell))
+    found = {line.name: (line.found, line.verdict) for line in verdicts.claim_i(tmp_path) if line.name}
+    assert found["I1"] == ("0 of 5, 1 not run yet", "not shown at this budget")
+    assert found["I2"] == ("0 of 4", "not shown at this budget")
+    assert found["I3"] == ("4 of 5, 1 not run yet", "shown")
+    assert found["I4"] == ("2 of 4", "shown")
+
+
 def test_a_stopped_run_makes_no_row_of_histories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A signal ends a run early but leaves its last scores, which say nothing of 100,000 updates."""
     monkeypatch.setattr(

@@ -37,6 +37,9 @@ def value_of_run(folder: Path, objective: str, fqe_updates: int) -> float | None
     return value if math.isfinite(value) else None
 
 
+COPIES = 400  # to the target, in few updates: with fewer than some 3 / (1 - gamma) values are of a shorter horizon
+
+
 def _fqe(folder: Path, updates: int) -> float:
     agent = load_agent(folder)
     if agent.initial_state(1) is not None:
@@ -44,4 +47,5 @@ def _fqe(folder: Path, updates: int) -> float:
             f"{folder}: fitted Q evaluation can't take a policy that needs the history; use hydra.sweeper.objective=score."
         )
     store = read_data(resolve_config(read_config(folder), trusted=False).train, "cpu", folder)
-    return float(fitted_q(store, [agent], FQEConfig(updates=updates)).value.mean())
+    every = min(FQEConfig.target_every, max(1, updates // COPIES))
+    return float(fitted_q(store, [agent], FQEConfig(updates=updates, target_every=every)).value.mean())

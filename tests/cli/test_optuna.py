@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from offrl.cli import main as cli
 from offrl.data.arrays import write_npz
+from offrl.training import objective
 from offrl.training.objective import value_of_run
 
 optuna: Any = pytest.importorskip("optuna")
@@ -99,6 +102,16 @@ def test_fitted_q_evaluation_needs_no_environment() -> None:
     (trial,) = trials("fqe")
     assert math.isfinite(trial.value)
     assert trial.value == value_of_run(run, "fqe", 30)
+    every = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            objective,
+            "fitted_q",
+            lambda *given: every.append(given[2].target_every) or SimpleNamespace(value=np.ones(1)),
+        )
+        for updates in (30, 20_000, 100_000):
+            value_of_run(run, "fqe", updates)
+    assert every == [1, 50, 100]  # 400 copies of 20,000 updates, else the horizon would be short
     assert cli.main([*words, "out=none"]) == 2  # a score of what was not evaluated
 
 
