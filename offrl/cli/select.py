@@ -19,7 +19,7 @@ from offrl.evaluation.fqe import FQEConfig, fitted_q
 from offrl.evaluation.selection import Policy, Selection, judge
 from offrl.results import budget, style, tables
 from offrl.results.cells import scored
-from offrl.results.labels import scale_of
+from offrl.results.labels import label_lanes, scale_of
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import load_agent, read_data, reward_transform, transform_rewards
 from offrl.utils import checkpoint
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 FQE_OPTIONS: dict[str, type] = {"updates": int, "batch-size": int, "lr": float, "discount": float}
 FQE_OPTIONS |= {"target-every": int, "seed": int}
 FILES = ("select.md", "select.csv", "select.png")
+COLUMNS = ("dataset", "method", "seed", "step", "value", "soft_opc", "td_error", "score", "episodes", "run", "lane")
+_Trained = tuple[results.Run, int, Agent]  # a checkpoint: its run, its update and its agent
 
 
 def select(
@@ -83,8 +85,7 @@ def select(
             path.write_text(text + "\n", encoding="utf-8")
         with replacing(folder / "select.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            columns = ("dataset", "method", "seed", "step", "value", "soft_opc", "td_error", "score", "episodes", "run")
-            writer.writerow(columns)
+            writer.writerow(COLUMNS)
             writer.writerows(_record(s.dataset, p) for s in made for p in s.policies)
         style.save(draw(made), folder / "select.png")
     except OSError as error:
@@ -112,7 +113,7 @@ def _rank(
 ) -> tuple[Selection | None, list[str]]:
     """The ranking of a dataset's policies (None: there is none to rank), and notes on runs that were left out."""
     store: OfflineDataset | None = None
-    agents: list[tuple[results.Run, int, Agent]] = []
+    agents: list[_Trained] = []
     notes = []
     fingerprints: dict[tuple[float, float], str] = {}  # by the transform of rewards that methods train with
     for run in runs:
@@ -143,15 +144,15 @@ def _rank(
         return None, notes
     with Bar(progress, f"fitted Q evaluation, {dataset}", total=cfg.updates) as bar:
         estimates = fitted_q(store, [agent for *_, agent in agents], cfg, bar.track)
-    labels, scores, scale = _scores(rows, runs, dataset)
+    labels = _labels(rows, agents, dataset)
+    scores, scale = _scores(rows, runs, dataset)
     policies: list[Policy] = []
     for run, step, agent in agents:
         for lane, seed in enumerate(agent.spec.seeds):
             key, at = (str(run.folder), lane), len(policies)
-            label = labels.get(key, str(run.config.get("label") or run.config.get("method")))
             numbers = {name: float(getattr(estimates, name)[at]) for name in ("value", "soft_opc", "td_error")}
             episodes = scores.get((*key, step), np.empty(0))
-            policies.append(Policy(label, seed, step, run.folder, **numbers, episodes=episodes))
+            policies.append(Policy(labels[key], seed, step, run.folder, lane, **numbers, episodes=episodes))
     if lost := sum(not math.isfinite(policy.value) for policy in policies):
         notes.append(
             f"No estimate for {lost} of {len(policies)} policies of {dataset} (fitted Q evaluation diverged): they are ranked "
@@ -170,20 +171,40 @@ def _checkpoints(folder: Path, every: bool) -> list[Path]:
     return kept if among else [*kept, last]
 
 
-def _scores(
-    rows: pl.DataFrame, runs: list[results.Run], dataset: str
-) -> tuple[dict[Any, str], dict[Any, np.ndarray], str]:
-    """Labels by (folder, lane), scores of episodes by (folder, lane, step), and their scale."""
+def _labels(rows: pl.DataFrame, agents: Sequence[_Trained], dataset: str) -> dict[tuple[str, int], str]:
+    """Labels by (folder, lane), as a report of the dataset has them; one without rows has what its run would write."""
+    import polars as pl
+
+    names = ("folder", "lane", "dataset", "method", "env_id", "policy_mode")
+    schema = {name: pl.Int64 if name == "lane" else pl.String for name in names}
+    found = {(str(run.folder), lane): run for run, _, agent in agents for lane in range(agent.spec.lanes)}
+    lanes = [
+        (*key, dataset, str(run.config.get("method")), _environment(run), "deterministic") for key, run in found.items()
+    ]
+    unseen = pl.DataFrame(lanes, schema=schema, orient="row").join(rows, on=["folder", "lane"], how="anti")
+    mine = pl.col("folder").is_in([folder for folder, _ in found])
+    seen = rows.filter(mine).with_columns(dataset=pl.lit(dataset)).select(names)
+    labelled = label_lanes(pl.concat([seen, unseen]), [run for run, *_ in agents])
+    return {(folder, lane): label for folder, lane, label in labelled.select("folder", "lane", "label").iter_rows()}
+
+
+def _environment(run: results.Run) -> str | None:
+    """The environment in which a run would be evaluated."""
+    name = (run.manifest.get("dataset_info") or {}).get("env_id")
+    return name if isinstance(name, str) else None
+
+
+def _scores(rows: pl.DataFrame, runs: list[results.Run], dataset: str) -> tuple[dict[Any, np.ndarray], str]:
+    """Scores of episodes by (folder, lane, step), and their scale."""
     import polars as pl
 
     here = rows.filter(pl.col("folder").is_in([str(run.folder) for run in runs]))
     if not len(here):
-        return {}, {}, scale_of(dataset)
+        return {}, scale_of(dataset)
     here = scored(here, runs)
-    labels = {(folder, lane): label for folder, lane, label in here.select("folder", "lane", "label").iter_rows()}
     finite = pl.col("value").is_not_nan().all().over("folder", "lane", "step")  # the mean of the others would flatter
     episodes = here.filter(finite).partition_by(["folder", "lane", "step"], as_dict=True)
-    return labels, {key: group["value"].to_numpy() for key, group in episodes.items()}, here["scale"][0]
+    return {key: group["value"].to_numpy() for key, group in episodes.items()}, here["scale"][0]
 
 
 # ---- what is shown -------------------------------------------------------------------------------------------
@@ -191,11 +212,12 @@ def _scores(
 
 def _tables(s: Selection) -> list[tables.Table]:
     number = tables.number
-    columns = ["", "method", "seed", "update", "FQE value", "soft OPC", "TD error", s.scale]
+    columns = ["", "method", "seed", "update", "FQE value", "soft OPC", "TD error", s.scale, "lane", "run"]
     ranked = []
     for place, p in enumerate(s.policies, start=1):
         estimates = [number(value, 2) for value in (p.value, p.soft_opc, p.td_error)]
-        ranked.append([str(place), p.method, str(p.seed), f"{p.step:,}", *estimates, number(p.score)])
+        where = [str(p.lane), p.folder.name]
+        ranked.append([str(place), p.method, str(p.seed), f"{p.step:,}", *estimates, number(p.score), *where])
     made = [tables.Table(f"Policies of {s.dataset}, best estimate first", columns, ranked, flat=True)]
     if not s.known[1:]:
         return made
@@ -233,7 +255,7 @@ def _legend(cfg: FQEConfig) -> list[str]:
 
 def _record(dataset: str, p: Policy) -> list[Any]:
     numbers = [p.value, p.soft_opc, p.td_error, "" if math.isnan(p.score) else p.score]
-    return [dataset, p.method, p.seed, p.step, *numbers, len(p.episodes), p.folder.name]
+    return [dataset, p.method, p.seed, p.step, *numbers, len(p.episodes), p.folder.name, p.lane]
 
 
 def draw(made: Sequence[Selection]) -> Figure:

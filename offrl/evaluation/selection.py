@@ -22,6 +22,7 @@ class Policy:
     """A lane of a checkpoint.
 
     Attributes:
+        lane: number of the lane in its run; lanes may share a seed.
         value, soft_opc, td_error: estimates of fitted Q evaluation, discounted, in units of rewards.
         episodes: scores of the evaluation at this checkpoint's update; empty when there was none.
     """
@@ -30,6 +31,7 @@ class Policy:
     seed: int
     step: int
     folder: Path
+    lane: int
     value: float
     soft_opc: float
     td_error: float

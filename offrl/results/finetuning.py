@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,11 +60,17 @@ class FineTuning:
     published: OnlinePublished | None
 
 
-def fine_tunings(cells: Sequence[Cell], rows: pl.DataFrame, runs: Sequence[results.Run]) -> list[FineTuning]:
+def fine_tunings(
+    cells: Sequence[Cell],
+    rows: pl.DataFrame,
+    runs: Sequence[results.Run],
+    episodes: Mapping[Path, Sequence[OnlineRow]],
+) -> list[FineTuning]:
     """What the runs with an online phase say.
 
     Args:
         cells, rows: as `cells.build` gives them.
+        episodes: the episodes of each such run's online phase, by folder.
     """
     import polars as pl
 
@@ -74,11 +80,13 @@ def fine_tunings(cells: Sequence[Cell], rows: pl.DataFrame, runs: Sequence[resul
     for cell in cells:
         here = rows.filter((pl.col("label") == cell.method) & (pl.col("dataset") == cell.dataset))
         if not here.is_empty():
-            found.append(_fine_tuning(cell, here, online))
+            found.append(_fine_tuning(cell, here, online, episodes))
     return found
 
 
-def _fine_tuning(cell: Cell, rows: pl.DataFrame, runs: dict[str, results.Run]) -> FineTuning:
+def _fine_tuning(
+    cell: Cell, rows: pl.DataFrame, runs: Mapping[str, results.Run], episodes: Mapping[Path, Sequence[OnlineRow]]
+) -> FineTuning:
     import polars as pl
 
     evaluations = (
@@ -97,7 +105,7 @@ def _fine_tuning(cell: Cell, rows: pl.DataFrame, runs: dict[str, results.Run]) -
         last = max(score, default=0)
         before.append(score.get(0, math.nan))
         after.append(score[last] if last else math.nan)
-        value, by_success = regret_of(read_online(Path(str(folder))), int(str(lane)))
+        value, by_success = regret_of(episodes[Path(str(folder))], int(str(lane)))
         regret.append(value)
         told.append(by_success)
         seeds.append(int(str(seed)))
@@ -128,7 +136,7 @@ def read_online(folder: Path) -> list[OnlineRow]:
     """The episodes of a run's online phase; a line torn by a kill is left out.
 
     Raises:
-        OffrlError: a line is no row.
+        OffrlError: the file can't be read, or a line is no row.
     """
     path = folder / NAME
     try:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from offrl.results.writer import _finite, _Log
+from offrl.results.writer import _Log, finite
 
 NAME = "online.jsonl"
 
@@ -50,9 +50,9 @@ class OnlineRows:
             "step": step,
             "episode": episode.number,
             "env_seed": episode.seed,
-            "return_raw": _finite(episode.ret),
+            "return_raw": finite(episode.ret),
             "length": episode.length,
-            "normalized": None if score is None else _finite(score),
+            "normalized": None if score is None else finite(score),
             "success": episode.success,
         }
 

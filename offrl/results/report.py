@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
@@ -16,7 +16,7 @@ from offrl import results
 from offrl.results import figures, html, stats, tables
 from offrl.results.aggregates import Report, profiles, summarise
 from offrl.results.cells import METRICS, Cell, build
-from offrl.results.finetuning import collapsed, fine_tunings
+from offrl.results.finetuning import OnlineRow, collapsed, fine_tunings, read_online
 from offrl.results.rows import folders, run_of, write_parquet
 from offrl.results.style import save
 from offrl.utils.errors import OffrlError, one_line
@@ -25,6 +25,8 @@ from offrl.utils.paths import replacing
 if TYPE_CHECKING:
     import polars as pl
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 # Figure file (without .png): title. The profiles are drawn where a family has several datasets.
 FIGURES = {
@@ -72,7 +74,7 @@ def summary(
     if last_k < 1:
         raise OffrlError(f"last_k={last_k} must be at least 1.")
     paths = [Path(path) for path in paths]
-    runs, rows, damage = _readable(paths)
+    runs, rows, online, damage = _readable(paths)
     if rows.is_empty() and damage:
         raise OffrlError(damage[0])
     if rows.is_empty():
@@ -80,33 +82,39 @@ def summary(
         raise OffrlError(f"no run with an evaluation in {where}: give the folder of a run that has evaluated a policy.")
     cells, rows, notes = build(rows, runs, last_k, metric)
     notes += [f"Left out, damaged: {sentence}" for sentence in damage]
-    tuned = fine_tunings(cells, rows, runs)
+    tuned = fine_tunings(cells, rows, runs, online)
     made = summarise(Path(out), cells, rows, [*notes, *filter(None, [collapsed(tuned)])])
     return replace(made, fine_tunings=tuned, damage=damage), rows
 
 
-def _readable(paths: Iterable[Path | str]) -> tuple[list[results.Run], pl.DataFrame, list[str]]:
-    """The runs whose files can be read, their rows, and a sentence for each of the others."""
+def _readable(
+    paths: Iterable[Path | str],
+) -> tuple[list[results.Run], pl.DataFrame, dict[Path, list[OnlineRow]], list[str]]:
+    """The runs whose files can be read, their rows, their online episodes by folder, and a sentence for each of the others."""
     import polars as pl
 
     found = [run_of(folder) for folder in folders(paths)]
     damage = [run.damage for run in found if run.damage]
     runs = [run for run in found if not run.damage]
+    online = _unless_damaged(read_online, [run for run in runs if run.config.get("online")], damage)
+    runs = [run for run in runs if run.folder in online or not run.config.get("online")]
     try:
-        return runs, results.read([run.folder for run in runs]), damage  # all at once is much faster
+        return runs, results.read([run.folder for run in runs]), online, damage  # all at once is much faster
     except OffrlError:
-        frames = {run.folder: _rows(run, damage) for run in runs}
-    rows = {folder: frame for folder, frame in frames.items() if frame is not None}
-    return [run for run in runs if run.folder in rows], pl.concat([results.read([]), *rows.values()]), damage
+        rows = _unless_damaged(lambda folder: results.read([folder]), runs, damage)
+    runs = [run for run in runs if run.folder in rows]
+    return runs, pl.concat([results.read([]), *rows.values()]), online, damage
 
 
-def _rows(run: results.Run, damage: list[str]) -> pl.DataFrame | None:
-    """A run's rows; None, and a sentence more in `damage`, where they can't be read."""
-    try:
-        return results.read([run.folder])
-    except OffrlError as error:
-        damage.append(str(error))
-        return None
+def _unless_damaged(reading: Callable[[Path], T], runs: Iterable[results.Run], damage: list[str]) -> dict[Path, T]:
+    """What can be read of the runs, by folder; `damage` gets a sentence for each of the others."""
+    found = {}
+    for run in runs:
+        try:
+            found[run.folder] = reading(run.folder)
+        except OffrlError as error:
+            damage.append(str(error))
+    return found
 
 
 def show_tables(made: Report) -> None:

@@ -110,9 +110,9 @@ class RunWriter:
                 "checkpoint": checkpoint,
                 "episode": episode,
                 "eval_seed": int(eval_seed),
-                "return_raw": _finite(total[lane, episode]),
+                "return_raw": finite(total[lane, episode]),
                 "length": int(length[lane, episode]),
-                "normalized": _finite(scores[lane, episode]),
+                "normalized": finite(scores[lane, episode]),
                 "wall_clock": now,
             }
             for lane, seed in enumerate(lane_seeds)
@@ -129,12 +129,12 @@ class RunWriter:
         """Add the metrics of one step, each `[lanes]`; the row of the rate has no lane, because all lanes share it."""
         shared = {"run_id": self._shared["run_id"], "step": int(step), "wall_clock": round(time.time(), 3)}
         rows = [
-            {**shared, "lane": lane, "seed": int(seed), "metric": name, "value": _finite(value)}
+            {**shared, "lane": lane, "seed": int(seed), "metric": name, "value": finite(value)}
             for name, lanes in values.items()
             for lane, (seed, value) in enumerate(zip(lane_seeds, lanes, strict=True))
         ]
         if updates_per_second is not None:
-            rate = {"metric": "updates_per_second", "value": _finite(updates_per_second)}
+            rate = {"metric": "updates_per_second", "value": finite(updates_per_second)}
             rows.append({**shared, "lane": None, "seed": None, **rate})
         self._metrics.append(rows)
 
@@ -256,7 +256,7 @@ def _relabelled(data: bytes, budget: int | None) -> bytes:
     return b"".join(lines)
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """JSON has no NaN and no infinity: they are written as null and read as NaN."""
     number = float(value)
     return number if math.isfinite(number) else None

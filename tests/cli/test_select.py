@@ -16,6 +16,7 @@ from offrl.evaluation.fqe import FQEConfig
 from offrl.evaluation.selection import Policy, judge
 from offrl.results import has_critic, read, runs
 from offrl.results.budget import expected_best
+from offrl.results.report import summary
 from offrl.training.trainer import train
 from offrl.utils.errors import OffrlError
 
@@ -24,7 +25,7 @@ QUICK = FQEConfig(updates=60, batch_size=64, lr=1e-2, hidden=(16,))
 
 def policy(method: str, seed: int, value: float, score: float = math.nan, step: int = 10) -> Policy:
     episodes = np.empty(0) if math.isnan(score) else np.array([score - 1, score + 1])
-    return Policy(method, seed, step, Path("runs") / method, value, 0.0, 0.1, episodes)
+    return Policy(method, seed, step, Path("runs") / method, 0, value, 0.0, 0.1, episodes)
 
 
 def test_a_ranking_is_judged_by_policies_and_by_configurations() -> None:
@@ -98,6 +99,40 @@ def test_the_command(
         select([], "out")
     assert main(*given, "--device", "gpu") == 2
     assert "device=gpu is unknown; choose auto, cpu, cuda or cuda:N." in capsys.readouterr().err
+
+
+def test_settings_of_runs_that_were_never_evaluated_are_told_apart(
+    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two settings are two lanes of one seed, and there is a run with another one: each row says which policy it is."""
+    monkeypatch.chdir(tmp_path)
+    train(options(toy_file, 4, name="pair", agent={"alpha": [1.0, 5.0]}, lanes=1, seeds=[0, 0]))
+    train(options(toy_file, 4, name="single", agent={"alpha": 2.5}, lanes=1))
+    assert main("select", "runs", "--updates", "5", "--hidden", "4") == 0
+    expected = {("td3_bc (alpha=1.0)", "pair", "0"), ("td3_bc (alpha=5.0)", "pair", "1")}
+    expected |= {("td3_bc (alpha=2.5)", "single", "0")}
+    with open("runs/select/select.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["method"], line["run"], line["lane"]) for line in lines} == expected
+    assert [line["seed"] for line in lines] == ["0"] * 3
+    assert ",".join(lines[0]) == "dataset,method,seed,step,value,soft_opc,td_error,score,episodes,run,lane"
+    for shown in (capsys.readouterr().out, Path("runs/select/select.md").read_text()):
+        assert all(label in shown for label, *_ in expected)
+    heading, *_ = (line for line in Path("runs/select/select.md").read_text().splitlines() if "FQE value" in line)
+    assert [name.strip() for name in heading.strip("| ").split("|")][-2:] == ["lane", "run"]
+
+
+def test_a_run_that_was_evaluated_and_one_that_was_not_have_labels_of_one_kind(world: Path) -> None:  # noqa: F811
+    """Labels are a report's, and evaluated or not is no setting."""
+    evaluation = {"every": 0, "final_episodes": 2, "workers": 1}
+    for alpha in (1.0, 2.5):
+        train({**options("toy.npz", 4, agent={"alpha": alpha}, name=f"seen{alpha}"), "eval": evaluation})
+    train(options("toy.npz", 4, agent={"alpha": 2.5}, lanes=1, seed=7, name="unseen"))
+    (made,) = select(["runs"], "out", FQEConfig(updates=3, hidden=(8,)), show=False)
+    assert {p.method for p in made.policies if p.folder.name == "unseen"} == {"td3_bc (alpha=2.5)"}
+    assert len(made.known) == 4
+    reported, _ = summary(["runs"], "report")
+    assert {p.method for p in made.policies} == {cell.method for cell in reported.cells}
 
 
 def test_runs_of_transformed_rewards_are_ranked_by_the_recorded_ones(

@@ -104,6 +104,34 @@ def test_a_label_tells_a_fine_tuned_run_from_its_offline_half(tmp_path: Path) ->
     assert "same settings and seed" not in (tmp_path / "report/report.md").read_text()
 
 
+@pytest.mark.parametrize("text", ["x\n", '{"lane": "0", "step": 1, "return_raw": 1.0}\n', None])
+def test_a_run_whose_online_rows_are_damaged_is_left_out_and_said(
+    text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report is that of the other runs; None: a folder stands in the file's place."""
+    make_run(tmp_path / "runs/a", "iql+online", [40.0, 40.0], [60.0, 60.0])
+    make_run(tmp_path / "runs/b", "rebrac+online", [70.0, 68.0], [88.0, 17.0])
+    make_run(tmp_path / "runs/c", "bc", [50.0], [50.0], online=None)  # whose file nobody reads
+    (tmp_path / "runs/c/online.jsonl").write_text("x\n")
+    path = tmp_path / "runs/b/online.jsonl"
+    path.unlink()
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_text(text)
+    made = report([tmp_path / "runs"], tmp_path / "report", show=False)
+    assert [cell.method for cell in made.cells] == ["bc", "iql+online"]
+    assert [(tuned.method, tuned.regret.tolist()) for tuned in made.fine_tunings] == [("iql+online", [0.5, 0.5])]
+    (sentence,) = made.damage
+    assert str(path) in sentence
+    assert f"Left out, damaged: {sentence}" in (tmp_path / "report/report.md").read_text()
+    assert cli.main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"offrl: error: left out of the report: {path}")
+    assert (tmp_path / "out/report.md").exists()
+    assert cli.main(["report", str(tmp_path / "runs/b"), "--out", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("online", "label"),
     [

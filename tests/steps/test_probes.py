@@ -154,8 +154,15 @@ def test_probe_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert plot.stat().st_size > 1000
     assert main(words[:-1]) == 0
     assert "rvs" in capsys.readouterr().out
-    assert main(["probe", str(folders[1]), "--plot", str(plot), "--updates", "0"]) == 2
-    assert "nothing to plot" in capsys.readouterr().err
+    plot.unlink()
+    words = ["probe", str(folders[1]), "--episodes", "10", "--plot", str(plot), "--updates", "0"]
+    assert main(words) == 2  # what was played is shown all the same
+    shown = capsys.readouterr()
+    assert "forge/bandit/skewed-v0" in shown.out
+    assert "nothing to plot" in shown.err
+    assert main([*words, "--json"]) == 2
+    assert len(json.loads(capsys.readouterr().out)[0]["achieved"]) == 1
+    assert not plot.exists()
 
 
 def test_json_of_earlier_versions_is_still_read() -> None:
