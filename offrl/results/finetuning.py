@@ -16,7 +16,7 @@ from offrl.results.cells import Cell, _curve
 from offrl.results.labels import ONLINE
 from offrl.results.online import NAME
 from offrl.results.published import OnlinePublished, lookup_online
-from offrl.results.rows import MOST_BYTES
+from offrl.results.rows import MOST_BYTES, ConfigRecord
 from offrl.results.stats import Array
 from offrl.utils.files import parse_json, read_bytes
 
@@ -128,8 +128,9 @@ def _fine_tuning(
 
 def _environment_step(config: dict[str, Any], update: int) -> int:
     """The environment step after which an update was made; negative for the offline half, 0 at the switch."""
-    made, online = update - int(config["updates"]), config["online"]
-    return made if made <= 0 else int(online["random_steps"]) + made // int(online["updates_per_step"])
+    record = ConfigRecord.model_validate(config)
+    made, online = update - (record.updates or 0), record.online
+    return made if made <= 0 or online is None else online.random_steps + made // online.updates_per_step
 
 
 def read_online(folder: Path) -> list[OnlineRow]:

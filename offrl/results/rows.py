@@ -92,7 +92,7 @@ class Run:
 class _OnlineRecord(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     steps: Annotated[int, Field(ge=0, lt=2**63)]
-    updates_per_step: Annotated[int, Field(ge=0, lt=2**63)]
+    updates_per_step: Annotated[int, Field(ge=1, lt=2**63)]
     random_steps: Annotated[int, Field(ge=0, lt=2**63)]
 
 

@@ -13,7 +13,7 @@ from offrl.cli import main as cli
 from offrl.results import OnlineRows, RunWriter
 from offrl.results.finetuning import OnlineRow, regret_of
 from offrl.results.published import lookup, lookup_online
-from offrl.results.report import report
+from offrl.results.report import report, summary
 from offrl.results.rows import ConfigRecord
 
 ONLINE = {"steps": 1000, "updates_per_step": 2, "random_steps": 100}
@@ -203,3 +203,12 @@ def test_a_runs_budget_counts_its_online_updates(tmp_path: Path, capsys: pytest.
     make_run(tmp_path / "runs/a", "iql+online", [1.0], [2.0])
     assert cli.main(["status", str(tmp_path / "runs")]) == 0
     assert "2300" in capsys.readouterr().out
+
+
+def test_an_online_phase_without_updates_is_no_configuration(tmp_path: Path) -> None:
+    """A file that tells of none is damaged: no environment step could be told from an update."""
+    make_run(tmp_path / "runs/good", "iql+online", [1.0], [2.0])
+    make_run(tmp_path / "runs/bad", "iql+online", [1.0], [2.0], online={**ONLINE, "updates_per_step": 0})
+    made = summary([tmp_path / "runs"], tmp_path / "out")[0]
+    assert [list(tuned.after) for tuned in made.fine_tunings] == [[2.0]]
+    assert ["bad" in sentence and "updates_per_step" in sentence for sentence in made.damage] == [True]
