@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ from offrl.training.trainer import RunConfig, make_agent, resolve_config
 from offrl.utils.dataset_names import D4RL_MIXTURE
 from offrl.utils.errors import OffrlError
 from offrl.utils.paths import conf_dir
-from offrl.utils.settings import build, chosen_settings
+from offrl.utils.settings import build, check_ranges, chosen_settings
 
 TD3BC = "offrl.agents.td3_bc.TD3BC"
 
@@ -65,6 +67,31 @@ def planned(**values: Any) -> RunConfig:
 
 
 # ---- values ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bounded:
+    """Settings whose names would say other bounds."""
+
+    tau: float = 7.0  # a temperature
+    rate: float = 0.5
+    least: ClassVar[dict[str, float]] = {"tau": 1, "rate": 0.1}
+    most: ClassVar[dict[str, float]] = {"tau": 9}
+
+
+@pytest.mark.parametrize(
+    ("cfg", "sentence"),
+    [
+        (Bounded(), None),
+        (Bounded(tau=9.5), "x.tau=9.5 should be at least 1 and at most 9."),
+        (Bounded(tau=0.5), "x.tau=0.5 should be at least 1 and at most 9."),
+        (Bounded(rate=0.0), "x.rate=0.0 should be at least 0.1."),
+    ],
+    ids=str,
+)
+def test_a_dataclass_says_its_own_bounds(cfg: Bounded, sentence: str | None) -> None:
+    with pytest.raises(OffrlError, match=re.escape(sentence)) if sentence else nullcontext():
+        check_ranges(cfg, "x")
 
 
 def test_values_become_the_types_of_the_dataclass() -> None:

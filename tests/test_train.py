@@ -481,6 +481,7 @@ def test_resume_takes_options_that_change_no_number(toy_file: Path) -> None:
     ("now", "sentence"),
     [
         ({"eval.ref_max": 30.0}, "the run was scored with eval.ref_max=20.0, not 30.0"),
+        ({"eval.ref_min": None, "eval.ref_max": None}, "the run was scored with eval.ref_min=0.0, not None"),
         ({"eval.max_episode_steps": 7}, "the run was scored with eval.max_episode_steps=None, not 7"),
         ({}, None),
     ],

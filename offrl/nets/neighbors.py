@@ -175,8 +175,8 @@ class OnProcessor:
         self, rows: Tensor, actions: Tensor, betas: Tensor, k: int, states: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         asked, count = rows.numpy(), len(rows)
-        if not 0 <= float(betas.min()) <= float(betas.max()) <= _LARGEST_BETA:
-            raise OffrlError(f"beta={betas.tolist()[0]:g} should be between 0 and {_LARGEST_BETA:g}; set agent.beta.")
+        if not 0 <= betas.numpy().min() <= betas.numpy().max() <= _LARGEST_BETA:
+            raise OffrlError(f"beta={betas.numpy()[0]:g} should be between 0 and {_LARGEST_BETA:g}; set agent.beta.")
         places = np.where(asked >= 0, self.place[asked], -1)
         # Neighbouring leaves one after the other: what they share is then in the processor's cache.
         tour = np.argsort(places, kind="stable")

@@ -69,13 +69,12 @@ def check_task(folder: Path, kept: Mapping[str, Any], wanted: EvalConfig) -> Non
         kept: the options of evaluation under which the run got as far as it is.
     """
     before, now = asdict(EvalConfig()) | dict(kept), asdict(wanted)
-    same = before["env"] != now["env"] or all((before[key] or None) == (now[key] or None) for key in _SCALE)
+    for options in (before, now):
+        options["env_kwargs"] = options["env_kwargs"] or None  # none given
+    same = before["env"] != now["env"] or all(before[key] == now[key] for key in TASK)
     rows = folder / "episodes.jsonl"
     if not same and rows.is_file() and rows.stat().st_size:
         raise _scored_otherwise(folder, before, now)
-
-
-_SCALE = tuple(key for key in TASK if key != "env")
 
 
 def _scored_otherwise(folder: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) -> OffrlError:

@@ -215,26 +215,26 @@ def from_target(settings: Mapping[str, Any], base: type[Any], group: str) -> tup
     return cls, cfg
 
 
-# Settings by the last word of their name, and the numbers between which they make sense.
+# Settings by the last word of their name, and the numbers between which they make sense (a dataclass may say others).
 _RANGES = {"lr": (0.0, math.inf), "tau": (0.0, 1.0), "discount": (0.0, 1.0)}
 
 
 def check_ranges(cfg: Any, group: str) -> None:
     """Raise OffrlError for a setting outside of the numbers that make sense.
 
-    Counts are at least 0, learning rates too, step sizes of targets (`tau`) and discounts between 0 and 1. The dataclass's
-    `least: ClassVar[dict[str, int]]` says more of its own.
+    Counts are at least 0, learning rates too, step sizes of targets (`tau`) and discounts between 0 and 1, unless the
+    dataclass's `least` and `most`, each a `ClassVar[dict[str, float]]`, say otherwise.
     """
-    least = getattr(cfg, "least", {})
+    least, most = getattr(cfg, "least", {}), getattr(cfg, "most", {})
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         counts = isinstance(value, int) and f.name != "seed"
         low, high = _RANGES.get(f.name.rpartition("_")[2], (0 if counts else -math.inf, math.inf))
-        low = least.get(f.name, low)
+        low, high = least.get(f.name, low), most.get(f.name, high)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not low <= number <= high:
-                most = "" if high == math.inf else f" and at most {high:g}"
-                raise OffrlError(f"{group}.{f.name}={number} should be at least {low:g}{most}.")
+                above = "" if high == math.inf else f" and at most {high:g}"
+                raise OffrlError(f"{group}.{f.name}={number} should be at least {low:g}{above}.")
 
 
 def lane_lists(cfg: Any) -> dict[str, list[float]]:
