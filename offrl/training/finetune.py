@@ -99,8 +99,8 @@ def _job(folder: Path, values: dict[str, Any], changes: dict[str, Any], config_d
 def _take_over(folder: Path, new: Path, job: RunConfig, fresh: bool, other_task: bool) -> None:
     """Copy rows and checkpoint of the offline half, the checkpoint last: without it the copy begins again.
 
-    Evaluations at the switch stay behind where they were of another task than those to come. What an earlier fine-
-    tuning left in the folder is removed before, its checkpoint ahead of the rows that this needs.
+    Evaluations stay behind where they were of another task than those to come: one curve has scores of one scale. What an
+    earlier fine-tuning left in the folder is removed before, its checkpoint ahead of the rows that this needs.
     """
     tensors, _ = checkpoint.load(folder / checkpoint.NAME)
     kept: RunRecord = checkpoint.metadata(folder / checkpoint.NAME, RunRecord)
@@ -111,7 +111,7 @@ def _take_over(folder: Path, new: Path, job: RunConfig, fresh: bool, other_task:
         )
     check_rows(folder, kept.step, needed=True)
     names = {"run_id": new.name, "method": job.to_dict()["method"]}
-    until = {"episodes.jsonl": kept.step - other_task, "metrics.jsonl": kept.step}
+    until = {"episodes.jsonl": -1 if other_task else kept.step, "metrics.jsonl": kept.step}
     copies = {
         name: _renamed(_rows_until(read_bytes(folder / name, "restore it", MOST_BYTES), step, folder / name), names)
         for name, step in until.items()

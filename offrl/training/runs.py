@@ -89,8 +89,9 @@ def _check_same(job: RunConfig, folder: Path) -> None:
                 f"{folder}: the run was made with other settings ({key} {before[key]}, now {after[key]}); choose another "
                 "name=, or start over with fresh=true."
             )
-    if kept.step < job.train.updates:
+    if kept.step < job.train.total_updates:
         check_task(folder, kept.config.get("eval") or {}, job.train.eval)
+    if kept.step < job.train.updates:
         _warn_of_decay(job, folder)
     if lacking := sorted(after.keys() - before.keys()):
         values = ", ".join(f"{key}={after[key]}" for key in lacking)

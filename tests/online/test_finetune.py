@@ -63,13 +63,27 @@ def test_rows_without_a_checkpoint_do_not_stand_in_the_way_of_later_ones(monkeyp
 @pytest.mark.parametrize(("changes", "kept"), [({}, 4), ({"eval.max_episode_steps": 3}, 0)], ids=str)
 def test_scores_before_are_of_the_task_of_those_after(changes: dict[str, Any], kept: int) -> None:
     """An offline half of six final episodes, fine-tuned with two: four more of the same task stay, and none of another."""
-    run = offline(eval={**EVAL, "final_episodes": 6})
+    run = offline(eval={**EVAL, "every": 20, "final_episodes": 6})
     tuned = finetune(run, {"online.steps": 60, "out": "tuned", "eval.final_episodes": 2, **changes}).folder
     switch = max(row["step"] for row in rows(run, "episodes"))
     before = [row for row in rows(tuned, "episodes") if row["step"] == switch]
     lanes = len({row["lane"] for row in before})
     assert len(before) == lanes * (kept + 2)
     assert all(row["length"] <= changes.get("eval.max_episode_steps", 7) for row in before)
+    earlier = {row["step"] for row in rows(tuned, "episodes")} - {row["step"] for row in before}
+    assert (min(earlier) < switch) is bool(kept)  # of the offline half's curve, too
+
+
+def test_an_online_phase_goes_on_under_the_same_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = offline(eval={**EVAL, "final_episodes": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(LaneEnvs, "step", dying(LaneEnvs.step, 31))
+        with pytest.raises(Killed):
+            finetune(run, {"online.steps": 60, "out": "tuned"})
+    (folder,) = folders([Path("tuned")])
+    with pytest.raises(OffrlError, match=r"the run was scored with eval\.ref_min=None, not 0\.0"):
+        resume(folder, {"eval.ref_min": 0.0, "eval.ref_max": 1.0})
+    assert resume(folder).status == "finished"
 
 
 TUNE = {"online.steps": 60, "online.eval_every": 30, "out": "tuned", "keep_checkpoints": True}
