@@ -102,7 +102,7 @@ def main() -> None:
                     raise SystemExit(f"stopped at update {result.step}; the same command goes on.")
                 cell = measured(result, dataset, arguments.probe_episodes)
                 keep(arguments.out / f"histories_{agent}_{dataset.replace('/', '_')}.json", method, cell)
-                print(f"| {dataset} | {agent} | {method} | {' | '.join(told(cell))} |", flush=True)
+                print(f"| {dataset} | {agent} | {method} | {' | '.join(text_of(cell))} |", flush=True)
 
 
 def planned(dataset: str) -> list[str]:
@@ -142,7 +142,7 @@ def measured(result: Any, dataset: str, episodes: int) -> dict[str, Any]:
     return cell
 
 
-def told(cell: dict[str, Any]) -> tuple[str, ...]:
+def text_of(cell: dict[str, Any]) -> tuple[str, ...]:
     """The columns from `score` on: means over lanes."""
     scores, mean = np.array(cell["scores"]), {key: float(np.mean(values)) for key, values in cell.items()}
     spread = f" ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""

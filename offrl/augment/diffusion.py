@@ -195,7 +195,7 @@ class Training(FitLoop):
             "fingerprint": self.store.fingerprint,
             "settings": asdict(self.cfg),
             "windows": len(self.windows),
-            "share_of_rows": self.windows.share_of_rows(),
+            "share_of_rows": self.windows.share_of_rows,
             "validation_loss": self.validation_loss(),
             "parameters": sum(p.numel() for p in self.average.parameters()),
         }

@@ -124,7 +124,7 @@ def warn_of_disagreement(dataset: OfflineDataset) -> None:
     if missed > _MOST_MISSED * terminal:
         warnings.warn(
             f"{dataset.info.id}: a model's rollouts don't end where its episodes terminate: {missed:,} of {terminal:,} "
-            "terminal rows are not told by the next observation in "
+            "terminal rows have a next observation that is not terminal in "
             f"{dataset.info.env_id or 'an unknown environment'}. Rollouts go on from such states, of which the data know "
             "nothing; keep augment.length short, or name the environment with eval.env.",
             stacklevel=2,

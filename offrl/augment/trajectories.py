@@ -111,6 +111,7 @@ class Windows:
     Attributes:
         starts: `[W]` int64, first rows of the windows in `raw`.
         raw: `[N', D]` rows of all episodes before standardisation.
+        share_of_rows: share of these that lie in a window, once `fit` has run.
 
     Raises:
         OffrlError: no episode is long enough.
@@ -150,17 +151,11 @@ class Windows:
         return (first[episode] + place)[keep]
 
     def fit(self) -> None:
-        """Standardise the codec by these windows."""
-        self.codec.fit(self.raw, self._counts())
-
-    def share_of_rows(self) -> float:
-        """Share of the table's rows that lie in a window."""
-        return float((self._counts() > 0).double().mean())
-
-    def _counts(self) -> Tensor:
-        """`[N']`: in how many windows each row lies."""
+        """Standardise the codec by these windows, and find the share of rows that lie in one."""
         rows = torch.cat([self._rows(starts).reshape(-1) for starts in self.starts.split(65_536)])
-        return torch.bincount(rows, minlength=len(self.raw))
+        counts = torch.bincount(rows, minlength=len(self.raw))
+        self.codec.fit(self.raw, counts)
+        self.share_of_rows = float((counts > 0).double().mean())
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -19,7 +19,7 @@ from offrl.cli.finetune import value_of
 from offrl.data.dataset import DatasetInfo
 from offrl.envs import make_env
 from offrl.evaluation.recording import check_record, check_video, film, play, record
-from offrl.results.writer import finite
+from offrl.results.writer import plain
 from offrl.training.schema import EvalConfig
 from offrl.training.scoring import evaluate, keep, policy_of, run_folder
 from offrl.utils.errors import OffrlError
@@ -86,9 +86,9 @@ def _command(arguments: argparse.Namespace) -> int:
                     "env_id": info.env_id,
                     "lane_seeds": seeds,
                     "episode_seeds": played.seeds,
-                    "returns": _plain(played.returns),
+                    "returns": plain(played.returns.tolist()),
                     "lengths": played.lengths.tolist(),
-                    "normalized": None if played.normalized is None else _plain(played.normalized),
+                    "normalized": None if played.normalized is None else plain(played.normalized.tolist()),
                 },
                 allow_nan=False,
             )
@@ -109,11 +109,6 @@ def _command(arguments: argparse.Namespace) -> int:
     Console(markup=False).print(table)  # a name may have brackets
     print(*filter(None, [kept, *noted]), sep="\n", end="\n" * bool(kept or noted))
     return 0
-
-
-def _plain(scores: NDArray[Any]) -> list[list[float | None]]:
-    """`[lanes, episodes]` as rows have them: null for what is not finite."""
-    return [[finite(score) for score in lane] for lane in scores]
 
 
 def _keep(arguments: argparse.Namespace, agent: Agent, info: DatasetInfo, scores: NDArray[Any]) -> list[str]:

@@ -16,7 +16,7 @@ from offrl.datasets import exogenous_noise
 from offrl.evaluation.evaluator import Evaluator
 from offrl.evaluation.probes import Probe, label_leakage, noise_features, reward_and_state
 from offrl.results import style, tables
-from offrl.results.writer import finite
+from offrl.results.writer import plain
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import load_data, read_config
 from offrl.training.schema import EvalConfig
@@ -138,22 +138,13 @@ def draw(found: Sequence[Probe]) -> Figure:
     return figure
 
 
-def _plain(value: Any) -> Any:
-    """A probe's values as JSON has them: null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return finite(value) if isinstance(value, float) else value
-
-
 def _command(arguments: argparse.Namespace) -> int:
     if min(arguments.episodes, arguments.updates) < 0:
         raise OffrlError("--episodes and --updates should be at least 0.")
     options = (arguments.episodes, arguments.updates, arguments.sampled)
     found = [probe(run, *options, env=arguments.env) for run in arguments.runs]
     if arguments.json:
-        print(json.dumps([_plain(asdict(one)) for one in found], allow_nan=False))
+        print(json.dumps([plain(asdict(one)) for one in found], allow_nan=False))
     else:
         show(found)
     if arguments.plot:

@@ -256,6 +256,15 @@ def _relabelled(data: bytes, budget: int | None) -> bytes:
     return b"".join(lines)
 
 
+def plain(value: Any) -> Any:
+    """Dictionaries, lists and numbers as JSON has them: null for what is not finite."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return finite(value) if isinstance(value, float) else value
+
+
 def finite(value: Any) -> float | None:
     """JSON has no NaN and no infinity: they are written as null and read as NaN."""
     number = float(value)
