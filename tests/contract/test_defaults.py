@@ -384,7 +384,47 @@ A2PR_ROWS = [(40.0, 1.0, 1.0, 0.99), (40.0, 0.8, 1.5, 0.995), (40.0, 15.0, 1.0, 
 A2PR_ROWS += [(2.5, 0.5, 1.5, 0.99), (2.5, 4.0, 1.0, 0.99), (2.5, 1.0, 1.5, 0.99), (2.5, 1.2, 1.5, 0.995)]
 A2PR_ROWS += [(2.5, 0.8, 1.0, 0.99)]
 
+# Park, Li & Levine 2025 (table of tuned baselines, and seohongpark/fql): IQL's beta, ReBRAC's two weights, N of IDQL and of
+# IFQL, FQL's alpha; the discount is the same for all.
+OGBENCH = [
+    f"{environment}-singletask-v0"
+    for environment in (
+        "antmaze-large-navigate",
+        "antmaze-giant-navigate",
+        "humanoidmaze-medium-navigate",
+        "humanoidmaze-large-navigate",
+        "antsoccer-arena-navigate",
+        "cube-single-play",
+        "cube-double-play",
+        "scene-play",
+        "puzzle-3x3-play",
+        "puzzle-4x4-play",
+    )
+]
+FAR = [0.99, *[0.995] * 4, *[0.99] * 5]
+ON_OGBENCH: dict[str, list[Any]] = {
+    "beta": [10.0, 10.0, 10.0, 10.0, 1.0, 1.0, 0.3, 10.0, 10.0, 3.0],
+    "actor_bc": [0.003, 0.003, 0.01, 0.01, 0.01, 1.0, 0.1, 0.1, 0.3, 0.3],
+    "critic_bc": [0.01, 0.01, 0.01, 0.01, 0.01, 0.0, 0.0, 0.01, 0.01, 0.01],
+    "alpha": [10.0, 10.0, 30.0, 30.0, 10.0, 300.0, 300.0, 300.0, 1000.0, 1000.0],
+    "candidates": [32, 32, 32, 32, 64, 32, 32, 32, 32, 32],  # IDQL's fifth is not known; that of IFQL, its default
+    "discount": FAR,
+    "hidden": [*[[512] * 4] * 5, *[[256] * 4] * 5],  # IQL's
+    "expectile": [0.9] * 10,
+    "deterministic": [True] * 10,  # a std of 1
+    "normalize_obs": [False] * 10,
+    "actor_decay": [0] * 10,
+}
+
+
+def on_ogbench(*settings: str) -> dict[str, dict[str, Any]]:
+    return tabled(OGBENCH, list(settings), list(zip(*(ON_OGBENCH[name] for name in settings))))
+
+
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    "fql": on_ogbench("alpha", "discount"),
+    "ifql": on_ogbench("candidates", "discount", "expectile"),
+    "idql": on_ogbench("candidates", "discount", "expectile"),
     "cal_ql": tabled([*ANTMAZE, *CLONED], CAL_QL, CAL_QL_ROWS),
     "spot": tabled([*ANTMAZE, *CLONED], SPOT, SPOT_ROWS)
     | tabled(GYM, ["weight", "actor_lr", "normalize_obs"], SPOT_GYM),
@@ -393,8 +433,9 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "awac": tabled(CORL, ["temperature"], LAMBDA),
     "sac_n": tabled(CORL, ["members"], N),
     "edac": tabled(CORL, ["members", "eta"], ETA),
-    "rebrac": tabled(CORL, ["actor_bc", "critic_bc"], BETAS),
-    "iql": tabled(CORL, ["expectile", "beta", "tau", "deterministic", "dropout"], IQL),
+    "rebrac": tabled(CORL, ["actor_bc", "critic_bc"], BETAS) | on_ogbench("actor_bc", "critic_bc", "discount"),
+    "iql": tabled(CORL, ["expectile", "beta", "tau", "deterministic", "dropout"], IQL)
+    | on_ogbench("expectile", "beta", "discount", "hidden", "deterministic", "normalize_obs", "actor_decay"),
     "cql": tabled(CORL, ["actor_lr", "cql_alpha", "lagrange", "gap", "max_backup", "diff_min"], CQL),
     "dt": tabled(CORL, ["target_return", "return_scale"], RETURNS),
     "mopo": tabled(GYM, ["augment.length", "augment.penalty"], MOPO_ROWS),
