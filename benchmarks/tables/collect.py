@@ -7,7 +7,7 @@
 Of each finished run below DIR, at the same path, it copies `episodes.jsonl`, `online.jsonl`, `config.json`, `manifest.json` and
 `result.json`; a run that is not finished is left out and named. Of paths of the machine in them only the last part is kept.
 The measures of synthetic trajectories (`augment/metrics.json`), CORL's numbers (`peers_*.json`) and those of
-`histories.py` (`histories_*.json`) come along. Of the finite tasks, whose runs are many and short, one file `probes.json` holds
+`histories.py` and `exact_distances.py` (`histories_*.json`, `exact_distances.json`) come along. Of the finite tasks, whose runs are many and short, one file `probes.json` holds
 what `doc_curves.py` measured. Nothing is deleted.
 """
 
@@ -54,7 +54,7 @@ def collect(source: Path, into: Path) -> tuple[list[Path], list[Path]]:
         write_json(path, dict(sorted((kept_in(path) | of_runs).items())))
     for path in sorted(source.rglob("peers_*.json")):
         write_json(into / path.relative_to(source), without_paths(json.loads(path.read_text())))
-    for path in sorted(source.rglob("histories_*.json")):
+    for path in sorted([*source.rglob("histories_*.json"), *source.rglob("exact_distances.json")]):
         target = into / path.relative_to(source)
         write_json(target, kept_in(target) | without_paths(json.loads(path.read_text())))
     return copied, unfinished
