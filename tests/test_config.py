@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -381,6 +382,18 @@ def test_text_from_python_stays_text(text: str) -> None:
 @pytest.mark.parametrize("value", [None, True, False, 3, -2, 0.5, 1e-12, 1e30, [1, 2], [0.5, None]])
 def test_values_from_python_arrive_unchanged(value: Any) -> None:
     assert compose({"anything": value})["anything"] == value
+
+
+def test_arrays_and_ranges_from_python_are_lists() -> None:
+    given = {
+        "agent.alpha": np.array([1.0, 2.5]),
+        "batch_size": np.int64(7),
+        "seeds": range(3, 5),
+        "agent.tau": torch.tensor(0.5),
+    }
+    made = compose({"agent": "td3_bc", "dataset": "x", **given})
+    assert (made["agent"]["alpha"], made["batch_size"], made["seeds"]) == ([1.0, 2.5], 7, [3, 4])
+    assert made["agent"]["tau"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_what_cannot_be_drawn_gets_a_sentence(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OffrlError, match=r"ends in -v0"):
         recording.check_record(tmp_path / "mine")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    with pytest.raises(OffrlError, match=r"offrl\[video\]"):
+    with pytest.raises(OffrlError, match=r"\.\[video\]"):
         recording.check_video(tmp_path / "film.mp4", PENDULUM)
 
 

@@ -86,6 +86,7 @@ def test_everything_is_written_down_and_shown(
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["table_rows"] == {"*toy*": {"tau": 0.1}}
     assert set(manifest["non_default"]) == {"agent.hidden", "agent.tau"}
+    assert manifest["lane_lists"] == []
     capsys.readouterr()
     assert main(["train", "agent=rebrac", "dataset=antmaze-umaze-v2", "--cfg", "job"]) == 0
     shown = capsys.readouterr().out
@@ -183,6 +184,77 @@ def test_lists_per_lane_are_found_whether_or_not_annotations_are_postponed() -> 
         with pytest.raises(OffrlError, match="has 3 values for 2 lanes; give one per lane"):
             check_lane_lists(made, "agent", 2)
         check_lane_lists(made, "agent", 3)
+
+
+WIDE = """
+from dataclasses import dataclass
+from offrl.agents.td3_bc import TD3BC, TD3BCConfig
+
+@dataclass
+class WideConfig(TD3BCConfig):
+    widths: tuple[int, ...] = (32, 16)
+    floor: float | None = None
+
+class Wide(TD3BC):
+    Config = WideConfig
+"""
+
+
+def test_a_run_writes_down_which_settings_are_lists_with_one_number_per_lane(
+    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the dataclass says: `widths` of an own agent has as many entries as lanes, and is none of them."""
+    (tmp_path / "wide_agent.py").write_text(WIDE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    agent = {"_target_": "wide_agent.Wide", "alpha": [1.0, 2.0], "floor": [0.0, 1.0]}
+    folder = train(options(toy_file, 5, agent=agent, sampler={"_target_": "offrl.sampling.Uniform"})).folder
+    lists = json.loads((folder / "manifest.json").read_text())["lane_lists"]
+    assert lists == ["agent.alpha", "agent.floor"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"agent": {"alpha": [1.0, 2.0]}},
+        {"agent": {"alpha": [1, 2]}},
+        {"sampler": {"_target_": "offrl.sampling.TopPercent", "percent": [10.0, 50.0]}},
+        {
+            "sampler": {
+                "_target_": "offrl.sampling.Mixture",
+                "datasets": ["y"],
+                "shares": [0.5],
+                "samplers": ["uniform", {"_target_": "offrl.sampling.TopPercent", "percent": [10.0, 50.0]}],
+            }
+        },
+        {"history": {"encoder": "gru", "tau": [0.1, 0.2]}},
+        {"augment": {"_target_": "offrl.augment.policy_guided.PolicyGuidedDiffusion", "coefficient": [0.5, 1.0]}},
+        {"online": {"steps": 5, "agent": {"alpha": [1.0, 2.0]}}},
+        {"dataset": "cube-single-play-v0", "data": {"tasks": [1, 2]}},
+    ],
+)
+def test_lanes_of_one_seed_differ_by_a_list_with_one_number_per_lane(settings: dict[str, Any]) -> None:
+    agent = {"_target_": "offrl.agents.td3_bc.TD3BC", "hidden": [16, 8], **settings.pop("agent", {})}
+    planned(**settings, agent=agent, lanes=2, seeds=[0, 0])
+    with pytest.raises(OffrlError, match="lanes 0 and 2 have seed 0 and the same settings"):  # each list, repeated
+        planned(**repeated(settings), agent=repeated(agent) | {"hidden": [16, 8, 4]}, lanes=3, seeds=[0, 0, 0])
+
+
+def repeated(settings: Any) -> Any:
+    """The same settings with a third lane that has the first one's numbers."""
+    if isinstance(settings, dict):
+        return {key: repeated(value) for key, value in settings.items()}
+    if not isinstance(settings, list) or len(settings) < 2:
+        return settings
+    inner = [repeated(value) for value in settings]
+    return [*inner, inner[0]] if all(isinstance(value, int | float) for value in inner) else inner
+
+
+def test_sizes_of_layers_tell_no_lanes_apart() -> None:
+    """Although there are as many as lanes."""
+    for changes in ({"hidden": [16, 8]}, {"hidden": [16, 8], "alpha": [1.0, 1.0]}):
+        with pytest.raises(OffrlError, match="lanes 0 and 1 have seed 0 and the same settings"):
+            planned(agent={"_target_": "offrl.agents.td3_bc.TD3BC", **changes}, lanes=2, seeds=[0, 0])
 
 
 def test_nothing_that_a_run_folder_names_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -425,7 +426,32 @@ def test_a_finished_run_is_not_repeated(toy_file: Path) -> None:
     assert (first.status, again.status) == ("finished", "already finished")
     assert (again.folder, again.step, again.returns, again.scores) == (first.folder, 200, first.returns, first.scores)
     assert files == {path: path.stat().st_mtime_ns for path in first.folder.iterdir() if path.name != ".lock"}
-    assert train({**values, "updates": 120}).step == 200  # fewer updates than it has
+    with pytest.warns(UserWarning, match=r"the finished run has 200 updates, more than the 120 that are asked for"):
+        assert train({**values, "updates": 120}).step == 200
+
+
+def test_a_label_is_given_to_a_finished_run_as_well(toy_file: Path) -> None:
+    values = options(toy_file, 10)
+    folder = train(values).folder
+    before = json.loads((folder / "config.json").read_text())
+    assert train({**values, "label": "mine"}).status == "already finished"
+    assert json.loads((folder / "config.json").read_text()) == before | {"label": "mine", "method": "mine"}
+    assert train(values).folder == folder  # without one it keeps its own
+    assert json.loads((folder / "config.json").read_text())["label"] == "mine"
+
+
+def test_a_finished_run_says_that_it_was_evaluated_at_other_updates(world: Path) -> None:
+    values = options("toy.npz", 12)
+    made = {"every": 4, "episodes": 1, "final_episodes": 1}
+    train({**values, "eval": made})
+    with pytest.warns(
+        UserWarning, match=r"evaluated every 4 updates, so that it can't be evaluated every 6 updates any"
+    ):
+        assert train({**values, "eval": {**made, "every": 6}}).status == "already finished"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for every in (0, 4, 8, 5000):  # whose evaluations it has
+            assert train({**values, "eval": {**made, "every": every}}).status == "already finished"
 
 
 def test_more_updates_continue_a_finished_run(toy_file: Path) -> None:
@@ -666,6 +692,16 @@ def test_a_missing_environment_shows_before_training(toy_file: Path) -> None:
     with pytest.raises(OffrlError, match=r"no environment"):
         train(values)
     assert not (resolve_config(values).folder() / checkpoint.NAME).exists()
+
+
+def test_an_environment_that_nobody_knows_is_refused_without_evaluation_too(toy_file: Path) -> None:
+    for env in ("Nope-v0", "AntMaze_Nope-v0"):
+        with pytest.raises(OffrlError, match=f"{env}: Gymnasium doesn't know this environment"):
+            resolve_config(options(toy_file, eval={**UNSEEN, "env": env}))
+    resolve_config(options(toy_file, eval={**UNSEEN, "env": "Pendulum-v1"}))
+    folder = train(options(toy_file, 5)).folder
+    with pytest.raises(OffrlError, match="Nope-v0: Gymnasium doesn't know this environment"):
+        resume(folder, {"eval.env": "Nope-v0"})
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -7,8 +7,8 @@
 Of each finished run below DIR, at the same path, it copies `episodes.jsonl`, `online.jsonl`, `config.json`, `manifest.json` and
 `result.json`; a run that is not finished is left out and named. Of paths of the machine in them only the last part is kept.
 The measures of synthetic trajectories (`augment/metrics.json`), CORL's numbers (`peers_*.json`) and those of
-`histories.py` and `exact_distances.py` (`histories_*.json`, `exact_distances.json`) come along. Of the finite tasks, whose runs are many and short, one file `probes.json` holds
-what `doc_curves.py` measured. Nothing is deleted.
+`histories.py` and `exact_distances.py` (`histories_*.json`, `exact_distances.json`) come along. Of the finite tasks, whose
+runs are many and short, one file `probes.json` holds what `doc_curves.py` measured. Nothing is deleted.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/tables/histories.py                                     # claim I of docs/claims.md, the hidden grid
     python benchmarks/tables/histories.py --agents iql --datasets forge/hopper/medium-replay-v1        # velocities masked
-    python benchmarks/tables/histories.py [--updates N] [--lanes 5] [--out DIR] [key=value ...]
+    python benchmarks/tables/histories.py [key=value ...] [--updates N] [--lanes 5] [--out DIR]
 
 Each row is one run of all lanes; a command that was stopped goes on. On the grid scores are 0 for uniform actions and 100 for
 the best policy of observations. The loss J is that of the first and of the last logged update, averaged over lanes, in units of

@@ -88,12 +88,13 @@ def add_parser(subparsers: Any) -> None:
     for command in (sample, measure):
         command.add_argument("--lane", type=int, default=0, help="lane of the run (default 0)")
     for command, more in ((train, ""), (sample, ""), (measure, "; world_model.KEY=VALUE sets the world model")):
+        command.add_argument("--config-dir", metavar="DIR", help="folder of your own configuration, with agent/ in it")
         command.add_argument("words", nargs="*", metavar="KEY=VALUE", help=WORDS + more)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
     """Train the model of the options, unless it is cached."""
-    job = _job(arguments.words)
+    job = _job(arguments.words, config_dir=arguments.config_dir)
     augmentation = make_augmentation(job.augment, as_recorded(_recorded(job)), (0,))
     augmentation.prepare(progress=True)
     print(json.dumps(augmentation.metadata(), indent=1))
@@ -103,7 +104,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 def run_sample(arguments: argparse.Namespace) -> int:
     """Write trajectories, guided by a run's policy or unguided, as a dataset."""
     write = writer(arguments.dest)
-    job = _job(arguments.words, arguments.policy)
+    job = _job(arguments.words, arguments.policy, arguments.config_dir)
     real = _recorded(job)
     augmentation = make_augmentation(_of_lane(job.augment, arguments.lane), as_recorded(real), (arguments.seed,))
     policy = _policy(arguments.policy, arguments.lane, real) if arguments.policy else None
@@ -124,7 +125,7 @@ def run_metrics(arguments: argparse.Namespace) -> int:
     world_words = [word.removeprefix("world_model.") for word in arguments.words if word.startswith("world_model.")]
     words = [word for word in arguments.words if not word.startswith("world_model.")]
     count = f"augment.transitions={arguments.transitions}"
-    job = _job([*words, count], arguments.policy)
+    job = _job([*words, count], arguments.policy, arguments.config_dir)
     tune_process(job.train.threads)
     real, seeds = _recorded(job), (arguments.seed,)
     augment = _of_lane(job.augment, arguments.lane)
@@ -141,7 +142,7 @@ def run_metrics(arguments: argparse.Namespace) -> int:
         settings = [f"augment.{word}" for word in world_words]
         rest = [word for word in words if not word.startswith("augment")]
         named = ["augment=world_model", *rest, *settings, count, f"augment.length={shape.length}"]
-        kinds["world model"] = _of_lane(_job(named, arguments.policy).augment, arguments.lane)
+        kinds["world model"] = _of_lane(_job(named, arguments.policy, arguments.config_dir).augment, arguments.lane)
 
     simulator = metrics.Simulator(real.info)
     found = {}
@@ -170,7 +171,7 @@ def run_metrics(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _job(words: Sequence[str], run: Path | None = None) -> RunConfig:
+def _job(words: Sequence[str], run: Path | None = None, config_dir: str | None = None) -> RunConfig:
     """The checked configuration of `key=value` words; a run gives `dataset`, `data` and its task where the words do not."""
     if odd := [word for word in words if "=" not in word or word.startswith("-")]:
         raise OffrlError(f"{odd[0]} is no option; {WORDS}.")
@@ -179,7 +180,8 @@ def _job(words: Sequence[str], run: Path | None = None) -> RunConfig:
     first = [] if "augment" in given else ["augment=policy_guided_diffusion"]
     if kept and "dataset" not in given:
         first.append(f"dataset='{kept['dataset']}'")
-    values = compose_words([*first, *words])
+    place = ["--config-dir", config_dir] if config_dir else []
+    values = compose_words([*place, *first, *words])
     if kept:
         values["data"] = {**kept["data"], **(values.get("data") or {})}
     job = resolve_config(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def select(
     device: str = "cpu",
     show: bool = True,
 ) -> list[Selection]:
-    """Rank the policies of all runs in or below the given folders, one ranking per dataset.
+    """Rank the policies of all runs in or below the given folders, one ranking per dataset, and per way to see it
+    (`data.mask`, ...).
 
     Args:
         out: folder for select.md, select.csv and select.png.
@@ -59,16 +61,13 @@ def select(
         OffrlError: no checkpoint, a damaged one, a dataset that is gone or has changed, or `out` can't be written.
     """
     cfg = cfg or FQEConfig()
-    by_dataset: dict[str, list[results.Run]] = {}
     paths = [Path(path) for path in paths]
-    for run in results.runs(paths):
-        if (run.folder / checkpoint.NAME).exists():
-            by_dataset.setdefault(str(run.config.get("dataset")), []).append(run)
-    if not by_dataset:
+    trained = [run for run in results.runs(paths) if (run.folder / checkpoint.NAME).exists()]
+    if not trained:
         raise OffrlError(f"no checkpoint in {', '.join(map(str, paths)) or 'no folder'}: name folders of trained runs.")
     rows = results.read(paths)
     made, notes = [], []
-    for dataset, runs in sorted(by_dataset.items()):
+    for dataset, runs in by_data(trained):
         selection, left_out = _rank(dataset, runs, rows, cfg, all_checkpoints, device, show)
         notes += left_out
         if selection:
@@ -100,6 +99,28 @@ def select(
 
 
 # ---- from runs to policies -----------------------------------------------------------------------------------
+
+
+def by_data(runs: Iterable[results.Run]) -> list[tuple[str, list[results.Run]]]:
+    """Runs by what they see of which dataset, with its name, which also says how those of one dataset differ."""
+    groups: dict[str, dict[str, list[results.Run]]] = {}
+    for run in runs:
+        dataset, data = str(run.config.get("dataset")), run.config.get("data") or {}
+        ignored = {"cache"} if dataset.startswith("forge/") else {"cache", "size", "seed"}
+        ignored -= {"seed"} if data.get("flicker") else set()
+        seen = {key: value for key, value in data.items() if key not in ignored and not key.startswith("reward_")}
+        same = groups.setdefault(dataset, {})
+        same.setdefault(json.dumps(seen, sort_keys=True), []).append(run)
+    found = []
+    for dataset, same in sorted(groups.items()):
+        settings = {key: json.loads(key) for key in same}
+        names = sorted({name for each in settings.values() for name in each})
+        differ = [name for name in names if len({json.dumps(each.get(name)) for each in settings.values()}) > 1]
+        for key, members in sorted(same.items()):
+            given = {name: settings[key].get(name) for name in differ}
+            how = ", ".join(f"data.{name}={json.dumps(value)}" for name, value in given.items() if value)
+            found.append((f"{dataset} ({how})" if how else dataset, members))
+    return found
 
 
 def _rank(
@@ -137,7 +158,9 @@ def _rank(
             if transform not in fingerprints:
                 fingerprints[transform] = transform_rewards(store, train.data).fingerprint
             if metadata["fingerprint"] != fingerprints[transform]:
-                notes.append(f"Left out, trained on other data than {dataset} holds: {run.folder.name}.")
+                further = (metadata["config"].get("sampler") or {}).get("datasets")
+                why = "trained on further datasets, too" if further else f"trained on other data than {dataset} holds"
+                notes.append(f"Left out, {why}: {run.folder.name}.")
                 break
             agents.append((run, int(metadata["step"]), agent))
     if store is None or not agents:
@@ -200,7 +223,7 @@ def _scores(rows: pl.DataFrame, runs: list[results.Run], dataset: str) -> tuple[
 
     here = rows.filter(pl.col("folder").is_in([str(run.folder) for run in runs]))
     if not len(here):
-        return {}, scale_of(dataset)
+        return {}, scale_of(str(runs[0].config.get("dataset")))
     here = scored(here, runs)
     finite = pl.col("value").is_not_nan().all().over("folder", "lane", "step")  # the mean of the others would flatter
     episodes = here.filter(finite).partition_by(["folder", "lane", "step"], as_dict=True)

@@ -23,11 +23,12 @@ CLIPPED_BY_SIMULATOR = ("kitchen",)
 MOST_CLASSES = 65_536
 
 
-def discrete_actions(array: np.ndarray, info: DatasetInfo, where: str) -> tuple[Tensor, DatasetInfo]:
-    """`[N]` int64 class indices of bools, integers, one-hot rows, or floats that are class indices.
+def discrete_actions(array: np.ndarray, info: DatasetInfo, where: str, first: int = 0) -> tuple[Tensor, DatasetInfo]:
+    """`[N]` int64 class indices from 0 on, of bools, integers, one-hot rows, or floats that are class indices.
 
     Args:
         array: bools or integers, or floats of which the source says that they are discrete; `[N, ...]`.
+        first: number of the first action in `array`; one-hot rows have none.
 
     Raises:
         OffrlError: several columns that are not one-hot, numbers that are no class indices.
@@ -41,10 +42,13 @@ def discrete_actions(array: np.ndarray, info: DatasetInfo, where: str) -> tuple[
             )
         return torch.from_numpy(array.argmax(1)), replace(info, discrete=info.discrete or array.shape[1])
     if array.dtype.kind == "u" and len(array):
-        check_indices(array[:, 0], info, where)  # as they are stored: from 2^63 on, int64 would turn them negative
+        check_indices(
+            array[:, 0], info, where, first
+        )  # as they are stored: from 2^63 on, int64 would turn them negative
     indices = whole(array[:, 0], "actions", where)
     if len(indices):
-        check_indices(indices, info, where)
+        check_indices(indices, info, where, first)
+        indices -= first
         count = 2 if array.dtype.kind == "b" else int(indices.max()) + 1
         info = replace(info, discrete=info.discrete or count)
     return torch.from_numpy(indices), info
@@ -63,18 +67,22 @@ def whole(numbers: np.ndarray, key: str, where: str) -> np.ndarray:
     return integers
 
 
-def check_indices(indices: np.ndarray, info: DatasetInfo, where: str) -> None:
-    """Refuse numbers that are no class indices."""
-    first, last = int(indices.min()), int(indices.max())
-    if first >= 0 and last < (info.discrete or MOST_CLASSES):
+def check_indices(indices: np.ndarray, info: DatasetInfo, where: str, first: int = 0) -> None:
+    """Refuse numbers that are no class indices, the least of which is `first`."""
+    least, most = int(indices.min()), int(indices.max())
+    if least >= first and most - first < (info.discrete or MOST_CLASSES):
         return
-    worst = first if first < 0 else last
+    worst = least if least < first else most
     row = int(np.flatnonzero(indices == worst)[0])
     if info.discrete is not None:
-        raise OffrlError(f"{where}: actions holds {worst} in row {row}; it must lie between 0 and {info.discrete - 1}.")
+        raise OffrlError(
+            f"{where}: actions holds {worst} in row {row}; it must lie between {first} and {first + info.discrete - 1}: "
+            "correct it, or the declared number of actions (action_count, DatasetInfo.discrete or Minari's action space)."
+        )
     raise OffrlError(
-        f"{where}: actions holds {worst} in row {row}; integers are read as discrete actions 0, 1, 2, ...: number "
-        "them from 0, or store float32 if they are continuous."
+        f"{where}: actions holds {worst} in row {row}; integers are read as discrete actions {first}, {first + 1}, "
+        f"{first + 2}, ...: number them from {first} (action_start tells another first number), or store float32 if they "
+        "are continuous."
     )
 
 

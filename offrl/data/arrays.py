@@ -40,7 +40,8 @@ def from_arrays(
             `rewards [N]`, `terminals [N]`; optional `timeouts [N]`, `next_observations` and what
             `offrl.data.columns` lists. Numpy arrays, tensors or nested lists; other keys are ignored.
         info: what is known besides the numbers; its `max_episode_steps` cuts episodes when neither timeouts nor
-            successors show their ends, its bounds hold for the actions.
+            successors show their ends, its bounds hold for the actions. `discrete` is the number of discrete actions
+            (`action_count` of the arrays says the same), which is else the largest one that occurs plus 1.
         options: see `ReadOptions`; the rules are those of `offrl.data.episodes`.
 
     Raises:

@@ -12,6 +12,8 @@ last row of an episode, be it by a termination, a time limit or the collector.
 | `valids` | | 0 in a row that holds only the state behind an episode's last step (OGBench's compact layout) |
 | `action_low`, `action_high` | | bounds of the actions, one number or one a dimension |
 | `discrete_action` | | whether actions are class indices, also where they are stored as floats (d3rlpy 1) |
+| `action_count` | | number of discrete actions, where the last ones may never occur |
+| `action_start` | | number of the first discrete action, where it is not 0 (`start` of Gymnasium's Discrete) |
 
 Every other key is ignored.
 """
@@ -26,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.data.actions import bounds, discrete_actions
+from offrl.data.actions import MOST_CLASSES, bounds, discrete_actions
 from offrl.data.checks import check_dtype, check_length, flags, with_notices
-from offrl.data.dataset import DatasetInfo
+from offrl.data.dataset import FIRST_ACTION, DatasetInfo
 from offrl.data.memory import check_memory
-from offrl.utils.errors import OffrlError
+from offrl.utils.errors import OffrlError, one_line
 
 REQUIRED = ("observations", "actions", "rewards")
 FLAGS = {
@@ -102,7 +104,8 @@ def read_rows(source: Source, info: DatasetInfo, successors: bool = True) -> tup
         successors: whether stored `next_observations` are read.
 
     Raises:
-        OffrlError: a missing column, shapes that do not fit together, flags other than 0 and 1, too little memory.
+        OffrlError: a missing column, shapes that do not fit together, flags other than 0 and 1, actions that are not
+            numbered as declared, too little memory.
     """
     keys, where = source.keys(), source.where
     found = {column: [key for key in names if key in keys] for column, names in FLAGS.items()}
@@ -119,15 +122,15 @@ def read_rows(source: Source, info: DatasetInfo, successors: bool = True) -> tup
     if low is not None or high is not None:
         width = widths["actions"] if source.described("actions")[1].kind == "f" else None
         info = replace(info, **bounds(low, high, where, width))
-    if "discrete_action" in keys and info.discrete is None:
+    info, first = _declared_actions(source, keys, info)
+    indices = info.discrete is not None or first != 0
+    if "discrete_action" in keys and not indices:
         indices = bool(np.asarray(source.array("discrete_action")).any())
-    else:
-        indices = info.discrete is not None
     observations = _matrix(source.floats("observations"))
     if source.described("actions")[1].kind == "f" and not indices:
         actions = _matrix(source.floats("actions"))
     else:
-        actions, info = discrete_actions(source.array("actions"), info, where)
+        actions, info = discrete_actions(source.array("actions"), info, where, first)
     rows = Rows(
         observations=observations,
         actions=actions,
@@ -173,6 +176,35 @@ def _check_shapes(source: Source, names: list[str]) -> dict[str, tuple[int, ...]
         both = f"{shapes['next_observations']} and {shapes['observations']}"
         raise OffrlError(f"{source.where}: next_observations and observations have shapes {both}; they must agree.")
     return shapes
+
+
+def _declared_actions(source: Source, keys: list[str], info: DatasetInfo) -> tuple[DatasetInfo, int]:
+    """`info` with what a source declares of discrete actions, and the number of the first one there.
+
+    Raises:
+        OffrlError: no integer, or a number of actions that contradicts `info`.
+    """
+    if "action_count" in keys:
+        count = _integer(source, "action_count", 1)
+        if info.discrete not in (None, count):
+            raise OffrlError(
+                f"{source.where}: action_count is {count}, but its description (DatasetInfo.discrete) says {info.discrete} "
+                "discrete actions; remove one of them."
+            )
+        info = replace(info, discrete=count)
+    first = _integer(source, "action_start", -MOST_CLASSES) if "action_start" in keys else 0
+    if first:
+        info = replace(info, provenance=info.provenance | {FIRST_ACTION: first})
+    return info, first
+
+
+def _integer(source: Source, key: str, least: int) -> int:
+    value = np.asarray(source.array(key))
+    if value.size == 1 and value.dtype.kind in "iu" and least <= int(value.item()) <= MOST_CLASSES:
+        return int(value.item())
+    raise OffrlError(
+        f"{source.where}: {key} is {one_line(value, 60)}; it must be one integer from {least} to {MOST_CLASSES}."
+    )
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from offrl.utils.errors import OffrlError
 Bound = float | tuple[float, ...]
 RECORDED_MAZE = "recorded_maze"  # of provenance: map of the maze of a dataset that is scored in one of its own
 MADE_UP = "made_up_terminal_successors"  # of provenance: whether the source has no successors where episodes terminate
+FIRST_ACTION = "first_action"  # of provenance: the environment's number of discrete action 0, where it was renumbered
 
 
 def is_constant(rewards: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class DatasetInfo:
         max_episode_steps: the time limit of the behaviour's environment; None when unknown.
         action_low, action_high: bounds of the actions: one number where all dimensions have the same, else one a
             dimension.
-        discrete: number of discrete actions; None for continuous ones.
+        discrete: number of discrete actions, those that never occur included; None for continuous ones.
         provenance: free text or numbers worth keeping (policies, seeds, versions).
     """
 

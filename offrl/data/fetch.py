@@ -310,7 +310,9 @@ def _fetch_minari(name: str, force: bool) -> Path:
     try:
         import minari
     except ImportError as error:
-        raise OffrlError(f'{name}: Minari datasets need its package; pip install "offrl[minari]".') from error
+        raise OffrlError(
+            f'{name}: Minari datasets need its package; pip install ".[minari]" in the checkout of offrl.'
+        ) from error
     folder = local_folder(name)
     with one_at_a_time(folder.with_name(f".{folder.name}.lock")):
         try:

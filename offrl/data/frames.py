@@ -18,7 +18,10 @@ SINGLE = ("rewards", "terminals", "timeouts")  # arguments of `from_frame` that 
 
 
 def from_episodes(
-    episodes: Iterable[Mapping[str, Any]], info: DatasetInfo | None = None, options: ReadOptions | None = None
+    episodes: Iterable[Mapping[str, Any]],
+    info: DatasetInfo | None = None,
+    options: ReadOptions | None = None,
+    action_start: int = 0,
 ) -> OfflineDataset:
     """A dataset of episodes, each with arrays of its own.
 
@@ -28,6 +31,7 @@ def from_episodes(
             where `terminals` (or `terminations`, `terminated`) says so, one flag or `[T]` with a 1 only at the last step;
             else it was cut, by a time limit for example. `timeouts` (or `truncations`, `truncated`) may stand beside them.
         info, options: as of `from_arrays`.
+        action_start: number of the first discrete action, `start` of the environment's Discrete.
 
     Raises:
         OffrlError: a missing key, lengths that differ within an episode or widths between them, flags other than 0 and 1
@@ -46,7 +50,7 @@ def from_episodes(
         shapes = {key: {part[key].shape[1:] for part in parts} for key in ("observations", "actions")}
         wrong = next((key for key, found in shapes.items() if len(found) > 1), "an array")
         raise OffrlError(f"{wrong} has rows of different shapes in different episodes; they must agree.") from error
-    return from_arrays(arrays, info, options)
+    return from_arrays(arrays | {"action_start": action_start}, info, options)
 
 
 def _episode(number: int, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -129,6 +133,7 @@ def from_frame(
     episode: Columns | None = None,
     info: DatasetInfo | None = None,
     options: ReadOptions | None = None,
+    action_start: int = 0,
 ) -> OfflineDataset:
     """A dataset of a pandas or polars frame with one row a step, the rows of an episode in order.
 
@@ -141,6 +146,7 @@ def from_frame(
         episode: one or several columns `[N]` that tell episodes apart, such as `["run", "episode"]`; where the value of
             any of them changes without a termination, the episode was cut.
         info, options: as of `from_arrays`.
+        action_start: as of `from_episodes`.
 
     Raises:
         OffrlError: a column that the frame lacks, no name or several where one is needed, a column of dates, texts or
@@ -160,7 +166,7 @@ def from_frame(
     arrays.setdefault("terminals", np.zeros(len(arrays["rewards"]), dtype=bool))
     if "episode" in names and len(arrays["rewards"]):
         arrays |= _marks(_last_rows(frame, names["episode"]), arrays)
-    return from_arrays(arrays, info, options)
+    return from_arrays(arrays | {"action_start": np.asarray(action_start)}, info, options)
 
 
 def _names(frame: Any, key: str, value: Any) -> list[str]:

@@ -28,7 +28,7 @@ from offrl.data.actions import check_actions, whole
 from offrl.data.catalogue import environment_references, family_of
 from offrl.data.catalogue import minari as minari_catalogue
 from offrl.data.checks import ReadOptions, check_dtype, check_finite, empty, flags
-from offrl.data.dataset import RECORDED_MAZE, DatasetInfo, OfflineDataset
+from offrl.data.dataset import FIRST_ACTION, RECORDED_MAZE, DatasetInfo, OfflineDataset
 from offrl.data.hdf5 import DENSEST, check_file, check_inside, keys, open_hdf5, reading, unreadable
 from offrl.data.memory import check_memory
 from offrl.data.schema import Box, EnvSpec, MinariMetadata, from_json, minari_metadata, own_info
@@ -224,6 +224,8 @@ def _described(
     elif isinstance(space, Box) and options.action_low is not None:
         space = space.model_copy(update={"low": options.action_low, "high": options.action_high})
     info, width, first = action_info(space, info, str(path))
+    if first:
+        info = replace(info, provenance=info.provenance | {FIRST_ACTION: first})
     leaves = observation_leaves(metadata.observation_space, info.env_id or "", options.goals, str(path))
     if names := [leaf.name for leaf in leaves if leaf.path]:
         info = replace(info, provenance=info.provenance | {"observation_keys": names})
@@ -382,7 +384,9 @@ def _read_with_minari(folder: Path, leaves: list[Leaf], memory: _Memory, where: 
     try:
         from minari import MinariDataset
     except ImportError as error:
-        raise OffrlError(f'{where}: this format needs the minari package; pip install "offrl[minari]".') from error
+        raise OffrlError(
+            f'{where}: this format needs the minari package; pip install ".[minari]" in the checkout of offrl.'
+        ) from error
     try:
         dataset = MinariDataset(folder)
         for episode in dataset.iterate_episodes():

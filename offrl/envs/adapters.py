@@ -16,7 +16,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from offrl.data.catalogue import flat_keys
-from offrl.data.dataset import DatasetInfo
+from offrl.data.dataset import FIRST_ACTION, DatasetInfo
 from offrl.data.partial import Partial, partial_of
 from offrl.envs.chosen import adapted_task, is_chosen
 from offrl.envs.generators import OwnGenerators
@@ -172,7 +172,7 @@ class ReshapeAction(gymnasium.ActionWrapper):
 
 
 class ShiftAction(gymnasium.ActionWrapper):
-    """Discrete actions from 0 on, where the environment counts from another number."""
+    """Discrete actions from 0 on, as a reader renumbered them, where the environment counts from another number."""
 
     def __init__(self, env: gymnasium.Env, space: spaces.Discrete) -> None:
         super().__init__(env)
@@ -187,19 +187,57 @@ def _with_actions(env: gymnasium.Env, info: DatasetInfo) -> gymnasium.Env:
     """The environment with actions as the dataset has them.
 
     Raises:
-        OffrlError: it takes other actions than those of the dataset.
+        OffrlError: it takes other actions than those of the dataset, or may number them otherwise.
     """
     space = env.action_space
-    if isinstance(space, spaces.Discrete) and info.discrete == int(space.n):
-        return ShiftAction(env, space) if space.start else env
+    if isinstance(space, spaces.Discrete) and info.discrete is not None:
+        _check_first(space, info)
+        if info.discrete == int(space.n):
+            return ShiftAction(env, space) if space.start else env
     box = isinstance(space, spaces.Box) and info.discrete is None
     width = len(info.action_low) if isinstance(info.action_low, tuple) else spaces.flatdim(space) if box else 0
     if not box or width != spaces.flatdim(space):
         there = f"{info.discrete} discrete actions" if info.discrete else "continuous actions"
         raise OffrlError(
-            f"{info.id}: {info.env_id} takes actions {space}, but the dataset has {there}; it is another task."
+            f"{info.id}: {info.env_id} takes actions {space}, but the dataset has {there}; {_advice(space, info)}."
         )
     return ClipAction(env if len(space.shape or ()) == 1 else ReshapeAction(env))
+
+
+def _check_first(space: spaces.Discrete, info: DatasetInfo) -> None:
+    """Refuse an environment whose first action is not known to be action 0 of the dataset."""
+    start, noted = int(space.start), info.provenance.get(FIRST_ACTION)
+    if noted == start or (noted is None and (start == 0 or _has_space(info))):
+        return
+    if noted is not None:
+        raise OffrlError(
+            f"{info.id}: {info.env_id} numbers its actions from {start}, but those of the dataset were numbered from "
+            f"{one_line(noted)}; choose an environment that does so, too ({option('eval.env', 'ID')})."
+        )
+    raise OffrlError(
+        f"{info.id}: {info.env_id} numbers its actions from {start} to {start + int(space.n) - 1}, and nothing says that "
+        f"the dataset does so, too; if it does, declare action_start={start} (a number beside the arrays, or an argument of "
+        "from_episodes and from_frame), else renumber its actions that way first."
+    )
+
+
+def _has_space(info: DatasetInfo) -> bool:
+    """Whether a Minari folder declared the space of the actions, which the reader counts from its first one.
+
+    Earlier versions noted no first action, and a recording of a policy notes none. Rows that were ever read as columns,
+    which hold whatever numbers their author used, have `rows_in_file`.
+    """
+    return "minari_version" in info.provenance and "rows_in_file" not in info.provenance
+
+
+def _advice(space: spaces.Space, info: DatasetInfo) -> str:
+    """What to do about data whose actions are not those of an environment."""
+    if not isinstance(space, spaces.Discrete) or not 0 < (info.discrete or 0) < space.n or _has_space(info):
+        return "it is another task"
+    return (
+        f"if the others merely never occur in it, declare their number, action_count={space.n} beside its arrays or "
+        f"DatasetInfo(discrete={space.n}), else it is another task"
+    )
 
 
 def _is_vector(space: spaces.Space) -> bool:

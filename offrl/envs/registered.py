@@ -46,7 +46,7 @@ def make_gymnasium(env_id: str, entry_point: str | None = None, **kwargs: Any) -
             return _with_spaces(env_id, gymnasium.make(plain, disable_env_checker=True, **kwargs))
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise OffrlError(
-            f'{env_id} needs a package ({error}); install it with `pip install "offrl[{extra}]"`.'
+            f'{env_id} needs a package ({error}); install it with `pip install ".[{extra}]"` in the checkout of offrl.'
         ) from error
     except gymnasium.error.UnregisteredEnv as error:
         if env_id.startswith(PYTHON):

@@ -185,7 +185,7 @@ def _write_onnx(path: Path, program: Any, one: Agent, metadata: dict[str, Any]) 
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise OffrlError(
-            f'--format onnx needs a package ({error.name}); install it with `pip install "offrl[export]"`.'
+            f'--format onnx needs a package ({error.name}); install it with `pip install ".[export]"` in the checkout of offrl.'
         ) from error
     exported = torch.onnx.export(
         program, (), dynamo=True, input_names=["obs"], output_names=["action"], verbose=False, optimize=True

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from offrl.agents.base import Agent
 from offrl.data.catalogue import TASK_OF
-from offrl.data.dataset import DatasetInfo
+from offrl.data.dataset import FIRST_ACTION, DatasetInfo
 from offrl.data.minari_write import Episode, write_minari
 from offrl.data.partial import KEY, Partial, partial_of
 from offrl.data.writers import space_of_actions
@@ -37,7 +37,7 @@ FRAMES_PER_SECOND = 30  # of a video, about; simulators make up to 125 steps a s
 GIF_WIDTH = 320  # pixels: a GIF is an order of magnitude larger than an MP4
 SUFFIXES = (".mp4", ".gif")
 CAMERA_OPTIONS = {"camera_id", "camera_name", "default_camera_config"}  # of Gymnasium's MuJoCo environments
-SHOWN_BY = (KEY, "observation_keys")  # of provenance: what the environment shows of its observations
+SHOWN_BY = (KEY, "observation_keys", FIRST_ACTION)  # of provenance: how rows relate to the environment's own
 Frame = NDArray[np.uint8]
 
 
@@ -131,7 +131,8 @@ def _encoder(path: Path) -> Any:
         return imageio_ffmpeg
     except ImportError as error:
         raise OffrlError(
-            f'--video {path}: {path.suffix} needs a package ({error.name}); install it with `pip install "offrl[video]"`.'
+            f"--video {path}: {path.suffix} needs a package ({error.name}); "
+            'install it with `pip install ".[video]"` in the checkout of offrl.'
         ) from error
 
 

@@ -121,9 +121,17 @@ def _task(run: results.Run, env_id: str | None) -> dict[str, Any]:
     return {f"eval.{key}": value for key, value in known.items()}
 
 
-def _varies_by_lane(key: str, value: Any, lanes: int) -> bool:
-    """Whether a setting is a list with one coefficient per lane (and not, say, the sizes of layers)."""
-    if not isinstance(value, list) or len(value) != lanes or re.search("hidden|dims|sizes|layers|betas|shares", key):
+def _varies_by_lane(key: str, value: Any, lanes: int, named: list[str] | None) -> bool:
+    """Whether a setting is a list with one coefficient per lane (and not, say, the sizes of layers).
+
+    Args:
+        named: the settings that are, as the run's manifest says; None: an earlier version made it, and names have to tell.
+    """
+    if not isinstance(value, list) or len(value) != lanes:
+        return False
+    if named is not None:
+        return key in named
+    if re.search("hidden|dims|sizes|layers|betas|shares", key):
         return False
     settings = ("agent.", "sampler.", "augment.", "history.", *_CHANGES)
     return key.startswith(settings) and all(isinstance(v, int | float) for v in value)
@@ -173,8 +181,11 @@ def _entries(rows: pl.DataFrame, runs: list[results.Run]) -> list[_Entry]:
     flat = {folder: _flatten(by_folder[folder].config) for folder in counts}
     entries = []
     for folder, lane, dataset, method, env_id, modes in lanes.iter_rows():
+        named = by_folder[folder].manifest.get("lane_lists")
         settings = flat[folder] | {
-            key: value[lane] for key, value in flat[folder].items() if _varies_by_lane(key, value, counts[folder])
+            key: value[lane]
+            for key, value in flat[folder].items()
+            if _varies_by_lane(key, value, counts[folder], named)
         }
         if modes != ["deterministic"]:
             settings["policy"] = "+".join(modes)

@@ -126,6 +126,7 @@ class ManifestRecord(BaseModel):
     method: str | None = None
     critic: bool | None = None
     non_default: list[str] | None = None
+    lane_lists: list[str] | None = None  # settings that are lists with one number per lane, by dotted key
     dataset_info: _DatasetRecord | None = None
 
 

@@ -283,8 +283,8 @@ def introduction(report: Report) -> str:
     ]
     if any(cell.scale.endswith("score") for cell in cells):
         text.append(
-            "A score of 0 is the return of the dataset's lower reference, by custom a random policy, and 100 that of the upper "
-            "one, an expert; higher is better."
+            "A score of 0 is the return of the lower reference, by custom a random policy's, and 100 that of the upper "
+            "one, an expert's; higher is better."
         )
     if any(cell.scale == "return" for cell in cells):
         text.append(

@@ -40,9 +40,10 @@ def is_answered(folder: Path, step: int, wanted: EvalConfig) -> bool:
         return True
     kept = defaults | {key: value for key, value in kept.items() if key in {f.name for f in fields(EvalConfig)}}
     now = asdict(wanted)
-    if wanted.every and not kept["every"]:
+    if _lacks_evaluations(kept["every"], wanted.every, step):
+        had = f" and was evaluated every {kept['every']} updates" if kept["every"] else ""
         warnings.warn(
-            f"{folder}: the run is finished, so that it can't be evaluated every {wanted.every} updates any more; "
+            f"{folder}: the run is finished{had}, so that it can't be evaluated every {wanted.every} updates any more; "
             "fresh=true trains it again.",
             stacklevel=2,
         )
@@ -58,6 +59,11 @@ def is_answered(folder: Path, step: int, wanted: EvalConfig) -> bool:
         raise _scored_otherwise(folder, kept, now)
     seeds = set(range(wanted.seed, wanted.seed + wanted.final_episodes))
     return all(seeds <= set(lane["eval_seed"]) for lane in rows.partition_by("lane"))
+
+
+def _lacks_evaluations(kept: int, wanted: int, step: int) -> bool:
+    """Whether a run of `step` updates, evaluated every `kept` ones, was not evaluated at each multiple of `wanted` below."""
+    return 0 < wanted < step and (kept == 0 or wanted % kept != 0)
 
 
 def check_task(folder: Path, kept: Mapping[str, Any], wanted: EvalConfig) -> None:

@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
+import gymnasium
+
 from offrl.agents.base import Agent
 from offrl.data.checks import float32
+from offrl.envs.chosen import import_environment
+from offrl.envs.registered import make_gymnasium
 from offrl.training.schema import DataConfig, TrainConfig
 from offrl.utils.errors import OffrlError
 from offrl.utils.memory import require_bytes
@@ -103,3 +107,25 @@ def _check_sizes(train: TrainConfig) -> None:
     for key in ("eval.episodes", "eval.final_episodes", "eval.slots"):
         if value := attrgetter(key)(train):
             require_bytes(32 * value * (1 if key == "eval.slots" else lanes), f"{key}={value}")
+
+
+def check_environment(train: TrainConfig) -> None:
+    """Import the module that `eval.env` names, and refuse an id that nobody knows.
+
+    Where episodes are played, the environment is made soon, and says so itself.
+
+    Raises:
+        OffrlError: the module can't be imported, or nothing registers the id.
+    """
+    options = train.eval
+    if not options.env:
+        return
+    import_environment(options.env)
+    played = options.final_episodes or (options.episodes and options.every) or train.online.steps
+    if played or options.env.rpartition(":")[2] in gymnasium.registry:
+        return
+    try:
+        make_gymnasium(options.env, **(options.env_kwargs or {})).close()
+    except OffrlError as error:
+        if isinstance(error.__cause__, gymnasium.error.UnregisteredEnv):
+            raise  # any other error is one of playing, which nobody does

@@ -12,6 +12,9 @@ import os
 import signal
 import sys
 
+REFUSED = 2  # exit status of bad input, which one line says
+SENTENCE = "offrl: error: "  # how that line begins
+
 
 def main() -> int:
     """Train; the exit status as of `offrl train`."""
@@ -26,8 +29,8 @@ def main() -> int:
         with advising("train"):
             return print_result(train(json.load(sys.stdin)))  # from the sweep's own process, not from a file
     except OffrlError as error:
-        print(f"offrl: error: {error}", file=sys.stderr)
-        return 2
+        print(f"{SENTENCE}{error}", file=sys.stderr)
+        return REFUSED
 
 
 def stop_with(parent: int) -> None:

@@ -298,11 +298,13 @@ def plain(cfg: Any) -> dict[str, Any]:
 
 
 def _literal(value: Any) -> str:
+    if hasattr(value, "tolist"):  # arrays, tensors and their numbers
+        value = value.tolist()
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, range)):
         return "[" + ",".join(_literal(v) for v in value) + "]"
     if isinstance(value, Mapping):  # in a list: others are dotted keys
         return "{" + ",".join(f"{key}:{_literal(v)}" for key, v in value.items()) + "}"

@@ -20,9 +20,8 @@ from offrl.augment.base import Augmentation, augmentation_config
 from offrl.data.catalogue import d4rl, names_environment, namesake
 from offrl.data.given import plain_name
 from offrl.data.ogbench_names import of_file, parse
-from offrl.envs.chosen import import_environment
 from offrl.sampling import sampler_config
-from offrl.training.checks import check_rewards, check_tasks, check_train
+from offrl.training.checks import check_environment, check_rewards, check_tasks, check_train
 from offrl.training.online_config import add_all, add_table, check_online, check_row
 from offrl.training.schema import TABLED, DataConfig, TrainConfig
 from offrl.utils.errors import OffrlError
@@ -40,6 +39,7 @@ from offrl.utils.settings import (
     class_in,
     from_target,
     is_trusted,
+    lane_lists,
     matching_rows,
     target_class,
     training_environment,
@@ -110,6 +110,27 @@ class RunConfig:
                     f"{group}.{key}" for key, value in own.items() if key not in defaults or value != defaults[key]
                 ]
         return found
+
+    def lane_lists(self) -> dict[str, list[float]]:
+        """The settings that are lists with one number per lane, by dotted key."""
+        lanes = len(self.train.lane_seeds())
+        groups = {"agent": agent_config(self.agent)[1], "sampler": sampler_config(self.sampler, lanes)[1]}
+        if self.augment:
+            groups["augment"] = augmentation_config(self.augment, lanes)[1]
+        if self.history:
+            groups["history"] = history_config(self.history, lanes)
+        found = {f"{group}.{name}": values for group, cfg in groups.items() for name, values in lane_lists(cfg).items()}
+        changed = self.train.online.agent
+        after = lane_lists(agent_config({**self.agent, **changed})[1]) if changed else {}
+        return found | {f"online.agent.{name}": values for name, values in after.items() if name in changed}
+
+    def facts(self) -> dict[str, Any]:
+        """What `manifest.json` says of the settings; reports name methods by it."""
+        return {
+            "table_rows": self.table_rows,
+            "non_default": self.non_default(),
+            "lane_lists": sorted(self.lane_lists()),
+        }
 
     def config_hash(self) -> str:
         """8 hex digits of every setting that changes the training's numbers, seeds apart.
@@ -207,11 +228,21 @@ def _resolve(values: dict[str, Any]) -> RunConfig:
     check_online(train, cls.Config, agent, augment)
     check_tasks(train, sampler, bool(augment))
     check_rewards(train.data, cls, name)
-    if is_trusted():  # a run that stands in a file may go on
-        check_repeated_seeds(train.lane_seeds(), [agent, sampler, augment, history, train.data.tasks])
-    if train.eval.env and is_trusted():  # a file's is not imported
-        import_environment(train.eval.env)
-    return RunConfig(train, agent, sampler, augment, history, name, rows)
+    job = RunConfig(train, agent, sampler, augment, history, name, rows)
+    if is_trusted():  # a run that stands in a file may go on, and the environment that it names is not imported
+        _check_lanes_differ(job)
+        check_environment(train)
+    return job
+
+
+def _check_lanes_differ(job: RunConfig) -> None:
+    """Raise OffrlError where two lanes would train the same policy."""
+    seeds = job.train.lane_seeds()
+    lists: list[Any] = [*job.lane_lists().values(), job.train.data.tasks or [0] * len(seeds)]
+    for part in job.sampler.get("samplers") or []:  # of a mixture
+        if isinstance(part, Mapping):
+            lists += lane_lists(sampler_config(part, len(seeds))[1]).values()
+    check_repeated_seeds(seeds, lists)
 
 
 def _resolved_history(history: dict[str, Any], train: TrainConfig, augment: Mapping[str, Any]) -> dict[str, Any]:

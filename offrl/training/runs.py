@@ -32,6 +32,7 @@ from offrl.utils import checkpoint
 from offrl.utils.errors import OffrlError
 from offrl.utils.files import read_json
 from offrl.utils.memory import counting_parameters, require_bytes
+from offrl.utils.paths import write_json
 from offrl.utils.process import pick_device
 from offrl.utils.settings import FREE, NAMES, canonical, class_in, lane_lists, training_environment, trusting
 
@@ -166,6 +167,8 @@ def _flat(config: Mapping[str, Any], ends_rollouts: bool) -> dict[str, Any]:
 def done_before(job: RunConfig) -> Result | None:
     """The result of a run that has nothing left to do; None otherwise, or when it is to start over.
 
+    A new `label` is written into the finished run's `config.json`, and more updates than are asked for are warned of.
+
     Raises:
         OffrlError: a run of other settings stands in the job's folder.
     """
@@ -174,7 +177,27 @@ def done_before(job: RunConfig) -> Result | None:
     folder, updates = job.folder(), job.train.total_updates
     _check_same(job, folder)
     done = finished(folder, updates)
-    return None if done and done.step == updates and not is_answered(folder, updates, job.train.eval) else done
+    if done is None:
+        return None
+    if done.step > updates:
+        warnings.warn(
+            f"{folder}: the finished run has {done.step:,} updates, more than the {updates:,} that are asked for, and its "
+            "result is of them all; name=NAME trains a run of fewer.",
+            stacklevel=2,
+        )
+    elif not is_answered(folder, updates, job.train.eval):
+        return None
+    _keep_label(job, folder)
+    return done
+
+
+def _keep_label(job: RunConfig, folder: Path) -> None:
+    """Write the label that is given, if it is another, into the configuration of a finished run, where reports read it."""
+    if job.train.label is None:
+        return
+    config, now = read_config(folder), job.to_dict()
+    if config.get("label") != now["label"]:
+        write_json(folder / "config.json", config | {key: now[key] for key in ("label", "method")})
 
 
 def finished(folder: Path, updates: int) -> Result | None:

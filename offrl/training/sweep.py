@@ -27,8 +27,10 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 
 from offrl.results.rows import FAILURE, LOG, progress
+from offrl.training.child import REFUSED, SENTENCE
 from offrl.training.compose import let_recipes_add
 from offrl.training.failed_jobs import keep_failures
+from offrl.training.one_folder import clash
 from offrl.training.run_config import resolve_config
 from offrl.training.runs import done_before, finished, summary
 from offrl.utils.errors import OffrlError
@@ -124,8 +126,10 @@ def _reason(status: int, log: Path) -> str:
     if status < 0:
         name = signal.Signals(-status).name
         return f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    lines = _tail(log)
-    return lines[-1].removeprefix("offrl: error: ") if lines else f"exit status {status}"
+    lines = _tail(log, 1000)
+    if status == REFUSED:  # its own sentence: another process may have written to the log since
+        lines = [line for line in lines if line.startswith(SENTENCE)] or lines
+    return lines[-1].removeprefix(SENTENCE) if lines else f"exit status {status}"
 
 
 def _tail(log: Path, lines: int = 9) -> list[str]:
@@ -400,13 +404,16 @@ class SweepCallback(Callback):
         let_recipes_add(config)
         if Sweep.current is None:
             return
+        jobs = _jobs_of(config)
+        refused = clash(config, jobs)
         try:
-            Sweep.current.begin(Path(config.out), _jobs_of(config))
-        except OSError as error:  # Hydra makes a warning of whatever a callback raises, but for an interrupt
-            Sweep.current.refused = (
-                f"out={config.out} can't be written ({error.strerror}); choose another with out=DIR."
-            )
-            raise KeyboardInterrupt from error
+            if not refused:
+                Sweep.current.begin(Path(config.out), jobs)
+        except OSError as error:
+            refused = f"out={config.out} can't be written ({error.strerror}); choose another with out=DIR."
+        if refused:
+            Sweep.current.refused = refused
+            raise KeyboardInterrupt  # Hydra makes a warning of whatever else a callback raises
 
 
 def _jobs_of(config: Any) -> list[list[str]]:

@@ -52,7 +52,7 @@ def check_tracker(kind: str | Sequence[str] | None) -> list[str]:
         if name not in KINDS:
             raise OffrlError(f"tracker={name} is unknown: use none, tensorboard, wandb or a list of them.")
         if name != "none" and find_spec(name) is None:
-            raise OffrlError(f'tracker={name} needs an extra: pip install "offrl[{name}]"')
+            raise OffrlError(f'tracker={name} needs an extra: pip install ".[{name}]" in the checkout of offrl')
     return [name for name in names if name != "none"]
 
 
@@ -103,7 +103,9 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise OffrlError('tracker=tensorboard needs an extra: pip install "offrl[tensorboard]"') from error
+            raise OffrlError(
+                'tracker=tensorboard needs an extra: pip install ".[tensorboard]" in the checkout of offrl'
+            ) from error
         purge = None if resume_step is None else resume_step + 1
         try:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
@@ -126,7 +128,7 @@ class _WeightsAndBiases:
         try:
             import wandb
         except ImportError as error:
-            raise OffrlError('tracker=wandb needs an extra: pip install "offrl[wandb]"') from error
+            raise OffrlError('tracker=wandb needs an extra: pip install ".[wandb]" in the checkout of offrl') from error
         # The service refuses to go back in its own step counter, so the number of updates is a value of its own.
         identity = folder / "wandb" / "run_id"
         resuming = resume_step is not None and identity.is_file()

@@ -18,11 +18,11 @@ from offrl.data.dataset import OfflineDataset, concatenate
 from offrl.data.lane_tasks import lane_infos
 from offrl.data.partial import title
 from offrl.data.statistics import return_spread
-from offrl.envs.chosen import import_environment
 from offrl.evaluation.evaluator import Episodes
 from offrl.nets import Critics
 from offrl.results.writer import check_rows
 from offrl.sampling import BatchLoader, further_datasets, make_sampler
+from offrl.training.checks import check_environment
 from offrl.training.engine import in_one_stage, make_engine, noted_engine
 from offrl.training.evaluations import Evaluations
 from offrl.training.hooks import Evaluation, Hooks
@@ -85,7 +85,7 @@ def resume(folder: Path | str, changes: Mapping[str, Any] | None = None) -> Resu
         set_dotted(values, key, value)
     job = resolve_config({**values, "out": str(folder.parent), "name": folder.name, "fresh": False}, trusted=False)
     if (changes or {}).get("eval.env"):  # typed, and from no file
-        import_environment(str(job.train.eval.env))
+        check_environment(job.train)
     with _locked(folder):
         return done_before(job) or Trainer(job, folder).run()
 
@@ -405,8 +405,7 @@ class Trainer:
             "method": self.job.method,
             "sampler": {**self.sampler.metadata(), "positive_sided_variance": self.spread},
             **({"augment": self.synthetic.augmentation.metadata()} if self.synthetic else {}),
-            "table_rows": self.job.table_rows,
-            "non_default": self.job.non_default(),
+            **self.job.facts(),
             "fingerprint": self.store.fingerprint,
             "files": self.files,  # where the data lay, for commands from other folders
             "dataset_info": asdict(self.store.info),

@@ -40,7 +40,12 @@ def build(
             tables = {name: kind for name, kind in types_of.items() if is_dataclass(kind)}
             inside = [f"{name}.{key}" for name, kind in tables.items() if key in types_in(kind)]
             near = inside or difflib.get_close_matches(key, [*known, *others], 1)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}."
+            keys = (
+                f"known keys: {', '.join(known)}."
+                if known
+                else f"this {where.rstrip('.')} has no settings, choose another."
+            )
+            hint = f"did you mean {where}{near[0]}?" if near else keys
             raise OffrlError(f"{where}{key} is no option; {hint}")
         wanted = types_of[key]
         if is_dataclass(wanted) and isinstance(wanted, type):
@@ -240,8 +245,14 @@ def check_ranges(cfg: Any, group: str) -> None:
 def lane_lists(cfg: Any) -> dict[str, list[float]]:
     """The settings that hold one number per lane where a single one would do."""
     types_of = types_in(type(cfg))  # a module may or may not postpone its annotations
-    values = {f.name: getattr(cfg, f.name) for f in fields(cfg) if types_of[f.name] is float}
+    values = {f.name: getattr(cfg, f.name) for f in fields(cfg) if _is_number(types_of[f.name])}
     return {name: value for name, value in values.items() if isinstance(value, list)}
+
+
+def _is_number(kind: Any) -> bool:
+    """Whether a type is a float's, maybe optional; one that a tuple is of as well holds lists of its own."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return float in options and not any(typing.get_origin(option) is tuple for option in options)
 
 
 def check_lane_lists(cfg: Any, group: str, lanes: int) -> None:
@@ -251,9 +262,12 @@ def check_lane_lists(cfg: Any, group: str, lanes: int) -> None:
             raise OffrlError(f"{group}.{name} has {len(value)} values for {lanes} lanes; give one per lane.")
 
 
-def check_repeated_seeds(seeds: Sequence[int], settings: Any) -> None:
-    """Raise OffrlError where two lanes have the same seed and no list that tells them apart: they would be one run twice."""
-    lists = _lists_of_length(settings, len(seeds))
+def check_repeated_seeds(seeds: Sequence[int], lists: Sequence[Sequence[float]]) -> None:
+    """Raise OffrlError where two lanes have the same seed and no list that tells them apart: they would be one run twice.
+
+    Args:
+        lists: settings with one number per lane.
+    """
     lanes: dict[str, int] = {}
     for lane, seed in enumerate(seeds):
         first = lanes.setdefault(repr([seed, *(values[lane] for values in lists)]), lane)
@@ -262,15 +276,6 @@ def check_repeated_seeds(seeds: Sequence[int], settings: Any) -> None:
                 f"seeds: lanes {first} and {lane} have seed {seed} and the same settings, so that they would train the same "
                 "policy; give each lane another seed, or a list of settings with one per lane."
             )
-
-
-def _lists_of_length(settings: Any, length: int) -> list[list[Any]]:
-    """The lists of that length in settings, at any depth: the ones with a value per lane, and maybe others."""
-    inner = list(settings.values()) if isinstance(settings, Mapping) else settings
-    if not isinstance(inner, list):
-        return []
-    numbers = len(inner) == length and all(isinstance(value, int | float) for value in inner)
-    return [inner] if numbers else [found for value in inner for found in _lists_of_length(value, length)]
 
 
 def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:

@@ -417,6 +417,9 @@ def test_a_new_agent_is_one_python_file_and_one_yaml(world: Path, monkeypatch: p
     torch.testing.assert_close(action[:, 0], expected.expand(2, -1), atol=0.15, rtol=0)
     assert main("train", "--config-dir=own", "agent=mean", "agent.rate=[0.1,0.5]", *arguments) == 0
     assert main("train", "--config-dir=own", "agent=mean", "agent.rat=1", *arguments) == 2
+    model = ["augment=world_model", "augment.transitions=20", "augment.model.updates=2", "augment.model.hidden=[8]"]
+    assert main("augment", "sample", "more.npz", "--policy", str(folder), "--config-dir", "own", *model) == 0
+    assert len(offrl.load_data("more.npz")) == 20
 
 
 # ---- from Python ----------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ import pytest
 from test_cli import main
 from test_train import options, world  # noqa: F401 - a fixture
 
-from offrl.cli.select import FILES, select
+from offrl.cli.select import FILES, by_data, select
 from offrl.evaluation.fqe import FQEConfig
 from offrl.evaluation.selection import Policy, judge
-from offrl.results import has_critic, read, runs
+from offrl.results import Run, has_critic, read, runs
 from offrl.results.budget import expected_best
 from offrl.results.report import summary
 from offrl.training.trainer import train
@@ -187,3 +187,23 @@ def test_a_damaged_run_is_refused_and_nothing_is_written(
     assert str(folder / name) in shown
     assert shown.count("\n") == 1
     assert not Path("out").exists()
+
+
+def test_runs_that_see_a_dataset_differently_are_ranked_apart(world: Path) -> None:  # noqa: F811
+    """Two settings with an observation left out and one without; rewards' scale, caches and other seeds see the same."""
+    small = {"every": 0, "final_episodes": 0}
+    for data in ({}, {"mask": [0]}, {"mask": [0], "reward_scale": 2.0}):
+        train({**options("toy.npz", 20), "data": data, "eval": small})
+    made = select(["runs"], "out", QUICK, show=False)
+    assert [selection.dataset for selection in made] == ["toy.npz (data.mask=[0])", "toy.npz"]
+    assert [len({p.folder for p in selection.policies}) for selection in made] == [2, 1]
+    assert "Left out" not in Path("out/select.md").read_text()
+    config = {"dataset": "a.npz", "data": {"seed": 0}}
+    other = [
+        Run(Path("b"), {**config, "data": {"seed": 1}}, {}),
+        Run(Path("c"), {**config, "data": {"seed": 1, "flicker": 0.5}}, {}),
+    ]
+    assert [name for name, _ in by_data([Run(Path("a"), config, {}), *other])] == [
+        "a.npz (data.flicker=0.5, data.seed=1)",
+        "a.npz",
+    ]

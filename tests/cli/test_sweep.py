@@ -91,6 +91,52 @@ def test_an_interrupt_ends_the_whole_sweep(toy_file: Path, jobs: list[Any], capf
     assert "2 jobs: 1 waiting, 1 stopped\nthe same command goes on" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("swept", "refusal"),
+    [
+        (["updates=9,5"], r"updates can't be swept, since updates=9 and updates=5 would .*keep_checkpoints=true"),
+        (["updates=9,5", "hydra/launcher=local"], r"updates can't be swept"),
+        (
+            ["seed=0,1", "threads=1,2"],
+            r"threads can't be swept, since threads=1 and threads=2 would have one run folder",
+        ),
+        (["seed=3,4", "name=mine"], r"seed=3 and seed=4 would have one run folder, runs/mine; give each job a name="),
+        (["seed=3,3"], r"two jobs of the sweep have the same words, .*; give each value once"),
+    ],
+)
+def test_a_sweep_whose_jobs_would_share_a_folder_is_refused(
+    toy_file: Path, jobs: list[Any], capfd: pytest.CaptureFixture[str], swept: list[str], refusal: str
+) -> None:
+    given = [word for word in words(options(toy_file, 9, lanes=1)) if not word.startswith("updates=")]
+    assert main("train", "-m", *given, *swept) == 2
+    assert re.search(f"^offrl: error: {refusal}", capfd.readouterr().err, re.M)
+    assert not jobs
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "swept",
+    [
+        ["updates=9,5", "name=run${updates}"],
+        ["updates=9,5", "out=run${updates}"],
+        ["updates=9,5", "online.steps=20", "eval.env=Pendulum-v1"],  # they say where the online phase begins
+        ["lanes=1,2"],
+    ],
+)
+def test_jobs_that_differ_by_their_folder_are_swept(toy_file: Path, jobs: list[Any], swept: list[str]) -> None:
+    given = [word for word in words(options(toy_file, 9)) if not word.startswith(("updates=", "lanes="))]
+    main("train", "-m", *given, "seed=0", *swept)
+    assert len(jobs) == 2
+
+
+def test_a_refused_job_has_its_own_sentence_as_reason(tmp_path: Path) -> None:
+    """Another process may have written to its log since."""
+    log = tmp_path / "log.txt"
+    log.write_text("offrl: error: x=1 should be 2.\n" + "finished: return 1 after 9 updates\n" * 20)
+    assert sweep._reason(2, log) == "x=1 should be 2."
+    assert sweep._reason(1, log) == "finished: return 1 after 9 updates"
+
+
 def test_bad_words_fail_their_job_alone(toy_file: Path, jobs: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
     assert main("train", "-m", *words(options(toy_file, 9, lanes=1)), "seed=0", "agent.tau=x,0.01") == 1
     assert len(jobs) == 1

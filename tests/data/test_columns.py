@@ -12,8 +12,9 @@ import pytest
 import torch
 from made import trajectories, without, write_hdf5, write_npz
 
-from offrl.data import OfflineDataset, from_arrays
+from offrl.data import DatasetInfo, OfflineDataset, from_arrays
 from offrl.data.columns import FLAGS
+from offrl.data.dataset import FIRST_ACTION
 from offrl.datasets import load
 from offrl.utils.errors import OffrlError
 
@@ -121,6 +122,47 @@ def test_files_of_d3rlpy_1(read: Writer) -> None:
     float_indices = np.tile([0.0, 1.0, 2.0], 11).astype("f4")
     discrete = read(rows | {"discrete_action": np.bool_(True), "actions": float_indices})
     assert (discrete.info.discrete, discrete.actions.dtype) == (3, torch.int64)
+
+
+INDICES = np.tile([0, 1, 1], 11)
+
+
+@pytest.mark.parametrize("actions", [INDICES, INDICES.astype("f4"), INDICES.astype("u8"), INDICES[:, None]])
+def test_actions_that_never_occur_are_declared(read: Writer, actions: np.ndarray) -> None:
+    store = read(data(actions=actions, action_count=np.int64(3)))
+    assert (store.info.discrete, store.action_dim, store.actions.dtype) == (3, 3, torch.int64)
+    assert store.actions.tolist() == INDICES.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"action_count": 1}, "actions holds 1 in row 1; it must lie between 0 and 0: correct it, or .*action_count"),
+        ({"action_count": 0}, "action_count is 0; it must be one integer from 1 to 65536"),
+        ({"action_count": 2.0}, r"action_count is 2\.0; it must be one integer"),
+        ({"action_count": [2, 2]}, r"action_count is \[2 2\]; it must be one integer"),
+        ({"action_start": 0.5}, r"action_start is 0\.5; it must be one integer from -65536 to 65536"),
+        ({"action_start": 1}, "actions holds 0 in row 0; integers are read as discrete actions 1, 2, 3, .* from 1"),
+        ({"action_start": -1, "action_count": 2}, "actions holds 1 in row 1; it must lie between -1 and 0"),
+    ],
+)
+def test_declarations_that_do_not_fit_are_refused(read: Writer, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(OffrlError, match=message):
+        read(data(actions=INDICES, **changes))
+
+
+def test_a_number_of_actions_that_contradicts_the_description_is_refused() -> None:
+    rows = data(actions=INDICES, action_count=3)
+    assert from_arrays(rows, DatasetInfo(discrete=3)).info.discrete == 3
+    with pytest.raises(OffrlError, match=r"action_count is 3, but its description .* says 4 discrete actions"):
+        from_arrays(rows, DatasetInfo(discrete=4))
+
+
+@pytest.mark.parametrize("dtype", ["i8", "f4", "i1"])
+def test_actions_are_counted_from_the_first_one(read: Writer, dtype: str) -> None:
+    store = read(data(actions=(INDICES - 1).astype(dtype), action_start=-1))
+    assert store.actions.tolist() == INDICES.tolist()
+    assert (store.info.discrete, store.info.provenance[FIRST_ACTION]) == (2, -1)
 
 
 def test_valids_hold_the_state_behind_an_episode(read: Writer) -> None:

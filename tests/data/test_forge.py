@@ -397,7 +397,7 @@ def test_missing_simulator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mujoco", None)
     for module in [name for name in sys.modules if name.startswith("gymnasium.envs.mujoco")]:
         monkeypatch.delitem(sys.modules, module)
-    with pytest.raises(OffrlError, match=r"offrl\[mujoco\]"):
+    with pytest.raises(OffrlError, match=r"\.\[mujoco\]"):
         forge.ensure("forge/hopper/random-v0", size=50, seed=99, progress=False)
 
 

@@ -417,5 +417,5 @@ def test_missing_packages_are_named(env_id: str, module: str, extra: str, monkey
     monkeypatch.setitem(sys.modules, module, None)
     for loaded in [name for name in sys.modules if name.startswith("gymnasium.envs.mujoco")]:
         monkeypatch.delitem(sys.modules, loaded)
-    with pytest.raises(OffrlError, match=rf'pip install "offrl\[{extra}\]"'):
+    with pytest.raises(OffrlError, match=rf'pip install "\.\[{extra}\]"'):
         make_env(DatasetInfo(id="x", env_id=env_id))

@@ -97,6 +97,16 @@ def test_options_that_a_run_of_an_earlier_version_lacks_had_their_defaults(tmp_p
     assert all(labels.is_usual(key, now[key]) for key in labels._USUAL if "." not in key)
 
 
+def test_lanes_differ_by_the_lists_that_the_manifest_names(tmp_path):
+    """An own agent's sizes of layers may have any name, and its weights that of a size."""
+    make_run(tmp_path / "runs" / "a", "ours", seeds=(0, 1), widths=[32, 16], sizes_weight=[0.5, 1.0])
+    assert methods(make(tmp_path)) == ["ours (widths=16)", "ours (widths=32)"]  # of an earlier version: by the names
+    edit_manifest(tmp_path / "runs" / "a", lane_lists=["agent.sizes_weight"])
+    assert methods(make(tmp_path)) == ["ours (sizes_weight=0.5)", "ours (sizes_weight=1.0)"]
+    edit_manifest(tmp_path / "runs" / "a", lane_lists=[])
+    assert methods(make(tmp_path)) == ["ours"]
+
+
 def test_a_whole_number_is_the_same_setting_with_a_point(tmp_path):
     for name, seeds, alpha in (("a", (0,), 1), ("b", (1,), 1.0), ("c", (2,), 2.5)):
         make_run(tmp_path / "runs" / name, seeds=seeds, alpha=alpha)

@@ -56,7 +56,7 @@ def test_unknown_tracker_is_named():
 @pytest.mark.parametrize(("kind", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_missing_extra_is_named(kind, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)  # makes the import fail
-    with pytest.raises(OffrlError, match=rf'pip install "offrl\[{kind}\]"'):
+    with pytest.raises(OffrlError, match=rf'pip install "\.\[{kind}\]"'):
         make_tracker(kind, tmp_path, CONFIG, "run")
 
 
