@@ -141,7 +141,12 @@ REBRAC = {"actor_lr": 0.001, "critic_lr": 0.001, "batch_size": 1024}
         ("td3_bc", "antmaze-medium-explore-singletask-v0", {}),
         ("td3_bc", "antmaze-eval-umaze-v0", MAZE),
         ("td3_bc", "/data/antmaze-large-play-v2.hdf5", MAZE),
-        ("iql", "antmaze-giant-navigate-singletask-v0", {"expectile": 0.9, "beta": 10.0, "discount": 0.995}),
+        (
+            "iql",
+            "antmaze-giant-navigate-singletask-v0",
+            {"expectile": 0.9, "beta": 10.0, "discount": 0.995, "deterministic": True, "normalize_obs": False}
+            | {"hidden": [512, 512, 512, 512]},
+        ),
         ("dql", "forge/hopper/medium-replay-v0", {"grad_clip": 4.0}),
         ("dql", "antmaze-umaze-v2", {"eta": 0.5, "grad_clip": 2.0, "max_backup": False, **DQL_MAZE}),
         ("dql", "D4RL/antmaze/medium-play-v1", {"eta": 2.0, "grad_clip": 2.0, "actor_lr": 1e-3, **DQL_BACKUP}),

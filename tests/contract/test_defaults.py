@@ -413,7 +413,6 @@ ON_OGBENCH: dict[str, list[Any]] = {
     "expectile": [0.9] * 10,
     "deterministic": [True] * 10,  # a std of 1
     "normalize_obs": [False] * 10,
-    "actor_decay": [0] * 10,
 }
 
 
@@ -435,7 +434,7 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "edac": tabled(CORL, ["members", "eta"], ETA),
     "rebrac": tabled(CORL, ["actor_bc", "critic_bc"], BETAS) | on_ogbench("actor_bc", "critic_bc", "discount"),
     "iql": tabled(CORL, ["expectile", "beta", "tau", "deterministic", "dropout"], IQL)
-    | on_ogbench("expectile", "beta", "discount", "hidden", "deterministic", "normalize_obs", "actor_decay"),
+    | on_ogbench("expectile", "beta", "discount", "hidden", "deterministic", "normalize_obs"),
     "cql": tabled(CORL, ["actor_lr", "cql_alpha", "lagrange", "gap", "max_backup", "diff_min"], CQL),
     "dt": tabled(CORL, ["target_return", "return_scale"], RETURNS),
     "mopo": tabled(GYM, ["augment.length", "augment.penalty"], MOPO_ROWS),
