@@ -42,9 +42,8 @@ def discrete_actions(array: np.ndarray, info: DatasetInfo, where: str, first: in
             )
         return torch.from_numpy(array.argmax(1)), replace(info, discrete=info.discrete or array.shape[1])
     if array.dtype.kind == "u" and len(array):
-        check_indices(
-            array[:, 0], info, where, first
-        )  # as they are stored: from 2^63 on, int64 would turn them negative
+        # As they are stored: from 2^63 on, int64 would turn them negative.
+        check_indices(array[:, 0], info, where, first)
     indices = whole(array[:, 0], "actions", where)
     if len(indices):
         check_indices(indices, info, where, first)

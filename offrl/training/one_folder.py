@@ -15,12 +15,8 @@ from offrl.training.run_config import resolve_config
 from offrl.utils.settings import FREE
 
 PLACES = ("name", "out")  # options that name a folder outright
-UNNAMED = FREE - {
-    *PLACES,
-    "lanes",
-    "seed",
-    "seeds",
-}  # options that name none (but for some of a run with an online phase)
+# Options that name none, but for some of a run with an online phase.
+UNNAMED = FREE - {*PLACES, "lanes", "seed", "seeds"}
 MOST = 50  # jobs that are composed, which takes some tenths of a second each
 
 
