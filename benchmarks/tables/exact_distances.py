@@ -27,16 +27,16 @@ from offrl.agents.base import Batch
 from offrl.agents.history import HistoryAgent
 from offrl.cli.finetune import value_of
 from offrl.data.dataset import OfflineDataset
-from offrl.envs.hidden_grid import CELLS, MARK, hidden_grid, moved, state_of
-from offrl.evaluation.linear_probe import accuracy, encodings, walk
+from offrl.envs.hidden_grid import CELLS, MARK, OUTCOMES, hidden_grid, moved, state_of
+from offrl.evaluation.linear_probe import accuracy, encodings, fitted_on, walk
 from offrl.nets import per_lane
 from offrl.nets.bisimulation import Step, distance_to_match, pairs
 
 sys.path.append(str(Path(__file__).parent))
-from histories import keep, logged, options_of
+from histories import GRID, keep, logged, options_of
 
 DATASET = "forge/grid/cue-n2000-v0"
-DRAWS = 2  # paying doors
+DRAWS = OUTCOMES["cue"]
 EPISODES = 400  # of the probe
 AVERAGED = 10  # last logged updates whose shares are averaged
 CELLS_OF_THE_PAGE = ["none 0", "learnt 0.001", "exact 0.001", "learnt 0.5", "exact 0.5"]
@@ -75,7 +75,7 @@ def exact_distances(dataset: OfflineDataset, state: Tensor, discount: float) -> 
     np.add.at(count, (state.numpy()[known], dataset.actions.cpu().numpy().reshape(-1)[known]), 1.0)
     policy = np.where(count.sum(1, keepdims=True) > 0, count / count.sum(1, keepdims=True).clip(1), 0.25)
     after = np.vstack([np.where(task.terminal[:, :, 0], end, successor), np.full((1, 4), end)])
-    reward = np.vstack([reward, np.zeros((1, 4))]) * 0.01 / float(dataset.rewards.std())
+    reward = np.vstack([reward, np.zeros((1, 4))]) * GRID["data.reward_scale"] / float(dataset.rewards.std())
     both = policy[:, None] * policy[None]
     both /= both.sum(-1, keepdims=True).clip(1e-12)
     both[end] = both[:, end] = policy  # whose actions the ended task takes
@@ -136,7 +136,7 @@ def measured(result: Any) -> dict[str, Any]:
     assert isinstance(agent, HistoryAgent)
     in_maze = (walks.valid & (walks.state > DRAWS)).flatten()
     cue = (walks.state.flatten()[in_maze] - 1 - DRAWS) // len(CELLS)
-    train = (torch.arange(EPISODES) % 2 == 0).unsqueeze(1).expand_as(walks.valid).flatten()[in_maze]
+    train = fitted_on(walks, in_maze)
     z = encodings(agent, walks).flatten(1, 2)[:, in_maze]
     shares = {name: np.mean(values, 0).tolist() for name, values in last.items()}
     return {"scores": scores, **shares, "cue": [accuracy(one, cue, train) for one in z]}

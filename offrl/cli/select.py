@@ -49,8 +49,7 @@ def select(
     device: str = "cpu",
     show: bool = True,
 ) -> list[Selection]:
-    """Rank the policies of all runs in or below the given folders, one ranking per dataset, and per way to see it
-    (`data.mask`, ...).
+    """Rank the policies of all runs in or below the given folders, one ranking per dataset and per `data` options.
 
     Args:
         out: folder for select.md, select.csv and select.png.

@@ -224,7 +224,7 @@ def _check_first(space: spaces.Discrete, info: DatasetInfo) -> None:
 def _has_space(info: DatasetInfo) -> bool:
     """Whether a Minari folder declared the space of the actions, which the reader counts from its first one.
 
-    Earlier versions noted no first action, and a recording of a policy notes none. Rows that were ever read as columns,
+    Earlier versions noted no first action, nor did their recordings. Rows that were ever read as columns,
     which hold whatever numbers their author used, have `rows_in_file`.
     """
     return "minari_version" in info.provenance and "rows_in_file" not in info.provenance

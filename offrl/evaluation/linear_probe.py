@@ -76,13 +76,19 @@ def probe_states(agent: HistoryAgent, task: Tabular, episodes: int = 400, seed: 
     walks = walk(task, episodes, seed)
     kept = walks.valid.flatten()
     state = walks.state.flatten()[kept]
-    train = (torch.arange(episodes) % 2 == 0).unsqueeze(1).expand_as(walks.valid).flatten()[kept]
+    train = fitted_on(walks, kept)
     z = encodings(agent, walks).flatten(1, 2)[:, kept]
     return StateProbe(
         accuracy=[accuracy(one, state, train) for one in z],
         within=[within(one, state) for one in z],
         observation=accuracy(walks.obs.flatten(0, 1)[kept], state, train),
     )
+
+
+def fitted_on(walks: Walks, kept: Tensor) -> Tensor:
+    """`[n]` bool: which of the `kept` timesteps (`[episodes * T]` bool) a probe is fitted on, those of every other episode."""
+    even = torch.arange(len(walks.valid)) % 2 == 0
+    return even.unsqueeze(1).expand_as(walks.valid).flatten()[kept]
 
 
 def accuracy(x: Tensor, label: Tensor, train: Tensor, steps: int = 200) -> float:
